@@ -1,0 +1,103 @@
+"""The report's own command line, kept working: its flags, its protocol, its JSON keys.
+
+    uv run python benchmark.py --only_base --sweep_batch_sizes "8,16,32,64,128,256" --output_json sweep_4b_base.json
+
+The records with every sample go beside the JSON, as .jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from colqwen_lab.errors import BadInput, LabError
+from colqwen_lab.records import SCRIPT_NAMES, Cell, script_json
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text_samples", type=int, default=64, help="queries, at least two batches of them")
+    parser.add_argument("--text_batch_size", type=int, default=8)
+    parser.add_argument("--image_samples", type=int, default=16)
+    parser.add_argument("--image_batch_size", type=int, default=4)
+    parser.add_argument("--image_size", type=int, default=512)
+    parser.add_argument("--warmup_steps", type=int, default=3)
+    parser.add_argument("--measure_steps", type=int, default=10)
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only_base", action="store_true")
+    only.add_argument("--only_awq", action="store_true")
+    parser.add_argument("--text_only", action="store_true")
+    parser.add_argument("--sweep_batch_sizes", default="", help='such as "8,16"')
+    parser.add_argument("--high_batch_sweep", default="", help='such as "512,1024", for the quantised model only')
+    parser.add_argument("--output_json", default="benchmark_results.json")
+    parser.add_argument("--size", default="auto", help="auto (4b where there is a CUDA GPU, else tiny), tiny, 4b, 8b")
+    parser.add_argument("--weights", default="auto", help="auto, hub, random, or a checkpoint folder")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Measure what the flags ask for; the JSON file. Raises BadInput or Unmet."""
+    from colqwen_lab.measure.clock import Patience
+    from colqwen_lab.measure.sweep import batch_sizes_of, request, sweep
+
+    target = Path(args.output_json)
+    if args.text_samples < 1:
+        raise BadInput(f"--text_samples {args.text_samples}; valid: 1 or more")
+    steps = {"min_steps": args.measure_steps, "max_steps": args.measure_steps, "max_warmup": args.warmup_steps}
+    patience = Patience(**steps, min_s=0, max_s=float("inf"))
+    variants = ["base"] * (not args.only_awq) + ["awq"] * (not args.only_base)
+    plain = not args.sweep_batch_sizes and not args.high_batch_sweep
+    jobs = []
+    if plain or args.sweep_batch_sizes:
+        jobs.append((variants, batch_sizes_of(args.sweep_batch_sizes or args.text_batch_size), "text_queries"))
+    if args.high_batch_sweep:
+        jobs.append((["awq"], batch_sizes_of(args.high_batch_sweep), "high_batch"))
+    if plain and not args.text_only:
+        print("benchmark.py: image documents are not measured by this version; --text_only says so", file=sys.stderr)
+    cells: list[Cell] = []
+    names: dict[tuple[str, int], str] = {}
+    for number, (models, batches, scenario) in enumerate(jobs):
+        asked = request(
+            models,
+            batches,
+            size=args.size,
+            weights=args.weights,
+            protocol="published",
+            samples=args.text_samples,
+            output=target.with_suffix(".jsonl"),
+            fresh=number == 0,
+            patience=patience,
+        )
+        for cell in sweep(asked):
+            label = f"{SCRIPT_NAMES[cell.variant]}_{scenario}"
+            names[cell.variant, cell.batch_size] = label if plain else f"{label}_bs{cell.batch_size}"
+            cells.append(cell)
+    environment = cells[0].environment
+    metadata = {
+        "device": "cuda" if environment.gpu else "cpu",
+        "gpu": environment.gpu,
+        "cuda_version": environment.cuda,
+        "cpu": environment.cpu,
+        "size": cells[0].size,
+        "weights": {cell.variant: cell.weights for cell in cells},
+        "memory_method": next((cell.memory.method for cell in cells if cell.memory), None),
+    }
+    flags = ("text_samples", "text_batch_size", "image_samples", "image_batch_size", "image_size")
+    metadata |= {flag: getattr(args, flag) for flag in (*flags, "warmup_steps", "measure_steps")}
+    document = script_json(cells, metadata, lambda cell: names[cell.variant, cell.batch_size])
+    target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def main() -> None:
+    try:
+        print(f"Results saved to {run(arguments())}")
+    except LabError as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""What a quantised ColQwen3 costs and buys on your GPU.
+
+    import colqwen_lab as lab
+    results = lab.sweep("base,awq")      # measure, one row a batch size, kept in outputs/
+    results.table(), results.plot()
+    lab.compare(results, results)        # overhead, memory, cards, recommendations
+    lab.compare("published", "published")
+
+Importing it, and everything that works from records alone, starts without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colqwen_lab.errors import BadInput, LabError, Unmet
+from colqwen_lab.settings import outputs_folder
+
+if TYPE_CHECKING:
+    from colqwen_lab.report.compare import Comparison
+    from colqwen_lab.report.quantized import Quantized
+    from colqwen_lab.report.series import Results
+
+__all__ = [
+    "BadInput",
+    "LabError",
+    "Unmet",
+    "compare",
+    "load",
+    "outputs_folder",
+    "parameters",
+    "quantize",
+    "save",
+    "sweep",
+]
+
+
+def sweep(
+    model: str | Sequence[str] = "awq",
+    batch_sizes: str | int | Iterable[int] = "8,16,32,64,128,256",
+    *,
+    size: str = "auto",
+    workload: str = "queries",
+    texts: str = "report",
+    weights: str = "auto",
+    execution: str = "eager",
+    backend: str = "auto",
+    protocol: str = "lean",
+    dtype: str = "bfloat16",
+    output: str = "",
+    fresh: bool = False,
+    min_steps: int = 10,
+    max_s: float = 3.0,
+) -> Results:
+    """Throughput and peak memory of each model at each batch size, measured here; cells on file already are kept.
+
+    Args:
+        model: base, awq, an AutoRound scheme such as W8A16, a folder, a hub id; or several, "base,awq", timed in turn.
+        batch_sizes: "8,16", 8 or [8, 16].
+        size: auto (4b where there is a CUDA GPU, else tiny), tiny, 4b, 8b.
+        workload: queries.
+        texts: report (the report's formula) or natural (distinct queries of several lengths).
+        weights: auto (tiny: its default; else the hub), hub, random, or a checkpoint folder.
+        execution: eager.
+        backend: the kernel for packed weights: auto, or a name such as torch, ark, tritonv2, marlin.
+        protocol: lean (no KV cache, last output released) or published (as the report was made).
+        dtype: bfloat16, float16 or float32.
+        output: the records file; by default one under outputs/ named after the models.
+        fresh: measure again what is on file; the old rows move aside.
+        min_steps: timed steps a cell, at least.
+        max_s: seconds a cell is timed, at most, once it has its steps.
+
+    Raises:
+        BadInput: a wrong value; the message names the valid ones.
+        Unmet: no weights, or no kernel for them, here.
+    """
+    from colqwen_lab.measure.clock import Patience
+    from colqwen_lab.measure.sweep import request
+    from colqwen_lab.measure.sweep import sweep as run
+    from colqwen_lab.report.series import Results
+
+    patience = Patience(min_steps=min_steps, max_steps=max(200, min_steps), min_s=min(0.3, max_s), max_s=max_s)
+    options: dict[str, Any] = {"size": size, "workload": workload, "texts": texts, "weights": weights}
+    options |= {"execution": execution, "backend": backend, "protocol": protocol, "dtype": dtype, "fresh": fresh}
+    path = Path(output) if output else None
+    return Results(tuple(run(request(model, batch_sizes, output=path, patience=patience, **options))))
+
+
+def load(source: str | Path) -> Results:
+    """The cells of a records file, of the report's own script's JSON, or of the report (`published`).
+
+    Raises:
+        BadInput: not a records file.
+    """
+    from colqwen_lab.report.series import Results
+
+    return Results.load(source)
+
+
+def compare(
+    base: str | Path | Results = "published",
+    awq: str | Path | Results = "published",
+    cards: str | Sequence[float] = (8, 12, 16, 24),
+) -> Comparison:
+    """Overhead and memory saving at every shared batch, card scenarios, crossover and recommendations.
+
+    Args:
+        base: results or a records file that holds BASE, or `published`.
+        awq: results or a records file that holds the quantised model; may be the same.
+        cards: memory budgets in GB, [8, 12] or "8,12".
+
+    Raises:
+        BadInput: not records, or series that cannot be compared at equal batch.
+    """
+    from colqwen_lab.report.compare import compare as run
+    from colqwen_lab.report.series import Results
+
+    first, second = (value if isinstance(value, Results) else load(value) for value in (base, awq))
+    return run(first, second, card_budgets(cards))
+
+
+def card_budgets(cards: str | float | Sequence[float | str]) -> list[float]:
+    """Budgets in GB from "8,12", 8 or [8, 12]. Raises BadInput."""
+    parts = cards.split(",") if isinstance(cards, str) else [cards] if isinstance(cards, (int, float)) else list(cards)
+    try:
+        budgets = [float(part) for part in parts]
+    except ValueError:
+        budgets = []
+    if not budgets or min(budgets) <= 0 or max(budgets) > 1e6:
+        raise BadInput(f"cards {cards!r}; valid: memory in GB, positive numbers such as 8,12,16,24")
+    return budgets
+
+
+def quantize(
+    size: str = "auto",
+    scheme: str = "W4A16",
+    *,
+    weights: str = "auto",
+    iters: int = 50,
+    samples: int = 64,
+    seqlen: int = 64,
+    format: str = "auto_round",
+    texts: str = "",
+    output: str = "",
+) -> Quantized:
+    """A complete AutoRound checkpoint of the text tower, and its record: bytes, and each layer's weight error.
+
+    Args:
+        size: auto (4b where there is a CUDA GPU, else tiny), tiny, 4b, 8b.
+        scheme: an AutoRound scheme: W4A16 (group 128), W8A16, W2A16, W4A16G32, ...
+        weights: the 16-bit weights to start from: auto, hub, random, or a checkpoint folder.
+        iters: tuning steps a layer; 0 is plain rounding.
+        samples: calibration samples.
+        seqlen: tokens a sample.
+        format: the packing: auto_round, auto_gptq, auto_awq.
+        texts: a file of calibration texts, one a line; by default those in the package.
+        output: a new folder; by default `outputs/SIZE-SCHEME`, made again if it is there.
+
+    Raises:
+        BadInput: a wrong value; the message names the valid ones.
+        Unmet: no weights, or the result would not be complete.
+    """
+    from colqwen_lab.measure.environment import pick_device
+    from colqwen_lab.model import quantize as maker
+    from colqwen_lab.model.architecture import resolve_size
+    from colqwen_lab.model.variants import VARIANTS
+    from colqwen_lab.model.weights import default_source
+    from colqwen_lab.report.quantized import Quantized
+
+    recipe = maker.Recipe(scheme.upper(), iters, samples, seqlen, format)
+    device = pick_device()
+    size = resolve_size(size, device.type == "cuda")
+    source = default_source(VARIANTS["base"], size, weights, device)
+    lines = maker.calibration_file(texts) if texts else None
+    folder = Path(output) if output else outputs_folder() / f"{size}-{recipe.scheme}"
+    return Quantized(folder, maker.quantize(source, folder, recipe, device, lines, replace=not output))
+
+
+def parameters(names: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments for `function` among a notebook's `globals()`, whose parameters cell names them.
+
+    Raises:
+        BadInput: a plain value that is no parameter of `function`, as papermill injects for a mistyped `-p`.
+    """
+    valid = signature(function).parameters
+    plain = (str, int, float, bool, list, tuple, type(None))
+    given = {
+        k: v for k, v in names.items() if not k.startswith("_") and isinstance(v, plain) and k not in ("In", "Out")
+    }
+    unknown = sorted(given.keys() - valid.keys())
+    if unknown:
+        raise BadInput(f"unknown parameter {unknown[0]!r}; valid: {', '.join(valid)}")
+    return given
+
+
+def save(figure: Any, name: str) -> None:
+    """Save a figure as NAME.png and NAME.svg under `outputs/`. Raises BadInput if they cannot be written."""
+    from colqwen_lab.report import plots
+
+    plots.save(figure, name, outputs_folder())

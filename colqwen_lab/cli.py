@@ -1,0 +1,146 @@
+"""`colqwen-lab`: the lab's functions from a shell. Results on stdout; progress and errors, a line each, on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+import colqwen_lab as lab
+from colqwen_lab.errors import BadInput, LabError
+
+app = typer.Typer(
+    help="What a quantised ColQwen3 costs and buys on your GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Models = Annotated[list[str], typer.Option("-m", "--model", help="base, awq, W8A16 ..., a folder or a hub id.")]
+Size = Annotated[str, typer.Option("--size", help="auto (4b with a CUDA GPU, else tiny), tiny, 4b, 8b.")]
+Weights = Annotated[str, typer.Option("--weights", help="auto, hub, random, or a checkpoint folder.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+@app.command()
+def variants() -> None:
+    """List what there is to compare, and where its weights come from."""
+    from colqwen_lab.model.variants import SCHEMES, VARIANTS
+
+    for variant in VARIANTS.values():
+        typer.echo(f"{variant.name:8} {variant.description}")
+        for size, repository in variant.hub.items():
+            typer.echo(f"{'':8}   {size}: {repository.name} @ {repository.revision}")
+        made = "quantised here from the default on first use" if variant.scheme else "in the package"
+        typer.echo(f"{'':8}   tiny: {made}")
+    typer.echo(f"{'scheme':8} any of {SCHEMES[0]} ... {SCHEMES[-1]}, by its name")
+    typer.echo(f"{'other':8} a checkpoint folder, or a hub id OWNER/NAME")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: GPU, versions, kernels that could engage, cache, hub access, known-bad versions."""
+    from colqwen_lab.doctor import examine
+
+    for what, found in examine():
+        typer.echo(f"{what:22} {found}")
+
+
+@app.command()
+def sweep(
+    model: Models = ["awq"],  # noqa: B006  (typer's way to give a list a default)
+    size: Size = "auto",
+    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32.")] = "8,16,32,64,128,256",
+    workload: Annotated[str, typer.Option(help="queries.")] = "queries",
+    texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
+    weights: Weights = "auto",
+    execution: Annotated[str, typer.Option(help="eager.")] = "eager",
+    backend: Annotated[str, typer.Option(help="Kernel for packed weights: auto, torch, ark, tritonv2 ...")] = "auto",
+    protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
+    output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
+) -> None:
+    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file."""
+    results = lab.sweep(
+        [name for names in model for name in names.split(",")],
+        batch_sizes,
+        size=size,
+        workload=workload,
+        texts=texts,
+        weights=weights,
+        execution=execution,
+        backend=backend,
+        protocol=protocol,
+        output=output,
+        fresh=fresh,
+    )
+    typer.echo(results.table().to_string())
+    if not any(cell.status == "ok" for cell in results):
+        raise lab.Unmet("no cell could be measured; the rows say why")
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help="A records file that holds BASE, or the word published.")],
+    awq: Annotated[str, typer.Argument(help="A records file that holds the quantised model, or published.")],
+    card: Annotated[list[str], typer.Option("--card", help="A memory budget in GB; several times.")] = ["8,12,16,24"],  # noqa: B006
+    markdown: Annotated[str, typer.Option(help="Write the report to this file.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Compare two series at equal batch: overhead, memory, cards, crossover, recommendations. Needs no GPU."""
+    comparison = lab.compare(base, awq, ",".join(card))
+    if markdown:
+        try:
+            Path(markdown).write_text(comparison.markdown(), encoding="utf-8")
+        except OSError as error:
+            raise BadInput(
+                f"cannot write {markdown}: {error.strerror}; name a file in a folder you can write"
+            ) from None
+    if as_json:
+        typer.echo(json.dumps(comparison.to_dict(), indent=1))
+    elif not markdown:
+        typer.echo(comparison.markdown())
+
+
+@app.command()
+def quantize(
+    size: Size = "auto",
+    scheme: Annotated[str, typer.Option(help="An AutoRound scheme: W4A16, W8A16, W2A16G32 ...")] = "W4A16",
+    weights: Weights = "auto",
+    iters: Annotated[int, typer.Option(help="Tuning steps a layer; 0 is plain rounding.")] = 50,
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens a sample.")] = 64,
+    format: Annotated[str, typer.Option(help="Packing: auto_round, auto_gptq, auto_awq.")] = "auto_round",
+    texts: Annotated[str, typer.Option(help="A file of calibration texts, one a line.")] = "",
+    output: Annotated[str, typer.Option("-o", "--output", help="A new folder.")] = "",
+) -> None:
+    """Quantise the text tower with AutoRound into a complete checkpoint folder."""
+    options = {"weights": weights, "format": format, "texts": texts, "output": output}
+    made = lab.quantize(size, scheme, iters=iters, samples=samples, seqlen=seqlen, **options)
+    typer.echo(f"{made.folder}\n{made.summary().to_string()}")
+
+
+def main() -> None:
+    """The program. Exit codes: 0, 1 for an unmet need, 2 for a wrong value; either is one line on stderr."""
+    try:
+        app(standalone_mode=False)
+    except LabError as error:
+        _end(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted; what was measured is on file", 130)
+    except Exception as error:
+        # Usage errors: typer brings its own copy of click or uses the installed one, by its version.
+        if not hasattr(error, "format_message"):
+            raise
+        commands = ", ".join(str(command.callback.__name__) for command in app.registered_commands if command.callback)
+        hint = f"commands: {commands}" if "No such command" in str(error) else "--help lists what it takes"
+        _end(f"{' '.join(error.format_message().split())}; {hint}", 2)
+
+
+def _end(line: str, code: int) -> NoReturn:
+    print(f"colqwen-lab: {line}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""What a device does: time, memory and environment of every cell of a sweep."""

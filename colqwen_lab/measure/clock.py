@@ -1,0 +1,124 @@
+"""Step times: warm until steady, then one step of each in turn, a synchronise after each, every sample kept.
+
+Inside the clock: the forward, and the synchronise. Outside: tokenisation, padding, the copy to the device.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from colqwen_lab.errors import BadInput
+from colqwen_lab.records import rate_of
+
+CLOCK = "forward + synchronise"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When warming and timing stop.
+
+    Warm-up ends when three steps are no more than `steady` faster than the three before, or after `max_warmup`.
+    Timing takes at least `min_steps` and `min_s` seconds; then it stops when the 95 % interval of every median is
+    within `precision` on both sides (converged), at `max_steps` (count) or at `max_s` (time).
+    """
+
+    max_warmup: int = 24
+    steady: float = 0.05
+    min_steps: int = 10
+    max_steps: int = 200
+    min_s: float = 0.3
+    max_s: float = 3.0
+    precision: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.min_steps < 1 or self.max_steps < self.min_steps or self.max_warmup < 1:
+            raise BadInput("steps to time; valid: max_warmup and min_steps of 1 or more, max_steps not below min_steps")
+        if not 0 <= self.min_s <= self.max_s:
+            raise BadInput("seconds to time: valid are 0 <= min_s <= max_s")
+
+
+@dataclass
+class Samples:
+    """What the clock saw of one stepper; `error` is set, and the samples end, where a step raised."""
+
+    step_s: list[float] = field(default_factory=list)
+    warmup_steps: int = 0
+    steady: bool = False
+    stopped: str = ""
+    error: Exception | None = None
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    step()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def _warm_up(step: Callable[[], None], device: torch.device, patience: Patience, samples: Samples) -> None:
+    times: list[float] = []
+    while len(times) < patience.max_warmup and not samples.steady:
+        times.append(_timed(step, device))
+        samples.warmup_steps += 1
+        if len(times) >= 6:
+            before, now = statistics.median(times[-6:-3]), statistics.median(times[-3:])
+            samples.steady = now >= (1 - patience.steady) * before
+
+
+def time_in_turn(
+    steps: Mapping[str, Callable[[], None]], device: torch.device, patience: Patience | None = None
+) -> dict[str, Samples]:
+    """Samples of each stepper, timed step by step in turn, the order reversed every round, so that drift hits all."""
+    patience = patience or Patience()
+    samples = {name: Samples() for name in steps}
+
+    def attempt(name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # an outcome of this stepper, not of the others
+            samples[name].error = error.with_traceback(None)
+
+    for name, step in steps.items():
+        attempt(name, lambda step=step, name=name: _warm_up(step, device, patience, samples[name]))  # type: ignore[misc]
+    start = time.perf_counter()
+    order = list(steps)
+    while live := [name for name in order if samples[name].error is None]:
+        for name in live:
+            attempt(name, lambda name=name: samples[name].step_s.append(_timed(steps[name], device)))  # type: ignore[misc]
+        order.reverse()
+        stopped = _stop([samples[name].step_s for name in live], time.perf_counter() - start, patience)
+        if stopped:
+            for name in live:
+                samples[name].stopped = stopped
+            break
+    return samples
+
+
+def _stop(all_times: list[list[float]], elapsed_s: float, patience: Patience) -> str:
+    """Why timing may stop now, or nothing."""
+    count = min(map(len, all_times))
+    if count < patience.min_steps or elapsed_s < patience.min_s:
+        return "count" if count >= patience.max_steps else ""
+    if all(_precise(times, patience.precision) for times in all_times):
+        return "converged"
+    if count >= patience.max_steps:
+        return "count"
+    return "time" if elapsed_s >= patience.max_s else ""
+
+
+def _precise(times: list[float], precision: float) -> bool:
+    rate = rate_of(times, 1)
+    if rate.low is None or rate.high is None:
+        return False
+    return max(rate.high - rate.median, rate.median - rate.low) <= precision * rate.median

@@ -1,0 +1,61 @@
+"""Peak memory of a cell, in a pass of its own: the allocator's on CUDA, tracked from the tensors on a CPU."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from colqwen_lab.measure.clock import synchronise
+from colqwen_lab.model.loading import Loaded
+from colqwen_lab.records import Memory
+from colqwen_lab.runtime.tracking import MemoryTracker
+
+# With the published protocol the second step runs while the first one's output lives.
+STEPS = 2
+
+
+def free(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], None]) -> Memory:
+    """Bytes of `loaded` at rest and at the peak of two steps, the first step of a shape left out.
+
+    On CUDA this counts whatever the process holds: call it with one model on the device.
+    """
+    device = loaded.device
+    if device.type != "cuda":
+        resident = [*loaded.model.parameters(), *loaded.model.buffers()]
+        with MemoryTracker([*resident, *(tensor for batch in inputs for tensor in batch.values())]) as tracker:
+            for _ in range(STEPS):
+                step()
+        return Memory(
+            weights_bytes=loaded.weights_bytes,
+            resident_bytes=loaded.weights_bytes,
+            peak_bytes=tracker.peak_bytes,
+            method="tracked",
+        )
+    free(device)
+    resident_bytes = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(STEPS):
+        step()
+    synchronise(device)
+    unused, total = torch.cuda.mem_get_info(device)
+    stats = torch.cuda.memory_stats(device)
+    return Memory(
+        weights_bytes=loaded.weights_bytes,
+        resident_bytes=resident_bytes,
+        peak_bytes=torch.cuda.max_memory_allocated(device),
+        reserved_bytes=torch.cuda.max_memory_reserved(device),
+        device_bytes=total - unused,
+        allocation_retries=stats["num_alloc_retries"],
+        method="cuda",
+    )

@@ -1,0 +1,332 @@
+"""The batch sweep: from variants and batch sizes to cells on disk, one row as soon as it is measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colqwen_lab.errors import BadInput, LabError, Unmet, one_of
+from colqwen_lab.measure.clock import CLOCK, Patience, Samples, time_in_turn
+from colqwen_lab.measure.environment import environment, gpu_state, pick_device
+from colqwen_lab.measure.memory import free, measure
+from colqwen_lab.model.architecture import check_size, resolve_size
+from colqwen_lab.model.loading import Loaded, load
+from colqwen_lab.model.quantize import source_of
+from colqwen_lab.model.variants import Variant, resolve_variant
+from colqwen_lab.model.weights import WEIGHTS, Source
+from colqwen_lab.records import MIB, Backend, Cell, Memory, Store, Timing, Workload, rate_of
+from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, Steps
+from colqwen_lab.runtime.workloads import WORKLOADS, query_batches
+from colqwen_lab.settings import outputs_folder
+
+BATCH_SIZES = "8,16,32,64,128,256"
+
+
+def batch_sizes_of(value: str | int | Iterable[int]) -> list[int]:
+    """Batch sizes from "8,16", 8 or [8, 16].
+
+    Raises:
+        BadInput: not positive whole numbers, none at all, or one twice.
+    """
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
+    try:
+        sizes = [int(str(part).strip()) for part in parts if str(part).strip() or len(parts) > 1]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise BadInput(f"batch sizes {value!r}; valid: different whole numbers of 1 or more, such as 8,16,32")
+    return sizes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sweep was asked for, checked. `output` None is a file named after the variants under `outputs/`."""
+
+    variants: tuple[Variant, ...]
+    batch_sizes: tuple[int, ...]
+    size: str = "auto"
+    workload: str = "queries"
+    texts: str = "report"
+    samples: int = 64
+    weights: str = "auto"
+    execution: str = "eager"
+    backend: str = "auto"
+    protocol: str = "lean"
+    dtype: str = "bfloat16"
+    output: Path | None = None
+    fresh: bool = False
+    patience: Patience = field(default_factory=Patience)
+
+    def __post_init__(self) -> None:
+        check_size(self.size)
+        one_of("workload", self.workload, WORKLOADS)
+        one_of("execution", self.execution, EXECUTIONS)
+        one_of("protocol", self.protocol, PROTOCOLS)
+        if self.weights not in WEIGHTS and not Path(self.weights).is_dir():
+            raise BadInput(f"unknown weights {self.weights!r}; valid: {', '.join(WEIGHTS)}, or a checkpoint folder")
+        if self.weights not in WEIGHTS and len(self.variants) > 1:
+            raise BadInput("a weights folder goes with one model; name folders as models instead: -m DIR1 -m DIR2")
+        names = [variant.name for variant in self.variants]
+        if not names or len(set(names)) < len(names):
+            raise BadInput(f"models {', '.join(names) or 'none'}; valid: one or more different ones, such as base,awq")
+
+
+def request(
+    model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = BATCH_SIZES, **options: Any
+) -> Request:
+    """A checked request; `model` is a variant's name, several of them, or "base,awq". Raises BadInput."""
+    names = model.split(",") if isinstance(model, str) else list(model)
+    variants = tuple(resolve_variant(name.strip()) for name in names)
+    return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), **options)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An outcome that is no figure: out of memory, or failed, and why."""
+
+    status: str
+    reason: str
+
+
+def failure_of(error: BaseException) -> Failure:
+    """The outcome of an exception: `oom` where the device or the host ran out of memory, else `failed`."""
+    text = " ".join(str(error).split())[:300]
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    return Failure("oom" if memory else "failed", f"{type(error).__name__}: {text}")
+
+
+def attempt(work: Callable[[], Any], device: torch.device) -> Any:
+    """What `work` returns, or a Failure. Its frames are let go first, then memory is freed."""
+    try:
+        return work()
+    except LabError:
+        raise
+    except Exception as error:  # every outcome of a cell is a row
+        outcome = failure_of(error)
+    free(device)
+    return outcome
+
+
+class Sweep:
+    """One run of a request on a device."""
+
+    def __init__(self, asked: Request, progress: Callable[[str], None]) -> None:
+        self.asked, self.progress = asked, progress
+        self.device = pick_device()
+        self.size = resolve_size(asked.size, self.device.type == "cuda")
+        self.sources = {
+            variant.name: _checked(variant, source_of(variant, self.size, asked.weights, self.device), asked.size)
+            for variant in asked.variants
+        }
+        self.environment = environment(self.device)
+        self.memories: dict[tuple[str, int], Memory | Failure] = {}
+        name = f"sweep-{'-'.join(v.name.replace('/', '-') for v in asked.variants)}-{self.size}-{asked.workload}.jsonl"
+        self.path = asked.output or outputs_folder() / name
+
+    def run(self) -> list[Cell]:
+        """The cells of the request, those already in the file among them, in the order asked."""
+        done_mark = self.path.with_suffix(".result.json")
+        with Store(self.path, self._keeps) as store:
+            done_mark.unlink(missing_ok=True)
+            if store.superseded:
+                self.progress(f"{len(store.superseded)} earlier rows moved to {self.path.stem}.superseded.jsonl")
+            for cell in (found := self._found(store)).values():
+                self.progress(_line(cell, "kept, "))
+            todo = {
+                batch: names
+                for batch in self.asked.batch_sizes
+                if (names := [name for name in self.sources if (name, batch) not in found])
+            }
+            if todo:
+                self._measure(todo, store)
+            cells = [self._found(store)[name, batch] for batch in self.asked.batch_sizes for name in self.sources]
+            _write_result(done_mark, self.path, cells)
+        return cells
+
+    def _keeps(self, cell: Cell) -> bool:
+        """Whether a row of the file stays: same weights, environment and code, and no failure to be tried again."""
+        source = self.sources.get(cell.variant)
+        return (
+            not self.asked.fresh
+            and cell.origin == "measured"
+            and cell.status != "failed"
+            and cell.environment.identity() == self.environment.identity()
+            and (source is None or source.label == cell.weights)
+        )
+
+    def _found(self, store: Store) -> dict[tuple[str, int], Cell]:
+        asked = self.asked
+        same = (asked.workload, asked.texts, asked.execution, asked.protocol, asked.backend, asked.dtype)
+        return {
+            (cell.variant, cell.batch_size): cell
+            for cell in store.cells
+            if cell.variant in self.sources and cell.batch_size in asked.batch_sizes and _asked_for(cell) == same
+        }
+
+    def _measure(self, todo: dict[int, list[str]], store: Store) -> None:
+        names = [name for name in self.sources if any(name in wanted for wanted in todo.values())]
+        if self.device.type == "cuda" and len(names) > 1:
+            # The allocator counts all models of a process, so each one's memory is measured while it is alone.
+            for name in names:
+                loaded = self._load(name)
+                for batch in (batch for batch in todo if name in todo[batch]):
+                    self.memories[name, batch] = self._memory(name, loaded, batch)
+                del loaded
+                free(self.device)
+        models = attempt(lambda: {name: self._load(name) for name in names}, self.device)
+        if not isinstance(models, Failure):
+            for batch, wanted in todo.items():
+                store.add(self._cells({name: models[name] for name in wanted}, batch))
+            return
+        if len(names) == 1:
+            raise Unmet(f"{names[0]} does not load on this device: {models.reason}")
+        self.progress(f"the models do not fit together ({models.reason}); each is timed alone")
+        for name in names:
+            self._measure({batch: [name] for batch in todo if name in todo[batch]}, store)
+            free(self.device)
+
+    def _load(self, name: str) -> Loaded:
+        loaded = load(self.sources[name], self.device, self.asked.backend, self.asked.dtype)
+        kernels = ", ".join(f"{kernel} x {count}" for kernel, count in loaded.engaged.items())
+        self.progress(f"{name}: {loaded.weights}; {loaded.dtype}; text linears on {kernels}; {self.environment.device}")
+        return loaded
+
+    def _batches(self, loaded: Loaded, batch: int) -> Any:
+        asked = self.asked
+        return query_batches(loaded.model.config, loaded.tokenizer, batch, asked.texts, asked.samples, self.device)
+
+    def _memory(self, name: str, loaded: Loaded, batch: int) -> Memory | Failure:
+        def work() -> Memory:
+            inputs = self._batches(loaded, batch).inputs
+            return measure(loaded, inputs, Steps(loaded.model, inputs, self.asked.execution, self.asked.protocol))
+
+        return attempt(work, self.device)
+
+    def _cells(self, models: dict[str, Loaded], batch: int) -> list[Cell]:
+        """The row of each model at this batch size: memory first, then all that fit timed in turn."""
+        before = gpu_state(self.device)
+        memories = {
+            name: self.memories.get((name, batch)) or self._memory(name, loaded, batch)
+            for name, loaded in models.items()
+        }
+        fitting = {name: models[name] for name, memory in memories.items() if isinstance(memory, Memory)}
+        batches = {name: self._batches(loaded, batch) for name, loaded in fitting.items()}
+        steps = {
+            name: Steps(loaded.model, batches[name].inputs, self.asked.execution, self.asked.protocol)
+            for name, loaded in fitting.items()
+        }
+        samples = time_in_turn(steps, self.device, self.asked.patience)
+        del steps
+        free(self.device)
+        states = None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
+        cells = []
+        for name, loaded in models.items():
+            workload = batches[name].workload if name in batches else self._plain_workload(batch)
+            cell = self._cell(name, loaded, workload, memories[name], samples.get(name), list(fitting), states)
+            self.progress(_line(cell))
+            cells.append(cell)
+        return cells
+
+    def _plain_workload(self, batch: int) -> Workload:
+        return Workload(kind="queries", batch_size=batch, texts=self.asked.texts)
+
+    def _cell(
+        self,
+        name: str,
+        loaded: Loaded,
+        workload: Workload,
+        memory: Memory | Failure,
+        samples: Samples | None,
+        in_turn: list[str],
+        states: dict[str, dict[str, Any]] | None,
+    ) -> Cell:
+        outcome = memory if isinstance(memory, Failure) else None
+        if samples is not None and samples.error is not None:
+            outcome = failure_of(samples.error)
+        timed = samples is not None and outcome is None
+        return Cell(
+            origin="measured",
+            variant=name,
+            size=self.sources[name].size,
+            weights=loaded.weights,
+            workload=workload,
+            execution=self.asked.execution,
+            protocol=self.asked.protocol,
+            backend=Backend(
+                requested=self.asked.backend,
+                engaged=loaded.engaged,
+                dtype=loaded.dtype,
+                requested_dtype=self.asked.dtype,
+                kept_16bit=loaded.kept_16bit,
+            ),
+            status=outcome.status if outcome else "ok",  # type: ignore[arg-type]
+            reason=outcome.reason if outcome else None,
+            step_s=samples.step_s if samples else [],
+            items_per_s=rate_of(samples.step_s, workload.batch_size) if timed and samples else None,
+            memory=memory if isinstance(memory, Memory) else None,
+            timing=Timing(
+                warmup_steps=samples.warmup_steps,
+                steady=samples.steady,
+                stopped=samples.stopped,
+                in_turn_with=[other for other in in_turn if other != name],
+                clock=CLOCK,
+            )
+            if timed and samples
+            else None,
+            gpu_state=states,
+            environment=self.environment,
+        )
+
+
+def _checked(variant: Variant, source: Source, asked_size: str) -> Source:
+    """`source`, if it is what the variant and the size say."""
+    if variant.folder is None and "/" not in variant.name and bool(variant.scheme) != bool(source.quantization):
+        found = "quantised" if source.quantization else "16-bit"
+        raise Unmet(f"{source.label} holds {found} weights, which is not {variant.name}; name it as a model instead")
+    if asked_size != "auto" and source.size != asked_size:
+        raise BadInput(f"{source.label} is of size {source.size}, not {asked_size}; valid: auto, or that size")
+    return source
+
+
+def _asked_for(cell: Cell) -> tuple[str | None, ...]:
+    texts = "report" if cell.workload.texts and cell.workload.texts.startswith("drawn") else cell.workload.texts
+    backend = cell.backend
+    return cell.workload.kind, texts, cell.execution, cell.protocol, backend.requested, backend.requested_dtype
+
+
+def _line(cell: Cell, prefix: str = "") -> str:
+    """One line of progress, readable in a headless log."""
+    head = f"{prefix}{cell.variant} batch {cell.batch_size}: "
+    if cell.items_per_s is None or cell.memory is None or cell.timing is None:
+        return f"{head}{cell.status}: {cell.reason}"
+    steps = f"{len(cell.step_s)} steps, {cell.timing.stopped}"
+    return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
+
+
+def _write_result(path: Path, records: Path, cells: list[Cell]) -> None:
+    """The mark of a sweep that ended: its counts and its file, written last and whole."""
+    counts = {status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")}
+    text = json.dumps({"complete": True, "records": records.name, "cells": len(cells), **counts}, indent=1)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def sweep(asked: Request, progress: Callable[[str], None] = to_stderr) -> list[Cell]:
+    """The cells of `asked`, measured on this machine's device; those in its file already are kept.
+
+    Raises:
+        BadInput: a wrong value, or a file that cannot be written.
+        Unmet: no weights, or no kernel for them.
+    """
+    return Sweep(asked, progress).run()

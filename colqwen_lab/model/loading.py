@@ -1,0 +1,215 @@
+"""From a source to a model on a device, strictly: every tensor accounted for, every kernel read off its layer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from tokenizers import Tokenizer
+from torch import nn
+
+from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.model.network import TEXT_LAYERS, ColQwen3, ColQwen3Config, empty_network, is_text_linear
+from colqwen_lab.model.weights import Source
+
+FAKE = "auto_round:fake"
+DENSE = "torch.nn.Linear"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model on a device, with what it is made of. `engaged` maps each kernel to its number of text linears."""
+
+    model: ColQwen3
+    tokenizer: Tokenizer | None
+    weights: str
+    device: torch.device
+    requested_backend: str
+    engaged: dict[str, int]
+    kept_16bit: dict[str, int]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all parameters and buffers, each storage once."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """AutoRound logs every step and draws progress bars; errors still pass, as exceptions."""
+    logger = logging.getLogger("autoround")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def skeleton(
+    config: ColQwen3Config,
+    quantization: dict[str, Any] | None,
+    device: torch.device,
+    backend: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[ColQwen3, list[str]]:
+    """`(network, backends)`: the network on the meta device with the real modules of its quantised layers.
+
+    Raises:
+        BadInput: `backend` is no backend of this device.
+        Unmet: no installed kernel multiplies these packed weights here; names those that would.
+    """
+    model = empty_network(config, dtype)
+    if quantization is None:
+        if backend not in ("auto", "torch"):
+            raise BadInput(f"backend {backend!r} multiplies packed weights; valid for 16-bit weights: auto, torch")
+        return model, []
+    from auto_round.inference.convert_model import convert_hf_model
+
+    asked = _auto_round_config(quantization, backend)
+    model.config.quantization_config = asked
+    _require_kernel(model, asked, device)
+    with quiet(), torch.device("meta"):
+        model, used = convert_hf_model(model, target_device=device.type)
+    return model.requires_grad_(False), used
+
+
+def _auto_round_config(quantization: dict[str, Any], backend: str) -> Any:
+    """A checkpoint's quantisation as AutoRound takes it: packings auto-round, gptq and awq go the same way."""
+    from transformers import AutoRoundConfig
+
+    try:
+        return AutoRoundConfig.from_dict({"block_name_to_quantize": TEXT_LAYERS} | quantization | {"backend": backend})
+    except (KeyError, ValueError, NotImplementedError) as error:
+        raise Unmet(f"this quantisation cannot be loaded: {error}; valid packings: auto-round, gptq, awq") from None
+
+
+def _packing(config: Any) -> str:
+    aliases = {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
+    return aliases.get(config.packing_format, config.packing_format)
+
+
+def _require_kernel(model: ColQwen3, config: Any, device: torch.device) -> None:
+    """Before AutoRound chooses, see that a real kernel can serve every layer; AutoRound itself would exit or fake."""
+    from auto_round.inference.backend import BackendInfos, check_compatible
+    from auto_round.inference.convert_model import get_layer_config
+
+    packing = _packing(config)
+    here = {name: info for name, info in BackendInfos.items() if device.type in info.device and name != FAKE}
+    asked = {
+        name: info for name, info in here.items() if config.backend in ("auto", name) or config.backend in info.alias
+    }
+    if not asked:
+        aliases = sorted({alias for info in here.values() for alias in info.alias or ()})
+        raise BadInput(f"unknown backend {config.backend!r} on {device.type}; valid: auto, {', '.join(aliases)}")
+    shapes = {}
+    for name, scheme in get_layer_config(model, config).items():
+        layer = model.get_submodule(name)
+        if scheme["bits"] <= 8 and isinstance(layer, nn.Linear):
+            shapes[(layer.in_features, layer.out_features, str(dict(scheme.items())))] = dict(scheme.items())
+    if not shapes:
+        raise Unmet(f"the checkpoint's block_name_to_quantize matches no layer; the text layers are {TEXT_LAYERS}")
+    for (rows, columns, _), scheme in shapes.items():
+        layer_and_packing = (device.type, scheme, packing, rows, columns)
+        if any(check_compatible(name, *layer_and_packing) for name in asked):
+            continue
+        can = [name for name in here if check_compatible(name, *layer_and_packing)]
+        could = [n for n in here if n not in can and check_compatible(n, *layer_and_packing, check_requirements=False)]
+        needs = {name: [need for need in here[name].requirements or () if isinstance(need, str)] for name in could}
+        raise Unmet(
+            f"backend {config.backend} has no installed kernel for {scheme['bits']}-bit weights of group "
+            f"{scheme['group_size']} in packing {packing} ({rows} x {columns}) on {device.type}; installed ones that "
+            f"can: {', '.join(can) or 'none'}; with more packages: "
+            + ("; ".join(f"{name} ({', '.join(need)})" for name, need in needs.items()) or "none")
+        )
+
+
+def load(source: Source, device: torch.device, backend: str = "auto", dtype: str = "bfloat16") -> Loaded:
+    """The model of `source` on `device`, complete and with a real kernel in every layer.
+
+    Raises:
+        BadInput: an unknown backend or dtype.
+        Unmet: a tensor is missing, unexpected or of another shape; no kernel can serve the packing.
+    """
+    if dtype not in DTYPES:
+        raise BadInput(f"unknown dtype {dtype!r}; valid: {', '.join(DTYPES)}")
+    model, backends = skeleton(source.config, source.quantization, device, backend, DTYPES[dtype])
+    expected = model.state_dict()
+    source.check(expected)
+    for name, like in expected.items():
+        set_module_tensor_to_device(model, name, device, value=source.read(name, like, device), dtype=like.dtype)
+    for module in model.modules():
+        for key in module._non_persistent_buffers_set:
+            module.register_buffer(key, module.get_buffer(key).to(device), persistent=False)
+    if backends:
+        _finish_kernels(model, backends)
+    return Loaded(
+        model=model.eval().requires_grad_(False),
+        tokenizer=source.tokenizer,
+        weights=source.label,
+        device=device,
+        requested_backend=backend,
+        engaged=engaged_kernels(model, backends),
+        kept_16bit=_kept_16bit(model),
+        left_out=tuple(getattr(source, "unused", ())),
+    )
+
+
+def _finish_kernels(model: ColQwen3, backends: list[str]) -> None:
+    """Let the kernels repack their weights; some force the model to FP16, which must not touch the rotary tables."""
+    from auto_round.inference.convert_model import post_init
+
+    rotary = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
+    with quiet():
+        post_init(model, backends)
+    for name, buffer in rotary.items():
+        set_module_tensor_to_device(model, name, buffer.device, value=buffer, dtype=buffer.dtype)
+
+
+def engaged_kernels(model: ColQwen3, backends: list[str]) -> dict[str, int]:
+    """How many text linears each kernel multiplies, read off the modules' own classes.
+
+    Raises:
+        Unmet: a layer runs on AutoRound's fake backend.
+    """
+    names = {nn.Linear: DENSE}
+    if backends:
+        from auto_round.inference.backend import dynamic_import_inference_linear
+
+        config = model.config.quantization_config
+        scheme = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
+        for backend in backends:
+            names[dynamic_import_inference_linear(backend, scheme, packing_format=_packing(config))] = backend
+    engaged: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if is_text_linear(name):
+            kernel = names.get(type(module), f"{type(module).__module__}.{type(module).__qualname__}")
+            if "fake" in kernel.lower():
+                raise Unmet(f"{name} runs on AutoRound's fake backend ({kernel}); no figure is made with it")
+            engaged[kernel] += 1
+    return dict(engaged)
+
+
+def _kept_16bit(model: ColQwen3) -> dict[str, int]:
+    """How many linears stayed at 16 bits, by the part of the network."""
+    parts = {"vlm.model.visual": "vision tower", "embedding_proj_layer": "head", TEXT_LAYERS: "text tower"}
+    kept: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            kept[next((part for prefix, part in parts.items() if name.startswith(prefix)), "other")] += 1
+    return dict(kept)

@@ -1,0 +1,121 @@
+"""ColQwen3, native to transformers: Qwen3-VL, a linear head of 320 dimensions with bias, one unit vector a token.
+
+Module names are the names in the published checkpoints (`vlm.model.language_model.*`, `vlm.model.visual.*`,
+`embedding_proj_layer.*`), so these load as they are and no remote code runs. Qwen3VLModel does the images: deepstack
+and 3-D rotary positions, which it derives from `mm_token_type_ids`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import Cache, Qwen3VLConfig, Qwen3VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
+from transformers.utils import ModelOutput
+
+from colqwen_lab.model.architecture import EMBED_DIM, SIZES
+
+TEXT_LAYERS = "vlm.model.language_model.layers"
+# The 8B checkpoint carries a language-model head that the forward never calls; it is left out, and reported.
+UNUSED_TENSORS = frozenset({"vlm.lm_head.weight"})
+
+
+class ColQwen3Config(Qwen3VLConfig):
+    """The configuration of the published checkpoints: Qwen3-VL's, and the width of an embedding."""
+
+    model_type = "colqwen3"
+    text_config: Any = None
+    embed_dim: int = EMBED_DIM
+    padding_side: str = "left"
+
+    @classmethod
+    def of_size(cls, size: str) -> ColQwen3Config:
+        return cls(**SIZES[size])
+
+
+@dataclass
+class ColQwen3Output(ModelOutput):
+    """`embeddings` [batch, tokens, 320], zero at padding; `past_key_values` only if the forward was asked for it."""
+
+    embeddings: Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class Backbone(nn.Module):
+    """Holds Qwen3-VL under the published name `vlm.model`."""
+
+    def __init__(self, config: ColQwen3Config) -> None:
+        super().__init__()
+        self.model = Qwen3VLModel(config)
+
+
+class ColQwen3(Qwen3VLPreTrainedModel):
+    """Late-interaction embedding model: one L2-normalised vector of 320 dimensions a token.
+
+    Source: the hub code of TomoroAI/tomoro-colqwen3-embed-4b, re-implemented over transformers' Qwen3VLModel.
+    """
+
+    config: ColQwen3Config
+    config_class = ColQwen3Config
+    # With an empty prefix AutoRound saves a checkpoint without the head.
+    base_model_prefix = "vlm"
+
+    def __init__(self, config: ColQwen3Config) -> None:
+        super().__init__(config)
+        self.vlm = Backbone(config)
+        self.embedding_proj_layer = nn.Linear(config.text_config.hidden_size, config.embed_dim)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.model.language_model.embed_tokens
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        use_cache: bool = False,
+        **_: Any,
+    ) -> ColQwen3Output:
+        """Embed a batch of queries or pages.
+
+        Args:
+            input_ids: [batch, tokens].
+            attention_mask: [batch, tokens], 1 at real tokens; None where nothing is padded.
+            pixel_values: [patches, 3 * 2 * 16 * 16], the patches of all images of the batch.
+            image_grid_thw: [images, 3], each image's grid of patches.
+            mm_token_type_ids: [batch, tokens], 1 at image tokens; needed with images.
+            use_cache: keep the KV cache, as the published protocol does; nothing here reads it.
+        """
+        outputs = self.vlm.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            use_cache=use_cache,
+        )
+        embeddings = nn.functional.normalize(self.embedding_proj_layer(outputs.last_hidden_state), dim=-1)
+        if attention_mask is not None:
+            embeddings = embeddings * attention_mask.unsqueeze(-1)
+        return ColQwen3Output(embeddings=embeddings, past_key_values=outputs.past_key_values)
+
+
+def empty_network(config: ColQwen3Config, dtype: torch.dtype) -> ColQwen3:
+    """The network with parameters on the meta device; the few rotary buffers are real, and float32 as published."""
+    with init_empty_weights(include_buffers=False):
+        model = ColQwen3(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+def is_text_linear(name: str) -> bool:
+    """Whether the module of this name is one of the text tower's linears, the only ones that are quantised."""
+    return name.startswith(TEXT_LAYERS) and name.rsplit(".", 1)[-1].endswith("_proj")

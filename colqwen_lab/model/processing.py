@@ -1,0 +1,90 @@
+"""Queries to token ids, as the published processor makes them.
+
+A query is its text followed by ten pad tokens (`<|endoftext|>`), no prefix; a batch is padded on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from colqwen_lab.errors import Unmet
+from colqwen_lab.settings import DATA
+
+QUERY_SUFFIX_TOKENS = 10
+PAD = "<|endoftext|>"
+SPECIAL_TOKENS = (
+    PAD,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TINY_TOKENIZER = DATA / "tiny_tokenizer.json"
+# Qwen's own splitting rule: words with their leading space, digits one by one.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`.
+
+    Raises:
+        Unmet: the file cannot be read, or its pad token is missing.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise Unmet(f"{path} is not a tokenizer.json: {error}") from None
+    pad_id(tokenizer)
+    return tokenizer
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id of the pad token. Raises Unmet if there is none."""
+    found = tokenizer.token_to_id(PAD)
+    if found is None:
+        raise Unmet(f"the tokenizer has no {PAD} token; it is not that of a ColQwen3")
+    return found
+
+
+def encode_queries(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of each query, the ten suffix tokens included."""
+    suffix = [pad_id(tokenizer)] * QUERY_SUFFIX_TOKENS
+    return [encoding.ids + suffix for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """`(input_ids, attention_mask)`, both [rows, longest row], padding on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def train_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with Qwen's splitting rule and special tokens; how the tokenizer in the package was made."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

@@ -1,0 +1,285 @@
+"""Where weights come from: the hub, a folder, seeded random values, or the default of `tiny`.
+
+A source gives the network's configuration, the names, shapes and types of its tensors, and then the tensors one by
+one, straight onto the device: there is never a second copy of a checkpoint in memory. Only safetensors and JSON are
+read; nothing from a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from colqwen_lab.errors import Unmet
+from colqwen_lab.model.architecture import SIZES
+from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3Config
+from colqwen_lab.model.processing import TINY_TOKENIZER, read_tokenizer
+from colqwen_lab.model.variants import Repository, Variant, scheme_parts
+
+WEIGHTS = ("auto", "hub", "random")
+CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "*_config.json"]
+SAFETENSORS_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+class Source(ABC):
+    """The weights of one variant. `label` is what a record says of them."""
+
+    label: str
+    config: ColQwen3Config
+    tokenizer: Tokenizer | None
+
+    @property
+    @abstractmethod
+    def quantization(self) -> dict[str, Any] | None:
+        """The checkpoint's quantization_config; None for 16-bit weights."""
+
+    @property
+    def size(self) -> str:
+        """The size that this configuration is; `custom` for another."""
+        text = self.config.text_config
+        found = (text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        for size, parts in SIZES.items():
+            same = parts["text_config"]
+            if found == (same["hidden_size"], same["num_hidden_layers"], same["vocab_size"]):
+                return size
+        return "custom"
+
+    @abstractmethod
+    def check(self, expected: dict[str, Tensor]) -> None:
+        """Raise Unmet, listing them, if the tensors here are not just `expected` (name to meta tensor)."""
+
+    @abstractmethod
+    def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
+        """The tensor `name` on `device`, of the shape and type of `like`."""
+
+
+@dataclass
+class RandomSource(Source):
+    """Random weights of any size and scheme, drawn on `device`; each tensor's values hang on `seed` and its name.
+
+    Speed and memory do not depend on the values.
+    """
+
+    label: str
+    config: ColQwen3Config
+    scheme: str | None
+    device: torch.device
+    seed: int = 0
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        if self.scheme is None:
+            return None
+        bits, group_size = scheme_parts(self.scheme)
+        packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+        return {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"} | packing
+
+    def check(self, expected: dict[str, Tensor]) -> None:
+        """Nothing to check: every tensor is drawn as the network asks for it."""
+
+    def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
+        """Weights are normal with deviation 0.02, as is a dequantised weight; norms are one, biases zero."""
+        bits = scheme_parts(self.scheme)[0] if self.scheme else 0
+        if name.endswith(".qzeros"):
+            return torch.full(like.shape, _zero_word(bits), dtype=like.dtype, device=device)
+        if name.endswith(".scales"):
+            # Codes are uniform over 2^bits values, so their deviation is 2^bits / sqrt(12).
+            return torch.full(like.shape, 0.02 * math.sqrt(12) / 2**bits, dtype=like.dtype, device=device)
+        if name.endswith(".bias"):
+            return torch.zeros(like.shape, dtype=like.dtype, device=device)
+        if "norm" in name.split(".")[-2]:
+            return torch.ones(like.shape, dtype=like.dtype, device=device)
+        generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
+        values = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        if name.endswith(".qweight"):
+            values.random_(-(2**31), 2**31 - 1, generator=generator)
+        else:
+            values.normal_(std=0.02, generator=generator)
+        return values.to(device)
+
+
+def _zero_word(bits: int) -> int:
+    """A word of packed zero points of symmetric codes, 2^(bits-1), stored less one as the GPTQ packing does."""
+    word = 0
+    for shift in range(0, 32 - 32 % bits, bits):
+        word |= (2 ** (bits - 1) - 1) << shift
+    return word - 2**32 if word >= 2**31 else word
+
+
+class FolderSource(Source):
+    """A checkpoint folder in the hub's layout: config.json, one or several safetensors files, tokenizer.json."""
+
+    def __init__(self, folder: Path, label: str | None = None) -> None:
+        self.folder = folder
+        raw = self._json("config.json")
+        if raw.get("model_type") != ColQwen3Config.model_type:
+            raise Unmet(f"{folder}/config.json: model_type is {raw.get('model_type')!r}, not 'colqwen3'")
+        self._quantization = raw.pop("quantization_config", None)
+        # `auto_map` names code in the repository; it is never read.
+        known = {key: value for key, value in raw.items() if key not in ("auto_map", "dtype", "torch_dtype")}
+        try:
+            self.config = ColQwen3Config(**known)
+        except Exception as error:  # transformers validates with several error types
+            raise Unmet(f"{folder}/config.json is not the configuration of a ColQwen3: {_one_line(error)}") from None
+        self.files = self._index()
+        tokenizer = folder / "tokenizer.json"
+        self.tokenizer = read_tokenizer(tokenizer) if tokenizer.exists() else None
+        self.label = label or f"folder:{folder.resolve().name}#{self.digest}"
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        return self._quantization
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            document = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise Unmet(f"{self.folder} is not a checkpoint folder: it has no {name}") from None
+        except (OSError, ValueError) as error:
+            raise Unmet(f"{self.folder / name} cannot be read: {_one_line(error)}") from None
+        if not isinstance(document, dict):
+            raise Unmet(f"{self.folder / name} is not a JSON object")
+        return document
+
+    def _index(self) -> dict[str, Any]:
+        """Each tensor's open safetensors file, its name checked against the index and the folder."""
+        index = self.folder / "model.safetensors.index.json"
+        names = set(self._json(index.name).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+        outside = sorted(name for name in names if Path(name).name != name)
+        if outside:
+            raise Unmet(f"{index} points outside its folder: {outside[0]!r}")
+        self.paths = [self.folder / name for name in sorted(names)]
+        files: dict[str, Any] = {}
+        for path in self.paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise Unmet(f"{path} is missing, truncated or not safetensors: {_one_line(error)}") from None
+            files |= dict.fromkeys(file.keys(), file)
+        return files
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hex digits of each file's size, header and sixteen samples of 4 kB: what tells two folders apart."""
+        state = hashlib.sha256()
+        for path in self.paths:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+                state.update(size.to_bytes(8, "little") + file.read(header))
+                for part in range(16):
+                    file.seek(size * part // 16)
+                    state.update(file.read(4096))
+        return state.hexdigest()[:12]
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors of the checkpoint that the network never calls."""
+        return sorted(UNUSED_TENSORS & self.files.keys())
+
+    def check(self, expected: dict[str, Tensor]) -> None:
+        unneeded = {name for name in self.files if name in UNUSED_TENSORS or self._is_plain_group_index(name)}
+        problems = [f"missing {name}" for name in expected if name not in self.files]
+        problems += [f"unexpected {name}" for name in self.files if name not in expected and name not in unneeded]
+        for name, like in expected.items():
+            if name in self.files:
+                view = self.files[name].get_slice(name)
+                if list(view.get_shape()) != list(like.shape):
+                    problems.append(f"{name} has shape {view.get_shape()}, not {list(like.shape)}")
+                elif SAFETENSORS_DTYPES.get(view.get_dtype()) is None:
+                    problems.append(f"{name} is {view.get_dtype()}; valid: {', '.join(SAFETENSORS_DTYPES)}")
+                elif SAFETENSORS_DTYPES[view.get_dtype()].is_floating_point != like.is_floating_point():
+                    problems.append(f"{name} is {view.get_dtype()}, not {like.dtype}")
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise Unmet(f"{self.folder} does not fit the network: {'; '.join(problems[:5])}{more}")
+
+    def _is_plain_group_index(self, name: str) -> bool:
+        """Whether this is a GPTQ group index in its plain order, which says nothing; a re-ordered one matters."""
+        if not name.endswith(".g_idx") or self.quantization is None:
+            return False
+        index = self.files[name].get_tensor(name)
+        return torch.equal(index, torch.arange(len(index), dtype=index.dtype) // self.quantization["group_size"])
+
+    def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
+        return self.files[name].get_tensor(name).to(device=device, dtype=like.dtype)
+
+
+def hub_folder(repository: Repository) -> tuple[Path, str]:
+    """`(folder, commit)` of a hub repository: the commit its revision is at now, or without a network the cached one.
+
+    Raises:
+        Unmet: no network and not in the hub's cache, or no such repository or revision.
+    """
+    find: dict[str, Any] = {"repo_id": repository.name, "allow_patterns": CHECKPOINT_FILES}
+    try:
+        commit = HfApi().model_info(repository.name, revision=repository.revision, timeout=20).sha
+        folder = snapshot_download(**find, revision=commit)
+    except Exception as error:  # the hub's library raises those of whichever HTTP client it uses
+        try:
+            folder = snapshot_download(**find, revision=repository.revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            pin = "" if repository.revision == "main" else f" --revision {repository.revision}"
+            raise Unmet(
+                f"cannot get {repository.name} from the hub ({type(error).__name__}); where there is a network: "
+                f"`hf download {repository.name}{pin}`; or `--weights random` runs the same network for speed and memory"
+            ) from None
+    return Path(folder), Path(folder).name
+
+
+def default_source(variant: Variant, size: str, weights: str, device: torch.device, seed: int = 0) -> Source:
+    """The source of `variant` at `size`: `weights` is hub, random, a folder, or auto (tiny: its default; else hub).
+
+    Quantised variants of `tiny` have no hub repository; `quantize.cached_checkpoint` makes their folder.
+
+    Raises:
+        Unmet: there are no such weights here.
+    """
+    if variant.folder:
+        return FolderSource(variant.folder)
+    if weights == "random" or (weights == "auto" and size == "tiny" and "any" not in variant.hub):
+        auto = weights == "auto"
+        return RandomSource(
+            label="tiny default (untrained, seed 0)" if auto else f"random (seed {seed})",
+            config=ColQwen3Config.of_size(size),
+            scheme=variant.scheme,
+            # The default is the same on every machine; random 4B values are drawn where they are needed.
+            device=torch.device("cpu") if auto else device,
+            seed=seed,
+            tokenizer=read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None,
+        )
+    if weights not in WEIGHTS:
+        return FolderSource(Path(weights))
+    repository = variant.hub.get(size) or variant.hub.get("any")
+    if repository is None:
+        raise Unmet(
+            f"no hub repository is known for {variant.name} at size {size}; use `--weights random`, a folder, or make "
+            "one with `colqwen-lab quantize`"
+        )
+    folder, commit = hub_folder(repository)
+    return FolderSource(folder, label=f"hub:{repository.name}@{commit}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,377 @@
+"""The values that travel: a cell is what was measured, predicted or published of one variant at one batch size.
+
+Cells live in JSON-lines files, one a line, appended and flushed as they are measured. This module knows nobody:
+reading, writing and comparing records never imports torch. Bytes are bytes, seconds are seconds; MiB are for screens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from colqwen_lab.errors import BadInput
+from colqwen_lab.settings import DATA
+
+MIB = 2**20
+GIB = 2**30
+PUBLISHED = "published"
+
+Origin = Literal["measured", "predicted", "published"]
+
+
+class Value(BaseModel):
+    """Frozen, and strict: an unknown field or a wrong type is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
+
+
+class Workload(Value):
+    """What one step embeds. `tokens` is the padded length of the longest batch, `padded_share` of all tokens."""
+
+    kind: Literal["queries", "pages"]
+    batch_size: int = Field(gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+    texts: str | None = None
+    padded_share: float | None = Field(default=None, ge=0, le=1)
+
+
+class Backend(Value):
+    """The kernel asked for, and the kernels that engaged: how many text linears each multiplies."""
+
+    requested: str
+    engaged: dict[str, int] = {}
+    dtype: str | None = None
+    requested_dtype: str | None = None
+    kept_16bit: dict[str, int] = {}
+
+
+class Rate(Value):
+    """Items per second: the median, with a 95 % interval of it where samples allow one."""
+
+    median: float = Field(gt=0)
+    low: float | None = None
+    high: float | None = None
+
+
+class Memory(Value):
+    """Bytes on the device. `peak` is the allocator's on CUDA, and tracked from the tensors on a CPU."""
+
+    weights_bytes: int | None = None
+    resident_bytes: int | None = None
+    peak_bytes: int = Field(gt=0)
+    reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    allocation_retries: int | None = None
+    method: Literal["cuda", "tracked", "published"]
+
+
+class Timing(Value):
+    """How the samples were taken: steps thrown away first, why it stopped, and who was timed in turn with it."""
+
+    warmup_steps: int
+    steady: bool
+    stopped: str
+    in_turn_with: list[str] = []
+    clock: str
+
+
+class Environment(Value):
+    """The machine and the versions. No host, user or folder names."""
+
+    gpu: str | None = None
+    gpu_memory_bytes: int | None = None
+    compute_capability: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    power_limit_w: float | None = None
+    cpu: str | None = None
+    threads: int | None = None
+    host_memory_bytes: int | None = None
+    os: str | None = None
+    python: str | None = None
+    torch: str | None = None
+    transformers: str | None = None
+    auto_round: str | None = None
+    attention: str | None = None
+    code: str | None = None
+    commit: str | None = None
+    started_at: str | None = None
+
+    @property
+    def device(self) -> str:
+        """The GPU, or the CPU where there is none: the name a figure carries."""
+        return self.gpu or self.cpu or "unknown device"
+
+    def identity(self) -> dict[str, Any]:
+        """All that must be equal for two cells to belong to one sweep: everything but the commit and the hour."""
+        return self.model_dump(exclude={"commit", "started_at"})
+
+
+class Cell(Value):
+    """One variant at one batch size, and its outcome: ok, out of memory (oom) or failed, each with its reason."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    origin: Origin
+    source: str = "colqwen-lab"
+    variant: str
+    size: str
+    weights: str
+    workload: Workload
+    execution: str
+    protocol: str
+    backend: Backend
+    status: Literal["ok", "oom", "failed"]
+    reason: str | None = None
+    step_s: list[float] = []
+    items_per_s: Rate | None = None
+    memory: Memory | None = None
+    timing: Timing | None = None
+    gpu_state: dict[str, dict[str, Any]] | None = None
+    environment: Environment
+
+    @property
+    def batch_size(self) -> int:
+        return self.workload.batch_size
+
+    def settings(self) -> tuple[str, ...]:
+        """What two series must share to be compared at equal batch: size, workload, execution, protocol."""
+        return (self.size, self.workload.kind, self.execution, self.protocol)
+
+    def key(self) -> tuple[str, ...]:
+        """What makes this cell this cell, within one environment. A sweep holds each key once."""
+        work = self.workload
+        asked = (self.backend.requested, work.texts or "", str(work.batch_size))
+        return (self.variant, self.weights, *self.settings(), *asked)
+
+    def to_line(self) -> str:
+        return self.model_dump_json(by_alias=True) + "\n"
+
+
+def rate_of(step_s: Sequence[float], items: int) -> Rate:
+    """Items per second of `items` a step from the step times: the median and its 95 % interval.
+
+    The interval is the distribution-free one from order statistics (binomial ranks), so it assumes nothing of the
+    samples' shape; below six samples no pair of ranks covers 95 % and it is left out.
+    """
+    times = sorted(step_s)
+    n = len(times)
+    median = statistics.median(times)
+    tail, rank = 0.0, 0
+    while rank < n and tail + math.comb(n, rank) / 2**n <= 0.025:
+        tail += math.comb(n, rank) / 2**n
+        rank += 1
+    if rank == 0:
+        return Rate(median=items / median)
+    return Rate(median=items / median, low=items / times[n - rank], high=items / times[rank - 1])
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_cells(source: str | Path) -> list[Cell]:
+    """The cells of a file, or of the report for the word `published`.
+
+    Takes JSON lines written here and the JSON document that the report's own script writes. A torn last line (a
+    sweep killed while writing) is left out.
+
+    Raises:
+        BadInput: no such file, or one that is not a records file; the line is named.
+    """
+    if str(source) == PUBLISHED:
+        return published_cells()
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"no records file {path}; name one that a sweep wrote, or the word {PUBLISHED}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a records file: {error}") from None
+    document = _json(text)
+    cells = _script_cells(document) if isinstance(document, dict) and "results" in document else _line_cells(text, path)
+    if not cells:
+        raise BadInput(f"{path} holds no cell; a records file is JSON lines written by `colqwen-lab sweep`")
+    return cells
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _line_cells(text: str, path: Path) -> list[Cell]:
+    lines = text.split("\n")
+    complete, torn = lines[:-1], lines[-1]
+    cells = []
+    for number, line in enumerate(complete, 1):
+        try:
+            cells.append(Cell.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the line"
+            raise BadInput(f"{path} line {number} is not a record: {where}: {first['msg']}") from None
+    if torn and not cells:
+        raise BadInput(f"{path} is not a records file; valid: JSON lines by `colqwen-lab sweep`, or {PUBLISHED}")
+    return cells
+
+
+class Store:
+    """The records file of one sweep: what is kept of it, and an append that survives a kill.
+
+    Only rows for which `keep` holds stay; the others (another environment, a failure to be tried again, everything
+    with `fresh`) move to `NAME.superseded.jsonl` beside it, so nothing measured is ever lost. A context manager: one
+    process at a time holds the file.
+
+    Raises:
+        BadInput: the file is not a records file, its folder cannot be written, or another sweep holds it.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[Cell], bool]) -> None:
+        self.path = path
+        self._lock = FileLock(f"{path}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            old = read_cells(path) if path.exists() and path.stat().st_size else []
+            self.cells = [cell for cell in old if keep(cell)]
+            self.superseded = [cell for cell in old if not keep(cell)]
+            if self.superseded:
+                _append(path.with_suffix(".superseded.jsonl"), self.superseded)
+            _replace(path, self.cells)
+        except Timeout:
+            raise BadInput(f"another sweep writes to {path}; wait for it or name another file") from None
+        except OSError as error:
+            raise BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def add(self, cells: Iterable[Cell]) -> None:
+        """Append `cells`; they are on disk when this returns."""
+        new = list(cells)
+        _append(self.path, new)
+        self.cells.extend(new)
+
+
+def _append(path: Path, cells: Iterable[Cell]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(cell.to_line() for cell in cells))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(path: Path, cells: Iterable[Cell]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    _append(temporary, cells)
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------- figures from elsewhere
+
+
+def published_report() -> dict[str, Any]:
+    """The report's figures and claims as data (`data/a100_4b.json`)."""
+    return json.loads((DATA / "a100_4b.json").read_text(encoding="utf-8"))
+
+
+def published_cells() -> list[Cell]:
+    """The report's sweep as cells of origin `published`. It gives no samples, so no intervals."""
+    report = published_report()
+    machine = report["environment"]
+    environment = Environment(gpu=machine["gpu"], cuda=machine["cuda"], attention=machine["attention"])
+    return [
+        Cell(
+            origin="published",
+            source=report["source"],
+            variant=variant,
+            size="4b",
+            weights=f"hub:{report['models'][variant]['checkpoint']}",
+            workload=Workload(kind="queries", batch_size=row["batch_size"], texts="report"),
+            execution="eager",
+            protocol="published",
+            backend=Backend(requested="auto", dtype="float16"),
+            status="ok",
+            items_per_s=Rate(median=float(row["items_per_s"])),
+            memory=Memory(peak_bytes=row["peak_mib"] * MIB, method="published"),
+            environment=environment,
+        )
+        for variant, rows in report["sweep"].items()
+        for row in rows
+    ]
+
+
+SCRIPT_NAMES = {"base": "BASE", "awq": "AWQ"}
+
+
+def script_json(cells: Iterable[Cell], metadata: dict[str, Any], names: Callable[[Cell], str]) -> dict[str, Any]:
+    """The document that the report's `benchmark.py` writes, from cells. Its MB are MiB, as the report's are."""
+    results = {}
+    for cell in cells:
+        if cell.items_per_s is None or cell.memory is None:
+            continue
+        times = cell.step_s
+        results[names(cell)] = {
+            "scenario": names(cell),
+            "total_items": cell.batch_size * len(times),
+            "total_time_s": sum(times),
+            "throughput_items_per_s": cell.batch_size * len(times) / sum(times),
+            "latency_mean_ms_per_batch": 1000 * statistics.fmean(times),
+            "latency_std_ms_per_batch": 1000 * statistics.pstdev(times),
+            "cuda_memory_allocated_MB": (cell.memory.resident_bytes or 0) / MIB,
+            "cuda_max_memory_allocated_MB": cell.memory.peak_bytes / MIB,
+            "cuda_max_memory_reserved_MB": (cell.memory.reserved_bytes or 0) / MIB,
+        }
+    return {"metadata": metadata, "results": results}
+
+
+def _script_cells(document: dict[str, Any]) -> list[Cell]:
+    """Cells of a document by the report's script. It keeps no samples: only the mean rate, and no interval."""
+    cells = []
+    variants = {label: variant for variant, label in SCRIPT_NAMES.items()}
+    try:
+        metadata = document.get("metadata", {})
+        for name, row in document["results"].items():
+            head, _, tail = name.rpartition("_bs")
+            prefix = name.split("_", 1)[0]
+            pages = "image" in name
+            batch = int(tail) if head else int(metadata[f"{'image' if pages else 'text'}_batch_size"])
+            variant = variants.get(prefix, prefix.lower())
+            weights = metadata.get("weights", "hub")
+            cells.append(
+                Cell(
+                    origin="measured",
+                    source="the report's script",
+                    variant=variant,
+                    size=str(metadata.get("size", "4b")),
+                    weights=weights[variant] if isinstance(weights, dict) else str(weights),
+                    workload=Workload(kind="pages" if pages else "queries", batch_size=batch, texts="report"),
+                    execution="eager",
+                    protocol="published",
+                    backend=Backend(requested="auto"),
+                    status="ok",
+                    items_per_s=Rate(median=float(row["throughput_items_per_s"])),
+                    memory=Memory(
+                        peak_bytes=round(float(row["cuda_max_memory_allocated_MB"]) * MIB),
+                        method=metadata.get("memory_method") or "cuda",
+                    ),
+                    environment=Environment(
+                        gpu=metadata.get("gpu"), cuda=metadata.get("cuda_version"), cpu=metadata.get("cpu")
+                    ),
+                )
+            )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"not a document of the report's script: {type(error).__name__}: {str(error)[:80]}") from None
+    return cells

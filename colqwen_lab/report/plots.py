@@ -1,0 +1,242 @@
+"""Figures of series: throughput, overhead, peak memory, and throughput over memory.
+
+A variant keeps its colour and marker in every figure (Okabe-Ito, safe for colour-blind eyes); a second series of the
+same variant is dashed. The second line of a title says where the figures come from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+from colqwen_lab.errors import BadInput
+from colqwen_lab.records import GIB, MIB
+from colqwen_lab.report.compare import CARDS_GB, SAME_PERCENT, Comparison, peak, rate
+from colqwen_lab.report.series import Series, conditions, unit
+from colqwen_lab.settings import writable_folder
+
+FIXED = {"base": ("#0072B2", "o"), "awq": ("#D55E00", "s")}
+FREE = (("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
+#: A card this many times above the largest peak would squash the plot.
+OUT_OF_REACH = 20
+DPI = 120
+
+
+class Plot(Figure):
+    """A figure that a notebook shows without pyplot and its global state."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = BytesIO()
+        self.savefig(buffer, format="png", dpi=90)
+        return buffer.getvalue()
+
+
+def throughput(series: Sequence[Series]) -> Figure:
+    """Items per second over the batch size, with the 95 % interval of each median."""
+    figure, axes = _axes(series, "Throughput over batch size")
+    for one, style in _styles(series):
+        rows = list(one.rated.values())
+        rates = [cell.items_per_s for cell in rows if cell.items_per_s]
+        low = [r.median - (r.median if r.low is None else r.low) for r in rates]
+        high = [(r.median if r.high is None else r.high) - r.median for r in rates]
+        batches = [cell.batch_size for cell in rows]
+        axes.errorbar(batches, [r.median for r in rates], yerr=[low, high], capsize=3, **style)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(_unit(series))
+    _batch_axis(axes, series)
+    return _legend(figure, axes)
+
+
+def overhead(comparison: Comparison) -> Figure:
+    """The overhead in percent over the batch size. A filled marker is told apart from zero, a hollow one is not."""
+    both = (comparison.base, comparison.awq)
+    figure, axes = _axes(both, f"{comparison.awq.label} against {comparison.base.label} at the same batch size")
+    style = _styles(both)[1][1]
+    axes.axhspan(-SAME_PERCENT, SAME_PERCENT, color="0.85", label=f"±{SAME_PERCENT:g} %: not told apart")
+    axes.axhline(0, color="0.3", linewidth=1)
+    rows = comparison.overhead
+    values = [row.overhead_percent for row in rows]
+    low = [row.overhead_percent - (row.overhead_percent if row.low is None else row.low) for row in rows]
+    high = [(row.overhead_percent if row.high is None else row.high) - row.overhead_percent for row in rows]
+    # A percentile interval may leave the estimate just outside when the samples are few.
+    spread = [[max(0.0, value) for value in side] for side in (low, high)]
+    axes.errorbar([row.batch_size for row in rows], values, yerr=spread, capsize=3, **style | {"mfc": "white"})
+    told = [row for row in rows if row.verdict != "cannot tell"]
+    axes.plot(
+        [row.batch_size for row in told],
+        [row.overhead_percent for row in told],
+        style["marker"],
+        color=style["color"],
+        zorder=5,
+    )
+    for row in rows:
+        under = row.overhead_percent < 0
+        end = row.low if under else row.high
+        axes.annotate(
+            f"{row.overhead_percent:+.1f}",
+            (row.batch_size, row.overhead_percent if end is None else end),
+            xytext=(0, -15 if under else 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_ylabel(f"difference in {_unit(both)}, % (negative = slower)")
+    axes.margins(y=0.15)
+    _batch_axis(axes, both)
+    return _legend(figure, axes)
+
+
+def memory(series: Sequence[Series], cards: Sequence[float] | None = None) -> Figure:
+    """Peak memory over the batch size, with a line at each card's nominal memory; `cards` in GB.
+
+    Without `cards` those of the usual ones are drawn that the data reach half of, and at least the smallest. A card
+    more than 20 times above the largest peak is left out, asked for or not: the tiny model would lie flat below it.
+    """
+    figure, axes = _axes(series, "Peak memory over batch size")
+    scale, name = _scale(series)
+    for one, style in _styles(series):
+        rows = one.sized.values()
+        axes.plot([cell.batch_size for cell in rows], [peak(cell) / scale for cell in rows], **style)
+    drawn = _cards_drawn(_largest_peak(series), cards)
+    axes.set_ylim(0, 1.1 * max([_largest_peak(series), *(card * GIB for card in drawn)]) / scale or 1)
+    for card in drawn:
+        axes.axhline(card * GIB / scale, color="0.4", linestyle=(0, (4, 3)), linewidth=1)
+        axes.annotate(
+            f"{card:g} GB card",
+            (1, card * GIB / scale),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="0.3",
+        )
+    axes.set_ylabel(f"peak memory, {name}")
+    _batch_axis(axes, series)
+    return _legend(figure, axes)
+
+
+def tradeoff(series: Sequence[Series]) -> Figure:
+    """Items per second over peak memory; each point carries its batch size."""
+    figure, axes = _axes(series, "Throughput over peak memory")
+    scale, name = _scale(series)
+    for one, style in _styles(series):
+        rows = [cell for batch, cell in one.rated.items() if batch in one.sized]
+        points = [(peak(cell) / scale, rate(cell)) for cell in rows]
+        axes.plot([x for x, _ in points], [y for _, y in points], **style)
+        for cell, point in zip(rows, points, strict=True):
+            text = str(cell.batch_size)
+            axes.annotate(text, point, xytext=(6, -9), textcoords="offset points", fontsize=8, color=style["color"])
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.08)
+    axes.set_xlabel(f"peak memory, {name} (points: batch size)")
+    axes.set_ylabel(_unit(series))
+    return _legend(figure, axes)
+
+
+KINDS: dict[str, Callable[..., Figure]] = {"throughput": throughput, "memory": memory, "tradeoff": tradeoff}
+
+
+def save(figure: Figure, stem: str, folder: str | Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg to `folder`; their paths. Equal figures make equal files.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    paths = [writable_folder(Path(folder)) / f"{stem}.{kind}" for kind in ("png", "svg")]
+    try:
+        with matplotlib.rc_context({"svg.hashsalt": "colqwen-lab"}):
+            figure.savefig(paths[0], dpi=DPI)
+            figure.savefig(paths[1], metadata={"Date": None})
+    except OSError as error:
+        raise BadInput(
+            f"cannot write {stem} to {folder}: {error.strerror}; name a folder that can be written"
+        ) from None
+    return paths
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _axes(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
+    figure = Plot(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    cells = [cell for one in series for cell in one.cells]
+    figure.suptitle(title, fontsize=12)
+    axes.set_title(conditions(cells), fontsize=8, color="0.3", wrap=True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _styles(series: Sequence[Series]) -> list[tuple[Series, dict[str, Any]]]:
+    """Each series with its line: colour and marker by variant, dashes by how often the variant came before."""
+    free = iter(FREE * len(series))
+    by_variant, seen, styles = dict(FIXED), Counter[str](), []
+    for one in series:
+        if one.variant not in by_variant:
+            by_variant[one.variant] = next(free)
+        color, marker = by_variant[one.variant]
+        dashes = ("-", "--", ":", "-.")[seen[one.variant] % 4]
+        seen[one.variant] += 1
+        styles.append((one, {"color": color, "marker": marker, "linestyle": dashes, "label": one.label}))
+    return styles
+
+
+def _batch_axis(axes: Axes, series: Sequence[Series]) -> None:
+    """Powers of two, a tick at each batch size; a cell without a figure is an x on the axis, named by its status."""
+    batches = sorted({cell.batch_size for one in series for cell in one.cells})
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(batches))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("batch size")
+    for nth, (one, style) in enumerate(_styles(series)):
+        for cell in one.lost:
+            height = 0.03 + 0.06 * nth
+            where = axes.get_xaxis_transform()
+            axes.plot([cell.batch_size], [height], "x", color=style["color"], transform=where, clip_on=False, zorder=6)
+            axes.annotate(
+                "OOM" if cell.status == "oom" else cell.status,
+                (cell.batch_size, height),
+                xycoords=where,
+                xytext=(-6, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=8,
+                color=style["color"],
+            )
+
+
+def _legend(figure: Figure, axes: Axes) -> Figure:
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _unit(series: Sequence[Series]) -> str:
+    return " and ".join(dict.fromkeys(unit(cell) for one in series for cell in one.cells)) or "items/s"
+
+
+def _largest_peak(series: Sequence[Series]) -> int:
+    return max((peak(cell) for one in series for cell in one.sized.values()), default=0)
+
+
+def _scale(series: Sequence[Series]) -> tuple[int, str]:
+    return (GIB, "GiB") if _largest_peak(series) >= GIB else (MIB, "MiB")
+
+
+def _cards_drawn(largest_peak_bytes: int, cards: Iterable[float] | None) -> list[float]:
+    """The cards, in GB, that a memory plot has room for."""
+    room = sorted(card for card in cards or CARDS_GB if card * GIB <= OUT_OF_REACH * largest_peak_bytes)
+    return room if cards else [card for card in room if card * GIB <= 2 * largest_peak_bytes] or room[:1]

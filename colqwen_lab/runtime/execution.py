@@ -1,0 +1,53 @@
+"""What happens to a batch: one forward under a protocol. A measurement and a prediction run this same code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colqwen_lab.model.network import ColQwen3, ColQwen3Output
+
+Forward = Callable[[ColQwen3, dict[str, Tensor], bool], ColQwen3Output]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`use_cache`: the forward keeps the KV cache; `keep_output`: the last output lives while the next step runs."""
+
+    use_cache: bool
+    keep_output: bool
+
+
+PROTOCOLS = {"lean": Protocol(use_cache=False, keep_output=False), "published": Protocol(True, True)}
+
+
+def eager(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
+    """The forward as transformers writes it, mask and all."""
+    return model(**inputs, use_cache=use_cache)
+
+
+EXECUTIONS: dict[str, Forward] = {"eager": eager}
+
+
+class Steps:
+    """Calling it embeds the next batch, batches in turn, and holds the output as the protocol says."""
+
+    def __init__(
+        self, model: ColQwen3, inputs: Sequence[dict[str, Tensor]], execution: str = "eager", protocol: str = "lean"
+    ) -> None:
+        self.model, self.inputs = model, inputs
+        self.forward, self.protocol = EXECUTIONS[execution], PROTOCOLS[protocol]
+        self.count = 0
+        self.output: Any = None
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        if not self.protocol.keep_output:
+            self.output = None
+        batch = self.inputs[self.count % len(self.inputs)]
+        self.count += 1
+        self.output = self.forward(self.model, batch, self.protocol.use_cache)

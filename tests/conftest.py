@@ -1,0 +1,89 @@
+"""Checkpoint folders in the published layout, made once a session."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from colqwen_lab.model import loading, quantize
+from colqwen_lab.model.processing import TINY_TOKENIZER
+from colqwen_lab.model.variants import VARIANTS
+from colqwen_lab.model.weights import FolderSource, default_source
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny default as a 16-bit checkpoint, its configuration written the way the hub's is."""
+    folder = tmp_path_factory.mktemp("base") / "checkpoint"
+    folder.mkdir()
+    model = loading.load(default_source(VARIANTS["base"], "tiny", "auto", CPU), CPU).model
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    config = model.config.to_dict() | {
+        "auto_map": {"AutoModel": "modeling_colqwen3.ColQwen3"},
+        "architectures": ["ColQwen3"],
+        "dtype": "bfloat16",
+    }
+    rotary = config["text_config"].pop("rope_parameters")
+    config["text_config"]["rope_theta"] = rotary.pop("rope_theta")
+    config["text_config"]["rope_scaling"] = rotary
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(TINY_TOKENIZER, folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """W4A16 checkpoints of the tiny default, plainly rounded, by AutoRound format; each is made once."""
+    root = tmp_path_factory.mktemp("packed")
+
+    def of_format(format: str) -> Path:
+        folder = root / format
+        if not folder.exists():
+            source = default_source(VARIANTS["base"], "tiny", "auto", CPU)
+            quantize.quantize(source, folder, quantize.Recipe(iters=0, samples=4, seqlen=16, format=format))
+        return folder
+
+    return of_format
+
+
+@pytest.fixture()
+def edited(tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a checkpoint folder with its tensors or its configuration changed."""
+
+    def edit(
+        folder: Path,
+        tensors: Callable[[dict[str, torch.Tensor]], Any] | None = None,
+        config: Callable[[dict[str, Any]], Any] | None = None,
+    ) -> Path:
+        copy = tmp_path / "edited"
+        shutil.copytree(folder, copy)
+        if tensors:
+            values = load_file(copy / "model.safetensors")
+            tensors(values)
+            save_file(values, copy / "model.safetensors")
+        if config:
+            values = json.loads((copy / "config.json").read_text())
+            config(values)
+            (copy / "config.json").write_text(json.dumps(values))
+        return copy
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def tiny() -> loading.Loaded:
+    return loading.load(default_source(VARIANTS["base"], "tiny", "auto", CPU), CPU)
+
+
+@pytest.fixture(scope="session")
+def tiny_awq(packed: Callable[[str], Path]) -> loading.Loaded:
+    return loading.load(FolderSource(packed("auto_round")), CPU, backend="torch")

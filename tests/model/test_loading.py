@@ -1,0 +1,297 @@
+"""Checkpoint folders in the published layout: they load as they are, or an error names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.model import loading
+from colqwen_lab.model.architecture import SIZES
+from colqwen_lab.model.network import ColQwen3, ColQwen3Config
+from colqwen_lab.model.variants import VARIANTS, resolve_variant
+from colqwen_lab.model.weights import FolderSource, default_source
+
+CPU = torch.device("cpu")
+LAYER = "vlm.model.language_model.layers.1.mlp.up_proj"
+IDS = torch.arange(7, 31).view(2, 12)
+Edit = Callable[..., Path]
+
+
+def load(folder: Path, **options: Any) -> loading.Loaded:
+    return loading.load(FolderSource(folder), CPU, **options)
+
+
+def embed(loaded: loading.Loaded) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded.model(IDS).embeddings.float()
+
+
+def test_base_folder_loads_as_it_is(base_folder: Path, tiny: loading.Loaded) -> None:
+    loaded = load(base_folder)
+    torch.testing.assert_close(embed(loaded), embed(tiny), rtol=0, atol=0)
+    assert loaded.engaged == {"torch.nn.Linear": 28}
+    assert loaded.dtype == "bfloat16"
+    assert loaded.weights.startswith("folder:checkpoint#")
+    rotary = loaded.model.get_buffer("vlm.model.language_model.rotary_emb.inv_freq")
+    assert rotary.dtype == torch.float32
+    expected = ColQwen3(ColQwen3Config.of_size("tiny")).vlm.model.language_model.rotary_emb.inv_freq
+    torch.testing.assert_close(rotary, expected)
+
+
+def test_sharded_folder_loads(base_folder: Path, tmp_path: Path, tiny: loading.Loaded) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(base_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.testing.assert_close(embed(load(folder)), embed(tiny), rtol=0, atol=0)
+    index["weight_map"][names[0]] = "../base/model.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Unmet, match="outside its folder"):
+        load(folder)
+
+
+def test_half_precision_checkpoint_is_cast(base_folder: Path, edited: Edit, tiny: loading.Loaded) -> None:
+    folder = edited(base_folder, tensors=lambda t: t.update({k: v.half() for k, v in t.items()}))
+    assert load(folder).dtype == "bfloat16"
+    assert load(folder, dtype="float16").dtype == "float16"
+
+
+def test_the_8b_s_unused_head_is_left_out_and_said(base_folder: Path, edited: Edit) -> None:
+    folder = edited(base_folder, tensors=lambda t: t.update({"vlm.lm_head.weight": torch.zeros(1536, 128)}))
+    assert load(folder).left_out == ("vlm.lm_head.weight",)
+
+
+@pytest.mark.parametrize("format", ["auto_round", "auto_gptq", "auto_awq"])
+def test_every_packing_loads_onto_a_real_kernel(format: str, packed: Callable[[str], Path]) -> None:
+    folder = packed(format)
+    loaded = load(folder)
+    (kernel,) = loaded.engaged
+    assert loaded.engaged == {kernel: 28}
+    assert kernel in ("auto_round:torch_zp", "auto_round_kernel_zp", "auto_round_kernel_awq")
+    assert loaded.kept_16bit == {"vision tower": 24, "head": 1}
+    reference = embed(load(packed("auto_round"), backend="torch"))
+    assert torch.cosine_similarity(embed(loaded), reference, dim=-1).min() > 0.999
+
+
+def test_awq_checkpoint_is_the_same_codes_in_another_packing(packed: Callable[[str], Path]) -> None:
+    assert json.loads((packed("auto_awq") / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
+    assert load_file(packed("auto_awq") / "model.safetensors")[f"{LAYER}.qweight"].shape == (128, 32)
+    assert load_file(packed("auto_gptq") / "model.safetensors")[f"{LAYER}.qweight"].shape == (16, 256)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight"), f"missing {LAYER}.weight"),
+        (lambda t: t.pop("embedding_proj_layer.bias"), "missing embedding_proj_layer.bias"),
+        (lambda t: t.update({"vlm.extra": torch.zeros(2)}), "unexpected vlm.extra"),
+        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 64)}), rf"{LAYER}.weight has shape \[256, 64\]"),
+        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128, dtype=torch.int32)}), "is I32, not"),
+        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128).double()}), "is F64; valid: BF16"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(base_folder: Path, edited: Edit, change: Any, says: str) -> None:
+    with pytest.raises(Unmet, match=says):
+        load(edited(base_folder, tensors=change))
+
+
+def test_many_problems_are_counted(base_folder: Path, edited: Edit) -> None:
+    with pytest.raises(Unmet, match=r"missing .* and \d+ more"):
+        load(edited(base_folder, tensors=lambda t: [t.pop(name) for name in list(t)[:20]]))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_file_is_named(base_folder: Path, edited: Edit, keep: int) -> None:
+    folder = edited(base_folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(Unmet, match=r"model\.safetensors is missing, truncated or not safetensors"):
+        load(folder)
+
+
+def test_pickled_weights_are_never_read(base_folder: Path, edited: Edit) -> None:
+    folder = edited(base_folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(Unmet, match=r"model\.safetensors is missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.update(model_type="qwen3_vl"), "model_type is 'qwen3_vl'"),
+        (lambda c: c["text_config"].update(hidden_size="wide"), "not the configuration of a ColQwen3"),
+        (lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "bits": 4}), "valid packings"),
+    ],
+)
+def test_a_wrong_configuration_is_named(base_folder: Path, edited: Edit, change: Any, says: str) -> None:
+    with pytest.raises(Unmet, match=says):
+        load(edited(base_folder, config=change))
+
+
+def test_not_a_checkpoint_folder(tmp_path: Path) -> None:
+    with pytest.raises(Unmet, match=r"has no config\.json"):
+        FolderSource(tmp_path)
+    (tmp_path / "config.json").write_text("[1")
+    with pytest.raises(Unmet, match="cannot be read"):
+        FolderSource(tmp_path)
+
+
+def test_blocks_that_match_nothing_are_an_error(packed: Callable[[str], Path], edited: Edit) -> None:
+    """AutoRound would go on with freshly drawn 16-bit linears."""
+    folder = edited(
+        packed("auto_round"), config=lambda c: c["quantization_config"].update(block_name_to_quantize="model.layers")
+    )
+    with pytest.raises(Unmet, match="matches no layer"):
+        load(folder)
+
+
+def test_a_packing_that_no_kernel_serves_is_an_error(packed: Callable[[str], Path], edited: Edit) -> None:
+    """AutoRound would choose its fake backend, or end the process."""
+    folder = edited(
+        packed("auto_round"), config=lambda c: c["quantization_config"].update(packing_format="auto_round:nowhere")
+    )
+    with pytest.raises(Unmet, match="no installed kernel for 4-bit weights of group 128 in packing auto_round:nowhere"):
+        load(folder)
+    with pytest.raises(Unmet, match=r"backend torch has no installed kernel .* auto_round_kernel_awq"):
+        load(packed("auto_awq"), backend="torch")
+
+
+def test_asymmetric_codes_have_no_fallback(packed: Callable[[str], Path], edited: Edit) -> None:
+    folder = edited(packed("auto_round"), config=lambda c: c["quantization_config"].update(sym=False))
+    with pytest.raises(Unmet, match="backend torch has no installed kernel"):
+        load(folder, backend="torch")
+
+
+def test_fake_backend_is_refused_by_name_and_on_the_module(packed: Callable[[str], Path]) -> None:
+    with pytest.raises(BadInput, match="unknown backend 'auto_round:fake'"):
+        load(packed("auto_round"), backend="auto_round:fake")
+    loaded = load(packed("auto_round"), backend="torch")
+    from auto_round.experimental.qmodules import FakeActQuantLinear
+
+    layer = loaded.model.get_submodule(LAYER)
+    original = torch.nn.Linear(128, 256, bias=False)
+    scheme = {"bits": 4, "group_size": 128, "sym": True, "act_bits": 16, "data_type": "int"}
+    from auto_round.schemes import QuantizationScheme
+
+    fake = FakeActQuantLinear.from_original(QuantizationScheme.from_dict(scheme), original)
+    loaded.model.set_submodule(LAYER, fake)
+    with pytest.raises(Unmet, match="fake backend"):
+        loading.engaged_kernels(loaded.model, ["auto_round:torch_zp"])
+    loaded.model.set_submodule(LAYER, layer)
+
+
+def test_engaged_is_read_off_the_modules(packed: Callable[[str], Path]) -> None:
+    loaded = load(packed("auto_round"), backend="torch")
+    loaded.model.set_submodule(LAYER, torch.nn.Linear(128, 256, bias=False))
+    assert loading.engaged_kernels(loaded.model, ["auto_round:torch_zp"]) == {
+        "auto_round:torch_zp": 27,
+        "torch.nn.Linear": 1,
+    }
+
+
+def test_a_reordered_group_index_is_not_ignored(packed: Callable[[str], Path], edited: Edit) -> None:
+    folder = edited(
+        packed("auto_gptq"), tensors=lambda t: t.update({f"{LAYER}.g_idx": t[f"{LAYER}.g_idx"].flip(0) + 1})
+    )
+    with pytest.raises(Unmet, match=f"unexpected {LAYER}.g_idx"):
+        load(folder)
+
+
+@pytest.mark.parametrize("backend", ["nope", "marlin"])
+def test_unknown_backend_names_the_valid_ones(backend: str, packed: Callable[[str], Path]) -> None:
+    with pytest.raises(BadInput, match=r"valid: auto, .*torch"):
+        load(packed("auto_round"), backend=backend)
+
+
+def test_backend_for_plain_weights(base_folder: Path) -> None:
+    with pytest.raises(BadInput, match="valid for 16-bit weights: auto, torch"):
+        load(base_folder, backend="ark")
+    with pytest.raises(BadInput, match="unknown dtype 'int4'; valid: bfloat16"):
+        load(base_folder, dtype="int4")
+
+
+@pytest.mark.parametrize("scheme", [None, "W4A16", "W8A16", "W3A16G32", "W2A16G64"])
+def test_random_weights_run_and_depend_on_the_seed_alone(scheme: str | None) -> None:
+    variant = resolve_variant(scheme or "base")
+    first, again, other = (
+        loading.load(default_source(variant, "tiny", "random", CPU, seed), CPU, backend="torch") for seed in (1, 1, 2)
+    )
+    torch.testing.assert_close(embed(first), embed(again), rtol=0, atol=0)
+    assert not torch.allclose(embed(first), embed(other), atol=1e-2)
+    torch.testing.assert_close(embed(first).norm(dim=-1), torch.ones(2, 12), atol=0.01, rtol=0)
+    for name, parameter in first.model.state_dict().items():
+        assert parameter.isfinite().all(), name
+
+
+def test_random_codes_dequantise_to_the_spread_of_random_weights() -> None:
+    from colqwen_lab.model.quantize import dequantized
+
+    loaded = loading.load(default_source(VARIANTS["awq"], "tiny", "random", CPU), CPU, backend="torch")
+    weight = dequantized(loaded.model.get_submodule(LAYER), 128, CPU).float()
+    assert weight.shape == (256, 128)
+    assert weight.std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_4b_skeleton_counts_the_published_bytes() -> None:
+    """3,336.2 MiB with packed zeros of 13.6 MiB more; source: the project's facts."""
+    source = default_source(VARIANTS["awq"], "4b", "random", CPU)
+    model, used = loading.skeleton(source.config, source.quantization, CPU, backend="torch")
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    packed_bytes = sum(size for name, size in sizes.items() if name.rsplit(".", 1)[-1] in ("qweight", "scales"))
+    zeros = sum(size for name, size in sizes.items() if name.endswith("qzeros"))
+    assert packed_bytes / 2**20 == pytest.approx(1786.6, abs=0.05)
+    assert (packed_bytes + zeros) / 2**20 == pytest.approx(1800.2, abs=0.05)
+    assert (sum(sizes.values()) - zeros) / 2**20 == pytest.approx(1536.0 + 1786.6, abs=0.1)
+    assert used == ["auto_round:torch_zp"]
+
+
+def test_no_network_says_what_to_do() -> None:
+    with pytest.raises(
+        Unmet, match=r"hf download TomoroAI/tomoro-colqwen3-embed-4b --revision 6a32fb.*--weights random"
+    ):
+        default_source(VARIANTS["base"], "4b", "auto", CPU)
+    with pytest.raises(Unmet, match="no hub repository is known for awq at size tiny"):
+        default_source(VARIANTS["awq"], "tiny", "hub", CPU)
+
+
+def test_hub_revision_is_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Over the hub library's own cache layout, found without a network: a pinned commit, and a branch resolved."""
+    from huggingface_hub import constants
+
+    from colqwen_lab.model.weights import Repository, hub_folder
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    pinned, branch = VARIANTS["base"].hub["4b"], Repository("someone/else")
+    cached = tmp_path / "models--someone--else"
+    shutil.copytree(base_folder, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    assert hub_folder(branch)[1] == "0" * 40
+    shutil.copytree(base_folder, tmp_path / "models--TomoroAI--tomoro-colqwen3-embed-4b/snapshots" / pinned.revision)
+    source = default_source(VARIANTS["base"], "4b", "hub", CPU)
+    assert source.label == f"hub:{pinned.name}@{pinned.revision}"
+    assert source.size == "tiny"
+
+
+def test_size_is_told_from_the_configuration(base_folder: Path, edited: Edit) -> None:
+    assert FolderSource(base_folder).size == "tiny"
+    assert (
+        FolderSource(edited(base_folder, config=lambda c: c["text_config"].update(num_hidden_layers=3))).size
+        == "custom"
+    )
+    assert {default_source(VARIANTS["base"], size, "random", CPU).size for size in SIZES} == set(SIZES)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.model import quantize
+from colqwen_lab.model.quantize import RECORD, Recipe
+from colqwen_lab.model.variants import VARIANTS, resolve_variant, scheme_parts
+from colqwen_lab.model.weights import FolderSource, default_source
+
+CPU = torch.device("cpu")
+
+
+def source() -> Any:
+    return default_source(VARIANTS["base"], "tiny", "auto", CPU)
+
+
+@pytest.mark.parametrize("format", ["auto_round", "auto_gptq", "auto_awq"])
+def test_every_tensor_of_the_source_is_accounted_for(
+    format: str, base_folder: Path, packed: Callable[[str], Path]
+) -> None:
+    before = load_file(base_folder / "model.safetensors")
+    after = load_file(packed(format) / "model.safetensors")
+    untouched = [name for name in before if "language_model.layers" not in name or "norm" in name]
+    assert all(torch.equal(before[name], after[name]) for name in untouched)
+    linears = {name.removesuffix(".weight") for name in before if name not in untouched}
+    assert len(linears) == 28
+    assert {name.removesuffix(".qweight") for name in after if name.endswith("qweight")} == linears
+    config = json.loads((packed(format) / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert (packed(format) / "tokenizer.json").exists()
+
+
+def test_record_says_what_was_done(packed: Callable[[str], Path]) -> None:
+    record = json.loads((packed("auto_round") / RECORD).read_text())
+    errors = record["relative_error"]
+    assert len(errors) == 28
+    # Rounding normal weights to 4 bits in groups of 128 costs at most 0.111; source: the project's facts.
+    assert 0.08 < sum(errors.values()) / 28 < 0.12
+    assert record["result_bytes"] < record["source_bytes"]
+    assert record["recipe"]["scheme"] == "W4A16"
+
+
+def test_fewer_bits_err_more(tmp_path: Path, packed: Callable[[str], Path]) -> None:
+    quantize.quantize(source(), tmp_path / "w8", Recipe("W8A16", iters=0, samples=2, seqlen=16))
+    errors = [json.loads((f / RECORD).read_text())["relative_error"] for f in (tmp_path / "w8", packed("auto_round"))]
+    assert all(errors[0][name] < errors[1][name] / 8 for name in errors[0])
+
+
+def test_a_lost_or_changed_tensor_is_an_error(
+    tmp_path: Path, packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losing(drop: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+        def run(loaded: Any, recipe: Any, samples: Any, work: Path) -> Path:
+            tensors = load_file(packed("auto_round") / "model.safetensors")
+            drop(tensors)
+            save_file(tensors, work / "model.safetensors")
+            (work / "config.json").write_text((packed("auto_round") / "config.json").read_text())
+            return work
+
+        monkeypatch.setattr(quantize, "_run_auto_round", run)
+        quantize.quantize(source(), tmp_path / "made", Recipe(samples=2, seqlen=8))
+
+    with pytest.raises(Unmet, match=r"lacks 1 tensors of the source: embedding_proj_layer\.bias"):
+        losing(lambda tensors: tensors.pop("embedding_proj_layer.bias"))
+    with pytest.raises(Unmet, match=r"changed 1 tensors outside the text linears: embedding_proj_layer\.bias"):
+        losing(lambda tensors: tensors["embedding_proj_layer.bias"].add_(1))
+    with pytest.raises(Unmet, match=r"lacks 1 tensors .*q_proj"):
+        losing(lambda tensors: tensors.pop("vlm.model.language_model.layers.0.self_attn.q_proj.qweight"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"scheme": "W9A16"}, "unknown scheme 'W9A16'; valid: W2A16"),
+        ({"iters": -1}, "iters is -1; valid: 0 or more"),
+        ({"samples": 0}, "samples is 0; valid: 1 or more"),
+        ({"format": "gguf"}, "unknown format 'gguf'.*valid: auto_round, auto_gptq, auto_awq"),
+    ],
+)
+def test_bad_recipe(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        Recipe(**values)
+
+
+def test_bad_request(tmp_path: Path, packed: Callable[[str], Path]) -> None:
+    with pytest.raises(BadInput, match="calibration texts hold"):
+        quantize.quantize(source(), tmp_path / "new", Recipe(samples=10_000, seqlen=64))
+    with pytest.raises(Unmet, match="is quantised already"):
+        quantize.quantize(FolderSource(packed("auto_round")), tmp_path / "new")
+    with pytest.raises(BadInput, match="is not empty"):
+        quantize.quantize(source(), packed("auto_round"))
+    with pytest.raises(BadInput, match="cannot be read"):
+        quantize.calibration_file(str(tmp_path / "none.txt"))
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    with pytest.raises(BadInput, match="holds no text"):
+        quantize.calibration_file(str(empty))
+
+
+def test_cached_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path))
+    made, together = [], threading.Barrier(4)
+
+    def slow(source: Any, folder: Path, recipe: Recipe, device: torch.device) -> None:
+        made.append(folder)
+        time.sleep(0.2)
+        folder.mkdir()
+        (folder / RECORD).write_text("{}")
+
+    def ask(_: int) -> Path:
+        together.wait()
+        return quantize.cached_checkpoint(VARIANTS["awq"], "tiny", CPU)
+
+    monkeypatch.setattr(quantize, "quantize", slow)
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(ask, range(4)))
+    assert len(made) == len(folders) == 1
+    assert quantize.cached_checkpoint(resolve_variant("W8A16"), "tiny", CPU) not in folders
+
+
+def test_half_made_checkpoint_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path))
+
+    def killed(source: Any, folder: Path, recipe: Recipe, device: torch.device) -> None:
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "quantize", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            quantize.cached_checkpoint(VARIANTS["awq"], "tiny", CPU)
+
+
+def test_variants() -> None:
+    assert scheme_parts("W4A16") == (4, 128)
+    assert scheme_parts("W2A16G32") == (2, 32)
+    assert resolve_variant("w8a16").scheme == "W8A16"
+    assert resolve_variant("owner/name").hub["any"].name == "owner/name"
+    with pytest.raises(BadInput, match=r"unknown model 'nope'; valid: base, awq"):
+        resolve_variant("nope")
