@@ -182,22 +182,23 @@ def quantize(
 def parameters(names: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
     """The arguments for `function` among a notebook's `globals()`, whose parameters cell names them.
 
+    The first call of a session also checks that nothing else was set; after that, a notebook has names of its own.
+
     Raises:
         BadInput: a plain value that is no parameter of `function`, as papermill injects for a mistyped `-p`.
     """
     valid = signature(function).parameters
     plain = (str, int, float, bool, list, tuple, type(None))
-    given = {
-        k: v for k, v in names.items() if not k.startswith("_") and isinstance(v, plain) and k not in ("In", "Out")
-    }
-    unknown = sorted(given.keys() - valid.keys())
-    if unknown:
+    given = {name for name, value in names.items() if name[0] != "_" and isinstance(value, plain)} - {"In"}
+    unknown = sorted(given - valid.keys())
+    if unknown and not names.get("_parameters_checked"):
         raise BadInput(f"unknown parameter {unknown[0]!r}; valid: {', '.join(valid)}")
-    return given
+    names["_parameters_checked"] = True
+    return {name: names[name] for name in valid if name in given}
 
 
-def save(figure: Any, name: str) -> None:
-    """Save a figure as NAME.png and NAME.svg under `outputs/`. Raises BadInput if they cannot be written."""
+def save(figure: Any, name: str) -> list[Path]:
+    """Save a figure as NAME.png and NAME.svg under `outputs/`; the files. Raises BadInput if they cannot be written."""
     from colqwen_lab.report import plots
 
-    plots.save(figure, name, outputs_folder())
+    return plots.save(figure, name.replace("/", "-"), outputs_folder())

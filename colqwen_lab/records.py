@@ -23,6 +23,7 @@ from colqwen_lab.settings import DATA
 MIB = 2**20
 GIB = 2**30
 PUBLISHED = "published"
+HEAD = '{"schema":1,'  # how each line of a records file begins
 
 Origin = Literal["measured", "predicted", "published"]
 
@@ -188,17 +189,22 @@ def read_cells(source: str | Path) -> list[Cell]:
     if str(source) == PUBLISHED:
         return published_cells()
     path = Path(source)
+    cells = _cells_of(path)
+    if not cells:
+        raise BadInput(f"{path} holds no cell; a records file is JSON lines written by `colqwen-lab sweep`")
+    return cells
+
+
+def _cells_of(path: Path) -> list[Cell]:
     try:
-        text = path.read_text(encoding="utf-8")
+        complete, newline, last = path.read_bytes().rpartition(b"\n")
+        text = (complete + newline).decode() + last.decode(errors="replace")  # torn within a character, perhaps
     except FileNotFoundError:
         raise BadInput(f"no records file {path}; name one that a sweep wrote, or the word {PUBLISHED}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as a records file: {error}") from None
     document = _json(text)
-    cells = _script_cells(document) if isinstance(document, dict) and "results" in document else _line_cells(text, path)
-    if not cells:
-        raise BadInput(f"{path} holds no cell; a records file is JSON lines written by `colqwen-lab sweep`")
-    return cells
+    return _script_cells(document) if isinstance(document, dict) and "results" in document else _line_cells(text, path)
 
 
 def _json(text: str) -> Any:
@@ -209,18 +215,18 @@ def _json(text: str) -> Any:
 
 
 def _line_cells(text: str, path: Path) -> list[Cell]:
-    lines = text.split("\n")
-    complete, torn = lines[:-1], lines[-1]
+    *complete, last = text.split("\n")
     cells = []
-    for number, line in enumerate(complete, 1):
+    for number, line in enumerate([*complete, last] if last else complete, 1):
         try:
             cells.append(Cell.model_validate_json(line))
         except ValidationError as error:
+            if number > len(complete) and (cells or last.startswith(HEAD) or HEAD.startswith(last)):
+                break  # torn: a sweep was killed while it wrote this line
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the line"
-            raise BadInput(f"{path} line {number} is not a record: {where}: {first['msg']}") from None
-    if torn and not cells:
-        raise BadInput(f"{path} is not a records file; valid: JSON lines by `colqwen-lab sweep`, or {PUBLISHED}")
+            what = f"{path} line {number} is not a record: {where}: {first['msg']}"
+            raise BadInput(f"{what}; valid: JSON lines by `colqwen-lab sweep`, or {PUBLISHED}") from None
     return cells
 
 
@@ -241,7 +247,7 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            old = read_cells(path) if path.exists() and path.stat().st_size else []
+            old = _cells_of(path) if path.exists() else []
             self.cells = [cell for cell in old if keep(cell)]
             self.superseded = [cell for cell in old if not keep(cell)]
             if self.superseded:
@@ -250,7 +256,11 @@ class Store:
         except Timeout:
             raise BadInput(f"another sweep writes to {path}; wait for it or name another file") from None
         except OSError as error:
+            self._lock.release()
             raise BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write") from None
+        except BadInput:
+            self._lock.release()  # now: a traceback that a notebook keeps would hold it
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -320,7 +330,7 @@ def script_json(cells: Iterable[Cell], metadata: dict[str, Any], names: Callable
     """The document that the report's `benchmark.py` writes, from cells. Its MB are MiB, as the report's are."""
     results = {}
     for cell in cells:
-        if cell.items_per_s is None or cell.memory is None:
+        if cell.items_per_s is None or cell.memory is None or not cell.step_s:
             continue
         times = cell.step_s
         results[names(cell)] = {

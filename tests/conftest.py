@@ -55,7 +55,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return of_format
 
 
-@pytest.fixture()
+@pytest.fixture
 def edited(tmp_path: Path) -> Callable[..., Path]:
     """A copy of a checkpoint folder with its tensors or its configuration changed."""
 

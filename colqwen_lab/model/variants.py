@@ -69,7 +69,7 @@ def resolve_variant(name: str) -> Variant:
         return VARIANTS[name]
     if name.upper() in SCHEMES:
         return Variant(name.upper(), f"AutoRound {name.upper()}, text tower only", scheme=name.upper())
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Variant(Path(name).resolve().name, "a checkpoint folder", folder=Path(name))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
         return Variant(name, "a hub repository", hub={"any": Repository(name)})

@@ -243,7 +243,8 @@ def hub_folder(repository: Repository) -> tuple[Path, str]:
             pin = "" if repository.revision == "main" else f" --revision {repository.revision}"
             raise Unmet(
                 f"cannot get {repository.name} from the hub ({type(error).__name__}); where there is a network: "
-                f"`hf download {repository.name}{pin}`; or `--weights random` runs the same network for speed and memory"
+                f"`hf download {repository.name}{pin}`; or `--weights random` runs the same network for speed and "
+                "memory"
             ) from None
     return Path(folder), Path(folder).name
 

@@ -279,9 +279,9 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
         first, second = Series(f"{first.label} (A)", first.cells), Series(f"{second.label} (B)", second.cells)
     differing = machines_differ(first, second)
     overhead = tuple(overheads(first, second, told_apart=not differing))
-    stretches = () if differing else tuple(walk(first, second))
     crossover = find_crossover(first, second, differing)
     memory = tuple(savings(first, second))
+    speeds = ((), ()) if differing else (overhead, tuple(walk(first, second)))
     return Comparison(
         base=first,
         awq=second,
@@ -289,7 +289,7 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
         memory=memory,
         cards=tuple(on_card(first, second, gb, told_apart=not differing) for gb in cards),
         crossover=crossover,
-        recommendations=tuple(recommend(first, second, overhead, memory, stretches)),
+        recommendations=tuple(recommend(first, second, memory, *speeds)),
         caveats=tuple(caveats(first, second, differing)),
     )
 
@@ -459,8 +459,8 @@ def walk(base: Series, awq: Series) -> Iterator[Stretch]:
             percent = 100 * (rate(theirs) / rate(ours) - 1)
         steps.append((_regime(ours, theirs, percent), need, percent))
     groups = [(regime, list(group)) for regime, group in groupby(steps, key=lambda step: step[0])]
-    ends = [group[0][1] for _, group in groups[1:]] + [None]
-    for (regime, group), end in zip(groups, ends, strict=True):
+    ends = [*(group[0][1] for _, group in groups[1:]), None]
+    for (regime, group), end in zip(groups, ends, strict=False):
         yield Stretch(regime, group[0][1], end, tuple(percent for *_, percent in group if percent is not None))
 
 
@@ -478,7 +478,7 @@ def _regime(ours: Cell | None, theirs: Cell | None, percent: float | None) -> st
 
 
 def recommend(
-    base: Series, awq: Series, overhead: Sequence[Overhead], memory: Sequence[Saving], stretches: Sequence[Stretch]
+    base: Series, awq: Series, memory: Sequence[Saving], overhead: Sequence[Overhead], stretches: Sequence[Stretch]
 ) -> Iterator[Recommendation]:
     """When to use which, each from the figures alone. By budget, by batch, and by the time of a step."""
     a, b = base.label, awq.label
@@ -542,7 +542,7 @@ def caveats(base: Series, awq: Series, differing: Sequence[str]) -> Iterator[str
     yield from _differences(base, awq)
     for series in (base, awq):
         if any(random_weights(cell) for cell in series.cells):
-            yield f"{series.label} has random weights: speed and memory hold, embeddings mean nothing."
+            yield f"{series.label} has untrained weights: speed and memory hold, embeddings mean nothing."
         if unsteady := [str(cell.batch_size) for cell in series.cells if cell.timing and not cell.timing.steady]:
             yield f"{series.label} was not steady at batch {', '.join(unsteady)}."
         if twice := repeated(series):

@@ -16,10 +16,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+from PIL import Image
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import GIB, MIB
-from colqwen_lab.report.compare import CARDS_GB, SAME_PERCENT, Comparison, peak, rate
+from colqwen_lab.report.compare import CARDS_GB, SAME_PERCENT, Comparison, machines_differ, peak, rate
 from colqwen_lab.report.series import Series, conditions, unit
 from colqwen_lab.settings import writable_folder
 
@@ -34,9 +35,11 @@ class Plot(Figure):
     """A figure that a notebook shows without pyplot and its global state."""
 
     def _repr_png_(self) -> bytes:
-        buffer = BytesIO()
-        self.savefig(buffer, format="png", dpi=90)
-        return buffer.getvalue()
+        drawn, small = BytesIO(), BytesIO()
+        self.savefig(drawn, format="png", dpi=90)
+        # 64 colours are plenty for lines and text, and keep a notebook small.
+        Image.open(drawn).convert("RGB").quantize(64).save(small, format="png", optimize=True)
+        return small.getvalue()
 
 
 def throughput(series: Sequence[Series]) -> Figure:
@@ -58,7 +61,10 @@ def throughput(series: Sequence[Series]) -> Figure:
 def overhead(comparison: Comparison) -> Figure:
     """The overhead in percent over the batch size. A filled marker is told apart from zero, a hollow one is not."""
     both = (comparison.base, comparison.awq)
-    figure, axes = _axes(both, f"{comparison.awq.label} against {comparison.base.label} at the same batch size")
+    title = f"{comparison.awq.label} against {comparison.base.label} at the same batch size"
+    if machines_differ(*both):
+        title = f"Not a comparison (conditions differ):\n{title}"
+    figure, axes = _axes(both, title)
     style = _styles(both)[1][1]
     axes.axhspan(-SAME_PERCENT, SAME_PERCENT, color="0.85", label=f"±{SAME_PERCENT:g} %: not told apart")
     axes.axhline(0, color="0.3", linewidth=1)

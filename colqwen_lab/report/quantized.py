@@ -62,6 +62,8 @@ class Quantized:
 
     def plot(self) -> Figure:
         """Relative weight error over the layers, a line a linear."""
+        from matplotlib.ticker import MaxNLocator
+
         from colqwen_lab.report import plots
 
         table, recipe = self.table(), self.record["recipe"]
@@ -72,8 +74,8 @@ class Quantized:
             axes.plot(table.index, table[linear], color=colour, marker=marker, label=linear, linewidth=1)
         axes.set_xlabel("layer of the text tower")
         axes.set_ylabel("relative weight error, ‖Δ‖ / ‖W‖")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylim(0, 1.15 * table.to_numpy().max())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(f"{recipe['scheme']}, {recipe['iters']} iterations, of {self.record['source']}", fontsize=10)
         axes.legend(ncols=2, fontsize=8)
         return figure

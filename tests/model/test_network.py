@@ -26,7 +26,7 @@ def ids(*shape: int) -> torch.Tensor:
     return torch.randint(7, 1536, shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture()
+@pytest.fixture
 def page(model: ColQwen3) -> dict[str, torch.Tensor]:
     """One page of 4 x 6 patches, so 2 x 3 visual tokens, after two words and before three."""
     tokens = torch.tensor([[20, 3, *[model.config.image_token_id] * 6, 4, 21, 22]])

@@ -77,7 +77,7 @@ def test_texts_are_many_and_distinct() -> None:
 def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
     bad = tmp_path / "tokenizer.json"
     bad.write_text("{}")
-    with pytest.raises(Unmet, match="not a tokenizer.json"):
+    with pytest.raises(Unmet, match=r"not a tokenizer\.json"):
         read_tokenizer(bad)
     bad.write_text(TINY_TOKENIZER.read_text().replace("<|endoftext|>", "<eos>"))
     with pytest.raises(Unmet, match="endoftext"):

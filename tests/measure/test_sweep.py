@@ -1,0 +1,277 @@
+"""Sweeps of the tiny network: rows on disk as they come, out of memory and kills included."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.measure import sweep as module
+from colqwen_lab.measure.clock import Patience
+from colqwen_lab.measure.environment import environment
+from colqwen_lab.measure.sweep import batch_sizes_of, failure_of, request, sweep
+from colqwen_lab.records import Cell, read_cells
+from colqwen_lab.runtime import execution
+
+QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
+
+
+def run(path: Path, model: str = "base", batches: Any = "1,2,4", **options: Any) -> list[Cell]:
+    options = {"patience": QUICK, "weights": "random", **options}
+    return sweep(request(model, batches, output=path, **options), progress=lambda line: None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "sweep.jsonl"
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> dict[int, Exception]:
+    """Batch sizes at which the forward raises."""
+    errors: dict[int, Exception] = {}
+
+    def forward(model: Any, inputs: Any, use_cache: bool) -> Any:
+        if error := errors.get(inputs["input_ids"].shape[0]):
+            raise error
+        return execution.eager(model, inputs, use_cache)
+
+    monkeypatch.setitem(execution.EXECUTIONS, "eager", forward)
+    return errors
+
+
+def test_a_cell_says_all(path: Path) -> None:
+    cells = run(path, "base,awq", "1,4", backend="torch", patience=Patience(max_s=0.3))
+    assert [(c.variant, c.batch_size) for c in cells] == [("base", 1), ("awq", 1), ("base", 4), ("awq", 4)]
+    base, awq = cells[2:]
+    assert awq.backend.engaged == {"auto_round:torch_zp": 28}
+    assert base.backend.engaged == {"torch.nn.Linear": 28}
+    assert awq.backend.kept_16bit == {"vision tower": 24, "head": 1}
+    assert len(awq.step_s) >= 10
+    assert awq.items_per_s.low <= awq.items_per_s.median <= awq.items_per_s.high
+    assert awq.timing.in_turn_with == ["base"]
+    assert awq.timing.stopped in ("converged", "time", "count")
+    assert awq.memory.method == "tracked"
+    assert awq.memory.weights_bytes < base.memory.weights_bytes
+    assert awq.memory.peak_bytes > awq.memory.weights_bytes
+    assert (awq.size, awq.weights, awq.workload.tokens) == ("tiny", "random (seed 0)", 18)
+    here = awq.environment
+    assert here.torch == torch.__version__
+    assert all((here.cpu, here.threads, here.python, here.transformers, here.auto_round, here.code, here.started_at))
+    text = path.read_text()
+    assert not any(secret in text for secret in (str(Path.home()), os.uname().nodename, str(Path.cwd())))
+    assert read_cells(path) == cells
+    assert json.loads(path.with_suffix(".result.json").read_text()) == {
+        "complete": True,
+        "records": "sweep.jsonl",
+        "cells": 4,
+        "ok": 4,
+        "oom": 0,
+        "failed": 0,
+    }
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_out_of_memory_is_a_row_and_the_sweep_goes_on(path: Path, failing: dict[int, Exception], at: int) -> None:
+    failing[at] = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    cells = run(path)
+    assert {c.batch_size: c.status for c in cells} == {1: "ok", 2: "ok", 4: "ok"} | {at: "oom"}
+    lost = next(c for c in cells if c.status == "oom")
+    assert "Tried to allocate 2.00 GiB" in lost.reason
+    assert lost.items_per_s is lost.memory is None
+    failing.clear()
+    assert [c.status for c in run(path)].count("oom") == 1, "out of memory stays out of memory until --fresh"
+    assert [c.status for c in run(path, fresh=True)].count("oom") == 0
+
+
+def test_out_of_memory_of_one_model_leaves_the_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Any, inputs: Any, use_cache: bool) -> Any:
+        if not hasattr(model.config, "quantization_config") and inputs["input_ids"].shape[0] == 4:
+            raise torch.OutOfMemoryError("simulated")
+        return execution.eager(model, inputs, use_cache)
+
+    monkeypatch.setitem(execution.EXECUTIONS, "eager", forward)
+    cells = {(c.variant, c.batch_size): c for c in run(path, "base,awq")}
+    assert cells["base", 4].status == "oom"
+    assert cells["awq", 4].status == "ok"
+    assert cells["awq", 4].timing.in_turn_with == []
+    assert cells["awq", 2].timing.in_turn_with == ["base"]
+
+
+def test_a_failure_is_a_row_and_tried_again(path: Path, failing: dict[int, Exception]) -> None:
+    failing[2] = RuntimeError("a kernel broke")
+    cells = run(path)
+    assert [c.status for c in cells] == ["ok", "failed", "ok"]
+    assert cells[1].reason == "RuntimeError: a kernel broke"
+    failing.clear()
+    again = run(path)
+    assert [c.status for c in again] == ["ok"] * 3
+    assert again[0] == cells[0]
+    assert Counter(c.batch_size for c in read_cells(path)) == {1: 1, 2: 1, 4: 1}
+    assert [c.status for c in read_cells(path.with_suffix(".superseded.jsonl"))] == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("x"), "oom"),
+        (MemoryError(), "oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "oom"),
+        (RuntimeError("shape mismatch"), "failed"),
+        (ValueError("x"), "failed"),
+    ],
+)
+def test_outcome_of_an_exception(error: Exception, status: str) -> None:
+    assert failure_of(error).status == status
+
+
+def test_resumes_where_it_stopped(path: Path) -> None:
+    first = run(path, batches="1,2")
+    more = run(path, batches="1,2,4")
+    assert more[:2] == first
+    assert [c.batch_size for c in more] == [1, 2, 4]
+    both = run(path, "base,awq", "1,2")
+    assert [c.variant for c in both] == ["base", "awq"] * 2
+    assert both[0] == first[0]
+    assert Counter((c.variant, c.batch_size) for c in read_cells(path)).most_common(1)[0][1] == 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"protocol": "published"}, {"texts": "natural"}, {"backend": "torch"}, {"dtype": "float32"}]
+)
+def test_other_settings_are_other_cells(path: Path, other: dict[str, str]) -> None:
+    first = run(path, batches="2")
+    second = run(path, batches="2", **other)
+    assert second != first
+    assert read_cells(path) == [*first, *second]
+    assert run(path, batches="2") == first
+
+
+@pytest.mark.parametrize("change", [{"torch": "1.0"}, {"gpu": "NVIDIA T4"}, {"code": "000000000000"}])
+def test_another_environment_or_code_is_never_mixed(
+    path: Path, change: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(path)
+    elsewhere = environment(torch.device("cpu")).model_copy(update=change)
+    monkeypatch.setattr(module, "environment", lambda device: elsewhere)
+    second = run(path)
+    assert read_cells(path) == second
+    assert all(c.environment == elsewhere for c in second)
+    assert read_cells(path.with_suffix(".superseded.jsonl")) == first
+
+
+def test_other_weights_supersede(path: Path, base_folder: Path) -> None:
+    run(path)
+    second = run(path, weights=str(base_folder))
+    assert read_cells(path) == second
+    assert second[0].weights.startswith("folder:checkpoint#")
+
+
+def test_killed_in_its_middle_it_resumes(path: Path) -> None:
+    batches = ",".join(map(str, range(1, 14)))
+    code = f"""
+from pathlib import Path
+from colqwen_lab.measure.clock import Patience
+from colqwen_lab.measure.sweep import request, sweep
+patience = Patience(min_steps=3, max_steps=3, min_s=0, max_s=0, max_warmup=1)
+sweep(request("base,awq", "{batches}", weights="random", output=Path({str(path)!r}), patience=patience))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text().count("\n") >= 5):
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survived = read_cells(path)
+    assert 5 <= len(survived) < 26
+    assert not path.with_suffix(".result.json").exists()
+    cells = run(path, "base,awq", batches)
+    assert [c for c in cells if c in survived] == survived
+    counts = Counter((c.variant, c.batch_size) for c in read_cells(path))
+    assert len(counts) == 26
+    assert set(counts.values()) == {1}
+
+
+def test_torn_last_line_is_measured_again(path: Path) -> None:
+    cells = run(path)
+    path.write_text(path.read_text()[:-20])
+    again = run(path)
+    assert again[:2] == cells[:2]
+    assert Counter(c.batch_size for c in read_cells(path)) == {1: 1, 2: 1, 4: 1}
+
+
+def test_a_folder_or_a_scheme_is_a_model(path: Path, base_folder: Path) -> None:
+    cells = run(path, f"{base_folder},W8A16", "2", weights="auto")
+    assert [c.variant for c in cells] == ["checkpoint", "W8A16"]
+    assert cells[1].weights.startswith("made here from the tiny default (tiny-W8A16-")
+
+
+def test_weights_that_are_not_the_model_are_refused(path: Path, base_folder: Path) -> None:
+    with pytest.raises(Unmet, match="holds 16-bit weights, which is not awq"):
+        run(path, "awq", weights=str(base_folder))
+    with pytest.raises(BadInput, match="is of size tiny, not 4b"):
+        run(path, "base", weights=str(base_folder), size="4b")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "a", "", "8,8", "8,,16", "1.5", [], [0], 0, ["x"], ","])
+def test_bad_batch_sizes(value: Any) -> None:
+    with pytest.raises(BadInput, match=r"valid: different whole numbers of 1 or more"):
+        batch_sizes_of(value)
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=20, unique=True))
+def test_batch_sizes_in_every_form(sizes: list[int]) -> None:
+    assert batch_sizes_of(sizes) == batch_sizes_of(", ".join(map(str, sizes))) == sizes
+    assert batch_sizes_of(sizes[0]) == sizes[:1]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"size": "5b"}, "unknown size '5b'.*valid: auto, tiny, 4b, 8b"),
+        ({"workload": "pictures"}, "unknown workload 'pictures'.*valid: queries"),
+        ({"execution": "slow"}, "unknown execution 'slow'.*valid: eager"),
+        ({"protocol": "fat"}, "unknown protocol 'fat'.*valid: lean, published"),
+        ({"weights": "nowhere"}, "unknown weights 'nowhere'; valid: auto, hub, random, or a checkpoint folder"),
+        ({"model": "base,base"}, "models base, base; valid"),
+        ({"model": ""}, "unknown model ''; valid: base, awq"),
+    ],
+)
+def test_bad_request(options: dict[str, str], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        request(**{"model": "base", "batch_sizes": "1", **options})
+
+
+def test_folder_that_cannot_be_written() -> None:
+    with pytest.raises(BadInput, match=r"cannot write .*name a file in a folder you can write"):
+        run(Path("/proc/nowhere/sweep.jsonl"))
+
+
+def test_a_records_file_of_something_else_is_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("my thesis\n")
+    with pytest.raises(BadInput, match="line 1 is not a record"):
+        run(path)
+    assert path.read_text() == "my thesis\n"
+
+
+def test_two_sweeps_never_write_one_file(path: Path) -> None:
+    from colqwen_lab.records import Store
+
+    with Store(path, keep=lambda cell: True), pytest.raises(BadInput, match="another sweep writes to"):
+        run(path)

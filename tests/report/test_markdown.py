@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from colqwen_lab.records import Environment, published_cells
+from colqwen_lab.report.compare import compare
+from colqwen_lab.report.markdown import escape, table
+from colqwen_lab.report.series import Results
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    results = Results.load("published")
+    return compare(results, results).markdown()
+
+
+def test_sections_stand_in_the_reports_order(text: str) -> None:
+    assert re.findall(r"^## (.*)$", text, re.M) == [
+        "Overview",
+        "Test environment",
+        "Batch size sweep",
+        "Memory-constrained scenarios",
+        "Comparison at the same batch size",
+        "Crossover",
+        "Recommendations",
+        "Caveats",
+        "The report's claims against its own rows",
+    ]
+    assert re.findall(r"^### (.*)$", text, re.M)[:4] == ["8 GB", "12 GB", "16 GB", "24 GB"]
+    assert text.rstrip().endswith("*published · NVIDIA A100-SXM4-40GB · 4b · queries · eager · protocol published*")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| 8 | 191 queries/s | 8,527 MiB | 94 queries/s | 3,458 MiB |",
+        "| 512 | - | - | 951 queries/s | 6,963 MiB |",
+        "| base | does not fit | - | - | - | - | batch 8 alone peaks at 8,527 MiB |",
+        "| awq | fits | 512 | 951 queries/s | 6,963 MiB | 291 MiB | larger not measured |",
+        "| 16 | 374 queries/s | 152 queries/s | -59.4 % | - | slower | 59.1 % |",
+        "| overhead -51 % at batch 8 | -50.8 % | yes |",
+        "| gpu | NVIDIA A100-SXM4-40GB | NVIDIA A100-SXM4-40GB |",
+    ],
+)
+def test_rows_hold_the_figures(text: str, row: str) -> None:
+    assert row in text.splitlines()
+
+
+def test_tables_are_whole(text: str) -> None:
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        lines = block.splitlines()
+        assert set(lines[1]) <= set("|- ")
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_claims_only_of_the_published_figures() -> None:
+    results = Results(tuple(cell for cell in published_cells() if cell.batch_size != 32))
+    assert "claims against" not in compare(results, results).markdown()
+
+
+def test_lost_cell_is_in_the_sweep_with_its_reason() -> None:
+    cells = published_cells()
+    change = {"status": "oom", "reason": "2 GiB | <b>", "items_per_s": None, "memory": None}
+    cells[-1] = cells[-1].model_copy(update=change)
+    results = Results(tuple(cells))
+    assert "| 512 | - | - | oom | 2 GiB \\| &lt;b&gt; |" in compare(results, results).markdown()
+
+
+def test_strings_from_records_are_escaped() -> None:
+    odd = Environment(gpu="a|b <img src=x>\n# title", cuda="[x](javascript:y) `z` **w**")
+    changes = {"environment": odd, "variant": "base", "weights": "<script>"}
+    results = Results(tuple(cell.model_copy(update=changes) for cell in published_cells()[:6]))
+    text = compare(results, results).markdown()
+    assert not re.search(r"<(script|img)", text)
+    assert "\n# title" not in text
+    assert r"a\|b &lt;img src=x&gt; # title" in text
+    assert r"\[x\](javascript:y) \`z\` \*\*w\*\*" in text
+
+
+def test_table_shows_gaps_as_a_dash_and_keeps_zero() -> None:
+    assert table(["a", "b"], [[None, 0], ["", "**no**"]]) == "| a | b |\n| --- | --- |\n| - | 0 |\n| - | **no** |"
+    assert escape("a\\|b") == r"a\\\|b"

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colqwen_lab.errors import BadInput
+from colqwen_lab.records import (
+    MIB,
+    Backend,
+    Cell,
+    Environment,
+    Memory,
+    Store,
+    Workload,
+    published_cells,
+    rate_of,
+    read_cells,
+    script_json,
+)
+
+
+def measured(batch: int = 8, variant: str = "awq", status: str = "ok", reason: str | None = None) -> Cell:
+    steps = [0.010, 0.011, 0.012, 0.010, 0.011, 0.013, 0.010] if status == "ok" else []
+    return Cell(
+        origin="measured",
+        variant=variant,
+        size="tiny",
+        weights="tiny default",
+        workload=Workload(kind="queries", batch_size=batch, tokens=18, texts="report"),
+        execution="eager",
+        protocol="lean",
+        backend=Backend(requested="auto", engaged={"QuantLinear": 28}),
+        status=status,  # type: ignore[arg-type]
+        reason=reason,
+        step_s=steps,
+        items_per_s=rate_of(steps, batch) if steps else None,
+        memory=Memory(peak_bytes=30 * MIB, resident_bytes=10 * MIB, method="tracked") if steps else None,
+        environment=Environment(cpu="a CPU", threads=2),
+    )
+
+
+def file_of(folder: Path, *cells: Cell, tail: str = "") -> Path:
+    path = folder / "cells.jsonl"
+    path.write_text("".join(cell.to_line() for cell in cells) + tail, encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------- rates
+
+
+@pytest.mark.parametrize(("samples", "rank"), [(6, 1), (10, 2), (20, 6), (50, 18), (100, 40)])
+def test_interval_takes_the_tabled_ranks(samples: int, rank: int) -> None:
+    # As tables of the sign test give them: P(at most rank - 1 of the samples below the median) <= 2.5 %.
+    times = [float(n) for n in range(1, samples + 1)]
+    rate = rate_of(times, 1)
+    assert rate.high == pytest.approx(1 / rank)
+    assert rate.low == pytest.approx(1 / (samples + 1 - rank))
+
+
+def test_five_samples_give_no_interval() -> None:
+    rate = rate_of([1, 2, 3, 4, 5], 6)
+    assert (rate.median, rate.low, rate.high) == (2, None, None)
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=60), st.integers(1, 512))
+def test_median_lies_in_its_interval(times: list[float], items: int) -> None:
+    rate = rate_of(times, items)
+    assert (rate.low is None) == (rate.high is None) == (len(times) < 6)
+    assert (rate.low or 0) <= rate.median * (1 + 1e-12)
+    assert rate.median <= (rate.high or math.inf) * (1 + 1e-12)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
+    cells = [*published_cells(), measured(), measured(16, status="oom", reason="asked for 2 GiB, näher")]
+    assert read_cells(file_of(tmp_path, *cells)) == cells
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_cut_anywhere_in_the_last_line_loses_that_line_only(data: st.DataObject) -> None:
+    first, second = measured(8), measured(16, status="failed", reason="größer als möglich")
+    line = second.to_line().encode()
+    cut = data.draw(st.integers(0, len(line) - 2))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "cells.jsonl")
+        path.write_bytes(first.to_line().encode() + line[:cut])
+        assert read_cells(path) == [first]
+
+
+def test_last_line_is_kept_without_its_newline(tmp_path: Path) -> None:
+    path = file_of(tmp_path, measured(8), tail=measured(16).to_line().rstrip("\n"))
+    assert [cell.batch_size for cell in read_cells(path)] == [8, 16]
+
+
+def test_corrupt_line_is_named_by_its_number(tmp_path: Path) -> None:
+    path = file_of(tmp_path, measured(8), measured(16), measured(32))
+    path.write_text(path.read_text().replace('"batch_size":16', '"batch_size":0'))
+    with pytest.raises(BadInput, match=r"line 2 is not a record: workload\.batch_size"):
+        read_cells(path)
+
+
+@pytest.mark.parametrize("change", ['"execution":3', '"extra":1,"execution":"eager"', '"execution":NaN'])
+def test_wrong_type_unknown_field_and_nan_are_refused(tmp_path: Path, change: str) -> None:
+    path = file_of(tmp_path, measured())
+    path.write_text(path.read_text().replace('"execution":"eager"', change))
+    with pytest.raises(BadInput, match="line 1 is not a record"):
+        read_cells(path)
+
+
+@pytest.mark.parametrize("text", ["", "hello", "batch,items\n8,94\n", '{"a": 1}\n', "[1, 2]", "\x00\xff"])
+def test_not_a_records_file_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "other.txt"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(BadInput, match="colqwen-lab sweep") as caught:
+        read_cells(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_folder_are_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no records file .* or the word published"):
+        read_cells(tmp_path / "none.jsonl")
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_cells(tmp_path)
+
+
+def test_published_rows_are_the_reports() -> None:
+    cells = read_cells("published")
+    assert [cell.batch_size for cell in cells if cell.variant == "awq"] == [8, 16, 32, 64, 128, 256, 512]
+    first = cells[0]
+    assert (first.variant, first.origin, first.environment.device) == ("base", "published", "NVIDIA A100-SXM4-40GB")
+    assert first.memory is not None
+    assert first.memory.peak_bytes == 8527 * MIB
+    assert all(cell.step_s == [] for cell in cells)
+
+
+# ---------------------------------------------------------------- the report's script
+
+
+def test_script_document_goes_out_and_comes_in(tmp_path: Path) -> None:
+    cells = [measured(8), measured(16), measured(32, status="oom", reason="full"), *published_cells()]
+    names: Callable[[Cell], str] = lambda cell: f"AWQ_text_queries_bs{cell.batch_size}"  # noqa: E731
+    document = script_json(cells, {"gpu": "NVIDIA A100", "cuda_version": "12.8"}, names)
+    row = document["results"]["AWQ_text_queries_bs16"]
+    assert row["total_items"] == 112
+    assert row["total_time_s"] == pytest.approx(0.077)
+    assert row["throughput_items_per_s"] == pytest.approx(112 / 0.077)
+    assert row["latency_mean_ms_per_batch"] == pytest.approx(11)
+    assert (row["cuda_max_memory_allocated_MB"], row["cuda_memory_allocated_MB"]) == (30, 10)
+    path = tmp_path / "script.json"
+    path.write_text(json.dumps(document, indent=2))
+    back = read_cells(path)
+    assert [(cell.variant, cell.batch_size, cell.environment.gpu) for cell in back] == [
+        ("awq", 8, "NVIDIA A100"),
+        ("awq", 16, "NVIDIA A100"),
+    ]
+    assert back[0].memory is not None
+    assert back[0].memory.peak_bytes == 30 * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("BASE_text_queries_bs8", ("base", "queries", 8)),
+        ("AWQ_text_queries", ("awq", "queries", 4)),
+        ("AWQ_image_documents", ("awq", "pages", 2)),
+        ("AWQ_high_batch_bs1024", ("awq", "queries", 1024)),
+    ],
+)
+def test_script_names_say_variant_workload_and_batch(tmp_path: Path, name: str, expected: tuple[str, str, int]) -> None:
+    row = {"throughput_items_per_s": 10.0, "cuda_max_memory_allocated_MB": 100.0}
+    metadata = {"text_batch_size": 4, "image_batch_size": 2}
+    path = tmp_path / "script.json"
+    path.write_text(json.dumps({"metadata": metadata, "results": {name: row}}))
+    (cell,) = read_cells(path)
+    assert (cell.variant, cell.workload.kind, cell.batch_size) == expected
+
+
+@pytest.mark.parametrize("results", [{"AWQ_text_queries": {}}, {"AWQ_bsx": {"a": 1}}, [1], {"AWQ_text_queries_bs8": 3}])
+def test_odd_script_document_is_bad_input(tmp_path: Path, results: Any) -> None:
+    path = tmp_path / "script.json"
+    path.write_text(json.dumps({"metadata": {}, "results": results}))
+    with pytest.raises(BadInput, match="not a document of the report's script"):
+        read_cells(path)
+
+
+# ---------------------------------------------------------------- the store
+
+
+def test_store_appends_what_is_on_disk_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "cells.jsonl"
+    with Store(path, keep=lambda cell: True) as store:
+        store.add([measured(8)])
+        assert read_cells(path) == store.cells == [measured(8)]
+        store.add([measured(16), measured(32)])
+        assert [cell.batch_size for cell in read_cells(path)] == [8, 16, 32]
+
+
+def test_store_resumes_a_torn_file_whole(tmp_path: Path) -> None:
+    path = file_of(tmp_path, measured(8), tail=measured(16).to_line()[:100])
+    with Store(path, keep=lambda cell: True) as store:
+        assert [cell.batch_size for cell in store.cells] == [8]
+        store.add([measured(16)])
+    assert [cell.batch_size for cell in read_cells(path)] == [8, 16]
+
+
+@pytest.mark.parametrize("written", [0, 4, 40])
+def test_store_resumes_a_sweep_killed_in_its_first_line(tmp_path: Path, written: int) -> None:
+    path = file_of(tmp_path, tail=measured().to_line()[:written])
+    with Store(path, keep=lambda cell: True) as store:
+        store.add([measured()])
+    assert read_cells(path) == [measured()]
+
+
+def test_store_moves_what_it_does_not_keep_beside(tmp_path: Path) -> None:
+    old = [measured(8), measured(16, status="oom", reason="full")]
+    path = file_of(tmp_path, *old)
+    for _ in range(2):
+        with Store(path, keep=lambda cell: cell.status == "ok") as store:
+            assert store.cells == [old[0]]
+    assert read_cells(path) == [old[0]]
+    assert read_cells(tmp_path / "cells.superseded.jsonl") == [old[1]]
+
+
+def test_store_is_held_by_one_sweep_and_released_after(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    with Store(path, keep=lambda cell: True), pytest.raises(BadInput, match="another sweep writes"):
+        Store(path, keep=lambda cell: True)
+    with Store(path, keep=lambda cell: True) as store:
+        assert store.cells == []
+
+
+def test_refused_file_is_untouched_and_not_held(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes\n")
+    with pytest.raises(BadInput, match="line 1 is not a record") as caught:
+        Store(path, keep=lambda cell: True)
+    assert path.read_text() == "my notes\n"
+    # The traceback is still alive here, as a notebook's last one is.
+    assert caught.value.__traceback__ is not None
+    with FileLock(f"{path}.lock").acquire(timeout=0):
+        pass
+
+
+def test_folder_that_cannot_be_made_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="name a file in a folder you can write"):
+        Store(tmp_path / "file" / "cells.jsonl", keep=lambda cell: True)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BadInput):
+        Store(tmp_path / "folder", keep=lambda cell: True)
+
+
+# ---------------------------------------------------------------- identity
+
+
+def test_key_tells_cells_apart_and_identity_forgets_the_hour() -> None:
+    assert measured(8).key() == measured(8, status="oom").key()
+    assert len({measured(8).key(), measured(16).key(), measured(8, "base").key()}) == 3
+    early, late = Environment(gpu="A", started_at="1", commit="a"), Environment(gpu="A", started_at="2", commit="b")
+    assert early.identity() == late.identity()
+    assert early.identity() != Environment(gpu="B").identity()
