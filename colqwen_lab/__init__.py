@@ -11,6 +11,7 @@ Importing it, and everything that works from records alone, starts without torch
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from colqwen_lab.errors import BadInput, LabError, Unmet
 from colqwen_lab.settings import outputs_folder
+
+# Progress is plain lines here; tqdm in a notebook without ipywidgets would print a warning with a path.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
     from colqwen_lab.report.compare import Comparison

@@ -149,7 +149,8 @@ class Results:
         """One row a cell, rounded for the screen. Where a figure is missing, `reason` says why."""
         import pandas as pd
 
-        varied = [name for name, read in CRITERIA.items() if name != "variant" and len({*map(read, self.cells)}) > 1]
+        of_variant = [[cell for cell in self.cells if cell.variant == variant] for variant in self.variants]
+        varied = [name for name, read in CRITERIA.items() if any(len({*map(read, cells)}) > 1 for cells in of_variant)]
         columns = ["variant", "batch", *varied, *(["origin"] if "origin" not in varied else [])]
         figures = ["items/s", "low", "high", "peak MiB", "status", "reason", "kernel"]
         return pd.DataFrame([_row(cell, varied) for cell in self.cells], columns=[*columns, *figures])

@@ -1,0 +1,137 @@
+"""The command line as a person meets it: exit codes, one line on stderr, one document on stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from colqwen_lab import cli
+from colqwen_lab.records import published_report
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["colqwen-lab", *arguments])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("nope", "commands: variants, doctor, sweep, compare, quantize"),
+        ("sweep --nope", "No such option: --nope"),
+        ("sweep -m gptq", "valid: base, awq"),
+        ("sweep --size 5b", "valid: auto, tiny, 4b, 8b"),
+        ("sweep --backend nope -m W4A16 --weights random", "valid: auto, "),
+        ("sweep --execution nope", "valid: eager"),
+        ("sweep --protocol nope", "valid: lean, published"),
+        ("sweep --workload nope", "valid: queries"),
+        ("sweep -b 0", "valid: different whole numbers"),
+        ("sweep -b -1", "valid: different whole numbers"),
+        ("sweep -b a", "valid: different whole numbers"),
+        ("sweep -b 8,8", "valid: different whole numbers"),
+        ("sweep -m base -b 1 -o /proc/none/x.jsonl", "name a file in a folder you can write"),
+        ("compare published", "Missing argument"),
+        ("compare none.jsonl published", "no records file none.jsonl"),
+        ("compare LICENSE published", "is not a record"),
+        ("compare published published --card x", "valid: memory in GB"),
+        ("compare published published --card -8", "valid: memory in GB"),
+        ("compare published published --markdown /proc/none/x.md", "cannot write"),
+        ("quantize --scheme W9A16", "unknown scheme 'W9A16'; valid: W2A16"),
+        ("quantize --iters -1", "valid: 0 or more"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    arguments: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert run(monkeypatch, *arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert err.count("\n") == 1
+    assert err.startswith("colqwen-lab: ")
+
+
+def test_unmet_need_is_one_line_and_exit_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, "sweep", "--size", "4b", "-m", "base") == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert run(monkeypatch, "sweep", "-m", str(tmp_path)) == 1
+    assert "has no config.json" in capsys.readouterr().err
+
+
+def test_compare_published_is_the_report_s_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "compare", "published", "published", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    overheads = {row["batch_size"]: round(row["overhead_percent"], 1) for row in document["overhead"]}
+    assert overheads == {8: -50.8, 16: -59.4, 32: -52.8, 64: -27.1, 128: -4.0, 256: 0.3}
+    saving = {row["batch_size"]: round(row["saving_percent"], 1) for row in document["memory"]}
+    assert (saving[8], saving[256]) == (59.4, 50.0)
+    twelve = next(card for card in document["cards"] if card["card_gb"] == 12)
+    assert (twelve["base"]["batch_size"], twelve["base"]["items_per_s"]) == (256, 966.0)
+
+
+def test_sweep_then_compare(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows, report = tmp_path / "rows.jsonl", tmp_path / "report.md"
+    sweep = ["sweep", "-m", "base", "-m", "awq", "-b", "2,4", "-o", str(rows), "--weights", "random"]
+    assert run(monkeypatch, *sweep) == 0
+    out, err = capsys.readouterr()
+    assert out.count("random") == 0
+    assert "awq" in out
+    assert "awq batch 4: " in err
+    assert run(monkeypatch, "compare", str(rows), str(rows), "--card", "8", "--markdown", str(report)) == 0
+    assert "## Comparison at the same batch size" in report.read_text()
+    assert "AMD" not in published_report()["environment"]["gpu"]
+
+
+def test_quantize_makes_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    made = tmp_path / "made"
+    quantize = ["quantize", "--scheme", "w8a16", "--iters", "0", "--samples", "2", "--seqlen", "16", "-o", str(made)]
+    assert run(monkeypatch, *quantize) == 0
+    assert "W8A16" in capsys.readouterr().out
+    assert run(monkeypatch, "sweep", "-m", str(made), "-b", "2", "-o", str(tmp_path / "rows.jsonl")) == 0
+    assert run(monkeypatch, *quantize) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_variants_and_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "variants") == 0
+    assert "TomoroAI/tomoro-colqwen3-embed-4b @ 6a32fb68598730bf5620fbf18d832c784235c59c" in capsys.readouterr().out
+    assert run(monkeypatch, "doctor") == 0
+    out = capsys.readouterr().out
+    for line in ("GPU", "torch", "kernel auto_round:torch_zp", "cache", "hub", "default size           tiny"):
+        assert f"\n{line}" in f"\n{out}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import colqwen_lab",
+        "import sys; sys.argv = ['colqwen-lab', '--help']; from colqwen_lab.cli import app; app(standalone_mode=False)",
+        "import colqwen_lab as lab; c = lab.compare(); c.to_dict(); c.markdown()",
+        "import colqwen_lab as lab; r = lab.load('published'); r.table(); r.plot()",
+    ],
+)
+def test_starts_without_torch(code: str) -> None:
+    check = "; import sys; assert not {'torch', 'transformers', 'auto_round'} & sys.modules.keys()"
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code + check], check=True, capture_output=True)
+    assert time.monotonic() - started < (1 if "plot" not in code else 4)

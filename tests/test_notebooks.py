@@ -1,0 +1,145 @@
+"""The notebooks as files and as programs: stored outputs from a run, parameters checked, run headless anywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from colqwen_lab import compare, parameters, quantize, sweep
+from colqwen_lab.errors import BadInput
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FUNCTIONS = {"sweep": sweep, "compare": compare, "quantize": quantize}
+MACHINE_PATH = re.compile(r"/(work|home|root|tmp|Users|usr|opt|venv)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}")
+
+
+def code_cells(path: Path) -> list[Any]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def compared(path: Path) -> int:
+    """Outputs that nbval compares."""
+    cells = [cell for cell in code_cells(path) if "nbval-ignore-output" not in cell.metadata.get("tags", [])]
+    outputs = [output for cell in cells for output in cell.outputs]
+    return sum(output.output_type == "execute_result" or output.get("name") == "stdout" for output in outputs)
+
+
+def test_at_least_fifteen_outputs_are_compared() -> None:
+    assert len(NOTEBOOKS) >= 3
+    assert sum(map(compared, NOTEBOOKS)) >= 15
+    assert all(compared(path) >= 3 for path in NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_as_it_ran(path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    assert path.stat().st_size < 200_000
+    assert book.metadata.kernelspec.name == "python3"
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+    assert not MACHINE_PATH.search(path.read_text())
+    assert "papermill" not in book.metadata
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_tells_and_does_not_define(path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    assert re.match(r"# .*\?\n", book.cells[0].source)
+    text = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+    assert "## Verdict" in text
+    assert re.search(r"## What this (run )?does not show", text)
+    source = "\n".join(cell.source for cell in code_cells(path))
+    assert not re.search(r"^\s*(def|class|import torch)\b|lambda", source, re.MULTILINE)
+    assert source.count("\n") < 150
+    for before, cell in zip(book.cells[1:], book.cells[2:], strict=False):
+        drawn = before.cell_type == "code" and any("image/png" in output.get("data", {}) for output in before.outputs)
+        assert not drawn or cell.cell_type == "markdown", "a sentence under each figure"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_are_the_function_s(path: Path) -> None:
+    cell = code_cells(path)[0]
+    assert cell.metadata.tags == ["parameters"]
+    lines = cell.source.splitlines()
+    assert all(re.fullmatch(r"\w+: \w+ = .+  # .+", line) for line in lines), "each with its type and its help"
+    values: dict[str, Any] = {}
+    exec(cell.source, values)
+    values.pop("__builtins__"), values.pop("__annotations__")
+    assert parameters(values, FUNCTIONS[path.stem]) == {name: values[name] for name in values if name[0] != "_"}
+
+
+def test_unknown_parameter_is_an_error_once() -> None:
+    names: dict[str, Any] = {"model": "awq", "modle": "base", "In": ["x"], "_": 3, "lab": sys}
+    with pytest.raises(BadInput, match="unknown parameter 'modle'; valid: model, batch_sizes, size"):
+        parameters(names, sweep)
+    del names["modle"]
+    assert parameters(names, sweep) == {"model": "awq"}
+    names["later"] = [1]
+    assert parameters(names, sweep) == {"model": "awq"}
+
+
+def papermill(notebook: str, output: Path, *options: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "papermill", notebook, str(output), "-k", "python3", *options]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_sweep_from_its_own_folder_with_one_model_and_a_list(tmp_path: Path) -> None:
+    records = tmp_path / "rows.jsonl"
+    options = ["-p", "model", "awq", "-p", "output", str(records), "-y", "{batch_sizes: [2, 4]}", "-p", "max_s", "0.3"]
+    done = papermill("sweep.ipynb", tmp_path / "out.ipynb", *options, cwd=ROOT / "notebooks")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [(row["variant"], row["workload"]["batch_size"]) for row in rows] == [("awq", 2), ("awq", 4)]
+    assert all(sum(row["backend"]["engaged"].values()) == 28 for row in rows)
+    assert json.loads(records.with_suffix(".result.json").read_text())["complete"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["-p", "modle", "awq"], "BadInput: unknown parameter 'modle'; valid: model, batch_sizes, size"),
+        (["-p", "model", "gptq"], "BadInput: unknown model 'gptq'; valid: base, awq"),
+    ],
+)
+def test_bad_parameter_is_one_line_in_the_error_cell(tmp_path: Path, options: list[str], says: str) -> None:
+    output = tmp_path / "out.ipynb"
+    assert papermill("notebooks/sweep.ipynb", output, *options).returncode == 1
+    errors = [o for cell in code_cells(output) for o in cell.outputs if o.output_type == "error"]
+    (error,) = errors
+    assert error.traceback == [f"{error.ename}: {error.evalue}"]
+    assert says in error.traceback[0]
+    assert "\n" not in error.evalue
+
+
+def test_nbval_bites(tmp_path: Path) -> None:
+    """A changed number in the library makes it fail; without the change it passes."""
+    (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "sanitize.cfg").write_text((ROOT / "tests" / "sanitize.cfg").read_text())
+    book = tmp_path / "compare.ipynb"
+    book.write_text((ROOT / "notebooks" / "compare.ipynb").read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", str(book)]
+    alike = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert alike.returncode == 0, alike.stdout[-2000:]
+    # The kernel starts in the notebook's folder, so this stands in for the library's own module.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, colqwen_lab.report.compare as c\nc.OUTSIDE_TORCH_BYTES = (200 * 10**6, 701 * 10**6)\n"
+    )
+    import os
+
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    changed = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
+    assert changed.returncode == 1
+    assert "crossover" in changed.stdout or "card_table" in changed.stdout
