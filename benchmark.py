@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from colqwen_lab.errors import BadInput, LabError
-from colqwen_lab.records import SCRIPT_NAMES, Cell, script_json
+from colqwen_lab.records import SCRIPT_NAMES, Cell, batch_sizes_of, script_json
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +40,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> Path:
     """Measure what the flags ask for; the JSON file. Raises BadInput or Unmet."""
     from colqwen_lab.measure.clock import Patience
-    from colqwen_lab.measure.sweep import batch_sizes_of, request, sweep
+    from colqwen_lab.measure.sweep import request, sweep
 
     target = Path(args.output_json)
     if args.text_samples < 1:

@@ -17,14 +17,17 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colqwen_lab.errors import BadInput, LabError, Unmet
+from colqwen_lab.errors import BadInput, LabError, Unmet, one_of
 from colqwen_lab.settings import outputs_folder
 
 # Progress is plain lines here; tqdm in a notebook without ipywidgets would print a warning with a path.
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from colqwen_lab.report.compare import Comparison
+    from colqwen_lab.report.plan import Plan
     from colqwen_lab.report.quantized import Quantized
     from colqwen_lab.report.series import Results
 
@@ -32,10 +35,13 @@ __all__ = [
     "BadInput",
     "LabError",
     "Unmet",
+    "beside",
     "compare",
     "load",
     "outputs_folder",
     "parameters",
+    "plan",
+    "predict_like",
     "quantize",
     "save",
     "sweep",
@@ -126,16 +132,77 @@ def compare(
     return run(first, second, card_budgets(cards))
 
 
+def plan(
+    model: str | Sequence[str] = "base,awq",
+    batch_sizes: str | int | Iterable[int] = "8,16,32,64,128,256,512",
+    *,
+    size: str = "4b",
+    cards: str | float | Sequence[float | str] = "8,12,16,24",
+    protocol: str = "lean",
+    kernel: str = "tritonv2",
+    dtype: str = "bfloat16",
+    tokens: int = 0,
+) -> Plan:
+    """Predicted peak memory of each model at each batch size, and the largest batch each card holds. Needs no GPU.
+
+    Args:
+        model: base, awq, an AutoRound scheme such as W8A16, or several.
+        batch_sizes: "8,16", 8 or [8, 16].
+        size: tiny, 4b, 8b.
+        cards: memory in GB or GPUs by name, "8,RTX 4070".
+        protocol: lean or published.
+        kernel: how packed weights are multiplied: tritonv2 (dequantise a weight, then multiply), torch, fused.
+        dtype: bfloat16, float16 or float32.
+        tokens: tokens of every query; 0 means the report's queries.
+
+    Raises:
+        BadInput: a wrong value; the message names the valid ones.
+    """
+    from colqwen_lab.cards import find_card
+    from colqwen_lab.model.architecture import SIZES
+    from colqwen_lab.predict.plan import plan as run
+    from colqwen_lab.records import batch_sizes_of
+    from colqwen_lab.report.plan import Plan
+    from colqwen_lab.report.series import Results
+
+    one_of("size", size, SIZES)
+    if tokens < 0:
+        raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries, or 1 or more")
+    budgets = [find_card(card) for card in _listed(cards) if card != ""]
+    cells, found = run(
+        _listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, tokens or None
+    )
+    return Plan(Results(tuple(cells)), tuple(found))
+
+
+def predict_like(results: Results) -> Results:
+    """Predicted cells under the settings of measured or published ones, where their kernel is modelled."""
+    from colqwen_lab.predict.plan import predict_like as run
+    from colqwen_lab.report.series import Results
+
+    return Results(tuple(run(results)))
+
+
+def beside(results: Results) -> pd.DataFrame:
+    """Each measured or published peak beside the predicted one, with the error in percent."""
+    from colqwen_lab.report.plan import beside as table
+
+    return table(results, predict_like(results))
+
+
 def card_budgets(cards: str | float | Sequence[float | str]) -> list[float]:
-    """Budgets in GB from "8,12", 8 or [8, 12]. Raises BadInput."""
-    parts = cards.split(",") if isinstance(cards, str) else [cards] if isinstance(cards, (int, float)) else list(cards)
-    try:
-        budgets = [float(part) for part in parts]
-    except ValueError:
-        budgets = []
-    if not budgets or min(budgets) <= 0 or max(budgets) > 1e6:
-        raise BadInput(f"cards {cards!r}; valid: memory in GB, positive numbers such as 8,12,16,24")
-    return budgets
+    """Budgets in GB from "8,12", 8, [8, 12] or GPUs by name, "RTX 4070,24". Raises BadInput."""
+    from colqwen_lab.cards import find_card
+    from colqwen_lab.records import GIB
+
+    return [find_card(card).nominal_bytes / GIB for card in _listed(cards)]
+
+
+def _listed(value: Any) -> list[Any]:
+    """The items of "a,b", of a list, or of one value."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return list(value) if isinstance(value, Iterable) else [value]
 
 
 def quantize(

@@ -84,6 +84,29 @@ def sweep(
 
 
 @app.command()
+def plan(
+    model: Models = ["base", "awq"],  # noqa: B006
+    size: Annotated[str, typer.Option("--size", help="tiny, 4b, 8b.")] = "4b",
+    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="Such as 8,512.")] = "8,16,32,64,128,256,512",
+    protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
+    card: Annotated[list[str], typer.Option("--card", help="Memory in GB, or a GPU's name; several times.")] = [],  # noqa: B006
+    kernel: Annotated[
+        str, typer.Option(help="How packed weights are multiplied: tritonv2, torch, fused.")
+    ] = "tritonv2",
+    tokens: Annotated[int, typer.Option(help="Tokens of every query; 0 means the report's queries.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Predict peak memory, and the largest batch a card holds. Needs no GPU, no weights, no network."""
+    made = lab.plan(model, batch_sizes, size=size, cards=card, protocol=protocol, kernel=kernel, tokens=tokens)
+    if as_json:
+        typer.echo(json.dumps(made.to_dict(), indent=1))
+    else:
+        typer.echo(
+            "\n\n".join(frame.to_string(index=False) for frame in (made.table(), made.card_table()) if len(frame))
+        )
+
+
+@app.command()
 def compare(
     base: Annotated[str, typer.Argument(help="A records file that holds BASE, or the word published.")],
     awq: Annotated[str, typer.Argument(help="A records file that holds the quantised model, or published.")],

@@ -63,7 +63,10 @@ class Rate(Value):
 
 
 class Memory(Value):
-    """Bytes on the device. `peak` is the allocator's on CUDA, and tracked from the tensors on a CPU."""
+    """Bytes on the device. `peak` is the allocator's on CUDA, tracked from the tensors on a CPU, or predicted.
+
+    `ledger` names the parts of the peak; they add up to it.
+    """
 
     weights_bytes: int | None = None
     resident_bytes: int | None = None
@@ -71,7 +74,15 @@ class Memory(Value):
     reserved_bytes: int | None = None
     device_bytes: int | None = None
     allocation_retries: int | None = None
-    method: Literal["cuda", "tracked", "published"]
+    ledger: dict[str, int] | None = None
+    method: Literal["cuda", "tracked", "published", "predicted"]
+
+
+class Work(Value):
+    """What one step computes and the fewest bytes it can move, counted on the prediction's own run."""
+
+    flops: int
+    least_bytes: int
 
 
 class Timing(Value):
@@ -134,6 +145,7 @@ class Cell(Value):
     step_s: list[float] = []
     items_per_s: Rate | None = None
     memory: Memory | None = None
+    work: Work | None = None
     timing: Timing | None = None
     gpu_state: dict[str, dict[str, Any]] | None = None
     environment: Environment
@@ -172,6 +184,22 @@ def rate_of(step_s: Sequence[float], items: int) -> Rate:
     if rank == 0:
         return Rate(median=items / median)
     return Rate(median=items / median, low=items / times[n - rank], high=items / times[rank - 1])
+
+
+def batch_sizes_of(value: str | int | Iterable[int]) -> list[int]:
+    """Batch sizes from "8,16", 8 or [8, 16].
+
+    Raises:
+        BadInput: not positive whole numbers, none at all, or one twice.
+    """
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
+    try:
+        sizes = [int(str(part).strip()) for part in parts if str(part).strip() or len(parts) > 1]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise BadInput(f"batch sizes {value!r}; valid: different whole numbers of 1 or more, such as 8,16,32")
+    return sizes
 
 
 # ---------------------------------------------------------------- files

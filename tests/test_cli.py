@@ -28,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("nope", "commands: variants, doctor, sweep, compare, quantize"),
+        ("nope", "commands: variants, doctor, sweep, plan, compare, quantize"),
         ("sweep --nope", "No such option: --nope"),
         ("sweep -m gptq", "valid: base, awq"),
         ("sweep --size 5b", "valid: auto, tiny, 4b, 8b"),
@@ -44,7 +44,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("compare published", "Missing argument"),
         ("compare none.jsonl published", "no records file none.jsonl"),
         ("compare LICENSE published", "is not a record"),
-        ("compare published published --card x", "valid: memory in GB"),
+        ("compare published published --card x", "valid: memory in GB above 0, or a GPU's name"),
+        ("compare published published --card RTX4071", "the closest GPUs are RTX 4070"),
         ("compare published published --card -8", "valid: memory in GB"),
         ("compare published published --markdown /proc/none/x.md", "cannot write"),
         ("quantize --scheme W9A16", "unknown scheme 'W9A16'; valid: W2A16"),

@@ -133,7 +133,7 @@ def test_nbval_bites(tmp_path: Path) -> None:
     assert alike.returncode == 0, alike.stdout[-2000:]
     # The kernel starts in the notebook's folder, so this stands in for the library's own module.
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys, colqwen_lab.report.compare as c\nc.OUTSIDE_TORCH_BYTES = (200 * 10**6, 701 * 10**6)\n"
+        "import colqwen_lab.cards as c\nc.OUTSIDE_TORCH_BYTES = (200 * 10**6, 701 * 10**6)\n"
     )
     import os
 

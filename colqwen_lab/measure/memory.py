@@ -11,6 +11,7 @@ from torch import Tensor
 from colqwen_lab.measure.clock import synchronise
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.records import Memory
+from colqwen_lab.runtime.components import resident
 from colqwen_lab.runtime.tracking import MemoryTracker
 
 # With the published protocol the second step runs while the first one's output lives.
@@ -31,14 +32,15 @@ def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], 
     """
     device = loaded.device
     if device.type != "cuda":
-        resident = [*loaded.model.parameters(), *loaded.model.buffers()]
-        with MemoryTracker([*resident, *(tensor for batch in inputs for tensor in batch.values())]) as tracker:
+        given = (("inputs", tensor) for batch in inputs for tensor in batch.values())
+        with MemoryTracker([*resident(loaded.model), *given]) as tracker:
             for _ in range(STEPS):
                 step()
         return Memory(
             weights_bytes=loaded.weights_bytes,
             resident_bytes=loaded.weights_bytes,
             peak_bytes=tracker.peak_bytes,
+            ledger=tracker.ledger(),
             method="tracked",
         )
     free(device)

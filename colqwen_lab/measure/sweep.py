@@ -20,28 +20,12 @@ from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.quantize import source_of
 from colqwen_lab.model.variants import Variant, resolve_variant
 from colqwen_lab.model.weights import WEIGHTS, Source
-from colqwen_lab.records import MIB, Backend, Cell, Memory, Store, Timing, Workload, rate_of
+from colqwen_lab.records import MIB, Backend, Cell, Memory, Store, Timing, Workload, batch_sizes_of, rate_of
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, Steps
 from colqwen_lab.runtime.workloads import WORKLOADS, query_batches
 from colqwen_lab.settings import outputs_folder
 
 BATCH_SIZES = "8,16,32,64,128,256"
-
-
-def batch_sizes_of(value: str | int | Iterable[int]) -> list[int]:
-    """Batch sizes from "8,16", 8 or [8, 16].
-
-    Raises:
-        BadInput: not positive whole numbers, none at all, or one twice.
-    """
-    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
-    try:
-        sizes = [int(str(part).strip()) for part in parts if str(part).strip() or len(parts) > 1]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise BadInput(f"batch sizes {value!r}; valid: different whole numbers of 1 or more, such as 8,16,32")
-    return sizes
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,10 @@ def load(source: Source, device: torch.device, backend: str = "auto", dtype: str
     model, backends = skeleton(source.config, source.quantization, device, backend, DTYPES[dtype])
     expected = model.state_dict()
     source.check(expected)
+    if device.type == "cuda":
+        # One request for all, given back at once, as transformers does: weights then lie side by side, not each in a
+        # segment rounded to 2 MiB.
+        torch.empty(sum(like.nbytes for like in expected.values()), dtype=torch.uint8, device=device)
     for name, like in expected.items():
         set_module_tensor_to_device(model, name, device, value=source.read(name, like, device), dtype=like.dtype)
     for module in model.modules():

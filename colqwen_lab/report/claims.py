@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from colqwen_lab.cards import usable
 from colqwen_lab.records import GIB, published_report
-from colqwen_lab.report.compare import SAME_PERCENT, Card, CardFit, on_card, span, usable, walk
+from colqwen_lab.report.compare import SAME_PERCENT, Card, CardFit, on_card, span, walk
 from colqwen_lab.report.series import mib
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from colqwen_lab.cards import OUTSIDE_TORCH_BYTES, USABLE_SHARE, Fit, fit_of, need_bytes, usable
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import GIB, Cell, Memory, published_cells
 from colqwen_lab.report.series import (
@@ -41,15 +41,9 @@ if TYPE_CHECKING:
 SAME_PERCENT = 2.0
 #: A bootstrap of the ratio of medians: fewer than six samples a side give no 95 % interval of a median.
 RESAMPLES, FEWEST_SAMPLES, SEED = 2000, 6, 0
-#: CUDA context, libraries and lazily loaded kernels, 200 to 700 MB, where they were not measured (10^6 bytes).
-OUTSIDE_TORCH_BYTES = (200 * 10**6, 700 * 10**6)
-#: The lowest share of its nominal memory that a card shows: 5.80 GiB of 6 (24 GB cards show 23.69, 16 GB 15.6).
-USABLE_SHARE = Fraction(967, 1000)
 CARDS_GB = (8, 12, 16, 24)
 #: What must be equal on both sides before a difference in speed is the variant's and not the machine's.
 MACHINE = ("gpu", "driver", "cuda", "cpu", "threads", "power_limit_w", "torch")
-
-Fit = Literal["fits", "tight", "does not fit"]
 
 
 @dataclass(frozen=True)
@@ -342,27 +336,6 @@ def _recorded(series: Series, name: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- under a budget
-
-
-def need_bytes(memory: Memory) -> tuple[int, int]:
-    """What a row needs of a card, at least and at most: its peak and what lies outside torch, measured or assumed."""
-    if memory.device_bytes is not None and memory.reserved_bytes is not None:
-        outside = max(0, memory.device_bytes - memory.reserved_bytes)
-        return memory.peak_bytes + outside, memory.peak_bytes + outside
-    return memory.peak_bytes + OUTSIDE_TORCH_BYTES[0], memory.peak_bytes + OUTSIDE_TORCH_BYTES[1]
-
-
-def fit_of(memory: Memory, nominal_bytes: int) -> Fit:
-    """Whether a row fits a card of `nominal_bytes` at the worst, only at the best (tight), or not."""
-    least, most = need_bytes(memory)
-    if most <= usable(nominal_bytes):
-        return "fits"
-    return "tight" if least <= nominal_bytes else "does not fit"
-
-
-def usable(nominal_bytes: int) -> int:
-    """The bytes that a card of `nominal_bytes` has at the worst."""
-    return math.floor(nominal_bytes * USABLE_SHARE)
 
 
 def on_card(base: Series, awq: Series, card_gb: float, told_apart: bool = True) -> Card:

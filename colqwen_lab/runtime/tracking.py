@@ -1,12 +1,13 @@
-"""Memory of a device that keeps no statistics, told from the tensors themselves: exact and repeatable.
+"""Memory told from the tensors themselves, for a device that keeps no statistics or is not there: exact, repeatable.
 
-Every storage that an operation makes is counted from its birth to its end. It sees what PyTorch's operators return
-(fake tensors included), not the scratch memory inside a kernel.
+Every storage that an operation makes is noted at its birth and at its end, with a label of what it is. It sees what
+PyTorch's operators return (fake tensors included), not the scratch memory inside a kernel.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -14,41 +15,62 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+ACTIVATIONS = "activations"
+
 
 class MemoryTracker(TorchDispatchMode):
     """Counts live bytes of all storages: those of `resident` from the start, those of new tensors as they come.
 
-    `live_bytes` is the sum now, `peak_bytes` its maximum since `reset_peak`.
+    `live_bytes` is the sum now, `peak_bytes` its maximum. `log` holds every birth as (number, bytes) and every end as
+    (number, 0), in order; `labels` what each number is.
     """
 
-    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
+    def __init__(self, resident: Iterable[tuple[str, Tensor]] = ()) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._known: dict[int, Any] = {}
-        for tensor in resident:
-            self._see(tensor)
+        self.log: list[tuple[int, int]] = []
+        self.labels: list[str] = []
+        self._numbers: dict[int, int] = {}
+        for label, tensor in resident:
+            self._see(tensor, label)
 
     def __enter__(self) -> Self:
         super().__enter__()
         return self
 
-    def reset_peak(self) -> None:
-        self.peak_bytes = self.live_bytes
+    def label(self, tensors: Iterable[Tensor], name: str) -> None:
+        """Say what tensors that were seen before are."""
+        for tensor in tensors:
+            self.labels[self._numbers[tensor.untyped_storage()._cdata]] = name
 
-    def _see(self, tensor: Tensor) -> None:
+    def ledger(self) -> dict[str, int]:
+        """Live bytes by label at the first moment of the peak; they add up to `peak_bytes`."""
+        live: dict[int, int] = {}
+        total = 0
+        for number, size in self.log:
+            total += size - live.pop(number, 0)
+            if size:
+                live[number] = size
+            if total == self.peak_bytes:
+                break
+        parts: Counter[str] = Counter()
+        for number, size in live.items():
+            parts[self.labels[number]] += size
+        return dict(parts)
+
+    def _see(self, tensor: Tensor, label: str = ACTIVATIONS) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
+        if key in self._numbers:
             return
-        size = storage.nbytes()
-        self._known[key] = weakref.finalize(storage, self._forget, key, size)
+        size, number = storage.nbytes(), len(self.labels)
+        self._numbers[key] = number
+        self.labels.append(label)
+        self.log.append((number, size))
+        weakref.finalize(storage, _forget, weakref.ref(self), key, size)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.pop(key, None)
-        self.live_bytes -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -56,3 +78,10 @@ class MemoryTracker(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
         return result
+
+
+def _forget(tracker: weakref.ref[MemoryTracker], key: int, size: int) -> None:
+    """Note the end of a storage, unless its tracker ended before it."""
+    if (alive := tracker()) is not None:
+        alive.log.append((alive._numbers.pop(key), 0))
+        alive.live_bytes -= size

@@ -21,8 +21,8 @@ from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.measure import sweep as module
 from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.environment import environment
-from colqwen_lab.measure.sweep import batch_sizes_of, failure_of, request, sweep
-from colqwen_lab.records import Cell, read_cells
+from colqwen_lab.measure.sweep import failure_of, request, sweep
+from colqwen_lab.records import Cell, batch_sizes_of, read_cells
 from colqwen_lab.runtime import execution
 
 QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colqwen_lab.cards import fit_of, need_bytes, usable
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import (
     GIB,
@@ -23,7 +24,7 @@ from colqwen_lab.records import (
     published_cells,
     rate_of,
 )
-from colqwen_lab.report.compare import Comparison, compare, fit_of, need_bytes, on_card, usable
+from colqwen_lab.report.compare import Comparison, compare, on_card
 from colqwen_lab.report.series import Results, Series
 
 FIRST = published_cells()[0]

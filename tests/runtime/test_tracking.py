@@ -24,7 +24,7 @@ def test_counts_births_ends_and_the_peak() -> None:
 
 def test_a_temporary_inside_an_expression_counts() -> None:
     x = torch.ones(256)
-    with MemoryTracker([x]) as tracker:
+    with MemoryTracker([("x", x)]) as tracker:
         y = (x * 2 + 1).sum()
     assert tracker.live_bytes == 1024 + 4
     assert tracker.peak_bytes == 3 * 1024
@@ -33,7 +33,7 @@ def test_a_temporary_inside_an_expression_counts() -> None:
 
 def test_views_and_known_tensors_count_once() -> None:
     x = torch.zeros(100, 10)
-    with MemoryTracker([x, x.T, x[0]]) as tracker:
+    with MemoryTracker(("x", view) for view in (x, x.T, x[0])) as tracker:
         y = x.view(10, 100).T.unsqueeze(0)
         x.add_(1)
         assert tracker.live_bytes == 4000
@@ -43,7 +43,7 @@ def test_views_and_known_tensors_count_once() -> None:
 def test_sees_inside_composite_operators_and_modules() -> None:
     layer = torch.nn.Linear(64, 64)
     x = torch.ones(2, 3, 64)
-    with torch.no_grad(), MemoryTracker([x, *layer.parameters()]) as tracker:
+    with torch.no_grad(), MemoryTracker(("weights", t) for t in (x, *layer.parameters())) as tracker:
         y = torch.nn.functional.gelu(layer(x))
     resident = x.nbytes + sum(p.nbytes for p in layer.parameters())
     assert tracker.peak_bytes >= resident + 2 * y.nbytes

@@ -1,0 +1,95 @@
+"""PyTorch's CUDA caching allocator, followed block by block, so that a peak can be told without a GPU.
+
+Source: c10/cuda/CUDACachingAllocator.cpp. Sizes are rounded to 512 bytes. Requests up to 1 MiB come from segments of
+2 MiB, those below 10 MiB from segments of 20 MiB, larger ones from a segment of their own, rounded to 2 MiB. The
+smallest free block that is large enough serves a request; it is split if at least 512 bytes (small) or more than 1 MiB
+(large) remain, and otherwise counts whole: that is why `max_memory_allocated` exceeds the sum of the tensors.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+ROUND = 512
+SMALL = 2**20
+SMALL_SEGMENT = 2 * 2**20
+LARGE_BELOW = 10 * 2**20
+LARGE_SEGMENT = 20 * 2**20
+SEGMENT_ROUND = 2 * 2**20
+
+
+def rounded(size: int, to: int = ROUND) -> int:
+    return max(to, -(-size // to) * to)
+
+
+@dataclass(eq=False)
+class Block:
+    """A piece of a segment at an address; `before` and `after` are its neighbours in the segment."""
+
+    address: int
+    size: int
+    small: bool
+    before: Block | None = None
+    after: Block | None = None
+    free: bool = False
+
+
+@dataclass
+class Allocator:
+    """Bytes handed out and reserved, now and at the peak, as torch.cuda.memory_stats counts them."""
+
+    allocated: int = 0
+    peak_allocated: int = 0
+    reserved: int = 0
+    peak_reserved: int = 0
+    _free: dict[bool, list[tuple[int, int]]] = field(default_factory=lambda: {True: [], False: []})
+    _at: dict[int, Block] = field(default_factory=dict)
+    _end: int = 0
+
+    def allocate(self, size: int) -> Block:
+        size = rounded(size)
+        small = size <= SMALL
+        free = self._free[small]
+        found = bisect_left(free, (size, 0))
+        block = self._at[free.pop(found)[1]] if found < len(free) else self._segment(size, small)
+        block.free = False
+        remaining = block.size - size
+        if remaining >= ROUND if small else remaining > SMALL:
+            rest = Block(block.address + size, remaining, small, block, block.after, free=True)
+            if block.after:
+                block.after.before = rest
+            block.after, block.size = rest, size
+            self._offer(rest)
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def release(self, block: Block) -> None:
+        self.allocated -= block.size
+        block.free = True
+        for other in (block.before, block.after):
+            if other is not None and other.free:
+                self._free[other.small].remove((other.size, other.address))
+                del self._at[other.address]
+                first, second = (other, block) if other is block.before else (block, other)
+                first.size += second.size
+                first.after = second.after
+                if second.after:
+                    second.after.before = first
+                block = first
+        self._offer(block)
+
+    def _offer(self, block: Block) -> None:
+        block.free = True
+        self._at[block.address] = block
+        insort(self._free[block.small], (block.size, block.address))
+
+    def _segment(self, size: int, small: bool) -> Block:
+        total = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE_BELOW else rounded(size, SEGMENT_ROUND)
+        block = Block(self._end, total, small)
+        self._end += total
+        self._at[block.address] = block
+        self.reserved += total
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return block

@@ -1,0 +1,150 @@
+"""Plans: the predicted cells of a variant, and the largest batch that each card holds, searched on the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from colqwen_lab.cards import Card, Fit, fit_of, need_bytes
+from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.model.variants import resolve_variant
+from colqwen_lab.predict.memory import A100, HOST, Predictor, Target
+from colqwen_lab.records import Cell, Memory
+from colqwen_lab.runtime.execution import PROTOCOLS
+
+SEARCHED_TO = 4096
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """What a variant does on a card. `binds` says what stops a larger batch; bytes are predicted."""
+
+    card: str
+    nominal_bytes: int
+    usable_bytes: int
+    variant: str
+    verdict: Fit
+    batch_size: int | None
+    peak_bytes: int
+    headroom_bytes: int
+    binds: str
+
+
+class Planner:
+    """Predicts one variant under one protocol, each batch size once."""
+
+    def __init__(
+        self, model: str, size: str, protocol: str, dtype: str, kernel: str, tokens: int | None = None
+    ) -> None:
+        self.protocol, self.tokens = one_of("protocol", protocol, PROTOCOLS), tokens
+        self.predictor = Predictor(resolve_variant(model), size, dtype, kernel)
+        self._known: dict[tuple[int, Target], Cell] = {}
+
+    def cell(self, batch_size: int, target: Target = A100) -> Cell:
+        key = batch_size, target
+        if key not in self._known:
+            self._known[key] = self.predictor.cell(batch_size, self.protocol, target, self.tokens)
+        return self._known[key]
+
+    def on_card(self, card: Card) -> CardPlan:
+        """The largest batch that surely fits `card`, and the peak there; the smallest batch's where none does."""
+        target = Target(card.gpu.name, card.gpu.architecture.compute_capability) if card.gpu else A100
+
+        def memory(batch_size: int) -> Memory:
+            found = self.cell(batch_size, target).memory
+            assert found is not None
+            return found
+
+        verdict = fit_of(memory(1), card.nominal_bytes)
+        if verdict != "fits":
+            batch, binds = (1 if verdict == "tight" else None), "weights and one query"
+        else:
+            batch = largest(lambda size: need_bytes(memory(size))[1], card.usable_bytes, SEARCHED_TO)
+            binds = "memory" if batch < SEARCHED_TO else f"nothing up to batch {SEARCHED_TO}"
+        there = memory(batch or 1)
+        return CardPlan(
+            card=card.name,
+            nominal_bytes=card.nominal_bytes,
+            usable_bytes=card.usable_bytes,
+            variant=self.predictor.variant.name,
+            verdict=verdict,
+            batch_size=batch,
+            peak_bytes=there.peak_bytes,
+            headroom_bytes=card.usable_bytes - need_bytes(there)[1],
+            binds=binds,
+        )
+
+
+def largest(need: Callable[[int], int], budget: int, limit: int) -> int:
+    """The largest number up to `limit` whose `need` is within `budget`, where that of 1 is; the next one's is not.
+
+    Need grows almost evenly with the batch, so the search interpolates, and halves where that gains too little.
+    """
+    low, high = 1, limit
+    low_need, high_need = need(low), need(high)
+    if high_need <= budget:
+        return limit
+    halve = False
+    while high - low > 1:
+        share = 0.5 if halve else (budget - low_need) / (high_need - low_need)
+        guess = min(high - 1, max(low + 1, low + int((high - low) * share)))
+        found, width = need(guess), high - low
+        if found <= budget:
+            low, low_need = guess, found
+        else:
+            high, high_need = guess, found
+        halve = high - low > width / 2 and not halve
+    return low
+
+
+def plan(
+    models: Sequence[str],
+    size: str,
+    batch_sizes: Iterable[int],
+    cards: Sequence[Card],
+    protocol: str = "lean",
+    dtype: str = "bfloat16",
+    kernel: str = "tritonv2",
+    tokens: int | None = None,
+) -> tuple[list[Cell], list[CardPlan]]:
+    """`(cells, cards)`: every model at every batch size on an A100, and its largest batch on every card.
+
+    Raises:
+        BadInput: an unknown model, protocol, dtype or kernel model, or a number of tokens below 1.
+    """
+    batches = list(batch_sizes)
+    cells, plans = [], []
+    for model in models:
+        planner = Planner(model, size, protocol, dtype, kernel, tokens)
+        cells += [planner.cell(batch) for batch in batches]
+        plans += [planner.on_card(card) for card in cards]
+    return cells, plans
+
+
+def predict_like(cells: Iterable[Cell]) -> list[Cell]:
+    """A predicted cell for each measured or published one whose kernel is modelled, under the same settings."""
+    planners: dict[tuple[str, ...], Planner] = {}
+    found = []
+    for cell in cells:
+        kernel = kernel_model(cell)
+        if kernel is None or cell.workload.kind != "queries":
+            continue
+        on_gpu = cell.environment.gpu is not None
+        asked = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel)
+        try:
+            planner = planners.setdefault(asked, Planner(*asked))
+        except BadInput:
+            continue  # a folder or a repository: its network is not one of the named sizes
+        capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
+        target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
+        found.append(planner.cell(cell.batch_size, target))
+    return found
+
+
+def kernel_model(cell: Cell) -> str | None:
+    """The model of the kernel that a cell ran on; None where there is none. The report ran the Triton fallback."""
+    engaged = " ".join(cell.backend.engaged)
+    fused = any(name in engaged for name in ("marlin", "humming", "exllama"))
+    if "torch.nn.Linear" in engaged or "tritonv2" in engaged or cell.origin == "published":
+        return "tritonv2"
+    return "fused" if fused else "torch" if engaged.startswith("auto_round:torch") else None

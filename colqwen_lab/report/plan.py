@@ -1,0 +1,214 @@
+"""A plan as a person meets it: predicted peaks, the ledger of their bytes, the cards, the limits of speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from colqwen_lab.cards import Gpu
+from colqwen_lab.records import MIB, Cell, Memory
+from colqwen_lab.report.series import Results, rounded
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from colqwen_lab.predict.plan import CardPlan
+
+# Parts that belong together, in the order in which a bar stacks them.
+GROUPS = {
+    "embeddings": ("embeddings",),
+    "text linears": ("text linears",),
+    "vision tower and mergers": ("vision tower", "mergers"),
+    "head, norms": ("head", "text norms"),
+    "KV cache": ("KV cache",),
+    "activations": ("activations", "inputs", "outputs"),
+    "backend buffers": ("backend buffers",),
+    "workspace and rounding": ("cuBLAS workspace", "allocator rounding"),
+    "unexplained": ("unexplained",),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """Predicted cells and what each card holds."""
+
+    results: Results
+    cards: tuple[CardPlan, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contract's object, ready for JSON; of several variants, `{"plans": [...]}`, an object each."""
+        plans = []
+        for series in self.results.series():
+            first = series.first
+            plans.append(
+                {
+                    "variant": first.variant,
+                    "size": first.size,
+                    "protocol": first.protocol,
+                    "kernel": first.backend.requested,
+                    "device": first.environment.device,
+                    "cells": [_cell_dict(cell) for cell in series.cells],
+                    "cards": [asdict(card) for card in self.cards if card.variant == first.variant],
+                }
+            )
+        return plans[0] if len(plans) == 1 else {"plans": plans}
+
+    def table(self) -> pd.DataFrame:
+        """One row a cell: tokens, weights, peak, what the allocator reserves, and the work of a step."""
+        import pandas as pd
+
+        rows = [
+            {
+                "variant": cell.variant,
+                "batch": cell.batch_size,
+                "tokens": cell.workload.tokens,
+                "weights MiB": _mib(_memory(cell).weights_bytes),
+                "peak MiB": _mib(_memory(cell).peak_bytes),
+                "reserved MiB": _mib(_memory(cell).reserved_bytes),
+                "GFLOP a step": rounded(cell.work.flops / 1e9) if cell.work else None,
+            }
+            for cell in self.results
+        ]
+        return pd.DataFrame(rows)
+
+    def card_table(self) -> pd.DataFrame:
+        """One row a card and variant: does it fit, the largest batch, the predicted peak, headroom, what binds."""
+        import pandas as pd
+
+        rows = [
+            {
+                "card": card.card,
+                "usable MiB": _mib(card.usable_bytes),
+                "variant": card.variant,
+                "verdict": card.verdict,
+                "largest batch": card.batch_size,
+                "peak MiB": _mib(card.peak_bytes),
+                "headroom MiB": _mib(card.headroom_bytes),
+                "binds": card.binds,
+            }
+            for card in self.cards
+        ]
+        return pd.DataFrame(rows).astype({"largest batch": "Int64"} if rows else {})
+
+    def ceilings(self, gpus: Sequence[Gpu]) -> pd.DataFrame:
+        """The most items per second that each GPU allows at each batch: one row a cell, a column a GPU.
+
+        Counted: the operations of every matrix product and attention of a step over the dense 16-bit rate, and every
+        weight it multiplies by, read once, and its result, over the bandwidth; the larger time is the limit.
+        """
+        import pandas as pd
+
+        rows = [
+            {"variant": cell.variant, "batch": cell.batch_size}
+            | {gpu.name: rounded(ceiling(cell, gpu)) for gpu in gpus}
+            for cell in self.results
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self, **options: Any) -> Figure:
+        """Predicted peak memory over batch size, with card lines."""
+        return self.results.plot("memory", **options)
+
+    def __repr__(self) -> str:
+        lines = [f"{c.card}: {c.variant} {c.verdict}, largest batch {c.batch_size}" for c in self.cards]
+        return "\n".join([f"Plan of {len(self.results)} predicted cells", *lines])
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html(index=False) + self.card_table().to_html(index=False)
+
+
+def _memory(cell: Cell) -> Memory:
+    assert cell.memory is not None
+    return cell.memory
+
+
+def _mib(amount_bytes: int | None) -> float | None:
+    return None if amount_bytes is None else round(amount_bytes / MIB, 1 if abs(amount_bytes) > 100 * MIB else 3)
+
+
+def _cell_dict(cell: Cell) -> dict[str, Any]:
+    memory = _memory(cell)
+    work = {"flops": cell.work.flops, "least_bytes": cell.work.least_bytes} if cell.work else {}
+    return {
+        "batch_size": cell.batch_size,
+        "tokens": cell.workload.tokens,
+        "weights_bytes": memory.weights_bytes,
+        "peak_bytes": memory.peak_bytes,
+        "reserved_bytes": memory.reserved_bytes,
+        **work,
+        "ledger": memory.ledger,
+    }
+
+
+def ceiling(cell: Cell, gpu: Gpu) -> float | None:
+    """Items per second at most: see `Plan.ceilings`."""
+    if cell.work is None:
+        return None
+    seconds = max(cell.work.flops / gpu.bf16_flops, cell.work.least_bytes / (gpu.bandwidth_gb_s * 1e9))
+    return cell.batch_size / seconds
+
+
+def ledger_table(cells: Iterable[Cell]) -> pd.DataFrame:
+    """The parts of each peak in MiB: one row a part, a column a cell; the last row is their sum, the peak."""
+    import pandas as pd
+
+    columns = {}
+    for cell in cells:
+        memory = _memory(cell)
+        parts = memory.ledger or {"unexplained": memory.peak_bytes}
+        name = f"{cell.variant} {cell.batch_size} ({cell.protocol})"
+        columns[name] = {part: size / MIB for part, size in parts.items()} | {"peak": memory.peak_bytes / MIB}
+    frame = pd.DataFrame(columns).fillna(0).round(2)
+    order = [p for p in frame.index if p.startswith(tuple(p for group in GROUPS.values() for p in group))]
+    return frame.loc[[*sorted(order, key=_rank), *[p for p in frame.index if p not in order]]]
+
+
+def _rank(part: str) -> int:
+    return next(i for i, group in enumerate(GROUPS.values()) if part.startswith(group))
+
+
+def ledger_plot(cells: Sequence[Cell]) -> Figure:
+    """A stacked bar a cell: what its peak is made of, in MiB."""
+    from colqwen_lab.report import plots
+
+    colours = [*(c for c, _ in plots.FIXED.values()), *(c for c, _ in plots.FREE), "#999999", "#BBBBBB"]
+    figure = plots.Plot(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    names = [f"{cell.variant} {cell.batch_size}\n{cell.protocol}" for cell in cells]
+    base = [0.0] * len(names)
+    for (group, starts), colour in zip(GROUPS.items(), colours, strict=False):
+        sizes = [sum(v for k, v in (_memory(c).ledger or {}).items() if k.startswith(starts)) / MIB for c in cells]
+        if any(sizes):
+            axes.bar(names, sizes, bottom=base, label=group, color=colour, width=0.6)
+            base = [b + s for b, s in zip(base, sizes, strict=True)]
+    axes.set_ylabel("peak memory, MiB")
+    where = {f"{cell.origin}, {cell.size}, {cell.environment.device}" for cell in cells}
+    axes.set_title(f"What a peak is made of\n{'; '.join(sorted(where))}", fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def beside(measured: Iterable[Cell], predicted: Iterable[Cell]) -> pd.DataFrame:
+    """Each measured or published peak beside the predicted one, with the error in percent; empty where not modelled."""
+    import pandas as pd
+
+    known = {(c.variant, c.size, c.protocol, c.batch_size): _memory(c).peak_bytes for c in predicted}
+    rows = []
+    for cell in measured:
+        if cell.memory is None:
+            continue
+        guess = known.get((cell.variant, cell.size, cell.protocol, cell.batch_size))
+        error = None if guess is None else round(100 * (guess / cell.memory.peak_bytes - 1), 2)
+        rows.append(
+            {
+                "variant": cell.variant,
+                "batch": cell.batch_size,
+                f"{cell.origin} MiB": _mib(cell.memory.peak_bytes),
+                "predicted MiB": _mib(guess),
+                "error %": error,
+                "note": "" if guess is not None else "this kernel's buffers are not modelled",
+            }
+        )
+    return pd.DataFrame(rows)
