@@ -12,12 +12,12 @@ from typing import Any
 import nbformat
 import pytest
 
-from colqwen_lab import compare, parameters, quantize, sweep
+from colqwen_lab import compare, parameters, plan, quantize, sweep
 from colqwen_lab.errors import BadInput
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FUNCTIONS = {"sweep": sweep, "compare": compare, "quantize": quantize}
+FUNCTIONS = {"sweep": sweep, "compare": compare, "quantize": quantize, "plan": plan}
 MACHINE_PATH = re.compile(r"/(work|home|root|tmp|Users|usr|opt|venv)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}")
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model import loading
-from colqwen_lab.model.network import is_text_linear
+from colqwen_lab.model.network import ColQwen3Output, is_text_linear
 from colqwen_lab.model.variants import Variant
 from colqwen_lab.model.weights import RandomSource, default_source
 from colqwen_lab.predict.allocator import Allocator, Block
@@ -33,7 +33,6 @@ CPU = torch.device("cpu")
 # The operator that attention is on fake CPU tensors; PyTorch's counter knows only those of GPUs.
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 KIB = 1024
-STEPS = 2
 ROUNDING, WORKSPACE, KV_CACHE, OUTPUT, BUFFERS = (
     "allocator rounding",
     "cuBLAS workspace",
@@ -182,23 +181,22 @@ class Predictor:
         return fake, made.workload
 
     def _run(self, inputs: list[dict[str, Tensor]], execution: str, protocol: str) -> tuple[MemoryTracker, int, int]:
-        """`(tracker, flops of a step, length of the log when the steps began)`, the first step of a shape left out."""
+        """`(tracker, flops of a step, length of the log when the steps began)` of two steps."""
         given = [("inputs", tensor) for batch in inputs for tensor in batch.values()]
         counter = FlopCounterMode(display=False, custom_mapping={ATTENTION: _attention_flops})
-        with self.mode, MemoryTracker([*resident(self.model), *given]) as tracker, counter:
+        quantized = [layer for _, layer in self.linears if self.variant.scheme]
+        with self.mode, MemoryTracker([*resident(self.model), *given]) as tracker:
             before = len(tracker.log)
-            steps = Steps(self.model, inputs, execution, protocol)
-            quantized = [layer for _, layer in self.linears if self.variant.scheme]
             hooks = [hook for layer in quantized for hook in _label_buffers(tracker, layer)]
-            for _ in range(1 + STEPS):
+            steps = Steps(self.model, inputs, execution, protocol)
+            steps()
+            _label_output(tracker, steps.output)
+            with counter:
                 steps()
-                tracker.label([steps.output.embeddings], OUTPUT)
-                if steps.output.past_key_values is not None:
-                    layers = steps.output.past_key_values.layers
-                    tracker.label([t for layer in layers for t in (layer.keys, layer.values)], KV_CACHE)
+            _label_output(tracker, steps.output)
             for hook in hooks:
                 hook.remove()
-        return tracker, counter.get_total_flops() // (1 + STEPS), before
+        return tracker, counter.get_total_flops(), before
 
     def _memory(self, tracker: MemoryTracker, before: int, target: Target) -> Memory:
         weights = sum(size for _, size in tracker.log[: sum(1 for _ in resident(self.model))])
@@ -220,6 +218,14 @@ class Predictor:
         used = ("text linears", "text norms", "head")
         weights = sum(tensor.nbytes for label, tensor in resident(self.model) if label.startswith(used))
         return weights + workload.batch_size * (workload.tokens or 0) * self.config.embed_dim * 2
+
+
+def _label_output(tracker: MemoryTracker, output: ColQwen3Output) -> None:
+    assert output.embeddings is not None
+    tracker.label([output.embeddings], OUTPUT)
+    if output.past_key_values is not None:
+        layers: Any = output.past_key_values.layers
+        tracker.label([tensor for layer in layers for tensor in (layer.keys, layer.values)], KV_CACHE)
 
 
 def _label_buffers(tracker: MemoryTracker, layer: nn.Module) -> list[Any]:
