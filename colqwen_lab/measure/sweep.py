@@ -139,7 +139,7 @@ class Sweep:
         return (
             not self.asked.fresh
             and cell.origin == "measured"
-            and cell.status != "failed"
+            and not (cell.status == "failed" and source)
             and cell.environment.identity() == self.environment.identity()
             and (source is None or source.label == cell.weights)
         )
@@ -200,7 +200,14 @@ class Sweep:
             for name, loaded in models.items()
         }
         fitting = {name: models[name] for name, memory in memories.items() if isinstance(memory, Memory)}
-        batches = {name: self._batches(loaded, batch) for name, loaded in fitting.items()}
+        batches = {}
+        for name, loaded in tuple(fitting.items()):
+            made = attempt(lambda loaded=loaded: self._batches(loaded, batch), self.device)  # type: ignore[misc]
+            if isinstance(made, Failure):
+                memories[name] = made
+                del fitting[name]
+            else:
+                batches[name] = made
         steps = {
             name: Steps(loaded.model, batches[name].inputs, self.asked.execution, self.asked.protocol)
             for name, loaded in fitting.items()
