@@ -60,6 +60,7 @@ def sweep(
     backend: str = "auto",
     protocol: str = "lean",
     dtype: str = "bfloat16",
+    card: str = "",
     output: str = "",
     fresh: bool = False,
     min_steps: int = 10,
@@ -78,6 +79,8 @@ def sweep(
         backend: the kernel for packed weights: auto, or a name such as torch, ark, tritonv2, marlin.
         protocol: lean (no KV cache, last output released) or published (as the report was made).
         dtype: bfloat16, float16 or float32.
+        card: memory in GB or a GPU's name: instead of `batch_sizes`, find the largest batch under that card's memory,
+            on a bigger GPU. The throughput is then this GPU's under the cap, not the card's.
         output: the records file; by default one under outputs/ named after the models.
         fresh: measure again what is on file; the old rows move aside.
         min_steps: timed steps a cell, at least.
@@ -87,6 +90,7 @@ def sweep(
         BadInput: a wrong value; the message names the valid ones.
         Unmet: no weights, or no kernel for them, here.
     """
+    from colqwen_lab.cards import find_card
     from colqwen_lab.measure.clock import Patience
     from colqwen_lab.measure.sweep import request
     from colqwen_lab.measure.sweep import sweep as run
@@ -95,8 +99,8 @@ def sweep(
     patience = Patience(min_steps=min_steps, max_steps=max(200, min_steps), min_s=min(0.3, max_s), max_s=max_s)
     options: dict[str, Any] = {"size": size, "workload": workload, "texts": texts, "weights": weights}
     options |= {"execution": execution, "backend": backend, "protocol": protocol, "dtype": dtype, "fresh": fresh}
-    path = Path(output) if output else None
-    return Results(tuple(run(request(model, batch_sizes, output=path, patience=patience, **options))))
+    options |= {"output": Path(output) if output else None, "card": find_card(card) if card else None}
+    return Results(tuple(run(request(model, batch_sizes, patience=patience, **options))))
 
 
 def load(source: str | Path) -> Results:

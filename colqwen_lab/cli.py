@@ -61,6 +61,7 @@ def sweep(
     execution: Annotated[str, typer.Option(help="eager.")] = "eager",
     backend: Annotated[str, typer.Option(help="Kernel for packed weights: auto, torch, ark, tritonv2 ...")] = "auto",
     protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
+    card: Annotated[str, typer.Option(help="GB or a GPU: the largest batch under its memory, on a bigger GPU.")] = "",
     output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
 ) -> None:
@@ -75,6 +76,7 @@ def sweep(
         execution=execution,
         backend=backend,
         protocol=protocol,
+        card=card,
         output=output,
         fresh=fresh,
     )

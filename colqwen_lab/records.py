@@ -85,6 +85,18 @@ class Work(Value):
     least_bytes: int
 
 
+class CardRun(Value):
+    """A cell measured under the cap of a smaller card: which, the bytes torch might take, and what was tried."""
+
+    name: str
+    nominal_bytes: int
+    cap_bytes: int
+    outside_bytes: int
+    method: str
+    tried: dict[int, str]
+    verified_runs: int
+
+
 class Timing(Value):
     """How the samples were taken: steps thrown away first, why it stopped, and who was timed in turn with it."""
 
@@ -146,6 +158,7 @@ class Cell(Value):
     items_per_s: Rate | None = None
     memory: Memory | None = None
     work: Work | None = None
+    card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[str, dict[str, Any]] | None = None
     environment: Environment
@@ -162,7 +175,7 @@ class Cell(Value):
         """What makes this cell this cell, within one environment. A sweep holds each key once."""
         work = self.workload
         asked = (self.backend.requested, work.texts or "", str(work.batch_size))
-        return (self.variant, self.weights, *self.settings(), *asked)
+        return (self.variant, self.weights, *self.settings(), *asked, self.card.name if self.card else "")
 
     def to_line(self) -> str:
         return self.model_dump_json(by_alias=True) + "\n"

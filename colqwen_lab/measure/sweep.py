@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from colqwen_lab.cards import Card
 from colqwen_lab.errors import BadInput, LabError, Unmet, one_of
+from colqwen_lab.measure.cap import MARGIN, METHOD, VERIFIED_RUNS, largest_running, set_cap
 from colqwen_lab.measure.clock import CLOCK, Patience, Samples, time_in_turn
 from colqwen_lab.measure.environment import environment, gpu_state, pick_device
 from colqwen_lab.measure.memory import free, measure
@@ -20,7 +22,7 @@ from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.quantize import source_of
 from colqwen_lab.model.variants import Variant, resolve_variant
 from colqwen_lab.model.weights import WEIGHTS, Source
-from colqwen_lab.records import MIB, Backend, Cell, Memory, Store, Timing, Workload, batch_sizes_of, rate_of
+from colqwen_lab.records import MIB, Backend, CardRun, Cell, Memory, Store, Timing, Workload, batch_sizes_of, rate_of
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, Steps
 from colqwen_lab.runtime.workloads import WORKLOADS, query_batches
 from colqwen_lab.settings import outputs_folder
@@ -43,6 +45,7 @@ class Request:
     backend: str = "auto"
     protocol: str = "lean"
     dtype: str = "bfloat16"
+    card: Card | None = None
     output: Path | None = None
     fresh: bool = False
     patience: Patience = field(default_factory=Patience)
@@ -127,11 +130,46 @@ class Sweep:
                 for batch in self.asked.batch_sizes
                 if (names := [name for name in self.sources if (name, batch) not in found])
             }
-            if todo:
+            if self.asked.card:
+                cells = [self._on_card(name, self.asked.card, store) for name in self.sources]
+            else:
                 self._measure(todo, store)
-            cells = [self._found(store)[name, batch] for batch in self.asked.batch_sizes for name in self.sources]
+                cells = [self._found(store)[name, batch] for batch in self.asked.batch_sizes for name in self.sources]
             _write_result(done_mark, self.path, cells)
         return cells
+
+    def _on_card(self, name: str, card: Card, store: Store) -> Cell:
+        """The cell of the largest batch of a model under the cap of `card`, found by trying, and run several times."""
+        known = [cell for (variant, _), cell in self._found(store).items() if variant == name]
+        if known:
+            return known[0]
+        cap_bytes, outside_bytes = set_cap(card, self.device)
+        tried: dict[int, str] = {}
+
+        def runs(batch: int) -> bool:
+            outcome = self._memory(name, loaded, batch)
+            tried[batch] = outcome.status if isinstance(outcome, Failure) else "ok"
+            return isinstance(outcome, Memory)
+
+        loaded = attempt(lambda: self._load(name), self.device)
+        if isinstance(loaded, Failure):
+            raise Unmet(f"{name} does not load under the memory of a {card.name} card: {loaded.reason}")
+        found = largest_running(runs)
+        batch = max(1, int(found * (1 - MARGIN)))
+        verified = sum(runs(batch) for _ in range(VERIFIED_RUNS))
+        (cell,) = self._cells({name: loaded}, batch)
+        run = CardRun(
+            name=card.name,
+            nominal_bytes=card.nominal_bytes,
+            cap_bytes=cap_bytes,
+            outside_bytes=outside_bytes,
+            method=METHOD,
+            tried=tried,
+            verified_runs=verified,
+        )
+        cell = cell.model_copy(update={"card": run})
+        store.add([cell])
+        return cell
 
     def _keeps(self, cell: Cell) -> bool:
         """Whether a row of the file stays: same weights, environment and code, and no failure to be tried again."""
@@ -146,15 +184,20 @@ class Sweep:
 
     def _found(self, store: Store) -> dict[tuple[str, int], Cell]:
         asked = self.asked
-        same = (asked.workload, asked.texts, asked.execution, asked.protocol, asked.backend, asked.dtype)
+        card = asked.card.name if asked.card else None
+        same = (asked.workload, asked.texts, asked.execution, asked.protocol, asked.backend, asked.dtype, card)
         return {
             (cell.variant, cell.batch_size): cell
             for cell in store.cells
-            if cell.variant in self.sources and cell.batch_size in asked.batch_sizes and _asked_for(cell) == same
+            if cell.variant in self.sources
+            and (asked.card or cell.batch_size in asked.batch_sizes)
+            and _asked_for(cell) == same
         }
 
     def _measure(self, todo: dict[int, list[str]], store: Store) -> None:
         names = [name for name in self.sources if any(name in wanted for wanted in todo.values())]
+        if not names:
+            return
         if self.device.type == "cuda" and len(names) > 1:
             # The allocator counts all models of a process, so each one's memory is measured while it is alone.
             for name in names:
@@ -288,7 +331,8 @@ def _checked(variant: Variant, source: Source, asked_size: str) -> Source:
 def _asked_for(cell: Cell) -> tuple[str | None, ...]:
     texts = "report" if cell.workload.texts and cell.workload.texts.startswith("drawn") else cell.workload.texts
     backend = cell.backend
-    return cell.workload.kind, texts, cell.execution, cell.protocol, backend.requested, backend.requested_dtype
+    card = cell.card.name if cell.card else None
+    return cell.workload.kind, texts, cell.execution, cell.protocol, backend.requested, backend.requested_dtype, card
 
 
 def _line(cell: Cell, prefix: str = "") -> str:

@@ -31,6 +31,7 @@ CRITERIA: dict[str, Callable[[Cell], str]] = {
     "weights": lambda cell: cell.weights,
     "backend": lambda cell: cell.backend.requested,
     "texts": lambda cell: _texts(cell.workload.texts or "texts not recorded"),
+    "card": lambda cell: f"{cell.card.name} cap" if cell.card else "no cap",
     "device": lambda cell: cell.environment.device,
 }
 
@@ -202,10 +203,12 @@ def line(cell: Cell) -> str:
 
 
 def conditions(cells: Sequence[Cell]) -> str:
-    """Where figures come from, for titles: origin, device, size, workload, execution, protocol, untrained weights."""
+    """Where figures come from, for titles: origin, device, size, workload, execution, protocol, cap, kernels."""
     parts: list[list[str]] = [[cell.origin for cell in cells], [_device(cell) for cell in cells]]
     parts += [[read(cell) for cell in cells] for name, read in CRITERIA.items() if name in ("size", "workload")]
     parts += [[cell.execution for cell in cells], [f"protocol {cell.protocol}" for cell in cells]]
+    parts += [[f"under a {cell.card.name} cap" for cell in cells if cell.card]]
+    parts += [[f"kernel {name}" for cell in cells for name in cell.backend.engaged if name != "torch.nn.Linear"]]
     parts += [["untrained weights"]] if any(random_weights(cell) for cell in cells) else []
     return " · ".join(" and ".join(dict.fromkeys(part)) for part in parts if part)
 

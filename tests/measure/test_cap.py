@@ -1,0 +1,94 @@
+"""The search under a card's memory, on a fake device whose memory is finite."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from colqwen_lab.cards import find_card
+from colqwen_lab.errors import Unmet
+from colqwen_lab.measure import sweep as module
+from colqwen_lab.measure.cap import MARGIN, largest_running, set_cap
+from colqwen_lab.measure.clock import Patience
+from colqwen_lab.measure.sweep import request, sweep
+from colqwen_lab.records import Cell, read_cells
+from colqwen_lab.runtime import execution
+
+QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
+
+
+@given(st.integers(0, 5000), st.integers(1, 4096))
+def test_search_finds_the_edge_to_its_margin(edge: int, limit: int) -> None:
+    tried: list[int] = []
+
+    def runs(batch: int) -> bool:
+        tried.append(batch)
+        return batch <= edge
+
+    found = largest_running(runs, limit)
+    most = min(edge, limit)
+    assert found <= most
+    assert found >= most * (1 - MARGIN)
+    assert found == most or found > 1
+    assert max(Counter(tried).values()) == 1
+    assert len(tried) <= 26
+
+
+def test_a_cap_needs_a_gpu() -> None:
+    with pytest.raises(Unmet, match="there is none here; `colqwen-lab plan` predicts it"):
+        set_cap(find_card("8"), torch.device("cpu"))
+
+
+def run(path: Path, model: str = "base", card: str = "8") -> list[Cell]:
+    options: dict[str, Any] = {"weights": "random", "card": find_card(card), "output": path, "patience": QUICK}
+    return sweep(request(model, "1", **options), progress=lambda line: None)
+
+
+@pytest.fixture
+def finite(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A device that holds `edge` queries, and a cap of that card."""
+    device = {"edge": 11}
+
+    def forward(model: Any, inputs: Any, use_cache: bool) -> Any:
+        if inputs["input_ids"].shape[0] > device["edge"]:
+            raise torch.OutOfMemoryError("out of the card's memory")
+        return execution.eager(model, inputs, use_cache)
+
+    monkeypatch.setitem(execution.EXECUTIONS, "eager", forward)
+    monkeypatch.setattr(module, "set_cap", lambda card, device: (card.usable_bytes - 500, 500))
+    return device
+
+
+def test_finds_verifies_and_records_the_largest_batch(tmp_path: Path, finite: dict[str, int]) -> None:
+    (cell,) = cells = run(tmp_path / "rows.jsonl")
+    assert (cell.status, cell.batch_size) == ("ok", 10)
+    assert cell.card is not None
+    assert cell.card.tried[11] == "ok"
+    assert cell.card.tried[12] == "oom"
+    assert cell.card.verified_runs == 3
+    assert (cell.card.name, cell.card.outside_bytes) == ("8 GB", 500)
+    assert read_cells(tmp_path / "rows.jsonl") == cells == run(tmp_path / "rows.jsonl")
+
+
+def test_cards_and_plain_cells_are_different_rows(tmp_path: Path, finite: dict[str, int]) -> None:
+    path = tmp_path / "rows.jsonl"
+    run(path)
+    finite["edge"] = 40
+    assert run(path, card="12")[0].batch_size == 38
+    plain = sweep(request("base", "10", weights="random", output=path, patience=QUICK), progress=lambda line: None)
+    assert [cell.card and cell.card.name for cell in read_cells(path)] == ["8 GB", "12 GB", None]
+    assert plain[0].card is None
+
+
+def test_not_even_one(tmp_path: Path, finite: dict[str, int]) -> None:
+    finite["edge"] = 0
+    (cell,) = run(tmp_path / "rows.jsonl")
+    assert (cell.status, cell.batch_size) == ("oom", 1)
+    assert cell.card is not None
+    assert cell.card.verified_runs == 0
