@@ -2,22 +2,31 @@
 
     uv run python benchmark.py --only_base --sweep_batch_sizes "8,16,32,64,128,256" --output_json sweep_4b_base.json
 
-The records with every sample go beside the JSON, as .jsonl.
+The records with every sample go beside the JSON, as NAME.records.jsonl. As in the report, models run in FP16.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from colqwen_lab.errors import BadInput, LabError
 from colqwen_lab.records import SCRIPT_NAMES, Cell, batch_sizes_of, script_json
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"benchmark.py: {message}; --help lists what it takes\n")
+
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text_samples", type=int, default=64, help="queries, at least two batches of them")
     parser.add_argument("--text_batch_size", type=int, default=8)
     parser.add_argument("--image_samples", type=int, default=16)
@@ -43,8 +52,11 @@ def run(args: argparse.Namespace) -> Path:
     from colqwen_lab.measure.sweep import request, sweep
 
     target = Path(args.output_json)
-    if args.text_samples < 1:
-        raise BadInput(f"--text_samples {args.text_samples}; valid: 1 or more")
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise BadInput(f"--output_json {target}; valid: a file in a folder that can be written")
+    for flag in ("text_samples", "text_batch_size", "image_samples", "image_batch_size", "image_size", "measure_steps"):
+        if getattr(args, flag) < 1:
+            raise BadInput(f"--{flag} {getattr(args, flag)}; valid: 1 or more")
     steps = {"min_steps": args.measure_steps, "max_steps": args.measure_steps, "max_warmup": args.warmup_steps}
     patience = Patience(**steps, min_s=0, max_s=float("inf"))
     variants = ["base"] * (not args.only_awq) + ["awq"] * (not args.only_base)
@@ -56,8 +68,7 @@ def run(args: argparse.Namespace) -> Path:
         jobs.append((["awq"], batch_sizes_of(args.high_batch_sweep), "high_batch"))
     if plain and not args.text_only:
         print("benchmark.py: image documents are not measured by this version; --text_only says so", file=sys.stderr)
-    cells: list[Cell] = []
-    names: dict[tuple[str, int], str] = {}
+    named: list[tuple[str, Cell]] = []
     for number, (models, batches, scenario) in enumerate(jobs):
         asked = request(
             models,
@@ -65,15 +76,16 @@ def run(args: argparse.Namespace) -> Path:
             size=args.size,
             weights=args.weights,
             protocol="published",
+            dtype="float16",
             samples=args.text_samples,
-            output=target.with_suffix(".jsonl"),
+            output=target.with_name(f"{target.stem}.records.jsonl"),
             fresh=number == 0,
             patience=patience,
         )
         for cell in sweep(asked):
             label = f"{SCRIPT_NAMES[cell.variant]}_{scenario}"
-            names[cell.variant, cell.batch_size] = label if plain else f"{label}_bs{cell.batch_size}"
-            cells.append(cell)
+            named.append((label if plain else f"{label}_bs{cell.batch_size}", cell))
+    cells = [cell for _, cell in named]
     environment = cells[0].environment
     metadata = {
         "device": "cuda" if environment.gpu else "cpu",
@@ -86,7 +98,7 @@ def run(args: argparse.Namespace) -> Path:
     }
     flags = ("text_samples", "text_batch_size", "image_samples", "image_batch_size", "image_size")
     metadata |= {flag: getattr(args, flag) for flag in (*flags, "warmup_steps", "measure_steps")}
-    document = script_json(cells, metadata, lambda cell: names[cell.variant, cell.batch_size])
+    document = script_json(named, metadata)
     target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return target
 

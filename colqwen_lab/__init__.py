@@ -17,7 +17,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colqwen_lab.errors import BadInput, LabError, Unmet, one_of
+from colqwen_lab.errors import BadInput, LabError, Unmet, checked, one_of
 from colqwen_lab.settings import outputs_folder
 
 # Progress is plain lines here; tqdm in a notebook without ipywidgets would print a warning with a path.
@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 
+@checked
 def sweep(
     model: str | Sequence[str] = "awq",
     batch_sizes: str | int | Iterable[int] = "8,16,32,64,128,256",
@@ -114,6 +115,7 @@ def load(source: str | Path) -> Results:
     return Results.load(source)
 
 
+@checked
 def compare(
     base: str | Path | Results = "published",
     awq: str | Path | Results = "published",
@@ -132,10 +134,14 @@ def compare(
     from colqwen_lab.report.compare import compare as run
     from colqwen_lab.report.series import Results
 
+    for value in (base, awq):
+        if not isinstance(value, (str, Path, Results)):
+            raise BadInput(f"{value!r} is no records; valid: results, a records file, or the word published")
     first, second = (value if isinstance(value, Results) else load(value) for value in (base, awq))
     return run(first, second, card_budgets(cards))
 
 
+@checked
 def plan(
     model: str | Sequence[str] = "base,awq",
     batch_sizes: str | int | Iterable[int] = "8,16,32,64,128,256,512",
@@ -165,16 +171,16 @@ def plan(
     from colqwen_lab.cards import find_card
     from colqwen_lab.model.architecture import SIZES
     from colqwen_lab.predict.plan import plan as run
-    from colqwen_lab.records import batch_sizes_of
+    from colqwen_lab.records import batch_sizes_of, listed
     from colqwen_lab.report.plan import Plan
     from colqwen_lab.report.series import Results
 
     one_of("size", size, SIZES)
     if tokens < 0:
         raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries, or 1 or more")
-    budgets = [find_card(card) for card in _listed(cards) if card != ""]
+    budgets = [find_card(card) for card in listed(cards) if card != ""]
     cells, found = run(
-        _listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, tokens or None
+        listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, tokens or None
     )
     return Plan(Results(tuple(cells)), tuple(found))
 
@@ -197,18 +203,12 @@ def beside(results: Results) -> pd.DataFrame:
 def card_budgets(cards: str | float | Sequence[float | str]) -> list[float]:
     """Budgets in GB from "8,12", 8, [8, 12] or GPUs by name, "RTX 4070,24". Raises BadInput."""
     from colqwen_lab.cards import find_card
-    from colqwen_lab.records import GIB
+    from colqwen_lab.records import GIB, listed
 
-    return [find_card(card).nominal_bytes / GIB for card in _listed(cards)]
-
-
-def _listed(value: Any) -> list[Any]:
-    """The items of "a,b", of a list, or of one value."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
-    return list(value) if isinstance(value, Iterable) else [value]
+    return [find_card(card).nominal_bytes / GIB for card in listed(cards)]
 
 
+@checked
 def quantize(
     size: str = "auto",
     scheme: str = "W4A16",
@@ -263,7 +263,7 @@ def parameters(names: dict[str, Any], function: Callable[..., Any]) -> dict[str,
         BadInput: a plain value that is no parameter of `function`, as papermill injects for a mistyped `-p`.
     """
     valid = signature(function).parameters
-    plain = (str, int, float, bool, list, tuple, type(None))
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
     given = {name for name, value in names.items() if name[0] != "_" and isinstance(value, plain)} - {"In"}
     unknown = sorted(given - valid.keys())
     if unknown and not names.get("_parameters_checked"):

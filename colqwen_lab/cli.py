@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = 130
+
 Models = Annotated[list[str], typer.Option("-m", "--model", help="base, awq, W8A16 ..., a folder or a hub id.")]
 Size = Annotated[str, typer.Option("--size", help="auto (4b with a CUDA GPU, else tiny), tiny, 4b, 8b.")]
 Weights = Annotated[str, typer.Option("--weights", help="auto, hub, random, or a checkpoint folder.")]
@@ -61,6 +63,7 @@ def sweep(
     execution: Annotated[str, typer.Option(help="eager.")] = "eager",
     backend: Annotated[str, typer.Option(help="Kernel for packed weights: auto, torch, ark, tritonv2 ...")] = "auto",
     protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
     card: Annotated[str, typer.Option(help="GB or a GPU: the largest batch under its memory, on a bigger GPU.")] = "",
     output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
@@ -76,6 +79,7 @@ def sweep(
         execution=execution,
         backend=backend,
         protocol=protocol,
+        dtype=dtype,
         card=card,
         output=output,
         fresh=fresh,
@@ -152,11 +156,9 @@ def quantize(
 def main() -> None:
     """The program. Exit codes: 0, 1 for an unmet need, 2 for a wrong value; either is one line on stderr."""
     try:
-        app(standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except LabError as error:
         _end(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _end("interrupted; what was measured is on file", 130)
     except Exception as error:
         # Usage errors: typer brings its own copy of click or uses the installed one, by its version.
         if not hasattr(error, "format_message"):
@@ -164,6 +166,9 @@ def main() -> None:
         commands = ", ".join(str(command.callback.__name__) for command in app.registered_commands if command.callback)
         hint = f"commands: {commands}" if "No such command" in str(error) else "--help lists what it takes"
         _end(f"{' '.join(error.format_message().split())}; {hint}", 2)
+    if code == INTERRUPTED:  # typer turns Ctrl-C into a return value
+        _end("interrupted; the rows measured so far are on file, and the same command goes on from there", code)
+    sys.exit(code)
 
 
 def _end(line: str, code: int) -> NoReturn:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
+from inspect import signature
+from typing import ParamSpec, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class LabError(Exception):
@@ -26,6 +34,32 @@ class Unmet(LabError, RuntimeError):
     """A need that this machine does not meet: no GPU, no weights, no network, no kernel. Exit code 1."""
 
 
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` with every argument whose default is a bool, a number or a text held to that type.
+
+    papermill passes "false" as a text: what reads as the type is taken as it, anything else is a BadInput.
+    """
+    asked = signature(function)
+    several = ("model", "batch_sizes", "cards", "base", "awq")  # these take several forms, and check them
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = asked.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            default = asked.parameters[name].default
+            if name not in several and isinstance(default, (bool, int, float, str)):
+                try:
+                    given.arguments[name] = TypeAdapter(type(default)).validate_python(value)
+                except ValidationError:
+                    kind = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[
+                        type(default)
+                    ]
+                    raise BadInput(f"{name} is {value!r}; valid: {kind}, such as {default!r}") from None
+        return function(*given.args, **given.kwargs)
+
+    return call
+
+
 def one_of(what: str, value: str, valid: Iterable[str]) -> str:
     """`value`, if it is one of `valid`.
 
@@ -33,8 +67,8 @@ def one_of(what: str, value: str, valid: Iterable[str]) -> str:
         BadInput: naming every valid value, and the nearest one if any is near.
     """
     names = list(valid)
-    if value in names:
+    if isinstance(value, str) and value in names:
         return value
-    near = difflib.get_close_matches(str(value), names, n=1)
+    near = difflib.get_close_matches(str(value).lower(), names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise BadInput(f"unknown {what} {value!r}{hint}; valid: {', '.join(names)}")

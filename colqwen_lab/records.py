@@ -199,16 +199,23 @@ def rate_of(step_s: Sequence[float], items: int) -> Rate:
     return Rate(median=items / median, low=items / times[n - rank], high=items / times[rank - 1])
 
 
+def listed(value: Any) -> list[Any]:
+    """The items of "a,b", of a list, or of one value."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return list(value) if isinstance(value, Iterable) else [value]
+
+
 def batch_sizes_of(value: str | int | Iterable[int]) -> list[int]:
     """Batch sizes from "8,16", 8 or [8, 16].
 
     Raises:
         BadInput: not positive whole numbers, none at all, or one twice.
     """
-    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
     try:
+        parts = value.strip("[ ]").split(",") if isinstance(value, str) else listed(value)
         sizes = [int(str(part).strip()) for part in parts if str(part).strip() or len(parts) > 1]
-    except ValueError:
+    except (TypeError, ValueError):
         sizes = []
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
         raise BadInput(f"batch sizes {value!r}; valid: different whole numbers of 1 or more, such as 8,16,32")
@@ -236,7 +243,8 @@ def read_cells(source: str | Path) -> list[Cell]:
     return cells
 
 
-def _cells_of(path: Path) -> list[Cell]:
+def _cells_of(path: Path, own: bool = False) -> list[Cell]:
+    """The cells of a file; `own` refuses another tool's JSON, which a sweep would overwrite."""
     try:
         complete, newline, last = path.read_bytes().rpartition(b"\n")
         text = (complete + newline).decode() + last.decode(errors="replace")  # torn within a character, perhaps
@@ -245,6 +253,8 @@ def _cells_of(path: Path) -> list[Cell]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as a records file: {error}") from None
     document = _json(text)
+    if own and isinstance(document, dict) and "results" in document:
+        raise BadInput(f"{path} is another tool's JSON, which a sweep would overwrite; name another file")
     return _script_cells(document) if isinstance(document, dict) and "results" in document else _line_cells(text, path)
 
 
@@ -271,6 +281,11 @@ def _line_cells(text: str, path: Path) -> list[Cell]:
     return cells
 
 
+def neighbour(path: Path, kind: str) -> Path:
+    """The file of this kind beside a records file: beside `rows.jsonl`, `rows.result.json`."""
+    return path.with_suffix(f".{kind}") if path.suffix == ".jsonl" else path.with_name(f"{path.name}.{kind}")
+
+
 class Store:
     """The records file of one sweep: what is kept of it, and an append that survives a kill.
 
@@ -288,11 +303,11 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
-            old = _cells_of(path) if path.exists() else []
+            old = _cells_of(path, own=True) if path.exists() else []
             self.cells = [cell for cell in old if keep(cell)]
             self.superseded = [cell for cell in old if not keep(cell)]
             if self.superseded:
-                _append(path.with_suffix(".superseded.jsonl"), self.superseded)
+                _append(neighbour(path, "superseded.jsonl"), self.superseded)
             _replace(path, self.cells)
         except Timeout:
             raise BadInput(f"another sweep writes to {path}; wait for it or name another file") from None
@@ -367,15 +382,15 @@ def published_cells() -> list[Cell]:
 SCRIPT_NAMES = {"base": "BASE", "awq": "AWQ"}
 
 
-def script_json(cells: Iterable[Cell], metadata: dict[str, Any], names: Callable[[Cell], str]) -> dict[str, Any]:
-    """The document that the report's `benchmark.py` writes, from cells. Its MB are MiB, as the report's are."""
+def script_json(cells: Iterable[tuple[str, Cell]], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The document that the report's `benchmark.py` writes, from named cells. Its MB are MiB, as the report's are."""
     results = {}
-    for cell in cells:
+    for name, cell in cells:
         if cell.items_per_s is None or cell.memory is None or not cell.step_s:
             continue
         times = cell.step_s
-        results[names(cell)] = {
-            "scenario": names(cell),
+        results[name] = {
+            "scenario": name,
             "total_items": cell.batch_size * len(times),
             "total_time_s": sum(times),
             "throughput_items_per_s": cell.batch_size * len(times) / sum(times),

@@ -31,23 +31,24 @@ def benchmark(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_sweep_of_the_quantised_model(tmp_path: Path) -> None:
-    flags = ["--only_awq", "--sweep_batch_sizes", "1,2", "--high_batch_sweep", "4", "--output_json", "x.json"]
+    flags = ["--only_awq", "--sweep_batch_sizes", "1,2", "--high_batch_sweep", "2,4", "--output_json", "x.json"]
     done = benchmark(tmp_path, *flags, "--measure_steps", "4")
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "x.json").read_text())
-    names = ["AWQ_text_queries_bs1", "AWQ_text_queries_bs2", "AWQ_high_batch_bs4"]
+    names = ["AWQ_text_queries_bs1", "AWQ_text_queries_bs2", "AWQ_high_batch_bs2", "AWQ_high_batch_bs4"]
     assert list(document["results"]) == names
     row = document["results"]["AWQ_text_queries_bs2"]
     assert row.keys() == KEYS
     assert row["total_items"] == 2 * 4
     assert row["throughput_items_per_s"] == row["total_items"] / row["total_time_s"]
     assert document["metadata"]["measure_steps"] == 4
-    cells = {cell.batch_size: cell for cell in load(tmp_path / "x.jsonl")}
+    cells = {cell.batch_size: cell for cell in load(tmp_path / "x.records.jsonl")}
     assert cells[2].protocol == "published"
+    assert cells[2].backend.dtype == "float16"
     assert cells[2].memory is not None
     assert row["cuda_max_memory_allocated_MB"] == cells[2].memory.peak_bytes / MIB
     read = load(tmp_path / "x.json")
-    assert [(cell.variant, cell.batch_size) for cell in read] == [("awq", 1), ("awq", 2), ("awq", 4)]
+    assert [(cell.variant, cell.batch_size) for cell in read] == [("awq", 1), ("awq", 2), ("awq", 2), ("awq", 4)]
 
 
 def test_both_models_without_a_sweep(tmp_path: Path) -> None:
@@ -62,5 +63,8 @@ def test_bad_flags(tmp_path: Path) -> None:
     bad = benchmark(tmp_path, "--sweep_batch_sizes", "1,a")
     assert bad.returncode == 2
     assert "valid: different whole numbers" in bad.stderr
-    assert benchmark(tmp_path, "--only_base", "--only_awq").returncode == 2
+    for flags in (["--only_base", "--only_awq"], ["--nope"], ["--image_size", "-3"], ["--output_json", "."]):
+        bad = benchmark(tmp_path, *flags)
+        assert bad.returncode == 2
+        assert bad.stderr.count("\n") == 1, bad.stderr
     assert not list(tmp_path.iterdir())

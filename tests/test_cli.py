@@ -64,6 +64,17 @@ def test_bad_input_is_one_line_and_exit_2(
     assert err.startswith("colqwen-lab: ")
 
 
+def test_interrupted_is_not_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from colqwen_lab.measure import sweep
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "sweep", interrupted)
+    assert run(monkeypatch, "sweep", "-m", "base", "-b", "1") == 130
+    assert "interrupted; the rows measured so far are on file" in capsys.readouterr().err
+
+
 def test_unmet_need_is_one_line_and_exit_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -88,6 +88,36 @@ def test_unknown_parameter_is_an_error_once() -> None:
     assert parameters(names, sweep) == {"model": "awq"}
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"fresh": "maybe"}, "fresh is 'maybe'; valid: True or False"),
+        ({"min_steps": "x"}, "min_steps is 'x'; valid: a whole number"),
+        ({"max_s": "x"}, "max_s is 'x'; valid: a number"),
+        ({"weights": 3}, "weights is 3; valid: a text"),
+        ({"model": 5}, "unknown model '5'"),
+        ({"batch_sizes": None}, "valid: different whole numbers"),
+    ],
+)
+def test_values_of_another_type(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        sweep(**given)
+    with pytest.raises(BadInput, match="5 is no records"):
+        compare(5)  # type: ignore[arg-type]
+
+
+def test_papermill_s_false_is_false(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {
+        "output": str(tmp_path / "rows.jsonl"),
+        "weights": "random",
+        "max_s": "0.1",
+        "min_steps": "2",
+    }
+    first = sweep("base", "1", **asked)
+    assert sweep("base", "1", fresh="false", **asked).cells == first.cells  # type: ignore[arg-type]
+    assert sweep("base", "1", fresh="true", **asked).cells != first.cells  # type: ignore[arg-type]
+
+
 def papermill(notebook: str, output: Path, *options: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "papermill", notebook, str(output), "-k", "python3", *options]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)

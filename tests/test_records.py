@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +149,8 @@ def test_published_rows_are_the_reports() -> None:
 
 def test_script_document_goes_out_and_comes_in(tmp_path: Path) -> None:
     cells = [measured(8), measured(16), measured(32, status="oom", reason="full"), *published_cells()]
-    names: Callable[[Cell], str] = lambda cell: f"AWQ_text_queries_bs{cell.batch_size}"  # noqa: E731
-    document = script_json(cells, {"gpu": "NVIDIA A100", "cuda_version": "12.8"}, names)
+    named = [(f"AWQ_text_queries_bs{cell.batch_size}", cell) for cell in cells]
+    document = script_json(named, {"gpu": "NVIDIA A100", "cuda_version": "12.8"})
     row = document["results"]["AWQ_text_queries_bs16"]
     assert row["total_items"] == 112
     assert row["total_time_s"] == pytest.approx(0.077)

@@ -36,8 +36,10 @@ class Patience:
     precision: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.min_steps < 1 or self.max_steps < self.min_steps or self.max_warmup < 1:
-            raise BadInput("steps to time; valid: max_warmup and min_steps of 1 or more, max_steps not below min_steps")
+        if self.min_steps < 1 or self.max_steps < self.min_steps or self.max_warmup < 0:
+            raise BadInput(
+                "steps; valid: max_warmup of 0 or more, min_steps of 1 or more, max_steps not below min_steps"
+            )
         if not 0 <= self.min_s <= self.max_s:
             raise BadInput("seconds to time: valid are 0 <= min_s <= max_s")
 

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import subprocess
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,7 +17,7 @@ from colqwen_lab.records import Environment
 from colqwen_lab.settings import PACKAGE
 
 # Rooms whose code a measured figure depends on.
-MEASURING = ("model", "runtime", "measure")
+MEASURING = ("model", "runtime", "measure", "data")
 
 
 @cache
@@ -25,16 +25,18 @@ def code_version() -> str:
     """Twelve hex digits of the sources that a figure depends on; the same in a checkout and installed."""
     state = hashlib.sha256()
     for room in MEASURING:
-        for path in sorted((PACKAGE / room).glob("*.py")):
-            state.update(path.name.encode() + path.read_bytes())
+        for path in sorted((PACKAGE / room).iterdir()):
+            state.update(path.name.encode() + path.read_bytes() if path.is_file() else b"")
+    state.update((PACKAGE / "records.py").read_bytes())
     return state.hexdigest()[:12]
 
 
 def _commit() -> str | None:
     """The commit of the checkout, with `+` where files differ from it; None where installed."""
     try:
-        git = ["git", "-C", str(PACKAGE), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=5, cwd=PACKAGE)
+        run(["git", "ls-files", "--error-unmatch", "__init__.py"])
+        return run(["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

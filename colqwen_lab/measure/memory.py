@@ -47,17 +47,17 @@ def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], 
     resident_bytes = torch.cuda.memory_allocated(device)
     step()
     torch.cuda.reset_peak_memory_stats(device)
+    retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
     for _ in range(STEPS):
         step()
     synchronise(device)
     unused, total = torch.cuda.mem_get_info(device)
-    stats = torch.cuda.memory_stats(device)
     return Memory(
         weights_bytes=loaded.weights_bytes,
         resident_bytes=resident_bytes,
         peak_bytes=torch.cuda.max_memory_allocated(device),
         reserved_bytes=torch.cuda.max_memory_reserved(device),
         device_bytes=total - unused,
-        allocation_retries=stats["num_alloc_retries"],
+        allocation_retries=torch.cuda.memory_stats(device)["num_alloc_retries"] - retries,
         method="cuda",
     )

@@ -18,11 +18,25 @@ from colqwen_lab.measure.clock import CLOCK, Patience, Samples, time_in_turn
 from colqwen_lab.measure.environment import environment, gpu_state, pick_device
 from colqwen_lab.measure.memory import free, measure
 from colqwen_lab.model.architecture import check_size, resolve_size
-from colqwen_lab.model.loading import Loaded, load
+from colqwen_lab.model.loading import DTYPES, Loaded, load
 from colqwen_lab.model.quantize import source_of
+from colqwen_lab.model.texts import TEXTS
 from colqwen_lab.model.variants import Variant, resolve_variant
 from colqwen_lab.model.weights import WEIGHTS, Source
-from colqwen_lab.records import MIB, Backend, CardRun, Cell, Memory, Store, Timing, Workload, batch_sizes_of, rate_of
+from colqwen_lab.records import (
+    MIB,
+    Backend,
+    CardRun,
+    Cell,
+    Memory,
+    Store,
+    Timing,
+    Workload,
+    batch_sizes_of,
+    listed,
+    neighbour,
+    rate_of,
+)
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, Steps
 from colqwen_lab.runtime.workloads import WORKLOADS, query_batches
 from colqwen_lab.settings import outputs_folder
@@ -55,6 +69,10 @@ class Request:
         one_of("workload", self.workload, WORKLOADS)
         one_of("execution", self.execution, EXECUTIONS)
         one_of("protocol", self.protocol, PROTOCOLS)
+        one_of("texts", self.texts, TEXTS)
+        one_of("dtype", self.dtype, DTYPES)
+        if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
+            raise BadInput("weights go with a named model; a folder or a hub id as model holds its own")
         if self.weights not in WEIGHTS and not Path(self.weights).is_dir():
             raise BadInput(f"unknown weights {self.weights!r}; valid: {', '.join(WEIGHTS)}, or a checkpoint folder")
         if self.weights not in WEIGHTS and len(self.variants) > 1:
@@ -68,8 +86,7 @@ def request(
     model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = BATCH_SIZES, **options: Any
 ) -> Request:
     """A checked request; `model` is a variant's name, several of them, or "base,awq". Raises BadInput."""
-    names = model.split(",") if isinstance(model, str) else list(model)
-    variants = tuple(resolve_variant(name.strip()) for name in names)
+    variants = tuple(resolve_variant(str(name).strip()) for name in listed(model))
     return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), **options)
 
 
@@ -111,6 +128,10 @@ class Sweep:
             variant.name: _checked(variant, source_of(variant, self.size, asked.weights, self.device), asked.size)
             for variant in asked.variants
         }
+        if asked.backend not in ("auto", "torch") and not any(s.quantization for s in self.sources.values()):
+            raise BadInput(
+                f"backend {asked.backend!r} multiplies packed weights; valid for 16-bit weights: auto, torch"
+            )
         self.environment = environment(self.device)
         self.memories: dict[tuple[str, int], Memory | Failure] = {}
         name = f"sweep-{'-'.join(v.name.replace('/', '-') for v in asked.variants)}-{self.size}-{asked.workload}.jsonl"
@@ -118,12 +139,12 @@ class Sweep:
 
     def run(self) -> list[Cell]:
         """The cells of the request, those already in the file among them, in the order asked."""
-        done_mark = self.path.with_suffix(".result.json")
+        done_mark = neighbour(self.path, "result.json")
         with Store(self.path, self._keeps) as store:
             done_mark.unlink(missing_ok=True)
             if store.superseded:
-                self.progress(f"{len(store.superseded)} earlier rows moved to {self.path.stem}.superseded.jsonl")
-            for cell in (found := self._found(store)).values():
+                self.progress(f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl")
+            for cell in (found := self._found(store.cells)).values():
                 self.progress(_line(cell, "kept, "))
             todo = {
                 batch: names
@@ -134,30 +155,34 @@ class Sweep:
                 cells = [self._on_card(name, self.asked.card, store) for name in self.sources]
             else:
                 self._measure(todo, store)
-                cells = [self._found(store)[name, batch] for batch in self.asked.batch_sizes for name in self.sources]
+                cells = [
+                    self._found(store.cells)[name, batch] for batch in self.asked.batch_sizes for name in self.sources
+                ]
             _write_result(done_mark, self.path, cells)
         return cells
 
     def _on_card(self, name: str, card: Card, store: Store) -> Cell:
         """The cell of the largest batch of a model under the cap of `card`, found by trying, and run several times."""
-        known = [cell for (variant, _), cell in self._found(store).items() if variant == name]
+        known = [cell for (variant, _), cell in self._found(store.cells).items() if variant == name]
         if known:
             return known[0]
         cap_bytes, outside_bytes = set_cap(card, self.device)
         tried: dict[int, str] = {}
 
         def runs(batch: int) -> bool:
+            assert isinstance(loaded, Loaded)
             outcome = self._memory(name, loaded, batch)
             tried[batch] = outcome.status if isinstance(outcome, Failure) else "ok"
             return isinstance(outcome, Memory)
 
-        loaded = attempt(lambda: self._load(name), self.device)
-        if isinstance(loaded, Failure):
-            raise Unmet(f"{name} does not load under the memory of a {card.name} card: {loaded.reason}")
-        found = largest_running(runs)
+        loaded = self._load(name)
+        found = largest_running(runs) if isinstance(loaded, Loaded) else 0
         batch = max(1, int(found * (1 - MARGIN)))
-        verified = sum(runs(batch) for _ in range(VERIFIED_RUNS))
-        (cell,) = self._cells({name: loaded}, batch)
+        verified = sum(runs(batch) for _ in range(VERIFIED_RUNS)) if found else 0
+        if isinstance(loaded, Loaded):
+            (cell,) = self._cells({name: loaded}, batch)
+        else:
+            cell = self._lost_cell(name, batch, loaded)
         run = CardRun(
             name=card.name,
             nominal_bytes=card.nominal_bytes,
@@ -173,23 +198,24 @@ class Sweep:
 
     def _keeps(self, cell: Cell) -> bool:
         """Whether a row of the file stays: same weights, environment and code, and no failure to be tried again."""
+        if cell.origin != "measured" or cell.environment.identity() != self.environment.identity():
+            return False
         source = self.sources.get(cell.variant)
-        return (
-            not self.asked.fresh
-            and cell.origin == "measured"
-            and not (cell.status == "failed" and source)
-            and cell.environment.identity() == self.environment.identity()
-            and (source is None or source.label == cell.weights)
-        )
+        if source is None or source.size != cell.size:
+            return True
+        asked_for = bool(self._found([cell]))
+        return source.label == cell.weights and not (asked_for and (self.asked.fresh or cell.status == "failed"))
 
-    def _found(self, store: Store) -> dict[tuple[str, int], Cell]:
+    def _found(self, cells: Iterable[Cell]) -> dict[tuple[str, int], Cell]:
+        """The cells that the request asks for."""
         asked = self.asked
         card = asked.card.name if asked.card else None
         same = (asked.workload, asked.texts, asked.execution, asked.protocol, asked.backend, asked.dtype, card)
         return {
             (cell.variant, cell.batch_size): cell
-            for cell in store.cells
-            if cell.variant in self.sources
+            for cell in cells
+            if (source := self.sources.get(cell.variant))
+            and (cell.size, cell.weights) == (source.size, source.label)
             and (asked.card or cell.batch_size in asked.batch_sizes)
             and _asked_for(cell) == same
         }
@@ -198,31 +224,54 @@ class Sweep:
         names = [name for name in self.sources if any(name in wanted for wanted in todo.values())]
         if not names:
             return
+        models: dict[str, Loaded] = {}
+        lost: dict[str, Failure] = {}
         if self.device.type == "cuda" and len(names) > 1:
             # The allocator counts all models of a process, so each one's memory is measured while it is alone.
             for name in names:
-                loaded = self._load(name)
-                for batch in (batch for batch in todo if name in todo[batch]):
-                    self.memories[name, batch] = self._memory(name, loaded, batch)
-                del loaded
+                alone = self._load(name)
+                if isinstance(alone, Failure):
+                    lost[name] = alone
+                else:
+                    self.memories |= {(name, b): self._memory(name, alone, b) for b in todo if name in todo[b]}
+                del alone
                 free(self.device)
-        models = attempt(lambda: {name: self._load(name) for name in names}, self.device)
-        if not isinstance(models, Failure):
-            for batch, wanted in todo.items():
-                store.add(self._cells({name: models[name] for name in wanted}, batch))
-            return
-        if len(names) == 1:
-            raise Unmet(f"{names[0]} does not load on this device: {models.reason}")
-        self.progress(f"the models do not fit together ({models.reason}); each is timed alone")
-        for name in names:
-            self._measure({batch: [name] for batch in todo if name in todo[batch]}, store)
-            free(self.device)
+        for name in (name for name in names if name not in lost):
+            loaded = self._load(name)
+            if isinstance(loaded, Loaded):
+                models[name] = loaded
+            elif loaded.status == "oom" and models:
+                self.progress(f"the models do not fit together ({loaded.reason}); each is timed alone")
+                models.clear()
+                free(self.device)
+                for one in names:
+                    self._measure({batch: [one] for batch in todo if one in todo[batch]}, store)
+                    free(self.device)
+                return
+            else:
+                lost[name] = loaded
+        for batch, wanted in todo.items():
+            store.add(self._lost_cell(name, batch, lost[name]) for name in wanted if name in lost)
+            store.add(self._cells({name: models[name] for name in wanted if name in models}, batch))
 
-    def _load(self, name: str) -> Loaded:
-        loaded = load(self.sources[name], self.device, self.asked.backend, self.asked.dtype)
-        kernels = ", ".join(f"{kernel} x {count}" for kernel, count in loaded.engaged.items())
-        self.progress(f"{name}: {loaded.weights}; {loaded.dtype}; text linears on {kernels}; {self.environment.device}")
+    def _load(self, name: str) -> Loaded | Failure:
+        source = self.sources[name]
+        backend = self.asked.backend if source.quantization else "auto"
+        loaded = attempt(lambda: load(source, self.device, backend, self.asked.dtype), self.device)
+        if isinstance(loaded, Loaded):
+            kernels = ", ".join(f"{kernel} x {count}" for kernel, count in loaded.engaged.items())
+            unused = f"; left out, never called: {', '.join(loaded.left_out)}" if loaded.left_out else ""
+            self.progress(
+                f"{name}: {loaded.weights}; {loaded.dtype}; text linears on {kernels}; "
+                f"{self.environment.device}{unused}"
+            )
         return loaded
+
+    def _lost_cell(self, name: str, batch: int, outcome: Failure) -> Cell:
+        """The row of a model that does not load."""
+        cell = self._cell(name, None, self._plain_workload(batch), outcome, None, [], None)
+        self.progress(_line(cell))
+        return cell
 
     def _batches(self, loaded: Loaded, batch: int) -> Any:
         asked = self.asked
@@ -230,7 +279,8 @@ class Sweep:
 
     def _memory(self, name: str, loaded: Loaded, batch: int) -> Memory | Failure:
         def work() -> Memory:
-            inputs = self._batches(loaded, batch).inputs
+            # A peak is that of the longest batch, which a cycle through all batches meets.
+            inputs = [max(self._batches(loaded, batch).inputs, key=lambda one: one["input_ids"].shape[1])]
             return measure(loaded, inputs, Steps(loaded.model, inputs, self.asked.execution, self.asked.protocol))
 
         return attempt(work, self.device)
@@ -256,13 +306,20 @@ class Sweep:
             for name, loaded in fitting.items()
         }
         samples = time_in_turn(steps, self.device, self.asked.patience)
+        in_turn = [name for name in samples if samples[name].error is None]
+        for name in set(samples) - set(in_turn) if len(samples) > 1 else ():
+            # It may be the others that took the room: once more, alone.
+            for step in steps.values():
+                step.output = None
+            free(self.device)
+            samples |= time_in_turn({name: steps[name]}, self.device, self.asked.patience)
         del steps
         free(self.device)
         states = None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
         cells = []
         for name, loaded in models.items():
             workload = batches[name].workload if name in batches else self._plain_workload(batch)
-            cell = self._cell(name, loaded, workload, memories[name], samples.get(name), list(fitting), states)
+            cell = self._cell(name, loaded, workload, memories[name], samples.get(name), in_turn, states)
             self.progress(_line(cell))
             cells.append(cell)
         return cells
@@ -273,7 +330,7 @@ class Sweep:
     def _cell(
         self,
         name: str,
-        loaded: Loaded,
+        loaded: Loaded | None,
         workload: Workload,
         memory: Memory | Failure,
         samples: Samples | None,
@@ -288,16 +345,16 @@ class Sweep:
             origin="measured",
             variant=name,
             size=self.sources[name].size,
-            weights=loaded.weights,
+            weights=self.sources[name].label,
             workload=workload,
             execution=self.asked.execution,
             protocol=self.asked.protocol,
             backend=Backend(
                 requested=self.asked.backend,
-                engaged=loaded.engaged,
-                dtype=loaded.dtype,
+                engaged=loaded.engaged if loaded else {},
+                dtype=loaded.dtype if loaded else None,
                 requested_dtype=self.asked.dtype,
-                kept_16bit=loaded.kept_16bit,
+                kept_16bit=loaded.kept_16bit if loaded else {},
             ),
             status=outcome.status if outcome else "ok",  # type: ignore[arg-type]
             reason=outcome.reason if outcome else None,
@@ -308,7 +365,7 @@ class Sweep:
                 warmup_steps=samples.warmup_steps,
                 steady=samples.steady,
                 stopped=samples.stopped,
-                in_turn_with=[other for other in in_turn if other != name],
+                in_turn_with=[other for other in in_turn if other != name and name in in_turn],
                 clock=CLOCK,
             )
             if timed and samples

@@ -61,6 +61,7 @@ def resolve_size(size: str, cuda: bool) -> str:
     Raises:
         BadInput: no such size.
     """
+    size = size.lower()
     if size == "auto":
         size = os.environ.get("COLQWEN_LAB_SIZE") or ("4b" if cuda else "tiny")
     if size not in SIZES:
@@ -70,4 +71,4 @@ def resolve_size(size: str, cuda: bool) -> str:
 
 def check_size(size: str) -> str:
     """`size`, if it is a known one or `auto`. Raises BadInput."""
-    return one_of("size", size, ["auto", *SIZES])
+    return one_of("size", size.lower(), ["auto", *SIZES])

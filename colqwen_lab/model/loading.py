@@ -7,6 +7,7 @@ import io
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ def skeleton(
         BadInput: `backend` is no backend of this device.
         Unmet: no installed kernel multiplies these packed weights here; names those that would.
     """
-    model = empty_network(config, dtype)
+    model = empty_network(deepcopy(config), dtype)
     if quantization is None:
         if backend not in ("auto", "torch"):
             raise BadInput(f"backend {backend!r} multiplies packed weights; valid for 16-bit weights: auto, torch")
@@ -93,14 +94,24 @@ def _auto_round_config(quantization: dict[str, Any], backend: str) -> Any:
     """A checkpoint's quantisation as AutoRound takes it: packings auto-round, gptq and awq go the same way."""
     from transformers import AutoRoundConfig
 
+    if quantization.get("checkpoint_format") == "gptq_v2" or quantization.get("desc_act"):
+        raise Unmet("this quantisation cannot be loaded: gptq_v2 or desc_act; valid packings: auto-round, gptq, awq")
+    given = {name: value for name, value in quantization.items() if value is not None}
+    # AutoAWQ says zero_point where AutoRound says sym; without either AutoRound would take symmetric for granted.
+    symmetric = {"sym": not given["zero_point"]} if "zero_point" in given else {}
     try:
-        return AutoRoundConfig.from_dict({"block_name_to_quantize": TEXT_LAYERS} | quantization | {"backend": backend})
-    except (KeyError, ValueError, NotImplementedError) as error:
+        asked = {"block_name_to_quantize": TEXT_LAYERS, **symmetric, **given, "backend": backend}
+        return AutoRoundConfig.from_dict(asked)
+    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as error:
         raise Unmet(f"this quantisation cannot be loaded: {error}; valid packings: auto-round, gptq, awq") from None
 
 
 def _packing(config: Any) -> str:
-    aliases = {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
+    aliases = {
+        "auto": "auto_round:auto_gptq",
+        "auto_round:gptq": "auto_round:auto_gptq",
+        "auto_round:awq": "auto_round:auto_awq",
+    }
     return aliases.get(config.packing_format, config.packing_format)
 
 

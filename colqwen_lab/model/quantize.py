@@ -47,6 +47,8 @@ class Recipe:
     def __post_init__(self) -> None:
         scheme_parts(self.scheme)
         one_of("format", self.format, FORMATS)
+        if self.format == "auto_awq" and scheme_parts(self.scheme)[0] != 4:
+            raise BadInput(f"format auto_awq holds 4 bits, not {self.scheme}; valid: auto_round, auto_gptq, or W4A16")
         for name, least in (("iters", 0), ("samples", 1), ("seqlen", 2)):
             if getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; valid: {least} or more")
@@ -169,6 +171,8 @@ def _run_auto_round(loaded: loading.Loaded, recipe: Recipe, samples: list[torch.
                 device_map=str(loaded.device),
                 enable_torch_compile=False,
             ).quantize_and_save(output_dir=str(work), format=recipe.format)
+    except ValueError as error:
+        raise Unmet(f"AutoRound cannot make {recipe.scheme} as {recipe.format}: {error}") from None
     finally:
         gc.unfreeze()
     path = next(iter(sorted(work.rglob("config.json"))))
@@ -230,5 +234,5 @@ def source_of(variant: Variant, size: str, weights: str, device: torch.device) -
     """Where `variant` comes from: `weights.default_source`, or at `tiny` the cached checkpoint made here."""
     if variant.scheme and size == "tiny" and weights == "auto":
         folder = cached_checkpoint(variant, size, device)
-        return FolderSource(folder, label=f"made here from the tiny default ({folder.name})")
+        return FolderSource(folder, label=f"made here from the tiny default, untrained ({folder.name})")
     return default_source(variant, size, weights, device)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from colqwen_lab.errors import BadInput
 
-# The integer weight-only presets of AutoRound: bits, 16-bit activations, and the group size where it is not 128.
-SCHEME = re.compile(r"W([2-8])A16(?:G(32|64))?")
-SCHEMES = tuple(f"W{bits}A16{group}" for bits in range(2, 9) for group in ("", "G64", "G32"))
+# The integer weight-only presets of AutoRound that its GPTQ packing holds: bits, and the group size if not 128.
+SCHEME = re.compile(r"W([2348])A16(?:G(32|64))?")
+SCHEMES = tuple(f"W{bits}A16{group}" for bits in (2, 3, 4, 8) for group in ("", "G64", "G32"))
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def resolve_variant(name: str) -> Variant:
     Raises:
         BadInput: none of these; the message names them.
     """
-    if name in VARIANTS:
-        return VARIANTS[name]
+    if name.lower() in VARIANTS:
+        return VARIANTS[name.lower()]
     if name.upper() in SCHEMES:
         return Variant(name.upper(), f"AutoRound {name.upper()}, text tower only", scheme=name.upper())
     if name and Path(name).is_dir():

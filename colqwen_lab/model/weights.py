@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -119,11 +119,11 @@ class RandomSource(Source):
         return values.to(device)
 
 
-def _zero_word(bits: int) -> int:
+def _zero_word(bits: int, stored_less: int = 1) -> int:
     """A word of packed zero points of symmetric codes, 2^(bits-1), stored less one as the GPTQ packing does."""
     word = 0
     for shift in range(0, 32 - 32 % bits, bits):
-        word |= (2 ** (bits - 1) - 1) << shift
+        word |= (2 ** (bits - 1) - stored_less) << shift
     return word - 2**32 if word >= 2**31 else word
 
 
@@ -136,6 +136,8 @@ class FolderSource(Source):
         if raw.get("model_type") != ColQwen3Config.model_type:
             raise Unmet(f"{folder}/config.json: model_type is {raw.get('model_type')!r}, not 'colqwen3'")
         self._quantization = raw.pop("quantization_config", None)
+        if not isinstance(self._quantization, dict | None):
+            raise Unmet(f"{folder}/config.json: quantization_config is not an object")
         # `auto_map` names code in the repository; it is never read.
         known = {key: value for key, value in raw.items() if key not in ("auto_map", "dtype", "torch_dtype")}
         try:
@@ -165,7 +167,10 @@ class FolderSource(Source):
     def _index(self) -> dict[str, Any]:
         """Each tensor's open safetensors file, its name checked against the index and the folder."""
         index = self.folder / "model.safetensors.index.json"
-        names = set(self._json(index.name).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+        weight_map = self._json(index.name).get("weight_map") if index.exists() else {"": "model.safetensors"}
+        if not isinstance(weight_map, dict):
+            raise Unmet(f"{index} has no weight_map")
+        names = set(map(str, weight_map.values()))
         outside = sorted(name for name in names if Path(name).name != name)
         if outside:
             raise Unmet(f"{index} points outside its folder: {outside[0]!r}")
@@ -211,9 +216,23 @@ class FolderSource(Source):
                     problems.append(f"{name} is {view.get_dtype()}; valid: {', '.join(SAFETENSORS_DTYPES)}")
                 elif SAFETENSORS_DTYPES[view.get_dtype()].is_floating_point != like.is_floating_point():
                     problems.append(f"{name} is {view.get_dtype()}, not {like.dtype}")
+        problems += [f"{name} holds zero points, but the codes are symmetric" for name in self._odd_zeros(expected)]
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise Unmet(f"{self.folder} does not fit the network: {'; '.join(problems[:5])}{more}")
+
+    def _odd_zeros(self, expected: dict[str, Tensor]) -> list[str]:
+        """Packed zero points other than the middle one in a checkpoint that says it is symmetric.
+
+        Kernels for symmetric codes do not read them, so such a checkpoint would load and be wrong.
+        """
+        asked = self.quantization or {}
+        bits = asked.get("bits")
+        if bits not in (2, 4, 8) or not asked.get("sym", not asked.get("zero_point", False)):
+            return []
+        middles = {_zero_word(bits), _zero_word(bits, stored_less=0)}
+        names = [name for name in expected if name.endswith(".qzeros") and name in self.files]
+        return [name for name in names if not set(self.files[name].get_tensor(name).unique().tolist()) <= middles]
 
     def _is_plain_group_index(self, name: str) -> bool:
         """Whether this is a GPTQ group index in its plain order, which says nothing; a re-ordered one matters."""
@@ -239,7 +258,7 @@ def hub_folder(repository: Repository) -> tuple[Path, str]:
     except Exception as error:  # the hub's library raises those of whichever HTTP client it uses
         try:
             folder = snapshot_download(**find, revision=repository.revision, local_files_only=True)
-        except LocalEntryNotFoundError:
+        except (LocalEntryNotFoundError, HFValidationError):
             pin = "" if repository.revision == "main" else f" --revision {repository.revision}"
             raise Unmet(
                 f"cannot get {repository.name} from the hub ({type(error).__name__}); where there is a network: "
@@ -262,7 +281,7 @@ def default_source(variant: Variant, size: str, weights: str, device: torch.devi
     if weights == "random" or (weights == "auto" and size == "tiny" and "any" not in variant.hub):
         auto = weights == "auto"
         return RandomSource(
-            label="tiny default (untrained, seed 0)" if auto else f"random (seed {seed})",
+            label="tiny default (untrained, seed 0)" if auto else f"random {size} (seed {seed})",
             config=ColQwen3Config.of_size(size),
             scheme=variant.scheme,
             # The default is the same on every machine; random 4B values are drawn where they are needed.

@@ -173,12 +173,13 @@ class Predictor:
                 raise BadInput(f"tokens {tokens}; valid: 1 or more")
             with self.mode:
                 ids = torch.empty((batch_size, tokens), dtype=torch.int64)
-                inputs = [{"input_ids": ids, "attention_mask": torch.empty_like(ids)} for _ in range(2)]
+                inputs = [{"input_ids": ids, "attention_mask": torch.empty_like(ids)}]
             return inputs, Workload(kind="queries", batch_size=batch_size, tokens=tokens, padded_share=0.0)
         made = query_batches(self.config, self.tokenizer, batch_size, "report", 64, CPU)
+        longest = max(made.inputs, key=lambda batch: batch["input_ids"].shape[1])
         with self.mode:
-            fake = [{key: torch.empty(t.shape, dtype=t.dtype) for key, t in batch.items()} for batch in made.inputs]
-        return fake, made.workload
+            fake = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in longest.items()}
+        return [fake], made.workload
 
     def _run(self, inputs: list[dict[str, Tensor]], execution: str, protocol: str) -> tuple[MemoryTracker, int, int]:
         """`(tracker, flops of a step, length of the log when the steps began)` of two steps."""

@@ -246,7 +246,10 @@ def kernels(cell: Cell) -> str:
 
 def html_table(frame: pd.DataFrame) -> str:
     """A frame as an HTML table, everything escaped; a missing figure is a dash."""
-    return frame.to_html(index=False, na_rep="-", border=0)
+    import pandas as pd
+
+    with pd.option_context("display.max_colwidth", None):
+        return frame.to_html(index=False, na_rep="-", border=0)
 
 
 def rounded(value: float | None) -> float | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ def test_a_cell_says_all(path: Path) -> None:
     assert awq.memory.method == "tracked"
     assert awq.memory.weights_bytes < base.memory.weights_bytes
     assert awq.memory.peak_bytes > awq.memory.weights_bytes
-    assert (awq.size, awq.weights, awq.workload.tokens) == ("tiny", "random (seed 0)", 18)
+    assert (awq.size, awq.weights, awq.workload.tokens) == ("tiny", "random tiny (seed 0)", 18)
     here = awq.environment
     assert here.torch == torch.__version__
     assert all((here.cpu, here.threads, here.python, here.transformers, here.auto_round, here.code, here.started_at))
@@ -121,6 +123,104 @@ def test_a_failure_is_a_row_and_tried_again(path: Path, failing: dict[int, Excep
     assert again[0] == cells[0]
     assert Counter(c.batch_size for c in read_cells(path)) == {1: 1, 2: 1, 4: 1}
     assert [c.status for c in read_cells(path.with_suffix(".superseded.jsonl"))] == ["failed"]
+
+
+def test_a_size_is_never_taken_for_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(path, batches="1")
+    monkeypatch.setattr(module, "load", lambda *args: pytest.fail("the 8b is built, not read from the file"))
+    with pytest.raises(pytest.fail.Exception, match="the 8b is built"):
+        run(path, batches="1", size="8b")
+
+
+def test_a_model_that_does_not_load_leaves_the_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BASE on an 8 GB card."""
+    really = module.load
+
+    def load(source: Any, *args: Any) -> Any:
+        if source.quantization is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return really(source, *args)
+
+    monkeypatch.setattr(module, "load", load)
+    cells = {(c.variant, c.batch_size): c for c in run(path, "base,awq", "1,2")}
+    assert [cells["base", batch].status for batch in (1, 2)] == ["oom", "oom"]
+    assert [cells["awq", batch].status for batch in (1, 2)] == ["ok", "ok"]
+    assert cells["base", 1].weights == "random tiny (seed 0)"
+
+
+def test_models_that_do_not_fit_together_are_timed_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, alive = module.load, []
+
+    def load(source: Any, *args: Any) -> Any:
+        alive[:] = [one for one in alive if one() is not None]
+        if alive:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        loaded = really(source, *args)
+        alive.append(weakref.ref(loaded))
+        return loaded
+
+    monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(module, "free", lambda device: gc.collect())
+    cells = run(path, "base,awq", "1,2")
+    assert [c.status for c in cells] == ["ok"] * 4
+    assert all(c.timing is not None and c.timing.in_turn_with == [] for c in cells)
+    assert Counter((c.variant, c.batch_size) for c in read_cells(path)).most_common(1)[0][1] == 1
+
+
+def test_out_of_memory_beside_another_is_tried_again_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = module.time_in_turn
+
+    def crowded(steps: Any, *args: Any) -> Any:
+        samples = really(steps, *args)
+        if len(steps) > 1:
+            samples["base"].error = torch.OutOfMemoryError("the other one took the room")
+        return samples
+
+    monkeypatch.setattr(module, "time_in_turn", crowded)
+    cells = {c.variant: c for c in run(path, "base,awq", "2")}
+    assert (cells["base"].status, cells["awq"].status) == ("ok", "ok")
+    assert cells["base"].timing.in_turn_with == cells["awq"].timing.in_turn_with == []
+
+
+def test_peak_is_that_of_the_longest_batch(path: Path) -> None:
+    (cell,) = run(path, batches="4", texts="natural")
+    tokens = cell.workload.tokens
+    from colqwen_lab.model.variants import VARIANTS
+    from colqwen_lab.predict.memory import HOST, Predictor
+
+    longest = Predictor(VARIANTS["base"], "tiny").cell(4, target=HOST, tokens=tokens)
+    assert cell.memory.peak_bytes == pytest.approx(longest.memory.peak_bytes, rel=0.01)
+
+
+def test_backend_is_for_the_quantised_one(path: Path) -> None:
+    cells = run(path, "base,awq", "1", backend="torch")
+    cells += run(path, "base,awq", "1", backend="auto_round:torch_zp")
+    assert cells[-1].backend.engaged == {"auto_round:torch_zp": 28}
+    with pytest.raises(BadInput, match="valid for 16-bit weights: auto, torch"):
+        run(path, "base", "1", backend="auto_round:torch_zp")
+
+
+def test_fresh_measures_again_only_what_was_asked(path: Path) -> None:
+    first = run(path, "base,awq", "1,2")
+    again = run(path, "base", "1", fresh=True)
+    rows = read_cells(path)
+    assert len(rows) == 4
+    assert {c.to_line() for c in first[1:]} | {again[0].to_line()} == {c.to_line() for c in rows}
+    assert read_cells(path.with_suffix(".superseded.jsonl")) == first[:1]
+
+
+def test_another_tool_s_json_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "script.json"
+    path.write_text('{"metadata": {}, "results": {}}')
+    with pytest.raises(BadInput, match="another tool's JSON"):
+        run(path)
+    assert path.read_text() == '{"metadata": {}, "results": {}}'
+
+
+def test_weights_go_with_a_named_model(path: Path, base_folder: Path) -> None:
+    for model in (str(base_folder), "owner/name"):
+        with pytest.raises(BadInput, match="holds its own"):
+            run(path, model, weights="random")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +317,7 @@ def test_torn_last_line_is_measured_again(path: Path) -> None:
 def test_a_folder_or_a_scheme_is_a_model(path: Path, base_folder: Path) -> None:
     cells = run(path, f"{base_folder},W8A16", "2", weights="auto")
     assert [c.variant for c in cells] == ["checkpoint", "W8A16"]
-    assert cells[1].weights.startswith("made here from the tiny default (tiny-W8A16-")
+    assert cells[1].weights.startswith("made here from the tiny default, untrained (tiny-W8A16-")
 
 
 def test_weights_that_are_not_the_model_are_refused(path: Path, base_folder: Path) -> None:
@@ -228,7 +328,9 @@ def test_weights_that_are_not_the_model_are_refused(path: Path, base_folder: Pat
     assert not path.exists()
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "a", "", "8,8", "8,,16", "1.5", [], [0], 0, ["x"], ","])
+@pytest.mark.parametrize(
+    "value", ["0", "-1", "a", "", "8,8", "8,,16", "1.5", [], [0], 0, ["x"], ",", 8.5, None, [None]]
+)
 def test_bad_batch_sizes(value: Any) -> None:
     with pytest.raises(BadInput, match=r"valid: different whole numbers of 1 or more"):
         batch_sizes_of(value)
@@ -236,7 +338,7 @@ def test_bad_batch_sizes(value: Any) -> None:
 
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=20, unique=True))
 def test_batch_sizes_in_every_form(sizes: list[int]) -> None:
-    assert batch_sizes_of(sizes) == batch_sizes_of(", ".join(map(str, sizes))) == sizes
+    assert batch_sizes_of(sizes) == batch_sizes_of(", ".join(map(str, sizes))) == batch_sizes_of(str(sizes)) == sizes
     assert batch_sizes_of(sizes[0]) == sizes[:1]
 
 

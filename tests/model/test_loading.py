@@ -177,6 +177,54 @@ def test_asymmetric_codes_have_no_fallback(packed: Callable[[str], Path], edited
         load(folder, backend="torch")
 
 
+def zeros(word: int) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda t: [value.fill_(word) for name, value in t.items() if name.endswith("qzeros")]
+
+
+def test_zero_points_of_symmetric_codes_must_be_the_middle(packed: Callable[[str], Path], edited: Edit) -> None:
+    """Kernels for symmetric codes do not read them: the checkpoint would load and be wrong."""
+    with pytest.raises(Unmet, match=r"qzeros holds zero points, but the codes are symmetric"):
+        load(edited(packed("auto_round"), tensors=zeros(0x33333333)), backend="torch")
+
+
+def test_autoawq_s_zero_point_is_asymmetric(packed: Callable[[str], Path], edited: Edit) -> None:
+    def autoawq(config: dict[str, Any]) -> None:
+        del config["quantization_config"]["sym"]
+        config["quantization_config"]["zero_point"] = True
+
+    shifted = load(edited(packed("auto_awq"), tensors=zeros(0x33333333), config=autoawq))
+    plain = load(packed("auto_awq"))
+    assert torch.cosine_similarity(embed(shifted), embed(plain), dim=-1).mean() < 0.9, "the zeros count"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: q.update(desc_act=True),
+        lambda q: q.update(checkpoint_format="gptq_v2"),
+        lambda q: q.update(bits="four"),
+        lambda q: q.update(quant_method=None),
+    ],
+)
+def test_a_quantisation_that_cannot_be_loaded_is_one_line(
+    packed: Callable[[str], Path], edited: Edit, change: Any
+) -> None:
+    with pytest.raises(Unmet) as caught:
+        load(edited(packed("auto_gptq"), config=lambda c: change(c["quantization_config"])))
+    assert "\n" not in str(caught.value)
+
+
+def test_quantization_config_must_be_an_object(packed: Callable[[str], Path], edited: Edit) -> None:
+    with pytest.raises(Unmet, match="quantization_config is not an object"):
+        load(edited(packed("auto_gptq"), config=lambda c: c.update(quantization_config="x")))
+
+
+def test_the_source_s_configuration_stays_its_own(packed: Callable[[str], Path]) -> None:
+    source = FolderSource(packed("auto_round"))
+    loading.load(source, CPU, "torch")
+    assert not hasattr(source.config, "quantization_config")
+
+
 def test_fake_backend_is_refused_by_name_and_on_the_module(packed: Callable[[str], Path]) -> None:
     with pytest.raises(BadInput, match="unknown backend 'auto_round:fake'"):
         load(packed("auto_round"), backend="auto_round:fake")

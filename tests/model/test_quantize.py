@@ -86,6 +86,8 @@ def test_a_lost_or_changed_tensor_is_an_error(
         ({"scheme": "W9A16"}, "unknown scheme 'W9A16'; valid: W2A16"),
         ({"iters": -1}, "iters is -1; valid: 0 or more"),
         ({"samples": 0}, "samples is 0; valid: 1 or more"),
+        ({"scheme": "W6A16"}, "unknown scheme 'W6A16'"),
+        ({"scheme": "W8A16", "format": "auto_awq"}, "format auto_awq holds 4 bits"),
         ({"format": "gguf"}, "unknown format 'gguf'.*valid: auto_round, auto_gptq, auto_awq"),
     ],
 )
