@@ -263,7 +263,7 @@ def parameters(names: dict[str, Any], function: Callable[..., Any]) -> dict[str,
         BadInput: a plain value that is no parameter of `function`, as papermill injects for a mistyped `-p`.
     """
     valid = signature(function).parameters
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    plain = (str, int, float, bool, list, tuple, type(None))
     given = {name for name, value in names.items() if name[0] != "_" and isinstance(value, plain)} - {"In"}
     unknown = sorted(given - valid.keys())
     if unknown and not names.get("_parameters_checked"):

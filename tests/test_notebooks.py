@@ -79,7 +79,7 @@ def test_parameters_are_the_function_s(path: Path) -> None:
 
 
 def test_unknown_parameter_is_an_error_once() -> None:
-    names: dict[str, Any] = {"model": "awq", "modle": "base", "In": ["x"], "_": 3, "lab": sys}
+    names: dict[str, Any] = {"model": "awq", "modle": "base", "In": ["x"], "Out": {}, "_": 3, "lab": sys}
     with pytest.raises(BadInput, match="unknown parameter 'modle'; valid: model, batch_sizes, size"):
         parameters(names, sweep)
     del names["modle"]
