@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BadInput",
     "LabError",
+    "Results",
     "Unmet",
     "beside",
     "compare",
@@ -270,6 +271,15 @@ def parameters(names: dict[str, Any], function: Callable[..., Any]) -> dict[str,
         raise BadInput(f"unknown parameter {unknown[0]!r}; valid: {', '.join(valid)}")
     names["_parameters_checked"] = True
     return {name: names[name] for name in valid if name in given}
+
+
+def __getattr__(name: str) -> Any:
+    """`Results`, on first use: it brings records, which a start does not need."""
+    if name == "Results":
+        from colqwen_lab.report.series import Results
+
+        return Results
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def save(figure: Any, name: str) -> list[Path]:

@@ -138,7 +138,6 @@ def test_sweep_from_its_own_folder_with_one_model_and_a_list(tmp_path: Path) -> 
     ("options", "says"),
     [
         (["-p", "modle", "awq"], "BadInput: unknown parameter 'modle'; valid: model, batch_sizes, size"),
-        (["-p", "model", "gptq"], "BadInput: unknown model 'gptq'; valid: base, awq"),
     ],
 )
 def test_bad_parameter_is_one_line_in_the_error_cell(tmp_path: Path, options: list[str], says: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,11 +144,19 @@ class Predictor:
         target: Target = A100,
         tokens: int | None = None,
         execution: str = "eager",
+        count_work: bool = True,
     ) -> Cell:
-        """The predicted cell of `batch_size` queries: the report's, or all of `tokens` tokens."""
+        """The predicted cell of `batch_size` queries: the report's, or all of `tokens` tokens.
+
+        Counting the work of a step takes half of the time; a search for the largest batch leaves it out.
+        """
         inputs, workload = self._inputs(batch_size, tokens)
-        tracker, flops, before = self._run(inputs, execution, protocol)
+        counter = FlopCounterMode(display=False, custom_mapping={ATTENTION: _attention_flops}) if count_work else None
+        tracker, before = self._run(inputs, execution, protocol, counter)
         memory = self._memory(tracker, before, target)
+        work = None
+        if counter:
+            work = Work(flops=counter.get_total_flops(), least_bytes=self._least_bytes(tracker, workload))
         return Cell(
             origin="predicted",
             variant=self.variant.name,
@@ -159,7 +168,7 @@ class Predictor:
             backend=Backend(requested=self.kernel if self.variant.scheme else "auto", dtype=self.dtype),
             status="ok",
             memory=memory,
-            work=Work(flops=flops, least_bytes=self._least_bytes(tracker, workload)),
+            work=work,
             environment=Environment(
                 gpu=target.name if target.compute_capability else None,
                 cpu=None if target.compute_capability else "any",
@@ -181,10 +190,11 @@ class Predictor:
             fake = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in longest.items()}
         return [fake], made.workload
 
-    def _run(self, inputs: list[dict[str, Tensor]], execution: str, protocol: str) -> tuple[MemoryTracker, int, int]:
-        """`(tracker, flops of a step, length of the log when the steps began)` of two steps."""
+    def _run(
+        self, inputs: list[dict[str, Tensor]], execution: str, protocol: str, counter: FlopCounterMode | None
+    ) -> tuple[MemoryTracker, int]:
+        """`(tracker, length of its log when the steps began)` of two steps, the second one under `counter`."""
         given = [("inputs", tensor) for batch in inputs for tensor in batch.values()]
-        counter = FlopCounterMode(display=False, custom_mapping={ATTENTION: _attention_flops})
         quantized = [layer for _, layer in self.linears if self.variant.scheme]
         with self.mode, MemoryTracker([*resident(self.model), *given]) as tracker:
             before = len(tracker.log)
@@ -192,12 +202,12 @@ class Predictor:
             steps = Steps(self.model, inputs, execution, protocol)
             steps()
             _label_output(tracker, steps.output)
-            with counter:
+            with counter or nullcontext():
                 steps()
             _label_output(tracker, steps.output)
             for hook in hooks:
                 hook.remove()
-        return tracker, counter.get_total_flops(), before
+        return tracker, before
 
     def _memory(self, tracker: MemoryTracker, before: int, target: Target) -> Memory:
         weights = sum(size for _, size in tracker.log[: sum(1 for _ in resident(self.model))])

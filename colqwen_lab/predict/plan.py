@@ -40,10 +40,12 @@ class Planner:
         self.predictor = Predictor(resolve_variant(model), size, dtype, kernel)
         self._known: dict[tuple[int, Target], Cell] = {}
 
-    def cell(self, batch_size: int, target: Target = A100) -> Cell:
+    def cell(self, batch_size: int, target: Target = A100, count_work: bool = True) -> Cell:
         key = batch_size, target
-        if key not in self._known:
-            self._known[key] = self.predictor.cell(batch_size, self.protocol, target, self.tokens)
+        if key not in self._known or (count_work and self._known[key].work is None):
+            self._known[key] = self.predictor.cell(
+                batch_size, self.protocol, target, self.tokens, count_work=count_work
+            )
         return self._known[key]
 
     def on_card(self, card: Card) -> CardPlan:
@@ -51,7 +53,7 @@ class Planner:
         target = Target(card.gpu.name, card.gpu.architecture.compute_capability) if card.gpu else A100
 
         def memory(batch_size: int) -> Memory:
-            found = self.cell(batch_size, target).memory
+            found = self.cell(batch_size, target, count_work=False).memory
             assert found is not None
             return found
 
@@ -137,7 +139,7 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell]:
             continue  # a folder or a repository: its network is not one of the named sizes
         capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
         target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
-        found.append(planner.cell(cell.batch_size, target))
+        found.append(planner.cell(cell.batch_size, target, count_work=False))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Predictions against what the tracker measures here, against the report's rows, and against arithmetic."""
+"""Predictions against what the tracker measures here and against arithmetic; plan.ipynb holds all published rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from colqwen_lab.model import loading
 from colqwen_lab.model.variants import VARIANTS, resolve_variant
 from colqwen_lab.model.weights import FolderSource
 from colqwen_lab.predict.memory import A100, BUFFERS, HOST, KV_CACHE, ROUNDING, WORKSPACE, Predictor, workspace_bytes
-from colqwen_lab.records import MIB, Cell, Memory, published_cells
+from colqwen_lab.records import MIB, Cell, Memory
 from colqwen_lab.runtime.execution import Steps
 from colqwen_lab.runtime.workloads import query_batches
 
@@ -42,20 +42,11 @@ def test_agrees_with_the_tracker_here(
     loaded = tiny if variant == "base" else loading.load(FolderSource(packed("auto_round")), CPU, backend="torch")
     for batch in (1, 8, 64):
         made = query_batches(loaded.model.config, loaded.tokenizer, batch, "report", 64, CPU)
-        tracked = measure(loaded, made.inputs, Steps(loaded.model, made.inputs, "eager", protocol))
+        longest = [max(made.inputs, key=lambda one: one["input_ids"].shape[1])]
+        tracked = measure(loaded, longest, Steps(loaded.model, longest, "eager", protocol))
         predicted = memory(predictor(variant, kernel="torch").cell(batch, protocol, HOST))
         assert predicted.peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
         assert predicted.weights_bytes == loaded.weights_bytes
-
-
-@pytest.mark.parametrize(("variant", "within"), [("base", 0.6), ("awq", 1.2)])
-def test_agrees_with_the_report(variant: str, within: float) -> None:
-    """In percent, every fourth row; the command line's test in the notebook holds all thirteen."""
-    rows = {cell.batch_size: cell for cell in published_cells() if cell.variant == variant}
-    for batch in list(rows)[::4]:
-        predicted = memory(predictor(variant, "4b", dtype="float16").cell(batch, "published"))
-        error = 100 * (predicted.peak_bytes / memory(rows[batch]).peak_bytes - 1)
-        assert abs(error) < within, batch
 
 
 @pytest.mark.parametrize("target", [A100, HOST])

@@ -101,7 +101,7 @@ def test_ceiling_is_the_bandwidth_s_and_then_the_arithmetic_s() -> None:
     made = Planner("base", "4b", "lean", "bfloat16", "tritonv2", tokens=16)
     a100 = GPUS["A100 40GB"]
     assert ceiling(made.cell(1), a100) == pytest.approx(214, rel=0.01)
-    assert ceiling(made.cell(64), a100) == pytest.approx(2682, rel=0.01)
+    assert ceiling(made.cell(16), a100) == pytest.approx(2682, rel=0.01)
 
 
 @pytest.mark.parametrize(
