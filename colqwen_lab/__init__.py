@@ -38,6 +38,7 @@ __all__ = [
     "Unmet",
     "beside",
     "compare",
+    "explain",
     "load",
     "outputs_folder",
     "parameters",
@@ -195,10 +196,17 @@ def predict_like(results: Results) -> Results:
 
 
 def beside(results: Results) -> pd.DataFrame:
-    """Each measured or published peak beside the predicted one, with the error in percent."""
+    """Each measured or published row beside its prediction: the peak with its error, the rate with its limit."""
     from colqwen_lab.report.plan import beside as table
 
     return table(results, predict_like(results))
+
+
+def explain(results: Results) -> Results:
+    """Measured or published cells with the ledger of their prediction; what that lacks is a part of its own."""
+    from colqwen_lab.report.plan import explained
+
+    return explained(results, predict_like(results))
 
 
 def card_budgets(cards: str | float | Sequence[float | str]) -> list[float]:
@@ -255,22 +263,22 @@ def quantize(
     return Quantized(folder, maker.quantize(source, folder, recipe, device, lines, replace=not output))
 
 
-def parameters(names: dict[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments for `function` among a notebook's `globals()`, whose parameters cell names them.
+def parameters(names: dict[str, Any], function: Callable[..., Any], *own: str) -> dict[str, Any]:
+    """The arguments for `function` among a notebook's `globals()`, whose parameters cell names them and its `own`.
 
     The first call of a session also checks that nothing else was set; after that, a notebook has names of its own.
 
     Raises:
         BadInput: a plain value that is no parameter of `function`, as papermill injects for a mistyped `-p`.
     """
-    valid = signature(function).parameters
+    valid = [*signature(function).parameters, *own]
     plain = (str, int, float, bool, list, tuple, type(None))
     given = {name for name, value in names.items() if name[0] != "_" and isinstance(value, plain)} - {"In"}
-    unknown = sorted(given - valid.keys())
+    unknown = sorted(given - set(valid))
     if unknown and not names.get("_parameters_checked"):
         raise BadInput(f"unknown parameter {unknown[0]!r}; valid: {', '.join(valid)}")
     names["_parameters_checked"] = True
-    return {name: names[name] for name in valid if name in given}
+    return {name: names[name] for name in valid if name in given and name not in own}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from colqwen_lab.records import GIB, Memory
 Fit = Literal["fits", "tight", "does not fit"]
 
 # What a process holds outside torch's allocator: the context, libraries, kernels. Source: the project's facts on
-# measuring, 200 to 700 MB.
+# measuring, 200 to 700 MB; the largest GPU here, an H200, held 729 MB (outputs/h200).
 OUTSIDE_TORCH_BYTES = (200 * 10**6, 700 * 10**6)
 # A 6 GB card shows 5.80 GiB: the lowest share of the nominal memory in those facts.
 USABLE_SHARE = Fraction(967, 1000)
@@ -132,6 +132,19 @@ def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
 
 
+def gpu_of(device: str) -> Gpu | None:
+    """The GPU of the table that a driver names so ("NVIDIA A100-SXM4-40GB"); None if it is none of them."""
+    words = set(re.split(r"[\s-]+", device)) - {"NVIDIA", "GeForce", "Tesla", "PCIe", "SXM2", "SXM4", "SXM5", "HBM3"}
+    return next((gpu for gpu in GPUS.values() if {*gpu.name.split()} == words), None)
+
+
+def outside_bytes(memory: Memory) -> int | None:
+    """What lies outside torch, as a GPU measured it; None where none did."""
+    if memory.device_bytes is None or memory.reserved_bytes is None:
+        return None
+    return max(0, memory.device_bytes - memory.reserved_bytes)
+
+
 def usable(nominal_bytes: int) -> int:
     """The bytes that a card of `nominal_bytes` has at the worst."""
     return math.floor(nominal_bytes * USABLE_SHARE)
@@ -139,10 +152,9 @@ def usable(nominal_bytes: int) -> int:
 
 def need_bytes(memory: Memory) -> tuple[int, int]:
     """What a row needs of a card, at least and at most: its peak and what lies outside torch, measured or assumed."""
-    if memory.device_bytes is not None and memory.reserved_bytes is not None:
-        outside = max(0, memory.device_bytes - memory.reserved_bytes)
-        return memory.peak_bytes + outside, memory.peak_bytes + outside
-    return memory.peak_bytes + OUTSIDE_TORCH_BYTES[0], memory.peak_bytes + OUTSIDE_TORCH_BYTES[1]
+    measured = outside_bytes(memory)
+    least, most = OUTSIDE_TORCH_BYTES if measured is None else (measured, measured)
+    return memory.peak_bytes + least, memory.peak_bytes + most
 
 
 def fit_of(memory: Memory, nominal_bytes: int) -> Fit:

@@ -122,4 +122,4 @@ def gpu_state(device: torch.device) -> dict[str, Any] | None:
 
 def pick_device() -> torch.device:
     """The CUDA GPU, else the CPU. CUDA_VISIBLE_DEVICES chooses among GPUs, and an empty one hides them."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -12,10 +12,8 @@ from colqwen_lab.measure.clock import synchronise
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.records import Memory
 from colqwen_lab.runtime.components import resident
+from colqwen_lab.runtime.execution import STEPS
 from colqwen_lab.runtime.tracking import MemoryTracker
-
-# With the published protocol the second step runs while the first one's output lives.
-STEPS = 2
 
 
 def free(device: torch.device) -> None:

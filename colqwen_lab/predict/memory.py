@@ -9,14 +9,12 @@ from __future__ import annotations
 import types
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model import loading
@@ -26,13 +24,11 @@ from colqwen_lab.model.weights import RandomSource, default_source
 from colqwen_lab.predict.allocator import Allocator, Block
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Work, Workload
 from colqwen_lab.runtime.components import resident
-from colqwen_lab.runtime.execution import Steps
+from colqwen_lab.runtime.execution import STEPS, Steps
 from colqwen_lab.runtime.tracking import ACTIVATIONS, MemoryTracker
 from colqwen_lab.runtime.workloads import query_batches
 
 CPU = torch.device("cpu")
-# The operator that attention is on fake CPU tensors; PyTorch's counter knows only those of GPUs.
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 KIB = 1024
 ROUNDING, WORKSPACE, KV_CACHE, OUTPUT, BUFFERS = (
     "allocator rounding",
@@ -46,10 +42,6 @@ ROUNDING, WORKSPACE, KV_CACHE, OUTPUT, BUFFERS = (
 def workspace_bytes(compute_capability: tuple[int, int]) -> int:
     """PyTorch's default cuBLAS workspace: 32 MiB on sm90, else 8.125 MiB. Source: CublasHandlePool.cpp."""
     return 32 * KIB * KIB if compute_capability[0] == 9 else 2 * 4096 * KIB + 8 * 16 * KIB
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
 
 
 # ---------------------------------------------------------------- kernels for packed weights
@@ -144,19 +136,12 @@ class Predictor:
         target: Target = A100,
         tokens: int | None = None,
         execution: str = "eager",
-        count_work: bool = True,
     ) -> Cell:
-        """The predicted cell of `batch_size` queries: the report's, or all of `tokens` tokens.
-
-        Counting the work of a step takes half of the time; a search for the largest batch leaves it out.
-        """
+        """The predicted cell of `batch_size` queries: the report's, or all of `tokens` tokens."""
         inputs, workload = self._inputs(batch_size, tokens)
-        counter = FlopCounterMode(display=False, custom_mapping={ATTENTION: _attention_flops}) if count_work else None
-        tracker, before = self._run(inputs, execution, protocol, counter)
+        tracker, before = self._run(inputs, execution, protocol)
         memory = self._memory(tracker, before, target)
-        work = None
-        if counter:
-            work = Work(flops=counter.get_total_flops(), least_bytes=self._least_bytes(tracker, workload))
+        work = Work(flops=tracker.flops // STEPS, least_bytes=self._least_bytes(workload))
         return Cell(
             origin="predicted",
             variant=self.variant.name,
@@ -190,21 +175,17 @@ class Predictor:
             fake = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in longest.items()}
         return [fake], made.workload
 
-    def _run(
-        self, inputs: list[dict[str, Tensor]], execution: str, protocol: str, counter: FlopCounterMode | None
-    ) -> tuple[MemoryTracker, int]:
-        """`(tracker, length of its log when the steps began)` of two steps, the second one under `counter`."""
+    def _run(self, inputs: list[dict[str, Tensor]], execution: str, protocol: str) -> tuple[MemoryTracker, int]:
+        """`(tracker, length of its log when the steps began)` of two steps."""
         given = [("inputs", tensor) for batch in inputs for tensor in batch.values()]
         quantized = [layer for _, layer in self.linears if self.variant.scheme]
         with self.mode, MemoryTracker([*resident(self.model), *given]) as tracker:
             before = len(tracker.log)
             hooks = [hook for layer in quantized for hook in _label_buffers(tracker, layer)]
             steps = Steps(self.model, inputs, execution, protocol)
-            steps()
-            _label_output(tracker, steps.output)
-            with counter or nullcontext():
+            for _ in range(STEPS):
                 steps()
-            _label_output(tracker, steps.output)
+                _label_output(tracker, steps.output)
             for hook in hooks:
                 hook.remove()
         return tracker, before
@@ -224,7 +205,7 @@ class Predictor:
             method="predicted",
         )
 
-    def _least_bytes(self, tracker: MemoryTracker, workload: Workload) -> int:
+    def _least_bytes(self, workload: Workload) -> int:
         """Bytes that a step must move at least: every weight it multiplies by, once, and its result."""
         used = ("text linears", "text norms", "head")
         weights = sum(tensor.nbytes for label, tensor in resident(self.model) if label.startswith(used))

@@ -40,12 +40,10 @@ class Planner:
         self.predictor = Predictor(resolve_variant(model), size, dtype, kernel)
         self._known: dict[tuple[int, Target], Cell] = {}
 
-    def cell(self, batch_size: int, target: Target = A100, count_work: bool = True) -> Cell:
+    def cell(self, batch_size: int, target: Target = A100) -> Cell:
         key = batch_size, target
-        if key not in self._known or (count_work and self._known[key].work is None):
-            self._known[key] = self.predictor.cell(
-                batch_size, self.protocol, target, self.tokens, count_work=count_work
-            )
+        if key not in self._known:
+            self._known[key] = self.predictor.cell(batch_size, self.protocol, target, self.tokens)
         return self._known[key]
 
     def on_card(self, card: Card) -> CardPlan:
@@ -53,7 +51,7 @@ class Planner:
         target = Target(card.gpu.name, card.gpu.architecture.compute_capability) if card.gpu else A100
 
         def memory(batch_size: int) -> Memory:
-            found = self.cell(batch_size, target, count_work=False).memory
+            found = self.cell(batch_size, target).memory
             assert found is not None
             return found
 
@@ -134,12 +132,13 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell]:
         on_gpu = cell.environment.gpu is not None
         asked = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel)
         try:
-            planner = planners.setdefault(asked, Planner(*asked))
+            if asked not in planners:
+                planners[asked] = Planner(*asked)
         except BadInput:
             continue  # a folder or a repository: its network is not one of the named sizes
         capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
         target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
-        found.append(planner.cell(cell.batch_size, target, count_work=False))
+        found.append(planners[asked].cell(cell.batch_size, target))
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from colqwen_lab.cards import Gpu
+from colqwen_lab.cards import OUTSIDE_TORCH_BYTES, Gpu, gpu_of, outside_bytes
 from colqwen_lab.records import MIB, Cell, Memory
 from colqwen_lab.report.series import Results, rounded
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from colqwen_lab.predict.plan import CardPlan
 
+UNEXPLAINED = "unexplained"
 # Parts that belong together, in the order in which a bar stacks them.
 GROUPS = {
     "embeddings": ("embeddings",),
@@ -26,7 +27,8 @@ GROUPS = {
     "activations": ("activations", "inputs", "outputs"),
     "backend buffers": ("backend buffers",),
     "workspace and rounding": ("cuBLAS workspace", "allocator rounding"),
-    "unexplained": ("unexplained",),
+    "unexplained": (UNEXPLAINED,),
+    "outside torch": ("outside torch",),
 }
 
 
@@ -150,40 +152,75 @@ def ceiling(cell: Cell, gpu: Gpu) -> float | None:
     return cell.batch_size / seconds
 
 
+def explained(measured: Iterable[Cell], predicted: Iterable[Cell]) -> Results:
+    """Measured cells, each with the ledger of its prediction where it has none; what that lacks is `unexplained`.
+
+    An unexplained part below zero is what the prediction has too much.
+    """
+    known = {_key(cell): _memory(cell).ledger for cell in predicted}
+    cells = []
+    for cell in measured:
+        if cell.memory is None:
+            continue
+        parts = cell.memory.ledger or known.get(_key(cell)) or {}
+        rest = cell.memory.peak_bytes - sum(parts.values())
+        ledger = parts | ({UNEXPLAINED: rest} if rest else {})
+        cells.append(cell.model_copy(update={"memory": cell.memory.model_copy(update={"ledger": ledger})}))
+    return Results(tuple(cells))
+
+
+def _key(cell: Cell) -> tuple[str, ...]:
+    return (cell.variant, *cell.settings(), str(cell.batch_size))
+
+
+def _outside(cell: Cell) -> dict[str, int]:
+    """The line of a ledger beyond the peak: measured on a GPU, else the assumption; nothing on a CPU."""
+    if cell.environment.gpu is None:
+        return {}
+    found = outside_bytes(_memory(cell))
+    return {"outside torch, assumed": OUTSIDE_TORCH_BYTES[1]} if found is None else {"outside torch, measured": found}
+
+
 def ledger_table(cells: Iterable[Cell]) -> pd.DataFrame:
-    """The parts of each peak in MiB: one row a part, a column a cell; the last row is their sum, the peak."""
+    """The parts of each peak in MiB: one row a part, a column a cell.
+
+    They add up to `peak`; on a GPU the process holds more outside torch, and `on the card` is both.
+    """
     import pandas as pd
 
     columns = {}
     for cell in cells:
-        memory = _memory(cell)
-        parts = memory.ledger or {"unexplained": memory.peak_bytes}
+        memory, outside = _memory(cell), _outside(cell)
+        parts = memory.ledger or {UNEXPLAINED: memory.peak_bytes}
+        beyond = outside | ({"on the card": memory.peak_bytes + sum(outside.values())} if outside else {})
         name = f"{cell.variant} {cell.batch_size} ({cell.protocol})"
-        columns[name] = {part: size / MIB for part, size in parts.items()} | {"peak": memory.peak_bytes / MIB}
+        columns[name] = {part: size / MIB for part, size in (parts | {"peak": memory.peak_bytes} | beyond).items()}
     frame = pd.DataFrame(columns).fillna(0).round(2)
-    order = [p for p in frame.index if p.startswith(tuple(p for group in GROUPS.values() for p in group))]
-    return frame.loc[[*sorted(order, key=_rank), *[p for p in frame.index if p not in order]]]
+    return frame.loc[sorted(frame.index, key=_rank)]
 
 
 def _rank(part: str) -> int:
-    return next(i for i, group in enumerate(GROUPS.values()) if part.startswith(group))
+    groups = [*list(GROUPS.values())[:-1], ("peak",), GROUPS["outside torch"]]
+    return next((i for i, group in enumerate(groups) if part.startswith(group)), len(groups))
 
 
 def ledger_plot(cells: Sequence[Cell]) -> Figure:
-    """A stacked bar a cell: what its peak is made of, in MiB."""
+    """A stacked bar a cell: what its peak is made of, and what lies outside torch, in MiB."""
     from colqwen_lab.report import plots
 
-    colours = [*(c for c, _ in plots.FIXED.values()), *(c for c, _ in plots.FREE), "#999999", "#BBBBBB"]
+    colours = [*(c for c, _ in plots.FIXED.values()), *(c for c, _ in plots.FREE), "#999999", "#882255", "#FFFFFF"]
     figure = plots.Plot(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.add_subplot()
     names = [f"{cell.variant} {cell.batch_size}\n{cell.protocol}" for cell in cells]
     base = [0.0] * len(names)
     for (group, starts), colour in zip(GROUPS.items(), colours, strict=False):
-        sizes = [sum(v for k, v in (_memory(c).ledger or {}).items() if k.startswith(starts)) / MIB for c in cells]
+        parts = [(_memory(cell).ledger or {}) | _outside(cell) for cell in cells]
+        sizes = [sum(size for part, size in one.items() if part.startswith(starts)) / MIB for one in parts]
         if any(sizes):
-            axes.bar(names, sizes, bottom=base, label=group, color=colour, width=0.6)
+            hatch = "///" if group == "outside torch" else None
+            axes.bar(names, sizes, bottom=base, label=group, color=colour, width=0.6, hatch=hatch)
             base = [b + s for b, s in zip(base, sizes, strict=True)]
-    axes.set_ylabel("peak memory, MiB")
+    axes.set_ylabel("memory, MiB")
     where = {f"{cell.origin}, {cell.size}, {cell.environment.device}" for cell in cells}
     axes.set_title(f"What a peak is made of\n{'; '.join(sorted(where))}", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
@@ -191,24 +228,36 @@ def ledger_plot(cells: Sequence[Cell]) -> Figure:
 
 
 def beside(measured: Iterable[Cell], predicted: Iterable[Cell]) -> pd.DataFrame:
-    """Each measured or published peak beside the predicted one, with the error in percent; empty where not modelled."""
+    """Each measured or published row beside its prediction: the peak with its error, the rate with its limit.
+
+    The limit is that of `Plan.ceilings` on the row's own GPU, where the table of cards has it; the work is that of the
+    padded batch. Empty where the kernel is not modelled.
+    """
     import pandas as pd
 
-    known = {(c.variant, c.size, c.protocol, c.batch_size): _memory(c).peak_bytes for c in predicted}
+    known = {_key(cell): cell for cell in predicted}
     rows = []
     for cell in measured:
         if cell.memory is None:
             continue
-        guess = known.get((cell.variant, cell.size, cell.protocol, cell.batch_size))
-        error = None if guess is None else round(100 * (guess / cell.memory.peak_bytes - 1), 2)
+        twin = known.get(_key(cell))
+        guess = _memory(twin).peak_bytes if twin else None
+        gpu = gpu_of(cell.environment.device)
+        limit = ceiling(twin, gpu) if twin and gpu else None
+        rate = cell.items_per_s.median if cell.items_per_s else None
         rows.append(
             {
                 "variant": cell.variant,
                 "batch": cell.batch_size,
                 f"{cell.origin} MiB": _mib(cell.memory.peak_bytes),
                 "predicted MiB": _mib(guess),
-                "error %": error,
-                "note": "" if guess is not None else "this kernel's buffers are not modelled",
+                "error %": None if guess is None else round(100 * (guess / cell.memory.peak_bytes - 1), 2),
+                "items/s": rounded(rate),
+                "limit items/s": rounded(limit),
+                "share of limit %": round(100 * rate / limit, 1) if rate and limit else None,
+                "note": "" if twin else "this kernel's buffers are not modelled",
             }
         )
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    speed = ["items/s", "limit items/s", "share of limit %"]
+    return frame if frame[speed[1:]].notna().any(axis=None) else frame.drop(columns=speed)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from colqwen_lab.model.network import ColQwen3, ColQwen3Output
 
+# Of a peak: with the published protocol the second step runs while the first one's output lives.
+STEPS = 2
+
 Forward = Callable[[ColQwen3, dict[str, Tensor], bool], ColQwen3Output]
 
 

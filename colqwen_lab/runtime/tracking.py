@@ -1,7 +1,8 @@
 """Memory told from the tensors themselves, for a device that keeps no statistics or is not there: exact, repeatable.
 
 Every storage that an operation makes is noted at its birth and at its end, with a label of what it is. It sees what
-PyTorch's operators return (fake tensors included), not the scratch memory inside a kernel.
+PyTorch's operators return (fake tensors included), not the scratch memory inside a kernel. Beside it the operations of
+every matrix product and attention are counted, by PyTorch's own formulas.
 """
 
 from __future__ import annotations
@@ -11,24 +12,35 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 ACTIVATIONS = "activations"
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+# The operator that attention is on CPU tensors; PyTorch's registry knows only those of GPUs.
+FLOPS = flop_registry | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class MemoryTracker(TorchDispatchMode):
     """Counts live bytes of all storages: those of `resident` from the start, those of new tensors as they come.
 
-    `live_bytes` is the sum now, `peak_bytes` its maximum. `log` holds every birth as (number, bytes) and every end as
-    (number, 0), in order; `labels` what each number is.
+    `live_bytes` is the sum now, `peak_bytes` its maximum, `flops` the operations so far. `log` holds every birth as
+    (number, bytes) and every end as (number, 0), in order; `labels` what each number is.
     """
 
     def __init__(self, resident: Iterable[tuple[str, Tensor]] = ()) -> None:
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.flops = 0
         self.log: list[tuple[int, int]] = []
         self.labels: list[str] = []
         self._numbers: dict[int, int] = {}
@@ -74,6 +86,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if (count := FLOPS.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf)

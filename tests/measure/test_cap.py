@@ -16,6 +16,7 @@ from colqwen_lab.errors import Unmet
 from colqwen_lab.measure import sweep as module
 from colqwen_lab.measure.cap import MARGIN, largest_running, set_cap
 from colqwen_lab.measure.clock import Patience
+from colqwen_lab.measure.environment import pick_device
 from colqwen_lab.measure.sweep import request, sweep
 from colqwen_lab.records import Cell, read_cells
 from colqwen_lab.runtime import execution
@@ -43,6 +44,13 @@ def test_search_finds_the_edge_to_its_margin(edge: int, limit: int) -> None:
 def test_a_cap_needs_a_gpu() -> None:
     with pytest.raises(Unmet, match="there is none here; `colqwen-lab plan` predicts it"):
         set_cap(find_card("8"), torch.device("cpu"))
+
+
+def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to cap `cuda` without a number."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert pick_device() == torch.device("cuda:0")
 
 
 def run(path: Path, model: str = "base", card: str = "8") -> list[Cell]:

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import colqwen_lab as lab
-from colqwen_lab.cards import GPUS, find_card, need_bytes
+from colqwen_lab.cards import GPUS, OUTSIDE_TORCH_BYTES, find_card, gpu_of, need_bytes
 from colqwen_lab.errors import BadInput
+from colqwen_lab.predict.memory import HOST
 from colqwen_lab.predict.plan import Planner, largest
-from colqwen_lab.report.plan import ceiling, ledger_plot, ledger_table
+from colqwen_lab.records import Memory
+from colqwen_lab.report.plan import ceiling, explained, ledger_plot, ledger_table
 
 
 @given(st.integers(1, 500), st.integers(1, 4096), st.integers(0, 10**6), st.integers(0, 10**6))
@@ -69,14 +71,47 @@ def test_tables_and_figures() -> None:
     made = lab.plan("base,awq", "2,64", size="tiny", protocol="published", cards="8")
     assert list(made.table()["peak MiB"]) == sorted(made.table()["peak MiB"][:2]) + sorted(made.table()["peak MiB"][2:])
     ledger = ledger_table(made.results)
-    assert ledger.index[-1] == "peak"
-    assert (ledger.iloc[:-1].sum() - ledger.loc["peak"]).abs().max() < 0.1
+    assert list(ledger.index[-3:]) == ["peak", "outside torch, assumed", "on the card"]
+    assert (ledger.iloc[:-3].sum() - ledger.loc["peak"]).abs().max() < 0.1
+    assert (ledger.iloc[-3:-1].sum() - ledger.loc["on the card"]).abs().max() < 0.1
     assert ledger.shape[1] == 4
     assert len(made.card_table()) == 2
     bars = ledger_plot(made.results.cells).axes[0]
     tops = {round(bar.get_y() + bar.get_height(), 3) for bar in bars.patches}
-    peaks = {round(cell.memory.peak_bytes / 2**20, 3) for cell in made.results if cell.memory}
-    assert peaks <= tops
+    peaks = [cell.memory.peak_bytes for cell in made.results if cell.memory]
+    assert {round((peak + more) / 2**20, 3) for peak in peaks for more in (0, OUTSIDE_TORCH_BYTES[1])} <= tops
+
+
+def test_what_a_measured_cell_leaves_unexplained_is_a_line() -> None:
+    predicted = Planner("awq", "tiny", "lean", "bfloat16", "tritonv2").cell(8)
+    assert predicted.memory is not None
+    seen = {"peak_bytes": predicted.memory.peak_bytes + 3 * 2**20, "ledger": None, "method": "cuda"}
+    memory = Memory(**seen, reserved_bytes=2**30, device_bytes=2**30 + 500 * 2**20)
+    found = explained([predicted.model_copy(update={"memory": memory, "origin": "measured"})], [predicted])
+    assert found.cells[0].memory.ledger == predicted.memory.ledger | {"unexplained": 3 * 2**20}
+    table = ledger_table(found)
+    assert table.loc["unexplained"].item() == 3
+    assert table.loc["outside torch, measured"].item() == 500
+    assert table.loc["on the card"].item() == pytest.approx(table.loc["peak"].item() + 500, abs=0.02)
+    tracked = Planner("awq", "tiny", "lean", "bfloat16", "torch").cell(8, HOST)
+    assert list(ledger_table([tracked]).index)[-1] == "peak"
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4070", "RTX 4070"),
+        ("NVIDIA GeForce RTX 4070 Ti", None),
+        ("Tesla T4", "T4"),
+        ("Intel(R) Xeon(R) Processor", None),
+    ],
+)
+def test_the_gpu_of_a_record(device: str, name: str | None) -> None:
+    found = gpu_of(device)
+    assert (found.name if found else None) == name
 
 
 def test_published_beside_predicted() -> None:
@@ -84,6 +119,9 @@ def test_published_beside_predicted() -> None:
     table = lab.beside(type(lab.load("published"))(rows))
     assert table["error %"].abs().max() < 0.6
     assert len(table) == 1
+    # 191 items/s; 16 tokens would be 214 a query of which an A100 reads the weights once: 8 x 214.
+    assert table["limit items/s"].item() == pytest.approx(8 * 214, rel=0.01)
+    assert table["share of limit %"].item() == pytest.approx(100 * 191 / (8 * 214), rel=0.02)
 
 
 def test_an_unmodelled_kernel_is_said_so() -> None:
