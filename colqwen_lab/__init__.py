@@ -62,6 +62,8 @@ def sweep(
     execution: str = "eager",
     backend: str = "auto",
     protocol: str = "lean",
+    ways: str = "",
+    control: bool = False,
     dtype: str = "bfloat16",
     card: str = "",
     output: str = "",
@@ -78,9 +80,13 @@ def sweep(
         workload: queries.
         texts: report (the report's formula) or natural (distinct queries of several lengths).
         weights: auto (tiny: its default; else the hub), hub, random, or a checkpoint folder.
-        execution: eager.
-        backend: the kernel for packed weights: auto, or a name such as torch, ark, tritonv2, marlin.
+        execution: eager (the forward of transformers) or fast (fused, in length buckets, as CUDA graphs on a GPU).
+        backend: the kernel for packed weights: auto, or a name such as torch, ark, tritonv2, marlin, humming; in
+            execution fast also int4, and with 8-bit activations fp8 (16-bit weights), w4-fp8, w4-int8 (packed ones).
         protocol: lean (no KV cache, last output released) or published (as the report was made).
+        ways: instead of these three several ways, all timed in turn: report (as the report was made), best, or
+            EXECUTION/PROTOCOL/BACKEND; "report,best".
+        control: time the first model of each way twice, as an A/A control.
         dtype: bfloat16, float16 or float32.
         card: memory in GB or a GPU's name: instead of `batch_sizes`, find the largest batch under that card's memory,
             on a bigger GPU. The throughput is then this GPU's under the cap, not the card's.
@@ -102,6 +108,7 @@ def sweep(
     patience = Patience(min_steps=min_steps, max_steps=max(200, min_steps), min_s=min(0.3, max_s), max_s=max_s)
     options: dict[str, Any] = {"size": size, "workload": workload, "texts": texts, "weights": weights}
     options |= {"execution": execution, "backend": backend, "protocol": protocol, "dtype": dtype, "fresh": fresh}
+    options |= {"ways": ways, "control": control}
     options |= {"output": Path(output) if output else None, "card": find_card(card) if card else None}
     return Results(tuple(run(request(model, batch_sizes, patience=patience, **options))))
 

@@ -60,9 +60,13 @@ def sweep(
     workload: Annotated[str, typer.Option(help="queries.")] = "queries",
     texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
     weights: Weights = "auto",
-    execution: Annotated[str, typer.Option(help="eager.")] = "eager",
-    backend: Annotated[str, typer.Option(help="Kernel for packed weights: auto, torch, ark, tritonv2 ...")] = "auto",
+    execution: Annotated[str, typer.Option(help="eager, or fast: fused, in length buckets, CUDA graphs.")] = "eager",
+    backend: Annotated[str, typer.Option(help="Kernel: auto, torch, ark, tritonv2, humming; fast: fp8 ...")] = "auto",
     protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
+    way: Annotated[
+        list[str], typer.Option("--way", help="Several ways in turn: report, best, EXECUTION/PROTOCOL/BACKEND.")
+    ] = [],  # noqa: B006
+    control: Annotated[bool, typer.Option("--control", help="The first model twice, as an A/A control.")] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
     card: Annotated[str, typer.Option(help="GB or a GPU: the largest batch under its memory, on a bigger GPU.")] = "",
     output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
@@ -79,6 +83,8 @@ def sweep(
         execution=execution,
         backend=backend,
         protocol=protocol,
+        ways=",".join(way),
+        control=control,
         dtype=dtype,
         card=card,
         output=output,

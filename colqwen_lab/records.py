@@ -45,13 +45,17 @@ class Workload(Value):
 
 
 class Backend(Value):
-    """The kernel asked for, and the kernels that engaged: how many text linears each multiplies."""
+    """The kernel asked for, and the kernels that engaged: how many text linears each multiplies.
+
+    `schedules` says, by product and rows, which of a kernel's schedules was fastest and is used.
+    """
 
     requested: str
     engaged: dict[str, int] = {}
     dtype: str | None = None
     requested_dtype: str | None = None
     kept_16bit: dict[str, int] = {}
+    schedules: dict[str, str] = {}
 
 
 class Rate(Value):
@@ -85,6 +89,21 @@ class Work(Value):
     least_bytes: int
 
 
+class Limits(Value):
+    """What the device reached in the same run: a large 16-bit product, and a copy, counting bytes read and written."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+
+class Difference(Value):
+    """Cosine of the token embeddings to those of the same weights at 16-bit activations, on one batch."""
+
+    against: str
+    cosine_mean: float
+    cosine_least: float
+
+
 class CardRun(Value):
     """A cell measured under the cap of a smaller card: which, the bytes torch might take, and what was tried."""
 
@@ -104,6 +123,7 @@ class Timing(Value):
     steady: bool
     stopped: str
     in_turn_with: list[str] = []
+    ways_in_turn: list[str] = []
     clock: str
 
 
@@ -140,7 +160,10 @@ class Environment(Value):
 
 
 class Cell(Value):
-    """One variant at one batch size, and its outcome: ok, out of memory (oom) or failed, each with its reason."""
+    """One variant at one batch size, and its outcome: ok, out of memory (oom) or failed, each with its reason.
+
+    `control_s` are step times of the very same model, timed in turn with it as if it were another (A/A).
+    """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     origin: Origin
@@ -155,9 +178,12 @@ class Cell(Value):
     status: Literal["ok", "oom", "failed"]
     reason: str | None = None
     step_s: list[float] = []
+    control_s: list[float] = []
     items_per_s: Rate | None = None
     memory: Memory | None = None
     work: Work | None = None
+    limits: Limits | None = None
+    difference: Difference | None = None
     card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[str, dict[str, Any]] | None = None

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -79,13 +80,13 @@ def _warm_up(step: Callable[[], None], device: torch.device, patience: Patience,
 
 
 def time_in_turn(
-    steps: Mapping[str, Callable[[], None]], device: torch.device, patience: Patience | None = None
-) -> dict[str, Samples]:
+    steps: Mapping[Any, Callable[[], None]], device: torch.device, patience: Patience | None = None
+) -> dict[Any, Samples]:
     """Samples of each stepper, timed step by step in turn, the order reversed every round, so that drift hits all."""
     patience = patience or Patience()
     samples = {name: Samples() for name in steps}
 
-    def attempt(name: str, work: Callable[[], None]) -> None:
+    def attempt(name: Hashable, work: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:  # an outcome of this stepper, not of the others

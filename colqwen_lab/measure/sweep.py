@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from colqwen_lab.errors import BadInput, LabError, Unmet, one_of
 from colqwen_lab.measure.cap import MARGIN, METHOD, VERIFIED_RUNS, largest_running, set_cap
 from colqwen_lab.measure.clock import CLOCK, Patience, Samples, time_in_turn
 from colqwen_lab.measure.environment import environment, gpu_state, pick_device
+from colqwen_lab.measure.limits import measured_limits
 from colqwen_lab.measure.memory import free, measure
 from colqwen_lab.model.architecture import check_size, resolve_size
 from colqwen_lab.model.loading import DTYPES, Loaded, load
@@ -28,6 +31,8 @@ from colqwen_lab.records import (
     Backend,
     CardRun,
     Cell,
+    Difference,
+    Limits,
     Memory,
     Store,
     Timing,
@@ -38,10 +43,65 @@ from colqwen_lab.records import (
     rate_of,
 )
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, Steps
+from colqwen_lab.runtime.fast import bucket, load_fast
+from colqwen_lab.runtime.kernels import EIGHT_BIT
 from colqwen_lab.runtime.workloads import WORKLOADS, query_batches
 from colqwen_lab.settings import outputs_folder
 
 BATCH_SIZES = "8,16,32,64,128,256"
+DEFAULT_WAY = {"execution": "eager", "protocol": "lean", "backend": "auto"}
+
+
+# The report's way with its fallback kernel, by device, and the best there is.
+REPORT_WAY = {"cuda": "eager/published/tritonv2", "cpu": "eager/published/torch"}
+BEST_WAY = "fast/lean/auto"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is run: execution, protocol, and the backend asked for."""
+
+    execution: str = "eager"
+    protocol: str = "lean"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("execution", self.execution, EXECUTIONS)
+        one_of("protocol", self.protocol, PROTOCOLS)
+        if self.execution == "fast" and PROTOCOLS[self.protocol].use_cache:
+            raise BadInput(f"protocol {self.protocol!r} keeps a KV cache, which execution fast has not; valid: lean")
+        if self.backend in EIGHT_BIT and self.execution != "fast":
+            raise BadInput(f"backend {self.backend!r} runs in execution fast only; valid: --execution fast")
+
+    @classmethod
+    def of(cls, text: str, device: str) -> Way:
+        """The way of `report`, `best`, or EXECUTION[/PROTOCOL[/BACKEND]]. Raises BadInput."""
+        parts = {"report": REPORT_WAY[device], "best": BEST_WAY}.get(text.strip(), text.strip()).split("/")
+        if len(parts) > 3:
+            raise BadInput(f"way {text!r}; valid: report, best, or EXECUTION/PROTOCOL/BACKEND such as fast/lean/auto")
+        return cls(*parts)
+
+    def of_weights(self, packed: bool) -> Way | None:
+        """This way as weights that are packed, or not, go it; None where its kernel is for the other kind."""
+        if self.backend in EIGHT_BIT:
+            return self if (self.backend == "fp8") is not packed else None
+        return self if packed else replace(self, backend="auto")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A variant run in one way: what is timed in turn with others."""
+
+    variant: str
+    way: Way
+
+    @property
+    def model(self) -> tuple[str, str, str]:
+        """What tells loaded models apart: ways that differ in the protocol alone share one."""
+        return self.variant, self.way.execution, self.way.backend
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.way.execution}/{self.way.protocol}/{self.way.backend}"
 
 
 @dataclass(frozen=True)
@@ -55,10 +115,9 @@ class Request:
     texts: str = "report"
     samples: int = 64
     weights: str = "auto"
-    execution: str = "eager"
-    backend: str = "auto"
-    protocol: str = "lean"
+    ways: tuple[Way, ...] = (Way(),)
     dtype: str = "bfloat16"
+    control: bool = False
     card: Card | None = None
     output: Path | None = None
     fresh: bool = False
@@ -67,8 +126,6 @@ class Request:
     def __post_init__(self) -> None:
         check_size(self.size)
         one_of("workload", self.workload, WORKLOADS)
-        one_of("execution", self.execution, EXECUTIONS)
-        one_of("protocol", self.protocol, PROTOCOLS)
         one_of("texts", self.texts, TEXTS)
         one_of("dtype", self.dtype, DTYPES)
         if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
@@ -85,9 +142,20 @@ class Request:
 def request(
     model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = BATCH_SIZES, **options: Any
 ) -> Request:
-    """A checked request; `model` is a variant's name, several of them, or "base,awq". Raises BadInput."""
+    """A checked request; `model` is a variant's name, several of them, or "base,awq".
+
+    `options` are a Request's; instead of `ways` it takes their texts, or one `execution`, `protocol` and `backend`.
+
+    Raises:
+        BadInput: a wrong value.
+    """
     variants = tuple(resolve_variant(str(name).strip()) for name in listed(model))
-    return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), **options)
+    one = {name: options.pop(name) for name in ("execution", "protocol", "backend") if name in options}
+    named = [way for way in listed(options.pop("ways", "")) if way]
+    if named and one not in ({}, DEFAULT_WAY):
+        raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
+    ways = tuple(Way.of(way, pick_device().type) for way in named) or (Way(**one),)
+    return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options)
 
 
 @dataclass(frozen=True)
@@ -122,20 +190,33 @@ class Sweep:
 
     def __init__(self, asked: Request, progress: Callable[[str], None]) -> None:
         self.asked, self.progress = asked, progress
+        self.started = time.perf_counter()
         self.device = pick_device()
         self.size = resolve_size(asked.size, self.device.type == "cuda")
         self.sources = {
             variant.name: _checked(variant, source_of(variant, self.size, asked.weights, self.device), asked.size)
             for variant in asked.variants
         }
-        if asked.backend not in ("auto", "torch") and not any(s.quantization for s in self.sources.values()):
-            raise BadInput(
-                f"backend {asked.backend!r} multiplies packed weights; valid for 16-bit weights: auto, torch"
-            )
+        self.entries = self._entries()
         self.environment = environment(self.device)
-        self.memories: dict[tuple[str, int], Memory | Failure] = {}
+        self.memories: dict[tuple[Entry, int], Memory | Failure] = {}
         name = f"sweep-{'-'.join(v.name.replace('/', '-') for v in asked.variants)}-{self.size}-{asked.workload}.jsonl"
         self.path = asked.output or outputs_folder() / name
+
+    def _entries(self) -> list[Entry]:
+        """Every variant in every way that its weights can go."""
+        found: list[Entry] = []
+        for way in self.asked.ways:
+            packed = {name: source.quantization is not None for name, source in self.sources.items()}
+            going = [Entry(name, one) for name in self.sources if (one := way.of_weights(packed[name]))]
+            if not going or (way.backend not in ("auto", "torch", *EIGHT_BIT) and not any(packed.values())):
+                kind = "packed" if not any(packed.values()) else "16-bit"
+                raise BadInput(
+                    f"backend {way.backend!r} multiplies {kind} weights; valid for 16-bit weights: auto, torch, and in "
+                    "execution fast fp8"
+                )
+            found += [entry for entry in going if entry not in found]
+        return found
 
     def run(self) -> list[Cell]:
         """The cells of the request, those already in the file among them, in the order asked."""
@@ -147,23 +228,28 @@ class Sweep:
             for cell in (found := self._found(store.cells)).values():
                 self.progress(_line(cell, "kept, "))
             todo = {
-                batch: names
+                batch: entries
                 for batch in self.asked.batch_sizes
-                if (names := [name for name in self.sources if (name, batch) not in found])
+                if (entries := [entry for entry in self.entries if (entry, batch) not in found])
             }
             if self.asked.card:
-                cells = [self._on_card(name, self.asked.card, store) for name in self.sources]
+                cells = [self._on_card(entry, self.asked.card, store) for entry in self.entries]
             else:
                 self._measure(todo, store)
-                cells = [
-                    self._found(store.cells)[name, batch] for batch in self.asked.batch_sizes for name in self.sources
-                ]
-            _write_result(done_mark, self.path, cells)
+                known = self._found(store.cells)
+                cells = [known[entry, batch] for batch in self.asked.batch_sizes for entry in self.entries]
+            fresh = [cell for cell in cells if cell.timing and cell not in found.values()]
+            spent = {
+                "wall_s": round(time.perf_counter() - self.started, 1),
+                "timed_s": round(sum(sum(cell.step_s) + sum(cell.control_s) for cell in fresh), 1),
+            }
+            self.progress(f"{spent['wall_s']} s in all, {spent['timed_s']} s of them in timed steps")
+            _write_result(done_mark, self.path, cells, spent)
         return cells
 
-    def _on_card(self, name: str, card: Card, store: Store) -> Cell:
+    def _on_card(self, entry: Entry, card: Card, store: Store) -> Cell:
         """The cell of the largest batch of a model under the cap of `card`, found by trying, and run several times."""
-        known = [cell for (variant, _), cell in self._found(store.cells).items() if variant == name]
+        known = [cell for (one, _), cell in self._found(store.cells).items() if one == entry]
         if known:
             return known[0]
         cap_bytes, outside_bytes = set_cap(card, self.device)
@@ -171,18 +257,18 @@ class Sweep:
 
         def runs(batch: int) -> bool:
             assert isinstance(loaded, Loaded)
-            outcome = self._memory(name, loaded, batch)
+            outcome = self._memory(entry, loaded, batch)
             tried[batch] = outcome.status if isinstance(outcome, Failure) else "ok"
             return isinstance(outcome, Memory)
 
-        loaded = self._load(name)
+        loaded = self._load(entry)
         found = largest_running(runs) if isinstance(loaded, Loaded) else 0
         batch = max(1, int(found * (1 - MARGIN)))
         verified = sum(runs(batch) for _ in range(VERIFIED_RUNS)) if found else 0
         if isinstance(loaded, Loaded):
-            (cell,) = self._cells({name: loaded}, batch)
+            (cell,) = self._cells({entry: loaded}, batch)
         else:
-            cell = self._lost_cell(name, batch, loaded)
+            cell = self._lost_cell(entry, batch, loaded)
         run = CardRun(
             name=card.name,
             nominal_bytes=card.nominal_bytes,
@@ -206,70 +292,76 @@ class Sweep:
         asked_for = bool(self._found([cell]))
         return source.label == cell.weights and not (asked_for and (self.asked.fresh or cell.status == "failed"))
 
-    def _found(self, cells: Iterable[Cell]) -> dict[tuple[str, int], Cell]:
+    def _found(self, cells: Iterable[Cell]) -> dict[tuple[Entry, int], Cell]:
         """The cells that the request asks for."""
         asked = self.asked
         card = asked.card.name if asked.card else None
-        same = (asked.workload, asked.texts, asked.execution, asked.protocol, asked.backend, asked.dtype, card)
+        same = (asked.workload, asked.texts, asked.dtype, card)
         return {
-            (cell.variant, cell.batch_size): cell
+            (entry, cell.batch_size): cell
             for cell in cells
             if (source := self.sources.get(cell.variant))
             and (cell.size, cell.weights) == (source.size, source.label)
             and (asked.card or cell.batch_size in asked.batch_sizes)
             and _asked_for(cell) == same
+            and (entry := _entry_of(cell)) in self.entries
         }
 
-    def _measure(self, todo: dict[int, list[str]], store: Store) -> None:
-        names = [name for name in self.sources if any(name in wanted for wanted in todo.values())]
-        if not names:
+    def _measure(self, todo: dict[int, list[Entry]], store: Store) -> None:
+        entries = [entry for entry in self.entries if any(entry in wanted for wanted in todo.values())]
+        firsts = list({entry.model: entry for entry in entries}.values())
+        if not entries:
             return
-        models: dict[str, Loaded] = {}
-        lost: dict[str, Failure] = {}
-        if self.device.type == "cuda" and len(names) > 1:
+        models: dict[Any, Loaded] = {}
+        lost: dict[Any, Failure] = {}
+        if self.device.type == "cuda" and len(firsts) > 1:
             # The allocator counts all models of a process, so each one's memory is measured while it is alone.
-            for name in names:
-                alone = self._load(name)
+            for first in firsts:
+                alone = self._load(first)
                 if isinstance(alone, Failure):
-                    lost[name] = alone
+                    lost[first.model] = alone
                 else:
-                    self.memories |= {(name, b): self._memory(name, alone, b) for b in todo if name in todo[b]}
+                    of_it = [entry for entry in entries if entry.model == first.model]
+                    self.memories |= {
+                        (entry, b): self._memory(entry, alone, b) for entry in of_it for b in todo if entry in todo[b]
+                    }
                 del alone
                 free(self.device)
-        for name in (name for name in names if name not in lost):
-            loaded = self._load(name)
+        for first in (first for first in firsts if first.model not in lost):
+            loaded = self._load(first)
             if isinstance(loaded, Loaded):
-                models[name] = loaded
+                models[first.model] = loaded
             elif loaded.status == "oom" and models:
                 self.progress(f"the models do not fit together ({loaded.reason}); each is timed alone")
                 models.clear()
                 free(self.device)
-                for one in names:
-                    self._measure({batch: [one] for batch in todo if one in todo[batch]}, store)
+                for one in firsts:
+                    alone_todo = {batch: [e for e in todo[batch] if e.model == one.model] for batch in todo}
+                    self._measure({batch: wanted for batch, wanted in alone_todo.items() if wanted}, store)
                     free(self.device)
                 return
             else:
-                lost[name] = loaded
+                lost[first.model] = loaded
         for batch, wanted in todo.items():
-            store.add(self._lost_cell(name, batch, lost[name]) for name in wanted if name in lost)
-            store.add(self._cells({name: models[name] for name in wanted if name in models}, batch))
+            store.add(self._lost_cell(entry, batch, lost[entry.model]) for entry in wanted if entry.model in lost)
+            store.add(self._cells({entry: models[entry.model] for entry in wanted if entry.model in models}, batch))
 
-    def _load(self, name: str) -> Loaded | Failure:
-        source = self.sources[name]
-        backend = self.asked.backend if source.quantization else "auto"
-        loaded = attempt(lambda: load(source, self.device, backend, self.asked.dtype), self.device)
+    def _load(self, entry: Entry) -> Loaded | Failure:
+        source, way = self.sources[entry.variant], entry.way
+        how = load_fast if way.execution == "fast" else load
+        loaded = attempt(lambda: how(source, self.device, way.backend, self.asked.dtype), self.device)
         if isinstance(loaded, Loaded):
             kernels = ", ".join(f"{kernel} x {count}" for kernel, count in loaded.engaged.items())
             unused = f"; left out, never called: {', '.join(loaded.left_out)}" if loaded.left_out else ""
             self.progress(
-                f"{name}: {loaded.weights}; {loaded.dtype}; text linears on {kernels}; "
+                f"{entry}: {loaded.weights}; {loaded.dtype}; text linears on {kernels}; "
                 f"{self.environment.device}{unused}"
             )
         return loaded
 
-    def _lost_cell(self, name: str, batch: int, outcome: Failure) -> Cell:
+    def _lost_cell(self, entry: Entry, batch: int, outcome: Failure) -> Cell:
         """The row of a model that does not load."""
-        cell = self._cell(name, None, self._plain_workload(batch), outcome, None, [], None)
+        cell = self._cell(entry, None, self._plain_workload(batch), outcome, None, [], None)
         self.progress(_line(cell))
         return cell
 
@@ -277,95 +369,129 @@ class Sweep:
         asked = self.asked
         return query_batches(loaded.model.config, loaded.tokenizer, batch, asked.texts, asked.samples, self.device)
 
-    def _memory(self, name: str, loaded: Loaded, batch: int) -> Memory | Failure:
+    def _memory(self, entry: Entry, loaded: Loaded, batch: int) -> Memory | Failure:
         def work() -> Memory:
             # A peak is that of the longest batch, which a cycle through all batches meets.
             inputs = [max(self._batches(loaded, batch).inputs, key=lambda one: one["input_ids"].shape[1])]
-            return measure(loaded, inputs, Steps(loaded.model, inputs, self.asked.execution, self.asked.protocol))
+            return measure(loaded, inputs, self._steps(entry, loaded, inputs))
 
         return attempt(work, self.device)
 
-    def _cells(self, models: dict[str, Loaded], batch: int) -> list[Cell]:
+    def _steps(self, entry: Entry, loaded: Loaded, inputs: Any) -> Steps:
+        return Steps(loaded.model, inputs, entry.way.execution, entry.way.protocol)
+
+    def _cells(self, models: dict[Entry, Loaded], batch: int) -> list[Cell]:
         """The row of each model at this batch size: memory first, then all that fit timed in turn."""
         before = gpu_state(self.device)
         memories = {
-            name: self.memories.get((name, batch)) or self._memory(name, loaded, batch)
-            for name, loaded in models.items()
+            entry: self.memories.get((entry, batch)) or self._memory(entry, loaded, batch)
+            for entry, loaded in models.items()
         }
-        fitting = {name: models[name] for name, memory in memories.items() if isinstance(memory, Memory)}
+        fitting = {entry: models[entry] for entry, memory in memories.items() if isinstance(memory, Memory)}
         batches = {}
-        for name, loaded in tuple(fitting.items()):
+        for entry, loaded in tuple(fitting.items()):
             made = attempt(lambda loaded=loaded: self._batches(loaded, batch), self.device)  # type: ignore[misc]
             if isinstance(made, Failure):
-                memories[name] = made
-                del fitting[name]
+                memories[entry] = made
+                del fitting[entry]
             else:
-                batches[name] = made
-        steps = {
-            name: Steps(loaded.model, batches[name].inputs, self.asked.execution, self.asked.protocol)
-            for name, loaded in fitting.items()
+                batches[entry] = made
+        steps: dict[Any, Steps] = {
+            entry: self._steps(entry, loaded, batches[entry].inputs) for entry, loaded in fitting.items()
         }
+        # The first model of each way a second time: an A/A control, which must come out as the same.
+        controls = {entry.way: entry for entry in reversed(fitting) if entry.variant == next(iter(self.sources))}
+        for entry in controls.values() if self.asked.control else ():
+            steps[_control(entry)] = self._steps(entry, fitting[entry], batches[entry].inputs)
         samples = time_in_turn(steps, self.device, self.asked.patience)
-        in_turn = [name for name in samples if samples[name].error is None]
-        for name in set(samples) - set(in_turn) if len(samples) > 1 else ():
+        in_turn = [entry for entry in fitting if samples[entry].error is None]
+        for entry in set(fitting) - set(in_turn) if len(samples) > 1 else ():
             # It may be the others that took the room: once more, alone.
             for step in steps.values():
                 step.output = None
             free(self.device)
-            samples |= time_in_turn({name: steps[name]}, self.device, self.asked.patience)
+            samples |= time_in_turn({entry: steps[entry]}, self.device, self.asked.patience)
         del steps
         free(self.device)
         states = None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
         cells = []
-        for name, loaded in models.items():
-            workload = batches[name].workload if name in batches else self._plain_workload(batch)
-            cell = self._cell(name, loaded, workload, memories[name], samples.get(name), in_turn, states)
+        for entry, loaded in models.items():
+            workload = batches[entry].workload if entry in batches else self._plain_workload(batch)
+            control = samples.get(_control(entry))
+            cell = self._cell(entry, loaded, workload, memories[entry], samples.get(entry), in_turn, states)
+            if cell.status == "ok":
+                more: dict[str, Any] = {"control_s": control.step_s if control else []}
+                parent = _parent(entry, fitting)
+                if parent:
+                    more["difference"] = self._difference(entry, parent, fitting, batches[entry].inputs[0])
+                cell = cell.model_copy(update=more)
             self.progress(_line(cell))
             cells.append(cell)
         return cells
 
+    @torch.no_grad()
+    def _difference(self, entry: Entry, parent: Entry, models: dict[Entry, Loaded], inputs: Any) -> Difference:
+        """How far the token embeddings of `entry` are from those of `parent`, on the same batch."""
+        both = []
+        for one in (entry, parent):
+            step = self._steps(one, models[one], [inputs])
+            step()
+            both.append(step.output.embeddings[inputs["attention_mask"].bool()].float())
+        cosine = torch.nn.functional.cosine_similarity(both[0], both[1], dim=-1)
+        return Difference(against=str(parent), cosine_mean=cosine.mean().item(), cosine_least=cosine.min().item())
+
     def _plain_workload(self, batch: int) -> Workload:
         return Workload(kind="queries", batch_size=batch, texts=self.asked.texts)
 
+    @cached_property
+    def limits(self) -> Limits | None:
+        return None if self.asked.card else measured_limits(self.device)
+
     def _cell(
         self,
-        name: str,
+        entry: Entry,
         loaded: Loaded | None,
         workload: Workload,
         memory: Memory | Failure,
         samples: Samples | None,
-        in_turn: list[str],
+        in_turn: list[Entry],
         states: dict[str, dict[str, Any]] | None,
     ) -> Cell:
         outcome = memory if isinstance(memory, Failure) else None
         if samples is not None and samples.error is not None:
             outcome = failure_of(samples.error)
         timed = samples is not None and outcome is None
+        others = [other for other in in_turn if other != entry and entry in in_turn]
+        schedules = getattr(getattr(loaded and loaded.model, "fast", None), "chosen", {})
+        rows = workload.batch_size * bucket(workload.tokens or 1)
         return Cell(
             origin="measured",
-            variant=name,
-            size=self.sources[name].size,
-            weights=self.sources[name].label,
+            variant=entry.variant,
+            size=self.sources[entry.variant].size,
+            weights=self.sources[entry.variant].label,
             workload=workload,
-            execution=self.asked.execution,
-            protocol=self.asked.protocol,
+            execution=entry.way.execution,
+            protocol=entry.way.protocol,
             backend=Backend(
-                requested=self.asked.backend,
+                requested=entry.way.backend,
                 engaged=loaded.engaged if loaded else {},
                 dtype=loaded.dtype if loaded else None,
                 requested_dtype=self.asked.dtype,
                 kept_16bit=loaded.kept_16bit if loaded else {},
+                schedules={name: one for name, one in schedules.items() if name.endswith(f" x {rows}")},
             ),
             status=outcome.status if outcome else "ok",  # type: ignore[arg-type]
             reason=outcome.reason if outcome else None,
             step_s=samples.step_s if samples else [],
             items_per_s=rate_of(samples.step_s, workload.batch_size) if timed and samples else None,
             memory=memory if isinstance(memory, Memory) else None,
+            limits=self.limits,
             timing=Timing(
                 warmup_steps=samples.warmup_steps,
                 steady=samples.steady,
                 stopped=samples.stopped,
-                in_turn_with=[other for other in in_turn if other != name and name in in_turn],
+                in_turn_with=list(dict.fromkeys(other.variant for other in others)),
+                ways_in_turn=[str(other) for other in others],
                 clock=CLOCK,
             )
             if timed and samples
@@ -373,6 +499,19 @@ class Sweep:
             gpu_state=states,
             environment=self.environment,
         )
+
+
+def _control(entry: Entry) -> tuple[str, Entry]:
+    """The name of the A/A control of `entry` among what is timed in turn."""
+    return "control", entry
+
+
+def _parent(entry: Entry, among: Iterable[Entry]) -> Entry | None:
+    """For a kernel with 8-bit activations, the same variant run with 16-bit ones; None for others, or without one."""
+    if entry.way.backend not in EIGHT_BIT:
+        return None
+    plain = [one for one in among if one.variant == entry.variant and one.way.backend not in EIGHT_BIT]
+    return plain[-1] if plain else None
 
 
 def _checked(variant: Variant, source: Source, asked_size: str) -> Source:
@@ -387,24 +526,30 @@ def _checked(variant: Variant, source: Source, asked_size: str) -> Source:
 
 def _asked_for(cell: Cell) -> tuple[str | None, ...]:
     texts = "report" if cell.workload.texts and cell.workload.texts.startswith("drawn") else cell.workload.texts
-    backend = cell.backend
-    card = cell.card.name if cell.card else None
-    return cell.workload.kind, texts, cell.execution, cell.protocol, backend.requested, backend.requested_dtype, card
+    return cell.workload.kind, texts, cell.backend.requested_dtype, cell.card.name if cell.card else None
+
+
+def _entry_of(cell: Cell) -> Entry | None:
+    try:
+        return Entry(cell.variant, Way(cell.execution, cell.protocol, cell.backend.requested))
+    except BadInput:
+        return None
 
 
 def _line(cell: Cell, prefix: str = "") -> str:
     """One line of progress, readable in a headless log."""
-    head = f"{prefix}{cell.variant} batch {cell.batch_size}: "
+    way = f"{cell.execution}/{cell.protocol}/{cell.backend.requested}"
+    head = f"{prefix}{cell.variant} {way} batch {cell.batch_size}: "
     if cell.items_per_s is None or cell.memory is None or cell.timing is None:
         return f"{head}{cell.status}: {cell.reason}"
     steps = f"{len(cell.step_s)} steps, {cell.timing.stopped}"
     return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
 
 
-def _write_result(path: Path, records: Path, cells: list[Cell]) -> None:
+def _write_result(path: Path, records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
     """The mark of a sweep that ended: its counts and its file, written last and whole."""
     counts = {status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")}
-    text = json.dumps({"complete": True, "records": records.name, "cells": len(cells), **counts}, indent=1)
+    text = json.dumps({"complete": True, "records": records.name, "cells": len(cells), **counts, **spent}, indent=1)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)

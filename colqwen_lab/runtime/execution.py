@@ -33,7 +33,13 @@ def eager(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwe
     return model(**inputs, use_cache=use_cache)
 
 
-EXECUTIONS: dict[str, Forward] = {"eager": eager}
+def fast(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
+    """The forward of `fast.py`, for a model that `fast.load_fast` made ready."""
+    forward: Any = model.fast
+    return forward(model, inputs, use_cache)
+
+
+EXECUTIONS: dict[str, Forward] = {"eager": eager, "fast": fast}
 
 
 class Steps:

@@ -1,0 +1,306 @@
+"""Execution `fast`: all that happens to a batch of queries, in the order in which it happens, in one file.
+
+1. Real tokens come first and padding after them, whichever side it came on. Attention is causal, so a real token never
+   sees what follows it, and no mask is needed.
+2. The length is rounded up to a bucket, so that few shapes occur.
+3. Each layer is four products (QKV and gate/up are one each), an attention, and three small functions that a compiler
+   fuses on a GPU.
+4. On a GPU a bucket's whole forward is captured once as a CUDA graph and replayed: one launch, nothing from Python, no
+   synchronise. All graphs share one pool of memory. On a CPU the same functions run as they are.
+
+Nothing is kept between forwards: there is no KV cache.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from colqwen_lab.errors import Unmet
+from colqwen_lab.model.loading import Loaded, load
+from colqwen_lab.model.network import ColQwen3, ColQwen3Output
+from colqwen_lab.model.packing import gptq_packed
+from colqwen_lab.model.weights import Source
+from colqwen_lab.runtime.kernels import EIGHT_BIT, PACKED_KERNELS, Dense, Kernel, Product, compiled, pick
+
+GRAPHS_KEPT = 64
+TIMED = 5
+
+
+def bucket(tokens: int) -> int:
+    """The length that `tokens` are computed at: rounded up by less than a sixteenth."""
+    step = max(1, 2 ** (tokens.bit_length() - 5))
+    return -(-tokens // step) * step
+
+
+# ---------------------------------------------------------------- the small functions
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension, in float32."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_normed(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`(x + delta, its RMS norm)`."""
+    total = x + delta
+    return total, normed(total, weight, eps)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions of x [batch, tokens, heads, size] by cos and sin [tokens, 1, size]."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def heads_of(
+    qkv: Tensor, sizes: Sequence[int], q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [batch, heads, tokens, size] of qkv [batch, tokens, all heads x size]."""
+    size = q_weight.shape[0]
+    q, k, v = (part.unflatten(-1, (-1, size)) for part in qkv.split(sizes, dim=-1))
+    q, k = rotated(normed(q, q_weight, eps), cos, sin), rotated(normed(k, k_weight, eps), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def gated(both: Tensor) -> Tensor:
+    """SiLU of the first half times the second."""
+    gate, up = both.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention; [batch, tokens, heads x size]."""
+    if q.device.type == "cuda":
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        groups = q.shape[1] // k.shape[1]  # the CPU's kernel knows no groups
+        k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return found.transpose(1, 2).flatten(2)
+
+
+def real_first(mask: Tensor) -> Tensor:
+    """Where each position of mask [batch, tokens] goes when real tokens come first; their order stays."""
+    real = mask.cumsum(1)
+    return torch.where(mask.bool(), real - 1, real[:, -1:] + (1 - mask).cumsum(1) - 1)
+
+
+# ---------------------------------------------------------------- the forward
+
+
+class Layer(nn.Module):
+    """The four products of a decoder layer, and its norms."""
+
+    def __init__(self, layer: Any, dense: Callable[..., Product], packed: Callable[..., Product]) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_norms = [attention.q_norm.weight, attention.k_norm.weight]
+        self.norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+        self.eps = layer.input_layernorm.variance_epsilon
+
+        def product(parent: Any, *names: str) -> Product:
+            linears = [getattr(parent, name) for name in names]
+            made = (dense if all(isinstance(one, nn.Linear) for one in linears) else packed)(linears)
+            if not isinstance(made, Dense):
+                for name in names:  # their weights live in the product now
+                    setattr(parent, name, None)
+            return made
+
+        self.sizes = [_out_features(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
+        self.qkv = product(attention, "q_proj", "k_proj", "v_proj")
+        self.o = product(attention, "o_proj")
+        self.gate_up = product(mlp, "gate_proj", "up_proj")
+        self.down = product(mlp, "down_proj")
+
+
+def _out_features(linear: Any) -> int:
+    return linear.out_features if isinstance(linear, nn.Linear) else linear.outfeatures
+
+
+class Fast(nn.Module):
+    """The forward of a ColQwen3 for queries. Takes its linears over; the model's own forward is not to be called again.
+
+    `chosen` says which schedule multiplies, by product and rows, where a kernel has several.
+    """
+
+    def __init__(self, model: ColQwen3, dense: Callable[..., Product], packed: Callable[..., Product]) -> None:
+        super().__init__()
+        text: Any = model.vlm.model.language_model
+        self.parts: Any = (text.embed_tokens, text.rotary_emb, text.norm, model.embedding_proj_layer)
+        self.layers: Any = nn.ModuleList(Layer(layer, dense, packed) for layer in text.layers)
+        self.graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
+        self.pool: Any = None
+        self.chosen: dict[str, str] = {}
+
+    def engaged(self) -> dict[str, int]:
+        """How many text linears each kernel multiplies."""
+        found: Counter[str] = Counter()
+        for product in self.products():
+            found[product.kernel] += product.linears
+        return dict(found)
+
+    def products(self) -> list[Product]:
+        return [product for layer in self.layers for product in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+
+    def forward(self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False) -> ColQwen3Output:
+        """Unit vectors [batch, tokens, 320] of `input_ids` and `attention_mask`, zero at padding.
+
+        Raises:
+            Unmet: pages, or a KV cache.
+        """
+        if use_cache or "pixel_values" in inputs:
+            raise Unmet("execution fast embeds queries without a KV cache; valid otherwise: eager")
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        tokens = ids.shape[1]
+        length = bucket(tokens)
+        if ids.device.type == "cuda":
+            return ColQwen3Output(embeddings=self._graph(ids.shape[0], length).replay(ids, mask))
+        more = (0, length - tokens)
+        return ColQwen3Output(embeddings=self.embed(functional.pad(ids, more), functional.pad(mask, more))[:, :tokens])
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The whole of a forward, with shapes that are a bucket's. Captured as one graph on a GPU."""
+        embed_tokens, rotary, norm, head = self.parts
+        goes_to = real_first(mask)
+        x = embed_tokens(torch.zeros_like(ids).scatter(1, goes_to, ids))
+        positions = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1).expand(3, 1, -1)
+        cos, sin = (part[0].unsqueeze(1) for part in rotary(x, positions))
+        small = [compiled(function, x.device) for function in (normed, add_normed, heads_of, gated)]
+        first_norm, then_norm, make_heads, gate = small
+        y = first_norm(x, self.layers[0].norms[0], self.layers[0].eps)
+        following = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
+        for layer, next_weight in zip(self.layers, following, strict=True):
+            qkv = _multiply(layer.qkv, y)
+            attention = attended(*make_heads(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin))
+            x, y = then_norm(x, _multiply(layer.o, attention), layer.norms[1], layer.eps)
+            x, y = then_norm(x, _multiply(layer.down, gate(_multiply(layer.gate_up, y))), next_weight, layer.eps)
+        vectors = functional.normalize(head(y), dim=-1)
+        back = vectors.gather(1, goes_to.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
+        return back * mask.unsqueeze(-1)
+
+    def _graph(self, batch: int, length: int) -> Graph:
+        graph = self.graphs.pop((batch, length), None)
+        if graph is None:
+            self._tune(batch * length)
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = Graph(self.embed, batch, length, self.parts[0].weight.device, self.pool)
+        self.graphs[batch, length] = graph
+        if len(self.graphs) > GRAPHS_KEPT:
+            self.graphs.popitem(last=False)
+        return graph
+
+    def forget(self) -> None:
+        """Let the captured graphs go, and the memory they hold."""
+        self.graphs.clear()
+        self.pool = None
+
+    def _tune(self, rows: int) -> None:
+        """Time the schedules of each kind of product, over all layers so that weights come from afar; keep the best."""
+        for kind in ("qkv", "o", "gate_up", "down"):
+            products = [getattr(layer, kind) for layer in self.layers]
+            schedules = products[0].schedules(rows)
+            if rows in products[0].chosen or not schedules:
+                continue
+            x = torch.randn(rows, products[0].in_features, device="cuda", dtype=self.parts[0].weight.dtype)
+            times = {}
+            for schedule in schedules:
+                for product in products:
+                    product.choose(rows, schedule)
+                times[schedule] = _time_of(lambda products=products, x=x: [product(x) for product in products])  # type: ignore[misc]
+            best = min(times, key=lambda one: times[one])
+            for product in products:
+                product.choose(rows, best)
+            self.chosen[f"{kind} x {rows}"] = best
+
+
+def _multiply(product: Product, x: Tensor) -> Tensor:
+    return product(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def _captured(work: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """`(graph, result)`: run once outside, so that all is compiled and every library awake, then captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = work()
+    return graph, result
+
+
+def _time_of(work: Callable[[], Any]) -> float:
+    """Milliseconds of a captured run: the median of some."""
+    graph, _ = _captured(work)
+    times = []
+    for _ in range(TIMED):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[TIMED // 2]
+
+
+class Graph:
+    """A captured forward of one bucket: its inputs stand where the graph reads them, its result where it writes."""
+
+    def __init__(self, embed: Callable[..., Tensor], batch: int, length: int, device: torch.device, pool: Any) -> None:
+        self.ids = torch.zeros((batch, length), dtype=torch.int64, device=device)
+        self.mask = torch.ones_like(self.ids)
+        self.graph, self.result = _captured(lambda: embed(self.ids, self.mask), pool)
+
+    def replay(self, ids: Tensor, mask: Tensor) -> Tensor:
+        tokens = ids.shape[1]
+        self.ids[:, :tokens].copy_(ids)
+        self.mask[:, tokens:].zero_()
+        self.mask[:, :tokens].copy_(mask)
+        self.graph.replay()
+        return self.result[:, :tokens].clone()
+
+
+# ---------------------------------------------------------------- loading for it
+
+
+def load_fast(source: Source, device: torch.device, kernel: str = "auto", dtype: str = "bfloat16") -> Loaded:
+    """The model of `source` made ready for `fast`: linears fused, packed weights in the kernel's own layout.
+
+    `kernel` is auto, one of `kernels.PACKED_KERNELS` or `kernels.EIGHT_BIT`, or a backend of AutoRound, whose modules
+    are then multiplied by as they are.
+
+    Raises:
+        BadInput: an unknown kernel.
+        Unmet: a kernel that cannot serve here.
+    """
+    asked = source.quantization
+    chosen: Kernel | None = None
+    if asked is None and kernel not in ("auto", "torch"):
+        chosen = pick(kernel, device, None)
+    elif asked is not None and (kernel == "auto" or kernel in PACKED_KERNELS | EIGHT_BIT):
+        chosen = pick(kernel, device, (asked["bits"], asked["group_size"]))
+    raw = chosen is not None and chosen is not PACKED_KERNELS["modules"]
+    if asked is None:
+        loaded = load(source, device, "auto", dtype)
+    elif raw:
+        loaded = load(gptq_packed(source), device, "torch", dtype)
+    else:
+        loaded = load(source, device, "auto" if chosen else kernel, dtype)
+    packed = chosen or PACKED_KERNELS["modules"]
+    fast = Fast(loaded.model, packed.build if chosen and asked is None else Dense, packed.build)
+    for product in fast.products():
+        if product.kernel == "modules":
+            product.kernel = " + ".join(loaded.engaged)
+    loaded.model.add_module("fast", fast)
+    return replace(loaded, engaged=fast.engaged())

@@ -1,0 +1,247 @@
+"""Products: linears that share an input, fused into one and multiplied by a kernel. What `fast` is made of.
+
+A product maps [rows, in] to [rows, out]. Its kernel keeps the weights in one layout; where it offers several schedules,
+`fast` times them and `choose`s one for each number of rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.model.packing import unpacked
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+class Product(nn.Module):
+    """The linears `fused`, multiplied as one. `kernel` is the name that a record gives."""
+
+    kernel = "torch.nn.Linear"
+
+    def __init__(self, fused: Sequence[Any]) -> None:
+        super().__init__()
+        self.linears = len(fused)
+        self.in_features = getattr(fused[0], "in_features", None) or fused[0].infeatures
+        self.chosen: dict[int, str] = {}
+
+    def schedules(self, rows: int) -> list[str]:
+        """What may be chosen among for this many rows; empty where there is no choice."""
+        return []
+
+    def choose(self, rows: int, schedule: str) -> None:
+        self.chosen[rows] = schedule
+
+
+class Dense(Product):
+    """16-bit weights, side by side in one storage; the modules they came from keep views of it."""
+
+    def __init__(self, fused: Sequence[nn.Linear]) -> None:
+        super().__init__(fused)
+        if len(fused) == 1:
+            self.weight = fused[0].weight
+            return
+        self.weight = nn.Parameter(torch.cat([linear.weight for linear in fused]), requires_grad=False)
+        parts = self.weight.split([linear.out_features for linear in fused])
+        for linear, part in zip(fused, parts, strict=True):
+            linear.weight = nn.Parameter(part, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+
+class Fp8(Product):
+    """FP8 weights, a scale an output channel, and FP8 activations, a scale a token: torch's row-wise scaled product."""
+
+    kernel = "torch._scaled_mm (FP8 x FP8)"
+
+    def __init__(self, fused: Sequence[nn.Linear]) -> None:
+        super().__init__(fused)
+        weight, scale = zip(*(fp8_rows(linear.weight) for linear in fused), strict=True)
+        self.register_buffer("weight", torch.cat(weight))
+        self.register_buffer("scale", torch.cat(scale).t())
+        self.out_dtype = fused[0].weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale = compiled(fp8_rows, x.device)(x)
+        weight: Any = self.weight
+        return torch._scaled_mm(codes, weight.t(), scale, self.scale, out_dtype=self.out_dtype, use_fast_accum=True)  # type: ignore[arg-type]
+
+
+class AsLoaded(Product):
+    """The modules of AutoRound's own backend, one after the other; `load_fast` names it after that."""
+
+    kernel = "modules"
+
+    def __init__(self, fused: Sequence[nn.Module]) -> None:
+        super().__init__(fused)
+        self.modules_ = nn.ModuleList(fused)
+
+    def forward(self, x: Tensor) -> Tensor:
+        results = [module(x) for module in self.modules_]
+        return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
+
+
+def gptq(fused: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """`(qweight, qzeros, scales)` of modules in the GPTQ layout, side by side along their outputs."""
+    return tuple(torch.cat([getattr(one, name) for one in fused], dim=1) for name in ("qweight", "qzeros", "scales"))  # type: ignore[return-value]
+
+
+class Int4Cpu(Product):
+    """torch's int4 product for CPUs: weights dequantised in registers, (code - 8) * scale + zero."""
+
+    kernel = "torch._weight_int4pack_mm_for_cpu"
+
+    def __init__(self, fused: Sequence[Any]) -> None:
+        super().__init__(fused)
+        qweight, qzeros, scales = gptq(fused)
+        self.group_size = fused[0].group_size
+        codes = unpacked(qweight, 4, 0).t().contiguous().to(torch.int32)
+        zeros = unpacked(qzeros, 4, 1).to(scales.dtype) + stored_less(fused[0])
+        self.register_buffer("qweight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        both = torch.stack([scales, (8 - zeros) * scales], dim=-1)
+        self.register_buffer("scales", both.to(torch.bfloat16).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = (self.qweight, self.group_size, self.scales)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), *packed).to(x.dtype)
+
+
+class Humming(Product):
+    """humming-kernels: W4A16, and W4A8 with FP8 or INT8 activations, compiled for this GPU at first use."""
+
+    def __init__(self, fused: Sequence[Any], activations: str | None = None) -> None:
+        super().__init__(fused)
+        from humming.layer import HummingLayer
+        from humming.schema.autoround import AutoRoundWeightSchema
+
+        first = fused[0]
+        self.kernel = f"humming (W{first.bits}A{8 if activations else 16}{' ' + activations if activations else ''})"
+        qweight, qzeros, scales = gptq(fused)
+        packing = "auto_round:auto_gptq" if stored_less(first) else "auto_round:gptqmodel"
+        schema = AutoRoundWeightSchema(
+            bits=first.bits, group_size=first.group_size, sym=first.sym, packing_format=packing
+        )
+        self.layer = HummingLayer(
+            shape_n=qweight.shape[1],
+            shape_k=first.infeatures,
+            weight_config=schema,
+            input_config={"dtype": activations} if activations else None,
+            pad_n_to_multiple=64,
+            pad_k_to_multiple=32,
+            torch_dtype=torch.bfloat16,
+        ).to(qweight.device)
+        self.layer.load_from_tensors({"qweight": qweight, "qzeros": qzeros, "scales": scales.to(torch.bfloat16)})
+        self.layer.transform()
+
+    def schedules(self, rows: int) -> list[str]:
+        """humming's own schedules for this many rows, and for a quarter, half, twice and four times as many."""
+        from humming.tune import get_heuristics_config
+
+        near = [rows, rows // 2, 2 * rows, rows // 4, 4 * rows]
+        device = torch.cuda.current_device()
+        found = [get_heuristics_config(self.layer.humming_config, max(1, m), device=device) for m in near]
+        return list(dict.fromkeys(json.dumps(one, sort_keys=True) for one in found))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.contiguous(), tuning_config=self.chosen.get(x.shape[0]))
+
+
+def stored_less(module: Any) -> int:
+    """1 where a module's zero points are stored less one, as the GPTQ packing does; AutoRound's class says which."""
+    return int(type(module).__module__.endswith("_zp"))
+
+
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`(codes, scale [rows, 1])`: each row over its largest value, in FP8."""
+    scale = (x.abs().amax(dim=-1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+_COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`function` fused by the compiler on a GPU, as it is on a CPU."""
+    if device.type != "cuda":
+        return function
+    if function not in _COMPILED:
+        _COMPILED[function] = torch.compile(function, dynamic=True)
+    return _COMPILED[function]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that `fast` may multiply by: how it is built, and why it cannot serve here (empty where it can)."""
+
+    build: Callable[[Sequence[Any]], Product]
+    unmet: Callable[[torch.device, tuple[int, int] | None], str]
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def _needs(
+    least: tuple[int, int], package: str = "", packed: bool = True
+) -> Callable[[torch.device, tuple[int, int] | None], str]:
+    def unmet(device: torch.device, scheme: tuple[int, int] | None) -> str:
+        if packed is (scheme is None):
+            return f"multiplies {'packed' if packed else '16-bit'} weights, made so at load"
+        if _capability(device) < least:
+            return f"needs a CUDA GPU of compute capability {least[0]}.{least[1]} or newer"
+        if package and find_spec(package) is None:
+            return f"needs the package {package}-kernels: pip install 'colqwen-lab[gpu]'"
+        return ""
+
+    return unmet
+
+
+def _int4_cpu(device: torch.device, scheme: tuple[int, int] | None) -> str:
+    if device.type != "cpu":
+        return "runs on a CPU"
+    if scheme is None or scheme[0] != 4 or scheme[1] not in (32, 64, 128, 256):
+        return "takes 4 bits in groups of 32, 64, 128 or 256"
+    return ""
+
+
+# For packed weights, best first; the last one serves everywhere.
+PACKED_KERNELS = {
+    "humming": Kernel(Humming, _needs((7, 5), "humming")),
+    "int4": Kernel(Int4Cpu, _int4_cpu),
+    "modules": Kernel(AsLoaded, lambda device, scheme: "" if scheme else "multiplies packed weights"),
+}
+# 8-bit activations: never a default. The first makes FP8 weights of 16-bit ones, the others multiply packed weights.
+EIGHT_BIT = {
+    "fp8": Kernel(Fp8, _needs((8, 9), packed=False)),
+    "w4-fp8": Kernel(partial(Humming, activations="float8e4m3"), _needs((8, 9), "humming")),
+    "w4-int8": Kernel(partial(Humming, activations="int8"), _needs((8, 0), "humming")),
+}
+
+
+def pick(name: str, device: torch.device, scheme: tuple[int, int] | None) -> Kernel:
+    """The kernel of this name for weights of `scheme` (bits, group size; None is 16 bits); of `auto` the best here.
+
+    Raises:
+        BadInput: no such kernel.
+        Unmet: it cannot serve here; says why, and which can.
+    """
+    known = PACKED_KERNELS | EIGHT_BIT
+    if name != "auto" and name not in known:
+        raise BadInput(f"unknown kernel {name!r}; valid for fast: auto, {', '.join(known)}")
+    can = [one for one in known if not known[one].unmet(device, scheme)]
+    if name == "auto":
+        return known[can[0]]
+    if name not in can:
+        raise Unmet(f"kernel {name} {known[name].unmet(device, scheme)}; valid here: {', '.join(['auto', *can])}")
+    return known[name]
