@@ -400,8 +400,9 @@ class Sweep:
             entry: self._steps(entry, loaded, batches[entry].inputs) for entry, loaded in fitting.items()
         }
         # The first model of each way a second time: an A/A control, which must come out as the same.
-        controls = {entry.way: entry for entry in reversed(fitting) if entry.variant == next(iter(self.sources))}
-        for entry in controls.values() if self.asked.control else ():
+        first = next(iter(self.sources))
+        twice = [entry for entry in fitting if entry.variant == first and entry.way.backend not in EIGHT_BIT]
+        for entry in twice if self.asked.control else ():
             steps[_control(entry)] = self._steps(entry, fitting[entry], batches[entry].inputs)
         samples = time_in_turn(steps, self.device, self.asked.patience)
         in_turn = [entry for entry in fitting if samples[entry].error is None]

@@ -13,21 +13,35 @@ Nothing is kept between forwards: there is no KV cache.
 
 from __future__ import annotations
 
+import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn import functional
 
 from colqwen_lab.errors import Unmet
 from colqwen_lab.model.loading import Loaded, load
-from colqwen_lab.model.network import ColQwen3, ColQwen3Output
+from colqwen_lab.model.network import ColQwen3, ColQwen3Output, is_text_linear
 from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.model.weights import Source
-from colqwen_lab.runtime.kernels import EIGHT_BIT, PACKED_KERNELS, Dense, Kernel, Product, compiled, pick
+from colqwen_lab.runtime.kernels import (
+    EIGHT_BIT,
+    PACKED_KERNELS,
+    Dense,
+    Kernel,
+    Product,
+    as_it_is,
+    compiled,
+    features_of,
+    pick,
+)
+from colqwen_lab.settings import cache_folder, writable_folder
 
 GRAPHS_KEPT = 64
 TIMED = 5
@@ -114,15 +128,12 @@ class Layer(nn.Module):
                     setattr(parent, name, None)
             return made
 
-        self.sizes = [_out_features(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
+        self.sizes = [features_of(getattr(attention, name))[1] for name in ("q_proj", "k_proj", "v_proj")]
+        self.kv_heads = self.sizes[1] // attention.head_dim
         self.qkv = product(attention, "q_proj", "k_proj", "v_proj")
         self.o = product(attention, "o_proj")
         self.gate_up = product(mlp, "gate_proj", "up_proj")
         self.down = product(mlp, "down_proj")
-
-
-def _out_features(linear: Any) -> int:
-    return linear.out_features if isinstance(linear, nn.Linear) else linear.outfeatures
 
 
 class Fast(nn.Module):
@@ -170,20 +181,31 @@ class Fast(nn.Module):
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The whole of a forward, with shapes that are a bucket's. Captured as one graph on a GPU."""
+        if ids.device.type == "cuda":
+            from colqwen_lab.runtime.attention import MOST_TOKENS, attend_short
         embed_tokens, rotary, norm, head = self.parts
         goes_to = real_first(mask)
         x = embed_tokens(torch.zeros_like(ids).scatter(1, goes_to, ids))
         positions = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1).expand(3, 1, -1)
         cos, sin = (part[0].unsqueeze(1) for part in rotary(x, positions))
-        small = [compiled(function, x.device) for function in (normed, add_normed, heads_of, gated)]
-        first_norm, then_norm, make_heads, gate = small
-        y = first_norm(x, self.layers[0].norms[0], self.layers[0].eps)
-        following = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
-        for layer, next_weight in zip(self.layers, following, strict=True):
-            qkv = _multiply(layer.qkv, y)
-            attention = attended(*make_heads(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin))
-            x, y = then_norm(x, _multiply(layer.o, attention), layer.norms[1], layer.eps)
-            x, y = then_norm(x, _multiply(layer.down, gate(_multiply(layer.gate_up, y))), next_weight, layer.eps)
+        on_gpu = x.device.type == "cuda"
+        first = self.layers[0]
+        to_qkv, to_o, to_gate_up, to_down = (one.prepare for one in (first.qkv, first.o, first.gate_up, first.down))
+        y = compiled(normed, to_qkv, on_gpu)(x, first.norms[0], first.eps)
+        for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
+            qkv = layer.qkv.multiply(y)
+            if on_gpu and ids.shape[1] <= MOST_TOKENS:
+                attention = attend_short(qkv, layer.kv_heads, layer.head_norms, layer.eps, (cos, sin))
+            else:
+                make_heads = compiled(heads_of, as_it_is, on_gpu)
+                attention = attended(*make_heads(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin))
+            delta = layer.o.multiply(
+                to_o(attention) if to_o is as_it_is else compiled(as_it_is, to_o, on_gpu)(attention)
+            )
+            x, y = compiled(add_normed, to_gate_up, on_gpu)(x, delta, layer.norms[1], layer.eps)
+            delta = layer.down.multiply(compiled(gated, to_down, on_gpu)(layer.gate_up.multiply(y)))
+            weight, prepare = (following.norms[0], to_qkv) if following else (norm.weight, as_it_is)
+            x, y = compiled(add_normed, prepare, on_gpu)(x, delta, weight, layer.eps)
         vectors = functional.normalize(head(y), dim=-1)
         back = vectors.gather(1, goes_to.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
         return back * mask.unsqueeze(-1)
@@ -205,26 +227,48 @@ class Fast(nn.Module):
         self.pool = None
 
     def _tune(self, rows: int) -> None:
-        """Time the schedules of each kind of product, over all layers so that weights come from afar; keep the best."""
+        """Time the schedules of each kind of product, over all layers so that weights come from afar; keep the best.
+
+        The choice is kept in the cache folder for this GPU, and taken from there the next time.
+        """
         for kind in ("qkv", "o", "gate_up", "down"):
-            products = [getattr(layer, kind) for layer in self.layers]
-            schedules = products[0].schedules(rows)
-            if rows in products[0].chosen or not schedules:
+            products: list[Product] = [getattr(layer, kind) for layer in self.layers]
+            if rows in products[0].chosen or not products[0].tunable:
                 continue
             x = torch.randn(rows, products[0].in_features, device="cuda", dtype=self.parts[0].weight.dtype)
-            times = {}
-            for schedule in schedules:
-                for product in products:
-                    product.choose(rows, schedule)
-                times[schedule] = _time_of(lambda products=products, x=x: [product(x) for product in products])  # type: ignore[misc]
-            best = min(times, key=lambda one: times[one])
+            one = products[0]
+            key = f"{one.kernel} {version('humming-kernels')}: {one.in_features} to {one.out_features} x {rows}"
+            best = remembered(key, lambda products=products, x=x: _fastest(products, x))  # type: ignore[misc]
             for product in products:
-                product.choose(rows, best)
+                product.chosen[rows] = best
             self.chosen[f"{kind} x {rows}"] = best
 
 
-def _multiply(product: Product, x: Tensor) -> Tensor:
-    return product(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+def _fastest(products: Sequence[Product], x: Tensor) -> str:
+    """The schedule that multiplies x by all products soonest."""
+    times = {}
+    for schedule in products[0].schedules(len(x)):
+        for product in products:
+            product.chosen[len(x)] = schedule
+        times[schedule] = _time_of(lambda: [product(x) for product in products])
+    return min(times, key=lambda one: times[one])
+
+
+def remembered(key: str, find: Callable[[], str]) -> str:
+    """What was found for `key` on this GPU before, else `find()`, kept in the cache folder."""
+    name = torch.cuda.get_device_name().replace(" ", "_").replace("/", "_")
+    path = writable_folder(cache_folder()) / f"schedules-{name}.json"
+    with FileLock(f"{path}.lock"):
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if key not in known:
+        found = find()
+        with FileLock(f"{path}.lock"):
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(known | {key: found}, indent=0), encoding="utf-8")
+            temporary.replace(path)
+        known[key] = found
+    return known[key]
 
 
 def _captured(work: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -297,6 +341,11 @@ def load_fast(source: Source, device: torch.device, kernel: str = "auto", dtype:
         loaded = load(gptq_packed(source), device, "torch", dtype)
     else:
         loaded = load(source, device, "auto" if chosen else kernel, dtype)
+    if asked is not None:
+        symmetric = loaded.model.config.quantization_config.sym
+        for name, module in loaded.model.named_modules():
+            if is_text_linear(name):
+                module.sym = symmetric
     packed = chosen or PACKED_KERNELS["modules"]
     fast = Fast(loaded.model, packed.build if chosen and asked is None else Dense, packed.build)
     for product in fast.products():

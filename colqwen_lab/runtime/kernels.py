@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,25 +23,50 @@ from colqwen_lab.model.packing import unpacked
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+# Below it a product of packed weights waits for the weights; above it tiles of several heights are worth a try.
+FEW_ROWS = 64
+TILES = (80, 128, 152, 192)
+
+
+def as_it_is(x: Any) -> Any:
+    return x
+
+
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`(codes, scale [rows, 1])`: each row over its largest value, in FP8."""
+    scale = (x.abs().amax(dim=-1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def features_of(linear: Any) -> tuple[int, int]:
+    """`(in, out)` of a linear, of PyTorch or of AutoRound."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    return linear.infeatures, linear.outfeatures
 
 
 class Product(nn.Module):
     """The linears `fused`, multiplied as one. `kernel` is the name that a record gives."""
 
     kernel = "torch.nn.Linear"
+    # What must happen to the input first; `fast` fuses it into the function that makes the input.
+    prepare: Callable[[Tensor], Any] = staticmethod(as_it_is)
+    tunable = False
 
     def __init__(self, fused: Sequence[Any]) -> None:
         super().__init__()
         self.linears = len(fused)
-        self.in_features = getattr(fused[0], "in_features", None) or fused[0].infeatures
+        self.in_features = features_of(fused[0])[0]
+        self.out_features = sum(features_of(one)[1] for one in fused)
         self.chosen: dict[int, str] = {}
 
-    def schedules(self, rows: int) -> list[str]:
-        """What may be chosen among for this many rows; empty where there is no choice."""
-        return []
+    def multiply(self, prepared: Any) -> Tensor:
+        """[batch, tokens, out] of a prepared [batch, tokens, in]."""
+        return self(prepared.flatten(0, 1)).unflatten(0, prepared.shape[:2])
 
-    def choose(self, rows: int, schedule: str) -> None:
-        self.chosen[rows] = schedule
+    def schedules(self, rows: int) -> list[str]:
+        """What may be chosen among for this many rows, where a kernel is `tunable`."""
+        return []
 
 
 class Dense(Product):
@@ -64,6 +90,7 @@ class Fp8(Product):
     """FP8 weights, a scale an output channel, and FP8 activations, a scale a token: torch's row-wise scaled product."""
 
     kernel = "torch._scaled_mm (FP8 x FP8)"
+    prepare = staticmethod(fp8_rows)
 
     def __init__(self, fused: Sequence[nn.Linear]) -> None:
         super().__init__(fused)
@@ -72,10 +99,21 @@ class Fp8(Product):
         self.register_buffer("scale", torch.cat(scale).t())
         self.out_dtype = fused[0].weight.dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        codes, scale = compiled(fp8_rows, x.device)(x)
+    def multiply(self, prepared: Any) -> Tensor:
+        codes, scale = prepared
         weight: Any = self.weight
-        return torch._scaled_mm(codes, weight.t(), scale, self.scale, out_dtype=self.out_dtype, use_fast_accum=True)  # type: ignore[arg-type]
+        found = torch._scaled_mm(
+            codes.flatten(0, 1),
+            weight.t(),
+            scale.flatten(0, 1),
+            self.scale,  # type: ignore[arg-type]
+            out_dtype=self.out_dtype,
+            use_fast_accum=True,
+        )
+        return found.unflatten(0, codes.shape[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(fp8_rows(x[None]))[0]
 
 
 class AsLoaded(Product):
@@ -120,6 +158,8 @@ class Int4Cpu(Product):
 class Humming(Product):
     """humming-kernels: W4A16, and W4A8 with FP8 or INT8 activations, compiled for this GPU at first use."""
 
+    tunable = True
+
     def __init__(self, fused: Sequence[Any], activations: str | None = None) -> None:
         super().__init__(fused)
         from humming.layer import HummingLayer
@@ -145,13 +185,27 @@ class Humming(Product):
         self.layer.transform()
 
     def schedules(self, rows: int) -> list[str]:
-        """humming's own schedules for this many rows, and for a quarter, half, twice and four times as many."""
+        """humming's own schedule for this many rows, and it with one thing changed; those that compile here."""
+        from humming.kernel.humming import HummingKernel
         from humming.tune import get_heuristics_config
 
-        near = [rows, rows // 2, 2 * rows, rows // 4, 4 * rows]
-        device = torch.cuda.current_device()
-        found = [get_heuristics_config(self.layer.humming_config, max(1, m), device=device) for m in near]
-        return list(dict.fromkeys(json.dumps(one, sort_keys=True) for one in found))
+        config, device = self.layer.humming_config, torch.cuda.current_device()
+        own = get_heuristics_config(config, rows, device=device)
+        changes: list[dict[str, Any]] = [{}, {"multi_cast_size_a": 1}, {"num_stages": 6}, {"use_stream_k": False}]
+        changes += [{"num_ctas_per_sm": 3}] if rows <= FEW_ROWS else []
+        tiles = [tile for tile in TILES if rows > FEW_ROWS and tile != own["block_shape"][0]]
+        changes += [{name: (tile, *own[name][1:]) for name in ("block_shape", "warp_shape")} for tile in tiles]
+        found = list(dict.fromkeys(json.dumps({**own, **change}, sort_keys=True) for change in changes))
+
+        def compiles(schedule: str) -> bool:
+            try:
+                HummingKernel.prepare_kernels(config.to_str(), None, schedule, device)
+            except Exception:  # this shape or this GPU does not take it, which humming says in several ways
+                return schedule == found[0]
+            return True
+
+        with ThreadPoolExecutor() as pool:
+            return [one for one, good in zip(found, pool.map(compiles, found), strict=True) if good]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.contiguous(), tuning_config=self.chosen.get(x.shape[0]))
@@ -162,22 +216,15 @@ def stored_less(module: Any) -> int:
     return int(type(module).__module__.endswith("_zp"))
 
 
-def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`(codes, scale [rows, 1])`: each row over its largest value, in FP8."""
-    scale = (x.abs().amax(dim=-1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
-    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+@cache
+def compiled(function: Callable[..., Any], prepare: Callable[[Tensor], Any], on_gpu: bool) -> Callable[..., Any]:
+    """`function`, its last result prepared for the product that takes it: fused by the compiler on a GPU."""
 
+    def both(*inputs: Any) -> Any:
+        found = function(*inputs)
+        return (*found[:-1], prepare(found[-1])) if isinstance(found, tuple) else prepare(found)
 
-_COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`function` fused by the compiler on a GPU, as it is on a CPU."""
-    if device.type != "cuda":
-        return function
-    if function not in _COMPILED:
-        _COMPILED[function] = torch.compile(function, dynamic=True)
-    return _COMPILED[function]
+    return torch.compile(both, dynamic=True) if on_gpu else both
 
 
 @dataclass(frozen=True)

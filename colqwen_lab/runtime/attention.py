@@ -1,0 +1,99 @@
+"""Causal attention of short texts on a GPU, from the product QKV to what goes into O, in one kernel.
+
+The flash kernels that PyTorch calls work on tiles of 128 tokens, and most of a tile is empty when a query has 18. Here
+a tile holds the query heads that share a key head, side by side; norm and rotary positions are applied on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Above it the keys would be normed and rotated too many times; PyTorch's kernels have full tiles there.
+MOST_TOKENS = 128
+
+
+@triton.jit
+def _ready(at: Any, real: Any, position: Any, weight: Any, cos: Any, sin: Any, eps: Any, SIZE: tl.constexpr) -> Any:
+    """Both halves of heads at `at`, RMS-normed and rotated, in the type of `at`."""
+    half = tl.arange(0, SIZE // 2)[None, :]
+    left = tl.load(at + half, mask=real[:, None], other=0.0).to(tl.float32)
+    right = tl.load(at + half + SIZE // 2, mask=real[:, None], other=0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / SIZE + eps)[:, None]
+    left = left * scale * tl.load(weight + half).to(tl.float32)
+    right = right * scale * tl.load(weight + half + SIZE // 2).to(tl.float32)
+    c = tl.load(cos + position[:, None] * SIZE + half, mask=real[:, None], other=0.0).to(tl.float32)
+    s = tl.load(sin + position[:, None] * SIZE + half, mask=real[:, None], other=0.0).to(tl.float32)
+    kind = at.dtype.element_ty
+    return (left * c - right * s).to(kind), (right * c + left * s).to(kind)
+
+
+@triton.jit
+def _attend(
+    qkv: Any,
+    out: Any,
+    q_weight: Any,
+    k_weight: Any,
+    cos: Any,
+    sin: Any,
+    tokens: Any,
+    eps: Any,
+    factor: Any,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One program: BLOCK tokens of the GROUP query heads that share a key head, of one text."""
+    text, head, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    rows = tl.arange(0, GROUP * BLOCK)
+    position = block * BLOCK + rows // GROUP
+    real = position < tokens
+    WIDTH: tl.constexpr = (GROUP + 2) * KV_HEADS * SIZE
+    line = qkv + text * tokens * WIDTH
+    q_head = (head * GROUP + rows % GROUP) * SIZE
+    q_left, q_right = _ready(line + (position * WIDTH + q_head)[:, None], real, position, q_weight, cos, sin, eps, SIZE)
+    whole = tl.arange(0, SIZE)[None, :]
+    largest = tl.full([GROUP * BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP * BLOCK], tl.float32)
+    result = tl.zeros([GROUP * BLOCK, SIZE], tl.float32)
+    for start in range(0, (block + 1) * BLOCK, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        there = key < tokens
+        k_at = line + (key * WIDTH + (KV_HEADS * GROUP + head) * SIZE)[:, None]
+        k_left, k_right = _ready(k_at, there, key, k_weight, cos, sin, eps, SIZE)
+        v = tl.load(k_at + KV_HEADS * SIZE + whole, mask=there[:, None], other=0.0)
+        score = tl.dot(q_left, tl.trans(k_left)) + tl.dot(q_right, tl.trans(k_right))
+        score = tl.where(key[None, :] <= position[:, None], score * factor, float("-inf"))
+        higher = tl.maximum(largest, tl.max(score, 1))
+        share = tl.exp(score - higher[:, None])
+        before = tl.exp(largest - higher)
+        total = total * before + tl.sum(share, 1)
+        result = result * before[:, None] + tl.dot(share.to(v.dtype), v)
+        largest = higher
+    result = result / total[:, None]
+    to = out + ((text * tokens + position) * GROUP * KV_HEADS * SIZE + q_head)[:, None] + whole
+    tl.store(to, result.to(out.dtype.element_ty), mask=real[:, None])
+
+
+def attend_short(
+    qkv: Tensor, kv_heads: int, norms: Sequence[Tensor], eps: float, positions: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Attention [batch, tokens, heads x size] of qkv [batch, tokens, (heads + 2 x kv_heads) x size], all causal.
+
+    `norms` are the weights [size] of the norms of queries and keys, `positions` the cos and sin [tokens, 1, size].
+    """
+    batch, tokens, width = qkv.shape
+    size = norms[0].shape[0]
+    group = width // size // kv_heads - 2
+    block = 16 if tokens <= 16 else 32
+    out = torch.empty((batch, tokens, group * kv_heads * size), dtype=qkv.dtype, device=qkv.device)
+    grid = (batch, kv_heads, triton.cdiv(tokens, block))
+    shape = {"KV_HEADS": kv_heads, "GROUP": group, "SIZE": size, "BLOCK": block}
+    _attend[grid](qkv, out, *norms, *positions, tokens, eps, size**-0.5, **shape, num_warps=4)
+    return out
