@@ -7,7 +7,6 @@ a tile holds the query heads that share a key head, side by side; norm and rotar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -19,7 +18,7 @@ MOST_TOKENS = 128
 
 
 @triton.jit
-def _ready(at: Any, real: Any, position: Any, weight: Any, cos: Any, sin: Any, eps: Any, SIZE: tl.constexpr) -> Any:
+def _ready(at, real, position, weight, cos, sin, eps, SIZE: tl.constexpr):
     """Both halves of heads at `at`, RMS-normed and rotated, in the type of `at`."""
     half = tl.arange(0, SIZE // 2)[None, :]
     left = tl.load(at + half, mask=real[:, None], other=0.0).to(tl.float32)
@@ -35,20 +34,20 @@ def _ready(at: Any, real: Any, position: Any, weight: Any, cos: Any, sin: Any, e
 
 @triton.jit
 def _attend(
-    qkv: Any,
-    out: Any,
-    q_weight: Any,
-    k_weight: Any,
-    cos: Any,
-    sin: Any,
-    tokens: Any,
-    eps: Any,
-    factor: Any,
+    qkv,
+    out,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    tokens,
+    eps,
+    factor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """One program: BLOCK tokens of the GROUP query heads that share a key head, of one text."""
     text, head, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     rows = tl.arange(0, GROUP * BLOCK)
@@ -95,5 +94,5 @@ def attend_short(
     out = torch.empty((batch, tokens, group * kv_heads * size), dtype=qkv.dtype, device=qkv.device)
     grid = (batch, kv_heads, triton.cdiv(tokens, block))
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "SIZE": size, "BLOCK": block}
-    _attend[grid](qkv, out, *norms, *positions, tokens, eps, size**-0.5, **shape, num_warps=4)
+    _attend[grid](qkv, out, *norms, *positions, tokens, eps, size**-0.5, **shape, num_warps=block // 4)
     return out
