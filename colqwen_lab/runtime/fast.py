@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,8 @@ from colqwen_lab.settings import cache_folder, writable_folder
 
 GRAPHS_KEPT = 64
 TIMED = 5
+# A schedule whose result is further from the kernel's own choice is not taken.
+SAME_RESULT = 0.01
 
 
 def bucket(tokens: int) -> int:
@@ -231,44 +235,62 @@ class Fast(nn.Module):
 
         The choice is kept in the cache folder for this GPU, and taken from there the next time.
         """
-        for kind in ("qkv", "o", "gate_up", "down"):
-            products: list[Product] = [getattr(layer, kind) for layer in self.layers]
-            if rows in products[0].chosen or not products[0].tunable:
-                continue
-            x = torch.randn(rows, products[0].in_features, device="cuda", dtype=self.parts[0].weight.dtype)
-            one = products[0]
-            key = f"{one.kernel} {version('humming-kernels')}: {one.in_features} to {one.out_features} x {rows}"
-            best = remembered(key, lambda products=products, x=x: _fastest(products, x))  # type: ignore[misc]
+        first = self.layers[0]
+        kinds = {kind: getattr(first, kind) for kind in ("qkv", "o", "gate_up", "down") if getattr(first, kind).tunable}
+        keys = {kind: _key(one, rows) for kind, one in kinds.items() if rows not in one.chosen}
+        remembered = _remembered() if keys else {}
+        found = {kind: remembered[key] for kind, key in keys.items() if key in remembered}
+        new = [kind for kind in keys if kind not in found]
+        with ThreadPoolExecutor() as pool:  # they compile at once
+            schedules = dict(zip(new, pool.map(lambda kind: kinds[kind].schedules(rows), new), strict=True))
+        for kind in keys:
+            products = [getattr(layer, kind) for layer in self.layers]
+            best = found.get(kind) or _fastest(products, rows, schedules[kind], self.parts[0].weight)
             for product in products:
                 product.chosen[rows] = best
             self.chosen[f"{kind} x {rows}"] = best
+        _remember({keys[kind]: self.chosen[f"{kind} x {rows}"] for kind in new})
 
 
-def _fastest(products: Sequence[Product], x: Tensor) -> str:
-    """The schedule that multiplies x by all products soonest."""
-    times = {}
-    for schedule in products[0].schedules(len(x)):
+def _fastest(products: Sequence[Product], rows: int, schedules: Sequence[str], like: Tensor) -> str:
+    """The schedule that multiplies `rows` rows by all products soonest."""
+    x = torch.randn(rows, products[0].in_features, device=like.device, dtype=like.dtype)
+
+    def all_layers() -> None:
         for product in products:
-            product.chosen[len(x)] = schedule
-        times[schedule] = _time_of(lambda: [product(x) for product in products])
+            product(x)
+
+    times, expected = {}, products[0](x)
+    for schedule in schedules:
+        for product in products:
+            product.chosen[rows] = schedule
+        if (products[0](x) - expected).norm() < SAME_RESULT * expected.norm():
+            times[schedule] = _time_of(all_layers)
     return min(times, key=lambda one: times[one])
 
 
-def remembered(key: str, find: Callable[[], str]) -> str:
-    """What was found for `key` on this GPU before, else `find()`, kept in the cache folder."""
+def _key(product: Product, rows: int) -> str:
+    return f"{product.kernel} {version('humming-kernels')}: {product.in_features} to {product.out_features} x {rows}"
+
+
+def _cache() -> Path:
     name = torch.cuda.get_device_name().replace(" ", "_").replace("/", "_")
-    path = writable_folder(cache_folder()) / f"schedules-{name}.json"
-    with FileLock(f"{path}.lock"):
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if key not in known:
-        found = find()
+    return writable_folder(cache_folder()) / f"schedules-{name}.json"
+
+
+def _remembered() -> dict[str, str]:
+    path = _cache()
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _remember(found: dict[str, str]) -> None:
+    """Add to what is known of this GPU; two processes may do so at once."""
+    path = _cache()
+    if found:
         with FileLock(f"{path}.lock"):
-            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(known | {key: found}, indent=0), encoding="utf-8")
+            temporary.write_text(json.dumps(_remembered() | found, indent=0), encoding="utf-8")
             temporary.replace(path)
-        known[key] = found
-    return known[key]
 
 
 def _captured(work: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:

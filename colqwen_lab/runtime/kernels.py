@@ -25,7 +25,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 # Below it a product of packed weights waits for the weights; above it tiles of several heights are worth a try.
 FEW_ROWS = 64
-TILES = (80, 128, 152, 192)
+TILES = (80, 152, 192)
 
 
 def as_it_is(x: Any) -> Any:
@@ -191,10 +191,11 @@ class Humming(Product):
 
         config, device = self.layer.humming_config, torch.cuda.current_device()
         own = get_heuristics_config(config, rows, device=device)
-        changes: list[dict[str, Any]] = [{}, {"multi_cast_size_a": 1}, {"num_stages": 6}, {"use_stream_k": False}]
-        changes += [{"num_ctas_per_sm": 3}] if rows <= FEW_ROWS else []
-        tiles = [tile for tile in TILES if rows > FEW_ROWS and tile != own["block_shape"][0]]
-        changes += [{name: (tile, *own[name][1:]) for name in ("block_shape", "warp_shape")} for tile in tiles]
+        tiles = [tile for tile in TILES if tile != own["block_shape"][0]]
+        few: list[dict[str, Any]] = [{}, {"num_stages": 6}, {"num_ctas_per_sm": 3}]
+        shapes = ("block_shape", "warp_shape")
+        many: list[dict[str, Any]] = [{name: (tile, *own[name][1:]) for name in shapes} for tile in tiles]
+        changes = few if rows <= FEW_ROWS else [{}, {"multi_cast_size_a": 1}, *many]
         found = list(dict.fromkeys(json.dumps({**own, **change}, sort_keys=True) for change in changes))
 
         def compiles(schedule: str) -> bool:
