@@ -18,6 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ from colqwen_lab.runtime.kernels import (
     Dense,
     Kernel,
     Product,
-    as_it_is,
     compiled,
     features_of,
     pick,
@@ -193,23 +193,18 @@ class Fast(nn.Module):
         positions = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1).expand(3, 1, -1)
         cos, sin = (part[0].unsqueeze(1) for part in rotary(x, positions))
         on_gpu = x.device.type == "cuda"
-        first = self.layers[0]
-        to_qkv, to_o, to_gate_up, to_down = (one.prepare for one in (first.qkv, first.o, first.gate_up, first.down))
-        y = compiled(normed, to_qkv, on_gpu)(x, first.norms[0], first.eps)
-        for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
-            qkv = layer.qkv.multiply(y)
+        small = [compiled(function, on_gpu) for function in (normed, add_normed, heads_of, gated)]
+        first_norm, then_norm, make_heads, gate = small
+        y = first_norm(x, self.layers[0].norms[0], self.layers[0].eps)
+        following = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
+        for layer, next_norm in zip(self.layers, following, strict=True):
+            qkv = _multiply(layer.qkv, y)
             if on_gpu and ids.shape[1] <= MOST_TOKENS:
                 attention = attend_short(qkv, layer.kv_heads, layer.head_norms, layer.eps, (cos, sin))
             else:
-                make_heads = compiled(heads_of, as_it_is, on_gpu)
                 attention = attended(*make_heads(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin))
-            delta = layer.o.multiply(
-                to_o(attention) if to_o is as_it_is else compiled(as_it_is, to_o, on_gpu)(attention)
-            )
-            x, y = compiled(add_normed, to_gate_up, on_gpu)(x, delta, layer.norms[1], layer.eps)
-            delta = layer.down.multiply(compiled(gated, to_down, on_gpu)(layer.gate_up.multiply(y)))
-            weight, prepare = (following.norms[0], to_qkv) if following else (norm.weight, as_it_is)
-            x, y = compiled(add_normed, prepare, on_gpu)(x, delta, weight, layer.eps)
+            x, y = then_norm(x, _multiply(layer.o, attention), layer.norms[1], layer.eps)
+            x, y = then_norm(x, _multiply(layer.down, gate(_multiply(layer.gate_up, y))), next_norm, layer.eps)
         vectors = functional.normalize(head(y), dim=-1)
         back = vectors.gather(1, goes_to.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
         return back * mask.unsqueeze(-1)
@@ -293,15 +288,25 @@ def _remember(found: dict[str, str]) -> None:
             temporary.replace(path)
 
 
+def _multiply(product: Product, x: Tensor) -> Tensor:
+    return product(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One stream for all that is captured: each new one would get a cuBLAS workspace of its own, and keep it."""
+    return torch.cuda.Stream(device)
+
+
 def _captured(work: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """`(graph, result)`: run once outside, so that all is compiled and every library awake, then captured."""
-    stream = torch.cuda.Stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         result = work()
     return graph, result
 

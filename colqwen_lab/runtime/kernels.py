@@ -28,10 +28,6 @@ FEW_ROWS = 64
 TILES = (80, 152, 192)
 
 
-def as_it_is(x: Any) -> Any:
-    return x
-
-
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`(codes, scale [rows, 1])`: each row over its largest value, in FP8."""
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / FP8_MAX).clamp(min=1e-12)
@@ -49,8 +45,6 @@ class Product(nn.Module):
     """The linears `fused`, multiplied as one. `kernel` is the name that a record gives."""
 
     kernel = "torch.nn.Linear"
-    # What must happen to the input first; `fast` fuses it into the function that makes the input.
-    prepare: Callable[[Tensor], Any] = staticmethod(as_it_is)
     tunable = False
 
     def __init__(self, fused: Sequence[Any]) -> None:
@@ -59,10 +53,6 @@ class Product(nn.Module):
         self.in_features = features_of(fused[0])[0]
         self.out_features = sum(features_of(one)[1] for one in fused)
         self.chosen: dict[int, str] = {}
-
-    def multiply(self, prepared: Any) -> Tensor:
-        """[batch, tokens, out] of a prepared [batch, tokens, in]."""
-        return self(prepared.flatten(0, 1)).unflatten(0, prepared.shape[:2])
 
     def schedules(self, rows: int) -> list[str]:
         """What may be chosen among for this many rows, where a kernel is `tunable`."""
@@ -90,7 +80,6 @@ class Fp8(Product):
     """FP8 weights, a scale an output channel, and FP8 activations, a scale a token: torch's row-wise scaled product."""
 
     kernel = "torch._scaled_mm (FP8 x FP8)"
-    prepare = staticmethod(fp8_rows)
 
     def __init__(self, fused: Sequence[nn.Linear]) -> None:
         super().__init__(fused)
@@ -99,21 +88,17 @@ class Fp8(Product):
         self.register_buffer("scale", torch.cat(scale).t())
         self.out_dtype = fused[0].weight.dtype
 
-    def multiply(self, prepared: Any) -> Tensor:
-        codes, scale = prepared
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale = compiled(fp8_rows, x.device.type == "cuda")(x)
         weight: Any = self.weight
-        found = torch._scaled_mm(
-            codes.flatten(0, 1),
+        return torch._scaled_mm(
+            codes,
             weight.t(),
-            scale.flatten(0, 1),
+            scale,
             self.scale,  # type: ignore[arg-type]
             out_dtype=self.out_dtype,
             use_fast_accum=True,
         )
-        return found.unflatten(0, codes.shape[:2])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(fp8_rows(x[None]))[0]
 
 
 class AsLoaded(Product):
@@ -218,14 +203,9 @@ def stored_less(module: Any) -> int:
 
 
 @cache
-def compiled(function: Callable[..., Any], prepare: Callable[[Tensor], Any], on_gpu: bool) -> Callable[..., Any]:
-    """`function`, its last result prepared for the product that takes it: fused by the compiler on a GPU."""
-
-    def both(*inputs: Any) -> Any:
-        found = function(*inputs)
-        return (*found[:-1], prepare(found[-1])) if isinstance(found, tuple) else prepare(found)
-
-    return torch.compile(both, dynamic=True) if on_gpu else both
+def compiled(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
+    """`function`, fused by the compiler on a GPU."""
+    return torch.compile(function, dynamic=True) if on_gpu else function
 
 
 @dataclass(frozen=True)
