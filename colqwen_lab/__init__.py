@@ -65,7 +65,7 @@ def sweep(
     ways: str = "",
     control: bool = False,
     dtype: str = "bfloat16",
-    card: str = "",
+    card: str | float = "",
     output: str = "",
     fresh: bool = False,
     min_steps: int = 10,
@@ -109,7 +109,7 @@ def sweep(
     options: dict[str, Any] = {"size": size, "workload": workload, "texts": texts, "weights": weights}
     options |= {"execution": execution, "backend": backend, "protocol": protocol, "dtype": dtype, "fresh": fresh}
     options |= {"ways": ways, "control": control}
-    options |= {"output": Path(output) if output else None, "card": find_card(card) if card else None}
+    options |= {"output": Path(output) if output else None, "card": find_card(card) if card != "" else None}
     return Results(tuple(run(request(model, batch_sizes, patience=patience, **options))))
 
 
@@ -199,21 +199,23 @@ def predict_like(results: Results) -> Results:
     from colqwen_lab.predict.plan import predict_like as run
     from colqwen_lab.report.series import Results
 
-    return Results(tuple(run(results)))
+    return Results(tuple(cell for cell in run(results) if cell))
 
 
 def beside(results: Results) -> pd.DataFrame:
     """Each measured or published row beside its prediction: the peak with its error, the rate with its limit."""
+    from colqwen_lab.predict.plan import predict_like as run
     from colqwen_lab.report.plan import beside as table
 
-    return table(results, predict_like(results))
+    return table(results, run(results))
 
 
 def explain(results: Results) -> Results:
     """Measured or published cells with the ledger of their prediction; what that lacks is a part of its own."""
+    from colqwen_lab.predict.plan import predict_like as run
     from colqwen_lab.report.plan import explained
 
-    return explained(results, predict_like(results))
+    return explained(results, run(results))
 
 
 def card_budgets(cards: str | float | Sequence[float | str]) -> list[float]:

@@ -57,11 +57,17 @@ class Gpu:
     multiprocessors: int
     boost_ghz: float
     architecture: Architecture
+    ecc: bool = False
 
     @property
-    def bf16_flops(self) -> float:
-        """Dense 16-bit operations a second."""
-        return 2e9 * self.multiprocessors * self.boost_ghz * self.architecture.fma
+    def visible_bytes(self) -> int:
+        """Memory as the driver shows it: ECC inside GDDR6 takes a sixteenth (nvidia-smi: L4 23,034 MiB of 24,576)."""
+        return round(self.memory_gib * GIB * (15 / 16 if self.ecc else 1))
+
+    def flops(self, dtype: str = "bfloat16") -> float:
+        """Dense operations a second in 16 bits, `int8` or `fp8`; 0 where the GPU has no such products."""
+        factor = {"int8": self.architecture.int8, "fp8": self.architecture.fp8}.get(dtype, 1)
+        return 2e9 * self.multiprocessors * self.boost_ghz * self.architecture.fma * factor
 
 
 GPUS = {
@@ -79,12 +85,12 @@ GPUS = {
         Gpu("RTX 5070", 12, 672, 48, 2.512, BLACKWELL),
         Gpu("RTX 5080", 16, 960, 84, 2.617, BLACKWELL),
         Gpu("RTX 5090", 32, 1792, 170, 2.407, BLACKWELL),
-        Gpu("T4", 16, 320, 40, 1.59, TURING),
-        Gpu("L4", 24, 300, 58, 2.04, ADA_L),
-        Gpu("A10", 24, 600, 72, 1.695, AMPERE_A10),
+        Gpu("T4", 16, 320, 40, 1.59, TURING, ecc=True),
+        Gpu("L4", 24, 300, 58, 2.04, ADA_L, ecc=True),
+        Gpu("A10", 24, 600, 72, 1.695, AMPERE_A10, ecc=True),
         Gpu("A100 40GB", 40, 1555, 108, 1.41, AMPERE_A100),
         Gpu("A100 80GB", 80, 2039, 108, 1.41, AMPERE_A100),
-        Gpu("L40S", 48, 864, 142, 2.49, ADA_L),
+        Gpu("L40S", 48, 864, 142, 2.49, ADA_L, ecc=True),
         Gpu("H100", 80, 3350, 132, 1.83, HOPPER),
         Gpu("H200", 141, 4800, 132, 1.83, HOPPER),
     )
@@ -114,7 +120,7 @@ def find_card(name: str | float) -> Card:
     text = str(name).strip()
     for gpu in GPUS.values():
         if _plain(gpu.name) == _plain(text):
-            return Card(gpu.name, round(gpu.memory_gib * GIB), gpu)
+            return Card(gpu.name, gpu.visible_bytes, gpu)
     match = re.fullmatch(r"([0-9.]+)\s*(?:gi?b)?", text, re.IGNORECASE)
     try:
         size = float(match[1]) if match else math.nan
@@ -132,10 +138,18 @@ def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
 
 
-def gpu_of(device: str) -> Gpu | None:
-    """The GPU of the table that a driver names so ("NVIDIA A100-SXM4-40GB"); None if it is none of them."""
-    words = set(re.split(r"[\s-]+", device)) - {"NVIDIA", "GeForce", "Tesla", "PCIe", "SXM2", "SXM4", "SXM5", "HBM3"}
-    return next((gpu for gpu in GPUS.values() if {*gpu.name.split()} == words), None)
+def gpu_of(device: str, memory_bytes: int | None = None) -> Gpu | None:
+    """The GPU of the table that a driver names so ("NVIDIA A100-SXM4-40GB"); None if it is none of them.
+
+    Where two have the name and differ in memory, `memory_bytes` or the size in the name tells.
+    """
+    words = set(re.split(r"[\s-]+", device)) - {"NVIDIA", "GeForce", "Tesla", "SXM4", "SXM5", "HBM3"}
+    sizes = {word for word in words if re.fullmatch(r"\d+GB", word)}
+    words -= sizes | ({"PCIE", "PCIe"} if "A100" in words else set())
+    named = [gpu for gpu in GPUS.values() if set(re.sub(r" \d+GB", "", gpu.name).split()) == words]
+    size = memory_bytes / GIB if memory_bytes else float(min(sizes)[:-2]) if sizes else None
+    near = [gpu for gpu in named if size is None or abs(gpu.memory_gib - size) < 0.12 * size]
+    return near[0] if near else None
 
 
 def outside_bytes(memory: Memory) -> int | None:
@@ -151,10 +165,14 @@ def usable(nominal_bytes: int) -> int:
 
 
 def need_bytes(memory: Memory) -> tuple[int, int]:
-    """What a row needs of a card, at least and at most: its peak and what lies outside torch, measured or assumed."""
+    """What a row needs of a card, at least and at most, with what lies outside torch, measured or assumed.
+
+    Inside torch that is the peak; of a prediction the least that torch must be allowed to reserve.
+    """
+    inside = memory.least_reserved_bytes or memory.peak_bytes
     measured = outside_bytes(memory)
     least, most = OUTSIDE_TORCH_BYTES if measured is None else (measured, measured)
-    return memory.peak_bytes + least, memory.peak_bytes + most
+    return inside + least, inside + most
 
 
 def fit_of(memory: Memory, nominal_bytes: int) -> Fit:

@@ -40,7 +40,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     papermill passes "false" as a text: what reads as the type is taken as it, anything else is a BadInput.
     """
     asked = signature(function)
-    several = ("model", "batch_sizes", "cards", "base", "awq")  # these take several forms, and check them
+    several = ("model", "batch_sizes", "card", "cards", "base", "awq")  # these take several forms, and check them
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -69,13 +69,15 @@ class Rate(Value):
 class Memory(Value):
     """Bytes on the device. `peak` is the allocator's on CUDA, tracked from the tensors on a CPU, or predicted.
 
-    `ledger` names the parts of the peak; they add up to it.
+    `ledger` names the parts of the peak; they add up to it. `least_reserved`, of a prediction, is what torch must be
+    allowed to reserve for the run to go through: the peak, and the free pieces between.
     """
 
     weights_bytes: int | None = None
     resident_bytes: int | None = None
     peak_bytes: int = Field(gt=0)
     reserved_bytes: int | None = None
+    least_reserved_bytes: int | None = None
     device_bytes: int | None = None
     allocation_retries: int | None = None
     ledger: dict[str, int] | None = None

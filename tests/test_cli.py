@@ -106,7 +106,7 @@ def test_sweep_then_compare(
     out, err = capsys.readouterr()
     assert out.count("random") == 0
     assert "awq" in out
-    assert "awq batch 4: " in err
+    assert "awq eager/lean/auto batch 4: " in err
     assert run(monkeypatch, "compare", str(rows), str(rows), "--card", "8", "--markdown", str(report)) == 0
     assert "## Comparison at the same batch size" in report.read_text()
     assert "AMD" not in published_report()["environment"]["gpu"]

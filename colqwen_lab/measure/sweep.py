@@ -254,17 +254,29 @@ class Sweep:
             return known[0]
         cap_bytes, outside_bytes = set_cap(card, self.device)
         tried: dict[int, str] = {}
+        broken: list[Failure] = []
 
-        def runs(batch: int) -> bool:
+        def outcome_of(batch: int) -> str:
             assert isinstance(loaded, Loaded)
             outcome = self._memory(entry, loaded, batch)
-            tried[batch] = outcome.status if isinstance(outcome, Failure) else "ok"
-            return isinstance(outcome, Memory)
+            if isinstance(outcome, Failure) and outcome.status == "failed":
+                broken.append(outcome)  # a defect, which says nothing of the memory
+            return outcome.status if isinstance(outcome, Failure) else "ok"
+
+        def runs(batch: int) -> bool:
+            tried[batch] = outcome_of(batch)
+            return tried[batch] == "ok"
 
         loaded = self._load(entry)
         found = largest_running(runs) if isinstance(loaded, Loaded) else 0
-        batch = max(1, int(found * (1 - MARGIN)))
-        verified = sum(runs(batch) for _ in range(VERIFIED_RUNS)) if found else 0
+        batch, verified = max(1, int(found * (1 - MARGIN))), 0
+        while found and verified < VERIFIED_RUNS:
+            verified = sum(outcome_of(batch) == "ok" for _ in range(VERIFIED_RUNS))
+            if verified == VERIFIED_RUNS or batch == 1:
+                break
+            batch = max(1, min(batch - 1, int(batch * (1 - MARGIN))))
+        if broken:
+            loaded = broken[0]
         if isinstance(loaded, Loaded):
             (cell,) = self._cells({entry: loaded}, batch)
         else:

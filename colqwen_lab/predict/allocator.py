@@ -8,6 +8,7 @@ smallest free block that is large enough serves a request; it is split if at lea
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
@@ -37,8 +38,13 @@ class Block:
 
 @dataclass
 class Allocator:
-    """Bytes handed out and reserved, now and at the peak, as torch.cuda.memory_stats counts them."""
+    """Bytes handed out and reserved, now and at the peak, as torch.cuda.memory_stats counts them.
 
+    Under a `cap` a new segment that would exceed it makes the allocator give back every segment that is wholly free;
+    if that is not enough, `allocate` raises MemoryError, as a GPU of that memory would.
+    """
+
+    cap: float = math.inf
     allocated: int = 0
     peak_allocated: int = 0
     reserved: int = 0
@@ -85,8 +91,20 @@ class Allocator:
         self._at[block.address] = block
         insort(self._free[block.small], (block.size, block.address))
 
+    def _give_back(self) -> None:
+        for small, free in self._free.items():
+            whole = [at for at in free if not (self._at[at[1]].before or self._at[at[1]].after)]
+            self._free[small] = [at for at in free if at not in whole]
+            for size, address in whole:
+                del self._at[address]
+                self.reserved -= size
+
     def _segment(self, size: int, small: bool) -> Block:
         total = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE_BELOW else rounded(size, SEGMENT_ROUND)
+        if self.reserved + total > self.cap:
+            self._give_back()
+        if self.reserved + total > self.cap:
+            raise MemoryError
         block = Block(self._end, total, small)
         self._end += total
         self._at[block.address] = block

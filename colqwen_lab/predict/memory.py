@@ -6,10 +6,13 @@ Nothing here is fitted to a measurement. What a run cannot show on a CPU is deri
 
 from __future__ import annotations
 
+import math
 import types
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,17 +22,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model import loading
 from colqwen_lab.model.network import ColQwen3Output, is_text_linear
-from colqwen_lab.model.variants import Variant
+from colqwen_lab.model.variants import Variant, resolve_variant, scheme_parts
 from colqwen_lab.model.weights import RandomSource, default_source
-from colqwen_lab.predict.allocator import Allocator, Block
+from colqwen_lab.predict.allocator import Allocator, Block, rounded
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Work, Workload
 from colqwen_lab.runtime.components import resident
 from colqwen_lab.runtime.execution import STEPS, Steps
-from colqwen_lab.runtime.tracking import ACTIVATIONS, MemoryTracker
+from colqwen_lab.runtime.tracking import ACTIVATIONS, MemoryTracker, ledger_of
 from colqwen_lab.runtime.workloads import query_batches
 
 CPU = torch.device("cpu")
 KIB = 1024
+LARGEST_BATCH = 65536
+# Of one apart from each other, and more than one, where some shapes fall together.
+ANCHORS = (2, 3)
+# To how many bytes the least memory of a run is searched.
+CAP_STEP = 4 * KIB * KIB
 ROUNDING, WORKSPACE, KV_CACHE, OUTPUT, BUFFERS = (
     "allocator rounding",
     "cuBLAS workspace",
@@ -40,8 +48,11 @@ ROUNDING, WORKSPACE, KV_CACHE, OUTPUT, BUFFERS = (
 
 
 def workspace_bytes(compute_capability: tuple[int, int]) -> int:
-    """PyTorch's default cuBLAS workspace: 32 MiB on sm90, else 8.125 MiB. Source: CublasHandlePool.cpp."""
-    return 32 * KIB * KIB if compute_capability[0] == 9 else 2 * 4096 * KIB + 8 * 16 * KIB
+    """PyTorch's default cuBLAS workspace: 32 MiB on sm90 and, in newer releases, above; else 8.125 MiB.
+
+    Source: CublasHandlePool.cpp and pytorch#175344.
+    """
+    return 32 * KIB * KIB if compute_capability[0] >= 9 else 2 * 4096 * KIB + 8 * 16 * KIB
 
 
 # ---------------------------------------------------------------- kernels for packed weights
@@ -79,6 +90,39 @@ A100 = Target("NVIDIA A100-SXM4-40GB", (8, 0))
 HOST = Target("CPU", None)
 
 
+@dataclass(frozen=True)
+class Trace:
+    """Births (number, bytes) and ends (number, 0) of two steps, what each number is, and the operations.
+
+    The first `before` births are those of the weights and inputs.
+    """
+
+    batch_size: int
+    log: list[tuple[int, int]]
+    labels: list[str]
+    before: int
+    flops: int
+
+    def shape(self) -> list[Any]:
+        return [[(number, size > 0) for number, size in self.log], self.labels]
+
+    def at(self, batch_size: int, other: Trace) -> Trace:
+        """The trace of another batch, on the straight line through this one and `other`."""
+        share = Fraction(batch_size - self.batch_size, other.batch_size - self.batch_size)
+        log = [(n, int(size + share * (more - size))) for (n, size), (_, more) in zip(self.log, other.log, strict=True)]
+        flops = int(self.flops + share * (other.flops - self.flops))
+        return Trace(batch_size, log, self.labels, self.before, flops)
+
+    def peak_bytes(self) -> int:
+        sizes: dict[int, int] = {}
+        total = peak = 0
+        for number, size in self.log:
+            total += size - sizes.pop(number, 0)
+            sizes[number] = size
+            peak = max(peak, total)
+        return peak
+
+
 class Predictor:
     """Predicts cells of one variant: the network is built once, on fake tensors.
 
@@ -89,6 +133,10 @@ class Predictor:
     def __init__(self, variant: Variant, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2") -> None:
         one_of("kernel model", kernel, KERNELS)
         one_of("dtype", dtype, loading.DTYPES)
+        if variant.folder or "any" in variant.hub:
+            raise BadInput(f"{variant.name} is not predicted by its name; valid: base, awq, or a scheme such as W8A16")
+        if variant.scheme and kernel == "tritonv2" and scheme_parts(variant.scheme)[0] == 3:
+            raise BadInput(f"kernel tritonv2 multiplies 2, 4 and 8 bits; valid for {variant.name}: torch")
         self.variant, self.size, self.kernel = variant, size, kernel
         source = default_source(variant, size, "random", CPU)
         assert isinstance(source, RandomSource)
@@ -100,6 +148,7 @@ class Predictor:
         self.tokenizer = source.tokenizer
         self.dtype = dtype
         self.mode = FakeTensorMode()
+        self._traces: dict[tuple[int, bool, str, str], list[Trace]] = {}
         self._fake()
         self.linears = [(n, m) for n, m in self.model.named_modules() if is_text_linear(n)]
         if quantized:
@@ -136,12 +185,14 @@ class Predictor:
         target: Target = A100,
         tokens: int | None = None,
         execution: str = "eager",
+        padded: bool = False,
     ) -> Cell:
-        """The predicted cell of `batch_size` queries: the report's, or all of `tokens` tokens."""
-        inputs, workload = self._inputs(batch_size, tokens)
-        tracker, before = self._run(inputs, execution, protocol)
-        memory = self._memory(tracker, before, target)
-        work = Work(flops=tracker.flops // STEPS, least_bytes=self._least_bytes(workload))
+        """The predicted cell of `batch_size` queries: the report's, or of `tokens` tokens, some of them `padded`."""
+        workload, masked = self._workload(batch_size, tokens, padded)
+        assert workload.tokens is not None
+        trace = self._trace(batch_size, workload.tokens, masked, execution, protocol)
+        memory = self._memory(trace, target)
+        work = Work(flops=trace.flops // STEPS, least_bytes=self._least_bytes(workload))
         return Cell(
             origin="predicted",
             variant=self.variant.name,
@@ -161,46 +212,62 @@ class Predictor:
             ),
         )
 
-    def _inputs(self, batch_size: int, tokens: int | None) -> tuple[list[dict[str, Tensor]], Workload]:
-        if tokens is not None:
-            if tokens < 1:
-                raise BadInput(f"tokens {tokens}; valid: 1 or more")
-            with self.mode:
-                ids = torch.empty((batch_size, tokens), dtype=torch.int64)
-                inputs = [{"input_ids": ids, "attention_mask": torch.empty_like(ids)}]
-            return inputs, Workload(kind="queries", batch_size=batch_size, tokens=tokens, padded_share=0.0)
-        made = query_batches(self.config, self.tokenizer, batch_size, "report", 64, CPU)
-        longest = max(made.inputs, key=lambda batch: batch["input_ids"].shape[1])
-        with self.mode:
-            fake = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in longest.items()}
-        return [fake], made.workload
+    def _workload(self, batch_size: int, tokens: int | None, padded: bool) -> tuple[Workload, bool]:
+        """`(workload, whether its batches carry a mask)`."""
+        if batch_size > LARGEST_BATCH:
+            raise BadInput(f"batch {batch_size}; valid for a prediction: up to {LARGEST_BATCH}")
+        if tokens is None:
+            made = query_batches(self.config, self.tokenizer, batch_size, "report", 64, CPU)
+            return made.workload, True
+        longest = self.config.text_config.max_position_embeddings
+        if not 1 <= tokens <= longest:
+            raise BadInput(f"tokens {tokens}; valid at size {self.size}: 1 to {longest}")
+        # A run sees that nothing is padded, and makes no mask of it; under fake tensors nobody can look.
+        return Workload(kind="queries", batch_size=batch_size, tokens=tokens, padded_share=0.0), padded
 
-    def _run(self, inputs: list[dict[str, Tensor]], execution: str, protocol: str) -> tuple[MemoryTracker, int]:
-        """`(tracker, length of its log when the steps began)` of two steps."""
-        given = [("inputs", tensor) for batch in inputs for tensor in batch.values()]
+    def _trace(self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str) -> Trace:
+        """What two steps of this batch do to memory: run at two small batches, from which every other follows.
+
+        At one length every tensor is as large as a + b x batch. A batch whose run has another shape is run itself.
+        """
+        asked = tokens, masked, execution, protocol
+        if asked not in self._traces:
+            self._traces[asked] = [self._run(size, *asked) for size in ANCHORS]
+        first, second = self._traces[asked]
+        if batch_size in ANCHORS or first.shape() != second.shape():
+            return self._run(batch_size, *asked)
+        return first.at(batch_size, second)
+
+    def _run(self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str) -> Trace:
+        with self.mode:
+            ids = torch.empty((batch_size, tokens), dtype=torch.int64)
+            inputs = {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if masked else {})
+        given = [("inputs", tensor) for tensor in inputs.values()]
         quantized = [layer for _, layer in self.linears if self.variant.scheme]
         with self.mode, MemoryTracker([*resident(self.model), *given]) as tracker:
             before = len(tracker.log)
             hooks = [hook for layer in quantized for hook in _label_buffers(tracker, layer)]
-            steps = Steps(self.model, inputs, execution, protocol)
+            steps = Steps(self.model, [inputs], execution, protocol)
             for _ in range(STEPS):
                 steps()
                 _label_output(tracker, steps.output)
             for hook in hooks:
                 hook.remove()
-        return tracker, before
+            return Trace(batch_size, list(tracker.log), list(tracker.labels), before, tracker.flops)
 
-    def _memory(self, tracker: MemoryTracker, before: int, target: Target) -> Memory:
-        weights = sum(size for _, size in tracker.log[: sum(1 for _ in resident(self.model))])
+    def _memory(self, trace: Trace, target: Target) -> Memory:
+        weights = sum(size for _, size in trace.log[: sum(1 for _ in resident(self.model))])
         if target.compute_capability is None:
-            return Memory(
-                weights_bytes=weights, peak_bytes=tracker.peak_bytes, ledger=tracker.ledger(), method="predicted"
-            )
-        allocator, parts = replay(tracker, before, workspace_bytes(target.compute_capability))
+            peak = trace.peak_bytes()
+            ledger = ledger_of(trace.log, trace.labels, peak)
+            return Memory(weights_bytes=weights, peak_bytes=peak, ledger=ledger, method="predicted")
+        workspace = workspace_bytes(target.compute_capability)
+        allocator, parts = replay(trace, workspace)
         return Memory(
             weights_bytes=weights,
             peak_bytes=allocator.peak_allocated,
             reserved_bytes=allocator.peak_reserved,
+            least_reserved_bytes=least_reserved(trace, workspace, allocator),
             ledger=parts,
             method="predicted",
         )
@@ -210,6 +277,12 @@ class Predictor:
         used = ("text linears", "text norms", "head")
         weights = sum(tensor.nbytes for label, tensor in resident(self.model) if label.startswith(used))
         return weights + workload.batch_size * (workload.tokens or 0) * self.config.embed_dim * 2
+
+
+@lru_cache(maxsize=8)
+def predictor(model: str, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2") -> Predictor:
+    """The predictor of these, built once in a process: its runs serve every card and batch. Raises BadInput."""
+    return Predictor(resolve_variant(model), size, dtype, kernel)
 
 
 def _label_output(tracker: MemoryTracker, output: ColQwen3Output) -> None:
@@ -235,35 +308,56 @@ def _label_buffers(tracker: MemoryTracker, layer: nn.Module) -> list[Any]:
     return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
 
 
-def replay(tracker: MemoryTracker, before: int, workspace: int) -> tuple[Allocator, dict[str, int]]:
-    """`(allocator, ledger at its peak)`: the tracker's births and ends, as the CUDA allocator would have met them.
+def follow(
+    trace: Trace, workspace: int, cap: float = math.inf, stop_at: int | None = None
+) -> tuple[Allocator, dict[int, tuple[Block, int]], int]:
+    """`(allocator, what lives, where in the log the peak is)`: births and ends, as the CUDA allocator would meet them.
 
     Loading warms the allocator with one block of all weights and gives it back, as transformers and this lab do.
+
+    Raises:
+        MemoryError: more than `cap` bytes would be reserved.
     """
+    allocator = Allocator(cap)
+    allocator.release(allocator.allocate(sum(size for _, size in trace.log[: trace.before])))
+    live: dict[int, tuple[Block, int]] = {}
+    peak_at = 0
+    for index, (number, size) in enumerate(trace.log):
+        if index == trace.before:
+            allocator.allocate(workspace)
+        if size:
+            peak = allocator.peak_allocated if index > trace.before else 0
+            live[number] = allocator.allocate(size), size
+            peak_at = index if allocator.peak_allocated > peak else peak_at
+        elif number in live:
+            allocator.release(live.pop(number)[0])
+        if index == stop_at:
+            break
+    return allocator, live, peak_at
 
-    def run(stop_at: int | None) -> tuple[Allocator, dict[int, tuple[Block, int]], int]:
-        allocator = Allocator()
-        allocator.release(allocator.allocate(sum(size for _, size in tracker.log[:before])))
-        live: dict[int, tuple[Block, int]] = {}
-        peak_at = 0
-        for index, (number, size) in enumerate(tracker.log):
-            if index == before:
-                allocator.allocate(workspace)
-            if size:
-                peak = allocator.peak_allocated if index > before else 0
-                live[number] = allocator.allocate(size), size
-                peak_at = index if allocator.peak_allocated > peak else peak_at
-            elif number in live:
-                allocator.release(live.pop(number)[0])
-            if index == stop_at:
-                break
-        return allocator, live, peak_at
 
-    allocator, _, peak_at = run(None)
-    _, live, _ = run(peak_at)
-    parts: Counter[str] = Counter({WORKSPACE: workspace})
+def replay(trace: Trace, workspace: int) -> tuple[Allocator, dict[str, int]]:
+    """`(allocator, ledger at its peak)`; the ledger adds up to the peak."""
+    allocator, _, peak_at = follow(trace, workspace)
+    _, live, _ = follow(trace, workspace, stop_at=peak_at)
+    parts: Counter[str] = Counter({WORKSPACE: workspace, ROUNDING: rounded(workspace) - workspace})
     for number, (block, size) in live.items():
-        parts[tracker.labels[number]] += size
+        parts[trace.labels[number]] += size
         parts[ROUNDING] += block.size - size
-    parts[ROUNDING] += allocator.peak_allocated - sum(parts.values())
     return allocator, dict(parts)
+
+
+def least_reserved(trace: Trace, workspace: int, free: Allocator) -> int:
+    """The least bytes that torch must be allowed to reserve for the run to go through, to `CAP_STEP`.
+
+    More than the peak, because free memory lies in pieces; less than what an unbounded run reserves.
+    """
+    low, high = free.peak_allocated - 1, free.peak_reserved
+    while high - low > CAP_STEP:
+        middle = (low + high) // 2
+        try:
+            follow(trace, workspace, middle)
+            high = middle
+        except MemoryError:
+            low = middle
+    return high

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from colqwen_lab.cards import Card, Fit, fit_of, need_bytes
 from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.model.variants import resolve_variant
-from colqwen_lab.predict.memory import A100, HOST, Predictor, Target
+from colqwen_lab.predict.memory import A100, HOST, Target, predictor
 from colqwen_lab.records import Cell, Memory
 from colqwen_lab.runtime.execution import PROTOCOLS
 
 SEARCHED_TO = 4096
+# Near the edge a run may fail by how its memory lies; a sweep under a card's cap stays this share below it too.
+MARGIN = 0.05
 
 
 @dataclass(frozen=True)
 class CardPlan:
-    """What a variant does on a card. `binds` says what stops a larger batch; bytes are predicted."""
+    """What a variant does on a card. `binds` says what stops a larger batch; bytes are predicted.
+
+    `batch_size` is the largest that goes through, `safe_batch_size` 5 % below it.
+    """
 
     card: str
     nominal_bytes: int
@@ -25,6 +30,7 @@ class CardPlan:
     variant: str
     verdict: Fit
     batch_size: int | None
+    safe_batch_size: int | None
     peak_bytes: int
     headroom_bytes: int
     binds: str
@@ -34,16 +40,23 @@ class Planner:
     """Predicts one variant under one protocol, each batch size once."""
 
     def __init__(
-        self, model: str, size: str, protocol: str, dtype: str, kernel: str, tokens: int | None = None
+        self,
+        model: str,
+        size: str,
+        protocol: str,
+        dtype: str,
+        kernel: str,
+        tokens: int | None = None,
+        padded: bool = False,
     ) -> None:
-        self.protocol, self.tokens = one_of("protocol", protocol, PROTOCOLS), tokens
-        self.predictor = Predictor(resolve_variant(model), size, dtype, kernel)
+        self.protocol, self.tokens, self.padded = one_of("protocol", protocol, PROTOCOLS), tokens, padded
+        self.predictor = predictor(model, size, dtype, kernel)
         self._known: dict[tuple[int, Target], Cell] = {}
 
     def cell(self, batch_size: int, target: Target = A100) -> Cell:
         key = batch_size, target
         if key not in self._known:
-            self._known[key] = self.predictor.cell(batch_size, self.protocol, target, self.tokens)
+            self._known[key] = self.predictor.cell(batch_size, self.protocol, target, self.tokens, padded=self.padded)
         return self._known[key]
 
     def on_card(self, card: Card) -> CardPlan:
@@ -69,6 +82,7 @@ class Planner:
             variant=self.predictor.variant.name,
             verdict=verdict,
             batch_size=batch,
+            safe_batch_size=max(1, int(batch * (1 - MARGIN))) if verdict == "fits" and batch else None,
             peak_bytes=there.peak_bytes,
             headroom_bytes=card.usable_bytes - need_bytes(there)[1],
             binds=binds,
@@ -121,25 +135,28 @@ def plan(
     return cells, plans
 
 
-def predict_like(cells: Iterable[Cell]) -> list[Cell]:
-    """A predicted cell for each measured or published one whose kernel is modelled, under the same settings."""
-    planners: dict[tuple[str, ...], Planner] = {}
-    found = []
-    for cell in cells:
-        kernel = kernel_model(cell)
-        if kernel is None or cell.workload.kind != "queries":
-            continue
-        on_gpu = cell.environment.gpu is not None
-        asked = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel)
-        try:
-            if asked not in planners:
-                planners[asked] = Planner(*asked)
-        except BadInput:
-            continue  # a folder or a repository: its network is not one of the named sizes
+def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
+    """For each measured or published cell the predicted one under its settings; None where it is not modelled."""
+    planners: dict[tuple[Any, ...], Planner] = {}
+
+    def like(cell: Cell) -> Cell | None:
+        kernel, work = kernel_model(cell), cell.workload
+        if kernel is None or work.kind != "queries" or cell.execution != "eager" or cell.memory is None:
+            return None
+        # The report's queries are known by their batch; others by the length they were padded to.
+        tokens = work.tokens if work.texts and work.texts.startswith("natural") else None
+        asked = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel, tokens)
+        if asked not in planners:
+            try:
+                planners[asked] = Planner(*asked, padded=tokens is not None)
+            except BadInput:
+                return None  # a folder or a repository: its network is not one of the named sizes
         capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
+        on_gpu = cell.environment.gpu is not None
         target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
-        found.append(planners[asked].cell(cell.batch_size, target))
-    return found
+        return planners[asked].cell(cell.batch_size, target)
+
+    return [like(cell) for cell in cells]
 
 
 def kernel_model(cell: Cell) -> str | None:

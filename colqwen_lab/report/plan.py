@@ -86,19 +86,21 @@ class Plan:
                 "variant": card.variant,
                 "verdict": card.verdict,
                 "largest batch": card.batch_size,
+                "with 5 % margin": card.safe_batch_size,
                 "peak MiB": _mib(card.peak_bytes),
                 "headroom MiB": _mib(card.headroom_bytes),
                 "binds": card.binds,
             }
             for card in self.cards
         ]
-        return pd.DataFrame(rows).astype({"largest batch": "Int64"} if rows else {})
+        return pd.DataFrame(rows).astype({"largest batch": "Int64", "with 5 % margin": "Int64"} if rows else {})
 
     def ceilings(self, gpus: Sequence[Gpu]) -> pd.DataFrame:
         """The most items per second that each GPU allows at each batch: one row a cell, a column a GPU.
 
-        Counted: the operations of every matrix product and attention of a step over the dense 16-bit rate, and every
-        weight it multiplies by, read once, and its result, over the bandwidth; the larger time is the limit.
+        Counted: the operations of every matrix product and of causal attention over the dense 16-bit rate, and every
+        weight it multiplies by, read once, and its result, over the bandwidth; the larger time is the limit. Products
+        of 8 bits are not held by it.
         """
         import pandas as pd
 
@@ -148,29 +150,24 @@ def ceiling(cell: Cell, gpu: Gpu) -> float | None:
     """Items per second at most: see `Plan.ceilings`."""
     if cell.work is None:
         return None
-    seconds = max(cell.work.flops / gpu.bf16_flops, cell.work.least_bytes / (gpu.bandwidth_gb_s * 1e9))
+    seconds = max(cell.work.flops / gpu.flops(), cell.work.least_bytes / (gpu.bandwidth_gb_s * 1e9))
     return cell.batch_size / seconds
 
 
-def explained(measured: Iterable[Cell], predicted: Iterable[Cell]) -> Results:
+def explained(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> Results:
     """Measured cells, each with the ledger of its prediction where it has none; what that lacks is `unexplained`.
 
     An unexplained part below zero is what the prediction has too much.
     """
-    known = {_key(cell): _memory(cell).ledger for cell in predicted}
     cells = []
-    for cell in measured:
+    for cell, twin in zip(measured, predicted, strict=True):
         if cell.memory is None:
             continue
-        parts = cell.memory.ledger or known.get(_key(cell)) or {}
+        parts = cell.memory.ledger or (_memory(twin).ledger if twin else None) or {}
         rest = cell.memory.peak_bytes - sum(parts.values())
         ledger = parts | ({UNEXPLAINED: rest} if rest else {})
         cells.append(cell.model_copy(update={"memory": cell.memory.model_copy(update={"ledger": ledger})}))
     return Results(tuple(cells))
-
-
-def _key(cell: Cell) -> tuple[str, ...]:
-    return (cell.variant, *cell.settings(), str(cell.batch_size))
 
 
 def _outside(cell: Cell) -> dict[str, int]:
@@ -227,7 +224,7 @@ def ledger_plot(cells: Sequence[Cell]) -> Figure:
     return figure
 
 
-def beside(measured: Iterable[Cell], predicted: Iterable[Cell]) -> pd.DataFrame:
+def beside(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> pd.DataFrame:
     """Each measured or published row beside its prediction: the peak with its error, the rate with its limit.
 
     The limit is that of `Plan.ceilings` on the row's own GPU, where the table of cards has it; the work is that of the
@@ -235,14 +232,12 @@ def beside(measured: Iterable[Cell], predicted: Iterable[Cell]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    known = {_key(cell): cell for cell in predicted}
     rows = []
-    for cell in measured:
+    for cell, twin in zip(measured, predicted, strict=True):
         if cell.memory is None:
             continue
-        twin = known.get(_key(cell))
         guess = _memory(twin).peak_bytes if twin else None
-        gpu = gpu_of(cell.environment.device)
+        gpu = gpu_of(cell.environment.device, cell.environment.gpu_memory_bytes)
         limit = ceiling(twin, gpu) if twin and gpu else None
         rate = cell.items_per_s.median if cell.items_per_s else None
         rows.append(
@@ -255,7 +250,7 @@ def beside(measured: Iterable[Cell], predicted: Iterable[Cell]) -> pd.DataFrame:
                 "items/s": rounded(rate),
                 "limit items/s": rounded(limit),
                 "share of limit %": round(100 * rate / limit, 1) if rate and limit else None,
-                "note": "" if twin else "this kernel's buffers are not modelled",
+                "note": "" if twin else "this kernel's buffers, or this execution, are not modelled",
             }
         )
     frame = pd.DataFrame(rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -21,12 +21,33 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 ACTIVATIONS = "activations"
 
 
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+def _attention_flops(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False, **more: Any
+) -> int:
+    """All pairs of positions, or where attention is causal (said so, or by a mask) the half that may be seen."""
+    pairs = sdpa_flop_count(query.shape, key.shape, value.shape)
+    tokens = query.shape[-2]
+    return pairs * (tokens + 1) // (2 * tokens) if causal or more.get("attn_mask") is not None else pairs
 
 
 # The operator that attention is on CPU tensors; PyTorch's registry knows only those of GPUs.
 FLOPS = flop_registry | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def ledger_of(log: Sequence[tuple[int, int]], labels: Sequence[str], peak_bytes: int) -> dict[str, int]:
+    """Live bytes by label at the first moment when they are `peak_bytes`."""
+    live: dict[int, int] = {}
+    total = 0
+    for number, size in log:
+        total += size - live.pop(number, 0)
+        if size:
+            live[number] = size
+        if total == peak_bytes:
+            break
+    parts: Counter[str] = Counter()
+    for number, size in live.items():
+        parts[labels[number]] += size
+    return dict(parts)
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -58,18 +79,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def ledger(self) -> dict[str, int]:
         """Live bytes by label at the first moment of the peak; they add up to `peak_bytes`."""
-        live: dict[int, int] = {}
-        total = 0
-        for number, size in self.log:
-            total += size - live.pop(number, 0)
-            if size:
-                live[number] = size
-            if total == self.peak_bytes:
-                break
-        parts: Counter[str] = Counter()
-        for number, size in live.items():
-            parts[self.labels[number]] += size
-        return dict(parts)
+        return ledger_of(self.log, self.labels, self.peak_bytes)
 
     def _see(self, tensor: Tensor, label: str = ACTIVATIONS) -> None:
         storage = tensor.untyped_storage()

@@ -100,3 +100,31 @@ def test_not_even_one(tmp_path: Path, finite: dict[str, int]) -> None:
     assert (cell.status, cell.batch_size) == ("oom", 1)
     assert cell.card is not None
     assert cell.card.verified_runs == 0
+
+
+def test_a_defect_is_no_edge_of_memory(tmp_path: Path, finite: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Any, inputs: Any, use_cache: bool) -> Any:
+        if inputs["input_ids"].shape[0] > 4:
+            raise ValueError("a shape that does not fit")
+        return execution.eager(model, inputs, use_cache)
+
+    monkeypatch.setitem(execution.EXECUTIONS, "eager", forward)
+    (cell,) = run(tmp_path / "rows.jsonl")
+    assert (cell.status, cell.items_per_s) == ("failed", None)
+    assert "a shape that does not fit" in (cell.reason or "")
+
+
+def test_steps_down_until_all_pass(tmp_path: Path, finite: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    really = module.largest_running
+
+    def then_less(runs: Any) -> int:
+        found = really(runs)
+        finite["edge"] = 7
+        return found
+
+    monkeypatch.setattr(module, "largest_running", then_less)
+    (cell,) = run(tmp_path / "rows.jsonl")
+    assert (cell.status, cell.batch_size) == ("ok", 7)
+    assert cell.card is not None
+    assert cell.card.verified_runs == 3
+    assert cell.card.tried[10] == "ok", "what the search saw stays"

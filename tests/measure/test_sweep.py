@@ -75,7 +75,9 @@ def test_a_cell_says_all(path: Path) -> None:
     text = path.read_text()
     assert not any(secret in text for secret in (str(Path.home()), os.uname().nodename, str(Path.cwd())))
     assert read_cells(path) == cells
-    assert json.loads(path.with_suffix(".result.json").read_text()) == {
+    result = json.loads(path.with_suffix(".result.json").read_text())
+    assert 0 < result.pop("timed_s") < result.pop("wall_s")
+    assert result == {
         "complete": True,
         "records": "sweep.jsonl",
         "cells": 4,
@@ -173,7 +175,7 @@ def test_out_of_memory_beside_another_is_tried_again_alone(path: Path, monkeypat
     def crowded(steps: Any, *args: Any) -> Any:
         samples = really(steps, *args)
         if len(steps) > 1:
-            samples["base"].error = torch.OutOfMemoryError("the other one took the room")
+            samples[next(iter(samples))].error = torch.OutOfMemoryError("the other one took the room")
         return samples
 
     monkeypatch.setattr(module, "time_in_turn", crowded)
@@ -249,7 +251,7 @@ def test_resumes_where_it_stopped(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"protocol": "published"}, {"texts": "natural"}, {"backend": "torch"}, {"dtype": "float32"}]
+    "other", [{"protocol": "published"}, {"texts": "natural"}, {"execution": "fast"}, {"dtype": "float32"}]
 )
 def test_other_settings_are_other_cells(path: Path, other: dict[str, str]) -> None:
     first = run(path, batches="2")
@@ -377,3 +379,45 @@ def test_two_sweeps_never_write_one_file(path: Path) -> None:
 
     with Store(path, keep=lambda cell: True), pytest.raises(BadInput, match="another sweep writes to"):
         run(path)
+
+
+def test_ways_are_timed_in_turn_each_where_its_kernel_can_go(path: Path) -> None:
+    cells = run(path, "base,awq", "2", ways="report,best,fast/lean/torch", control=True)
+    ways = [(c.variant, c.execution, c.protocol, c.backend.requested) for c in cells]
+    assert ways == [
+        ("base", "eager", "published", "auto"),
+        ("awq", "eager", "published", "torch"),
+        ("base", "fast", "lean", "auto"),
+        ("awq", "fast", "lean", "auto"),
+        ("awq", "fast", "lean", "torch"),
+    ]
+    best = cells[3]
+    assert best.backend.engaged == {"torch._weight_int4pack_mm_for_cpu": 28}
+    assert len(best.timing.ways_in_turn) == 4
+    assert "base fast/lean/auto" in best.timing.ways_in_turn
+    assert [bool(c.control_s) for c in cells] == [True, False, True, False, False]
+    assert len({len(c.step_s) for c in cells} | {len(cells[0].control_s)}) == 1
+    assert run(path, "base,awq", "2", ways="best") == [cells[2], cells[3]]
+    with pytest.raises(BadInput, match="backend 'fp8' multiplies 16-bit weights"):
+        run(path, "awq", "2", ways="fast/lean/fp8")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ways": "swift"}, "unknown execution 'swift'.*valid: eager, fast"),
+        ({"ways": "eager/lean/auto/more"}, "valid: report, best, or EXECUTION/PROTOCOL/BACKEND"),
+        ({"ways": "best", "execution": "fast"}, "give these or ways, not both"),
+        ({"execution": "fast", "protocol": "published"}, "keeps a KV cache, which execution fast has not; valid: lean"),
+        ({"backend": "fp8"}, "runs in execution fast only"),
+    ],
+)
+def test_bad_ways(path: Path, options: dict[str, str], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        run(path, "base", "1", **options)
+
+
+def test_a_kernel_that_this_machine_cannot_run_is_a_row_that_says_which_can(path: Path) -> None:
+    (cell,) = run(path, "base", "1", ways="fast/lean/fp8")
+    assert cell.status == "failed" or torch.cuda.is_available()
+    assert "needs a CUDA GPU of compute capability 8.9 or newer; valid here: auto" in (cell.reason or "")

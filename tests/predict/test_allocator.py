@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,3 +82,23 @@ def test_invariants(moves: list[tuple[int, int]]) -> None:
         allocator.release(block)
     assert allocator.allocated == 0
     assert sum(size for pool in allocator._free.values() for size, _ in pool) == allocator.reserved
+
+
+def test_a_cap_gives_back_free_segments_and_then_refuses() -> None:
+    allocator = Allocator(cap=64 * MIB)
+    first = allocator.allocate(30 * MIB)
+    allocator.allocate(30 * MIB)
+    with pytest.raises(MemoryError):
+        allocator.allocate(20 * MIB)
+    allocator.release(first)
+    allocator.allocate(34 * MIB)
+    assert allocator.reserved == 64 * MIB
+
+
+def test_a_segment_in_use_is_not_given_back() -> None:
+    allocator = Allocator(cap=40 * MIB)
+    whole = allocator.allocate(40 * MIB)
+    allocator.release(whole)
+    allocator.allocate(4 * MIB)
+    with pytest.raises(MemoryError):
+        allocator.allocate(38 * MIB)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,31 @@ from hypothesis import strategies as st
 from colqwen_lab.errors import BadInput
 from colqwen_lab.measure.memory import measure
 from colqwen_lab.model import loading
-from colqwen_lab.model.variants import VARIANTS, resolve_variant
+from colqwen_lab.model.variants import VARIANTS
 from colqwen_lab.model.weights import FolderSource
-from colqwen_lab.predict.memory import A100, BUFFERS, HOST, KV_CACHE, ROUNDING, WORKSPACE, Predictor, workspace_bytes
-from colqwen_lab.records import MIB, Cell, Memory
+from colqwen_lab.predict.memory import (
+    A100,
+    BUFFERS,
+    HOST,
+    KV_CACHE,
+    ROUNDING,
+    WORKSPACE,
+    Predictor,
+    Target,
+    workspace_bytes,
+)
+from colqwen_lab.predict.memory import predictor as cached
+from colqwen_lab.predict.plan import predict_like
+from colqwen_lab.records import MIB, Cell, Memory, read_cells
 from colqwen_lab.runtime.execution import Steps
 from colqwen_lab.runtime.workloads import query_batches
 
 CPU = torch.device("cpu")
+OUTPUTS = Path(__file__).parents[2] / "outputs"
 
 
-@cache
-def predictor(variant: str, size: str = "tiny", kernel: str = "tritonv2", dtype: str = "bfloat16") -> Predictor:
-    return Predictor(resolve_variant(variant), size, dtype, kernel)
+def predictor(variant: str, size: str = "tiny", kernel: str = "tritonv2") -> Predictor:
+    return cached(variant, size, "bfloat16", kernel)
 
 
 def memory(cell: Cell) -> Memory:
@@ -52,7 +63,7 @@ def test_agrees_with_the_tracker_here(
 @pytest.mark.parametrize("target", [A100, HOST])
 @pytest.mark.parametrize("variant", ["base", "awq", "W8A16", "W2A16G32", "W3A16"])
 def test_parts_add_up(variant: str, target: object) -> None:
-    found = memory(predictor(variant).cell(8, "published", target))  # type: ignore[arg-type]
+    found = memory(predictor(variant, kernel="torch").cell(8, "published", target))  # type: ignore[arg-type]
     assert found.ledger is not None
     assert sum(found.ledger.values()) == found.peak_bytes
     assert all(size >= 0 for size in found.ledger.values())
@@ -96,10 +107,46 @@ def test_8b_works_the_same_way() -> None:
 
 def test_workspace_by_generation() -> None:
     assert workspace_bytes((8, 0)) == 8.125 * MIB
-    assert workspace_bytes((9, 0)) == 32 * MIB
+    assert workspace_bytes((9, 0)) == workspace_bytes((12, 0)) == 32 * MIB
 
 
-@settings(max_examples=5, deadline=None)
+@pytest.mark.parametrize("protocol", ["lean", "published"])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("variant", ["base", "awq"])
+def test_every_batch_follows_from_two(variant: str, masked: bool, protocol: str) -> None:
+    made = predictor(variant, kernel="torch")
+    for batch in (1, 7, 64):
+        run, line = made._run(batch, 19, masked, "eager", protocol), made._trace(batch, 19, masked, "eager", protocol)
+        assert run == line
+
+
+def test_the_largest_batch_under_a_cap_is_what_an_h200_found() -> None:
+    """`sweep --card 8`, awq, eager, lean, tritonv2: 1792 queries ran under 7,588,388,798 bytes, 1824 did not."""
+    (cell,) = read_cells(OUTPUTS / "h200" / "card-8.jsonl")
+    assert cell.card is not None
+    ran = max(batch for batch, status in cell.card.tried.items() if status == "ok")
+    lost = min(batch for batch, status in cell.card.tried.items() if status == "oom")
+    h200 = Target("NVIDIA H200", (9, 0))
+    needs = {b: memory(predictor("awq", "4b").cell(b, "lean", h200)).least_reserved_bytes or 0 for b in (ran, lost)}
+    assert needs[ran] <= cell.card.cap_bytes
+    assert needs[lost] > 0.97 * cell.card.cap_bytes
+    assert memory(cell).peak_bytes == pytest.approx(
+        memory(predictor("awq", "4b").cell(cell.batch_size, "lean", h200)).peak_bytes, rel=0.001
+    )
+
+
+@pytest.mark.parametrize(("protocol", "variant"), [("lean", "base"), ("published", "awq")])
+def test_peaks_that_an_h200_measured(protocol: str, variant: str) -> None:
+    """One length of each here, to be quick; plan.ipynb under outputs/h200 holds every row."""
+    every = read_cells(OUTPUTS / "h200" / f"eager-{protocol}.jsonl")
+    cells = [cell for cell in every if cell.variant == variant and cell.batch_size in (64, 128, 256)]
+    assert len(cells) == 3
+    for cell, twin in zip(cells, predict_like(cells), strict=True):
+        assert twin is not None
+        assert memory(twin).peak_bytes == pytest.approx(memory(cell).peak_bytes, rel=0.003)
+
+
+@settings(max_examples=3, deadline=None)
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 40), st.integers(1, 40))
 def test_grows_with_batch_and_tokens(batch: int, more: int, tokens: int, longer: int) -> None:
     made = predictor("awq")
@@ -113,5 +160,12 @@ def test_bad_input() -> None:
         Predictor(VARIANTS["awq"], "tiny", kernel="fast")
     with pytest.raises(BadInput, match="unknown dtype 'int4'"):
         Predictor(VARIANTS["awq"], "tiny", dtype="int4")
-    with pytest.raises(BadInput, match="tokens 0; valid: 1 or more"):
-        predictor("base").cell(1, tokens=0)
+    for tokens in (0, 4097, 10**12):
+        with pytest.raises(BadInput, match=f"tokens {tokens}; valid at size tiny: 1 to 4096"):
+            predictor("base").cell(1, tokens=tokens)
+    with pytest.raises(BadInput, match="batch 65537; valid for a prediction: up to 65536"):
+        predictor("base").cell(65537)
+    with pytest.raises(BadInput, match="tritonv2 multiplies 2, 4 and 8 bits; valid for W3A16: torch"):
+        predictor("W3A16")
+    with pytest.raises(BadInput, match="owner/name is not predicted by its name; valid: base, awq"):
+        predictor("owner/name")

@@ -11,7 +11,7 @@ import colqwen_lab as lab
 from colqwen_lab.cards import GPUS, OUTSIDE_TORCH_BYTES, find_card, gpu_of, need_bytes
 from colqwen_lab.errors import BadInput
 from colqwen_lab.predict.memory import HOST
-from colqwen_lab.predict.plan import Planner, largest
+from colqwen_lab.predict.plan import Planner, largest, predict_like
 from colqwen_lab.records import Memory
 from colqwen_lab.report.plan import ceiling, explained, ledger_plot, ledger_table
 
@@ -44,6 +44,9 @@ def test_found_largest_batch_fits_and_the_next_does_not() -> None:
     assert next_one is not None
     assert need_bytes(fitting)[1] <= card.usable_bytes < need_bytes(next_one)[1]
     assert plan.headroom_bytes == card.usable_bytes - need_bytes(fitting)[1] >= 0
+    assert plan.safe_batch_size == int(0.95 * plan.batch_size)
+    assert fitting.least_reserved_bytes is not None
+    assert fitting.peak_bytes < fitting.least_reserved_bytes <= (fitting.reserved_bytes or 0)
     assert plan.binds == "memory"
 
 
@@ -88,6 +91,7 @@ def test_what_a_measured_cell_leaves_unexplained_is_a_line() -> None:
     seen = {"peak_bytes": predicted.memory.peak_bytes + 3 * 2**20, "ledger": None, "method": "cuda"}
     memory = Memory(**seen, reserved_bytes=2**30, device_bytes=2**30 + 500 * 2**20)
     found = explained([predicted.model_copy(update={"memory": memory, "origin": "measured"})], [predicted])
+    assert predicted.memory.ledger is not None
     assert found.cells[0].memory.ledger == predicted.memory.ledger | {"unexplained": 3 * 2**20}
     table = ledger_table(found)
     assert table.loc["unexplained"].item() == 3
@@ -102,6 +106,9 @@ def test_what_a_measured_cell_leaves_unexplained_is_a_line() -> None:
     [
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", None),
         ("NVIDIA H200", "H200"),
         ("NVIDIA GeForce RTX 4070", "RTX 4070"),
         ("NVIDIA GeForce RTX 4070 Ti", None),
@@ -112,6 +119,33 @@ def test_what_a_measured_cell_leaves_unexplained_is_a_line() -> None:
 def test_the_gpu_of_a_record(device: str, name: str | None) -> None:
     found = gpu_of(device)
     assert (found.name if found else None) == name
+
+
+def test_the_memory_of_a_record_tells_two_of_a_name_apart() -> None:
+    found = [gpu_of("NVIDIA GeForce RTX 3060", size * 2**30) for size in (8, 12)]
+    assert [gpu.name for gpu in found if gpu] == ["RTX 3060 8GB", "RTX 3060"]
+    assert gpu_of("NVIDIA GeForce RTX 4060 Ti", 8 * 2**30) is None
+
+
+def test_ecc_takes_a_sixteenth() -> None:
+    """nvidia-smi shows 23,034 MiB of an L4 and 46,068 MiB of an L40S."""
+    assert find_card("L4").nominal_bytes / 2**20 == pytest.approx(23034, rel=0.001)
+    assert find_card("L40S").nominal_bytes / 2**20 == pytest.approx(46068, rel=0.001)
+
+
+def test_predicted_under_the_row_s_own_length_and_kernel() -> None:
+    row = Planner("awq", "tiny", "lean", "bfloat16", "tritonv2").cell(8)
+    rows = []
+    for engaged, texts, tokens in (("tritonv2", "report", 18), ("marlin", "report", 18), ("tritonv2", "natural", 40)):
+        update = {"backend": row.backend.model_copy(update={"engaged": {engaged: 28}}), "origin": "measured"}
+        update["workload"] = row.workload.model_copy(update={"texts": texts, "tokens": tokens})
+        rows.append(row.model_copy(update=update))
+    found = [cell.memory.peak_bytes if cell and cell.memory else 0 for cell in predict_like(rows)]
+    assert found[1] < found[0] < found[2]
+    assert row.memory is not None
+    assert found[0] == row.memory.peak_bytes
+    other = row.model_copy(update={"execution": "fast"})
+    assert predict_like([other]) == [None]
 
 
 def test_published_beside_predicted() -> None:
@@ -130,7 +164,7 @@ def test_an_unmodelled_kernel_is_said_so() -> None:
     table = lab.beside(
         type(lab.load("published"))((cells[0].model_copy(update={"backend": backend, "origin": "measured"}),))
     )
-    assert table["note"][0] == "this kernel's buffers are not modelled"
+    assert table["note"][0] == "this kernel's buffers, or this execution, are not modelled"
     assert table["predicted MiB"].isna().all()
 
 
@@ -146,7 +180,7 @@ def test_ceiling_is_the_bandwidth_s_and_then_the_arithmetic_s() -> None:
     ("name", "tflops"), [("A100 40GB", 312), ("RTX 4090", 165.2), ("H100", 989), ("RTX 5090", 209.5), ("L4", 121)]
 )
 def test_rates_are_the_vendor_s(name: str, tflops: float) -> None:
-    assert GPUS[name].bf16_flops / 1e12 == pytest.approx(tflops, rel=0.005)
+    assert GPUS[name].flops() / 1e12 == pytest.approx(tflops, rel=0.005)
 
 
 @pytest.mark.parametrize(
