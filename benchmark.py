@@ -41,7 +41,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sweep_batch_sizes", default="", help='such as "8,16"')
     parser.add_argument("--high_batch_sweep", default="", help='such as "512,1024", for the quantised model only')
     parser.add_argument("--output_json", default="benchmark_results.json")
-    parser.add_argument("--size", default="auto", help="auto (4b where there is a CUDA GPU, else tiny), tiny, 4b, 8b")
+    parser.add_argument(
+        "--size", default="auto", help="auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b"
+    )
     parser.add_argument("--weights", default="auto", help="auto, hub, random, or a checkpoint folder")
     return parser.parse_args(argv)
 

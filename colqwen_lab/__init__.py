@@ -76,7 +76,7 @@ def sweep(
     Args:
         model: base, awq, an AutoRound scheme such as W8A16, a folder, a hub id; or several, "base,awq", timed in turn.
         batch_sizes: "8,16", 8 or [8, 16].
-        size: auto (4b where there is a CUDA GPU, else tiny), tiny, 4b, 8b.
+        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b.
         workload: queries.
         texts: report (the report's formula) or natural (distinct queries of several lengths).
         weights: auto (tiny: its default; else the hub), hub, random, or a checkpoint folder.
@@ -167,7 +167,7 @@ def plan(
     Args:
         model: base, awq, an AutoRound scheme such as W8A16, or several.
         batch_sizes: "8,16", 8 or [8, 16].
-        size: tiny, 4b, 8b.
+        size: tiny, mid, 4b, 8b.
         cards: memory in GB or GPUs by name, "8,RTX 4070".
         protocol: lean or published.
         kernel: how packed weights are multiplied: tritonv2 (dequantise a weight, then multiply), torch, fused.
@@ -242,7 +242,7 @@ def quantize(
     """A complete AutoRound checkpoint of the text tower, and its record: bytes, and each layer's weight error.
 
     Args:
-        size: auto (4b where there is a CUDA GPU, else tiny), tiny, 4b, 8b.
+        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b.
         scheme: an AutoRound scheme: W4A16 (group 128), W8A16, W2A16, W4A16G32, ...
         weights: the 16-bit weights to start from: auto, hub, random, or a checkpoint folder.
         iters: tuning steps a layer; 0 is plain rounding.

@@ -23,7 +23,7 @@ app = typer.Typer(
 INTERRUPTED = 130
 
 Models = Annotated[list[str], typer.Option("-m", "--model", help="base, awq, W8A16 ..., a folder or a hub id.")]
-Size = Annotated[str, typer.Option("--size", help="auto (4b with a CUDA GPU, else tiny), tiny, 4b, 8b.")]
+Size = Annotated[str, typer.Option("--size", help="auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b.")]
 Weights = Annotated[str, typer.Option("--weights", help="auto, hub, random, or a checkpoint folder.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
@@ -98,7 +98,7 @@ def sweep(
 @app.command()
 def plan(
     model: Models = ["base", "awq"],  # noqa: B006
-    size: Annotated[str, typer.Option("--size", help="tiny, 4b, 8b.")] = "4b",
+    size: Annotated[str, typer.Option("--size", help="tiny, mid, 4b, 8b.")] = "4b",
     batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="Such as 8,512.")] = "8,16,32,64,128,256,512",
     protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
     card: Annotated[list[str], typer.Option("--card", help="Memory in GB, or a GPU's name; several times.")] = [],  # noqa: B006

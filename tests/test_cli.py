@@ -31,7 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("nope", "commands: variants, doctor, sweep, plan, compare, quantize"),
         ("sweep --nope", "No such option: --nope"),
         ("sweep -m gptq", "valid: base, awq"),
-        ("sweep --size 5b", "valid: auto, tiny, 4b, 8b"),
+        ("sweep --size 5b", "valid: auto, tiny, mid, 4b, 8b"),
         ("sweep --backend nope -m W4A16 --weights random", "valid: auto, "),
         ("sweep --execution nope", "valid: eager"),
         ("sweep --protocol nope", "valid: lean, published"),

@@ -2,7 +2,8 @@
 
 `4b` and `8b` are the published networks (Qwen3-VL-4B and -8B with a head of 320 dimensions; see the config.json of
 TomoroAI/tomoro-colqwen3-embed-4b and -8b). `tiny` has every part of them, deepstack, 3-D rotary positions, vision
-tower, grouped heads, at dimensions that a group of 128 divides, for a machine with no GPU.
+tower, grouped heads, at dimensions that a group of 128 divides, for a machine with no GPU; `mid` lies between, with
+random weights only, to time kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ SIZES: dict[str, dict[str, Any]] = {
         video_token_id=6,
         vision_start_token_id=3,
         vision_end_token_id=4,
+        tie_word_embeddings=True,
+    ),
+    # A quarter of the 4B's depth and less than half of its width: what a CPU multiplies in seconds.
+    "mid": _size(
+        text={"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 8}
+        | {"num_key_value_heads": 2, "mrope": [24, 20, 20]},
+        vision={"depth": 8, "hidden_size": 512, "intermediate_size": 2048, "deepstack_visual_indexes": [1, 3, 5]},
         tie_word_embeddings=True,
     ),
     "4b": _size(

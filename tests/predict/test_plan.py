@@ -203,7 +203,7 @@ def test_unknown_card(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"size": "auto"}, "unknown size 'auto'; valid: tiny, 4b, 8b"),
+        ({"size": "auto"}, "unknown size 'auto'; valid: tiny, mid, 4b, 8b"),
         ({"protocol": "x"}, "unknown protocol 'x'; valid: lean, published"),
         ({"kernel": "x"}, "unknown kernel model 'x'; valid: tritonv2, torch, fused"),
         ({"model": "W9A16"}, "unknown model 'W9A16'"),

@@ -75,7 +75,7 @@ def test_same_as_eager_in_bfloat16(variant: str, packed: Callable[[str], Path]) 
 
 @pytest.mark.parametrize(("variant", "within"), [("base", 1e-4), ("awq", 1e-3)])
 def test_same_as_eager_in_float32(variant: str, within: float, packed: Callable[[str], Path]) -> None:
-    """AutoRound's own module multiplies packed weights in FP16 whatever is asked, so the quantised model is as exact."""
+    """AutoRound's own module multiplies packed weights in FP16, whatever is asked."""
     source = FolderSource(packed("auto_round")) if variant == "awq" else random_source(variant)
     kernel = "auto" if variant == "base" else "torch"
     eager = load(source, CPU, kernel, "float32").model
