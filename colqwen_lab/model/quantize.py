@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from colqwen_lab.errors import BadInput, Unmet, one_of
@@ -92,6 +94,7 @@ def quantize(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
         made = _run_auto_round(loaded, recipe, samples, Path(work))
+        _give_types_back(made, before)
         if source.tokenizer is not None:
             source.tokenizer.save(str(made / "tokenizer.json"), pretty=False)
         elapsed = time.perf_counter() - started
@@ -154,6 +157,10 @@ def _run_auto_round(loaded: loading.Loaded, recipe: Recipe, samples: list[torch.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=loaded.tokenizer or stand_in, pad_token=PAD)
     # AutoRound takes the last linear, our head, for a language-model head, and leaves it out where that is tied.
     tied, loaded.model.config.tie_word_embeddings = loaded.model.config.tie_word_embeddings, False
+    # A CPU without BF16 tunes in float32, and AutoRound would then do otherwise on another CPU: here all do.
+    on_cpu = loaded.device.type == "cpu"
+    if on_cpu:
+        loaded.model.float()
     # AutoRound collects garbage after every layer; what is alive already need not be walked each time.
     gc.freeze()
     try:
@@ -170,6 +177,7 @@ def _run_auto_round(loaded: loading.Loaded, recipe: Recipe, samples: list[torch.
                 dataset=samples,
                 device_map=str(loaded.device),
                 enable_torch_compile=False,
+                amp=not on_cpu,
             ).quantize_and_save(output_dir=str(work), format=recipe.format)
     except ValueError as error:
         raise Unmet(f"AutoRound cannot make {recipe.scheme} as {recipe.format}: {error}") from None
@@ -179,6 +187,15 @@ def _run_auto_round(loaded: loading.Loaded, recipe: Recipe, samples: list[torch.
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(config | {"tie_word_embeddings": tied}, indent=1) + "\n", encoding="utf-8")
     return path.parent
+
+
+def _give_types_back(folder: Path, before: dict[str, torch.Tensor]) -> None:
+    """Save tensors that AutoRound widened to float32 in the type that they had."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        typed = {name: tensor.to(before[name].dtype) if name in before else tensor for name, tensor in found.items()}
+        save_file(typed, path, metadata={"format": "pt"})
 
 
 def _account_for(before: dict[str, torch.Tensor], made: FolderSource, device: torch.device) -> dict[str, float]:
