@@ -49,7 +49,6 @@ from colqwen_lab.runtime.workloads import WORKLOADS, query_batches
 from colqwen_lab.settings import outputs_folder
 
 BATCH_SIZES = "8,16,32,64,128,256"
-DEFAULT_WAY = {"execution": "eager", "protocol": "lean", "backend": "auto"}
 
 
 # The report's way with its fallback kernel, by device, and the best there is.
@@ -150,11 +149,11 @@ def request(
         BadInput: a wrong value.
     """
     variants = tuple(resolve_variant(str(name).strip()) for name in listed(model))
-    one = {name: options.pop(name) for name in ("execution", "protocol", "backend") if name in options}
+    one = Way(**{name: options.pop(name) for name in ("execution", "protocol", "backend") if name in options})
     named = [way for way in listed(options.pop("ways", "")) if way]
-    if named and one not in ({}, DEFAULT_WAY):
+    if named and one != Way():
         raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
-    ways = tuple(Way.of(way, pick_device().type) for way in named) or (Way(**one),)
+    ways = tuple(Way.of(way, pick_device().type) for way in named) or (one,)
     return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options)
 
 

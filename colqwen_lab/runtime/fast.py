@@ -185,14 +185,14 @@ class Fast(nn.Module):
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The whole of a forward, with shapes that are a bucket's. Captured as one graph on a GPU."""
-        if ids.device.type == "cuda":
+        on_gpu = ids.device.type == "cuda"
+        if on_gpu:
             from colqwen_lab.runtime.attention import MOST_TOKENS, attend_short
         embed_tokens, rotary, norm, head = self.parts
         goes_to = real_first(mask)
         x = embed_tokens(torch.zeros_like(ids).scatter(1, goes_to, ids))
         positions = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1).expand(3, 1, -1)
         cos, sin = (part[0].unsqueeze(1) for part in rotary(x, positions))
-        on_gpu = x.device.type == "cuda"
         small = [compiled(function, on_gpu) for function in (normed, add_normed, heads_of, gated)]
         first_norm, then_norm, make_heads, gate = small
         y = first_norm(x, self.layers[0].norms[0], self.layers[0].eps)
