@@ -1,4 +1,7 @@
-"""Step times: warm until steady, then one step of each in turn, a synchronise after each, every sample kept.
+"""Step times: warm until steady, then each in turn, a synchronise after each step, every sample kept.
+
+A turn is two steps on the same batch: one to lead in, thrown away, and one for the clock. So what ran just before a
+timed step is the same model at the same work, and never a neighbour that left the GPU cool or throttled.
 
 Inside the clock: the forward, and the synchronise. Outside: tokenisation, padding, the copy to the device.
 """
@@ -9,14 +12,21 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import rate_of
 
-CLOCK = "forward + synchronise"
+
+class Stepper(Protocol):
+    """Embeds the next batch; to lead in, it embeds it and stays at it."""
+
+    def __call__(self, lead_in: bool = False) -> None: ...
+
+
+CLOCK = "forward + synchronise, led in by the same step"
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> float:
+def _timed(step: Stepper, device: torch.device) -> float:
     synchronise(device)
     start = time.perf_counter()
     step()
@@ -69,7 +79,12 @@ def _timed(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _warm_up(step: Callable[[], None], device: torch.device, patience: Patience, samples: Samples) -> None:
+def _turn(step: Stepper, device: torch.device) -> float:
+    step(lead_in=True)
+    return _timed(step, device)
+
+
+def _warm_up(step: Stepper, device: torch.device, patience: Patience, samples: Samples) -> None:
     times: list[float] = []
     while len(times) < patience.max_warmup and not samples.steady:
         times.append(_timed(step, device))
@@ -80,9 +95,9 @@ def _warm_up(step: Callable[[], None], device: torch.device, patience: Patience,
 
 
 def time_in_turn(
-    steps: Mapping[Any, Callable[[], None]], device: torch.device, patience: Patience | None = None
+    steps: Mapping[Any, Stepper], device: torch.device, patience: Patience | None = None
 ) -> dict[Any, Samples]:
-    """Samples of each stepper, timed step by step in turn, the order reversed every round, so that drift hits all."""
+    """Samples of each stepper, timed turn by turn, the order reversed every round, so that drift hits all."""
     patience = patience or Patience()
     samples = {name: Samples() for name in steps}
 
@@ -98,7 +113,7 @@ def time_in_turn(
     order = list(steps)
     while live := [name for name in order if samples[name].error is None]:
         for name in live:
-            attempt(name, lambda name=name: samples[name].step_s.append(_timed(steps[name], device)))  # type: ignore[misc]
+            attempt(name, lambda name=name: samples[name].step_s.append(_turn(steps[name], device)))  # type: ignore[misc]
         order.reverse()
         stopped = _stop([samples[name].step_s for name in live], time.perf_counter() - start, patience)
         if stopped:

@@ -43,7 +43,10 @@ EXECUTIONS: dict[str, Forward] = {"eager": eager, "fast": fast}
 
 
 class Steps:
-    """Calling it embeds the next batch, batches in turn, and holds the output as the protocol says."""
+    """Calling it embeds the next batch, batches in turn, and holds the output as the protocol says.
+
+    With `lead_in` it stays at that batch.
+    """
 
     def __init__(
         self, model: ColQwen3, inputs: Sequence[dict[str, Tensor]], execution: str = "eager", protocol: str = "lean"
@@ -54,9 +57,9 @@ class Steps:
         self.output: Any = None
 
     @torch.no_grad()
-    def __call__(self) -> None:
+    def __call__(self, lead_in: bool = False) -> None:
         if not self.protocol.keep_output:
             self.output = None
         batch = self.inputs[self.count % len(self.inputs)]
-        self.count += 1
+        self.count += not lead_in
         self.output = self.forward(self.model, batch, self.protocol.use_cache)

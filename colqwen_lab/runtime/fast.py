@@ -187,7 +187,7 @@ class Fast(nn.Module):
         """The whole of a forward, with shapes that are a bucket's. Captured as one graph on a GPU."""
         on_gpu = ids.device.type == "cuda"
         if on_gpu:
-            from colqwen_lab.runtime.attention import MOST_TOKENS, attend_short
+            from colqwen_lab.runtime.own_kernels import MOST_TOKENS, attend_short
         embed_tokens, rotary, norm, head = self.parts
         goes_to = real_first(mask)
         x = embed_tokens(torch.zeros_like(ids).scatter(1, goes_to, ids))
@@ -259,8 +259,11 @@ def _fastest(products: Sequence[Product], rows: int, schedules: Sequence[str], l
     for schedule in schedules:
         for product in products:
             product.chosen[rows] = schedule
-        if (products[0](x) - expected).norm() < SAME_RESULT * expected.norm():
-            times[schedule] = _time_of(all_layers)
+        try:
+            if (products[0](x) - expected).norm() < SAME_RESULT * expected.norm():
+                times[schedule] = _time_of(all_layers)
+        except RuntimeError:  # it compiles, but this GPU does not launch it
+            continue
     return min(times, key=lambda one: times[one])
 
 

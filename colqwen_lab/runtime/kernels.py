@@ -23,9 +23,9 @@ from colqwen_lab.model.packing import unpacked
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-# Below it a product of packed weights waits for the weights; above it tiles of several heights are worth a try.
+# Below it a product of packed weights waits for the weights; above it tiles that rows fill are worth a try.
 FEW_ROWS = 64
-TILES = (80, 152, 192)
+MOST_TILE_ROWS = 192
 
 
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ class Fp8(Product):
         self.out_dtype = fused[0].weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = compiled(fp8_rows, x.device.type == "cuda")(x)
+        codes, scale = _fp8_of(x)
         weight: Any = self.weight
         return torch._scaled_mm(
             codes,
@@ -99,6 +99,14 @@ class Fp8(Product):
             out_dtype=self.out_dtype,
             use_fast_accum=True,
         )
+
+
+def _fp8_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.device.type != "cuda":
+        return fp8_rows(x)
+    from colqwen_lab.runtime.own_kernels import fp8_rows_at_once
+
+    return fp8_rows_at_once(x)
 
 
 class AsLoaded(Product):
@@ -176,11 +184,11 @@ class Humming(Product):
 
         config, device = self.layer.humming_config, torch.cuda.current_device()
         own = get_heuristics_config(config, rows, device=device)
-        tiles = [tile for tile in TILES if tile != own["block_shape"][0]]
-        few: list[dict[str, Any]] = [{}, {"num_stages": 6}, {"num_ctas_per_sm": 3}]
-        shapes = ("block_shape", "warp_shape")
-        many: list[dict[str, Any]] = [{name: (tile, *own[name][1:]) for name in shapes} for tile in tiles]
-        changes = few if rows <= FEW_ROWS else [{}, {"multi_cast_size_a": 1}, *many]
+        changes: list[dict[str, Any]] = [{}, {"num_stages": 6}, {"num_ctas_per_sm": 3}]
+        if rows > FEW_ROWS:
+            fewest = -(-rows // MOST_TILE_ROWS)
+            tall, low = (-(-rows // tiles // 8) * 8 for tiles in (fewest, fewest + 1))
+            changes = [{}, _tile(tall, 256, 1), _tile(tall, 128, 2), _tile(low, 128, 2)]
         found = list(dict.fromkeys(json.dumps({**own, **change}, sort_keys=True) for change in changes))
 
         def compiles(schedule: str) -> bool:
@@ -197,6 +205,12 @@ class Humming(Product):
         return self.layer(x.contiguous(), tuning_config=self.chosen.get(x.shape[0]))
 
 
+def _tile(height: int, width: int, blocks_at_once: int) -> dict[str, Any]:
+    """A change of humming's schedule: what one block multiplies, and how many blocks a multiprocessor runs at once."""
+    shapes = {"block_shape": (height, width, 64), "warp_shape": (height, 32, 64)}
+    return shapes | {"multi_cast_size_a": 1, "num_stages": 4, "num_ctas_per_sm": blocks_at_once}
+
+
 def stored_less(module: Any) -> int:
     """1 where a module's zero points are stored less one, as the GPTQ packing does; AutoRound's class says which."""
     return int(type(module).__module__.endswith("_zp"))
@@ -204,8 +218,22 @@ def stored_less(module: Any) -> int:
 
 @cache
 def compiled(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
-    """`function`, fused by the compiler on a GPU."""
-    return torch.compile(function, dynamic=True) if on_gpu else function
+    """`function`, fused by the compiler on a GPU: once for all batches and lengths, and for each width of its own.
+
+    With a width that is known only at the call, a fused kernel divides by it for every element and cannot load several
+    at once.
+    """
+    if not on_gpu:
+        return function
+    fused = torch.compile(function, dynamic=False)
+
+    def call(*args: Any) -> Any:
+        for one in args:
+            if isinstance(one, Tensor) and one.ndim > 1:
+                torch._dynamo.maybe_mark_dynamic(one, list(range(one.ndim - 1)))
+        return fused(*args)
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 import torch
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.measure import clock
-from colqwen_lab.measure.clock import Patience, time_in_turn
+from colqwen_lab.measure.clock import Patience, Stepper, time_in_turn
 
 CPU = torch.device("cpu")
 
@@ -19,12 +19,16 @@ class FakeTime:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.calls: list[str] = []
+        self.led_in: list[tuple[str, int]] = []
         monkeypatch.setattr(clock.time, "perf_counter", lambda: self.now)
 
-    def stepper(self, name: str, durations: Iterable[float]) -> Callable[[], None]:
+    def stepper(self, name: str, durations: Iterable[float]) -> Stepper:
         times = iter(durations)
 
-        def step() -> None:
+        def step(lead_in: bool = False) -> None:
+            if lead_in:
+                self.led_in.append((name, len(self.calls)))
+                return
             self.calls.append(name)
             self.now += next(times)
 
@@ -114,3 +118,11 @@ def test_no_steppers() -> None:
 def test_bad_patience(values: dict[str, float]) -> None:
     with pytest.raises(BadInput, match="valid"):
         Patience(**values)  # type: ignore[arg-type]
+
+
+def test_each_timed_step_is_led_in_by_its_own_model(fake: FakeTime) -> None:
+    """A neighbour leaves a GPU cool or throttled: b costs more right after a, which must not reach the samples."""
+    time_in_turn({name: fake.stepper(name, itertools.repeat(0.1)) for name in "ab"}, CPU)
+    timed = fake.calls[12:]
+    assert [name for name, _ in fake.led_in] == timed
+    assert [at for _, at in fake.led_in] == list(range(12, 12 + len(timed)))

@@ -23,6 +23,9 @@ def test_batches_take_turns(tiny: Loaded) -> None:
         seen.append(step.output.embeddings)
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
+    for lead_in in (True, False):
+        step(lead_in=lead_in)
+        assert torch.equal(step.output.embeddings, seen[1])
     assert not seen[0].requires_grad
 
 

@@ -1,7 +1,10 @@
-"""Causal attention of short texts on a GPU, from the product QKV to what goes into O, in one kernel.
+"""The lab's own kernels, in Triton, for what no library's kernel does well. Both work on a GPU only.
 
-The flash kernels that PyTorch calls work on tiles of 128 tokens, and most of a tile is empty when a query has 18. Here
-a tile holds the query heads that share a key head, side by side; norm and rotary positions are applied on the way.
+Causal attention of short texts, from the product QKV to what goes into O, in one kernel: the flash kernels that PyTorch
+calls work on tiles of 128 tokens, and most of a tile is empty when a query has 18. Here a tile holds the query heads
+that share a key head, side by side; norm and rotary positions are applied on the way.
+
+FP8 codes of rows: each row is read once, where the compiler's kernels read it twice or more.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from colqwen_lab.runtime.kernels import FP8, FP8_MAX
 
 # Above it the keys would be normed and rotated too many times; PyTorch's kernels have full tiles there.
 MOST_TOKENS = 128
@@ -96,3 +101,24 @@ def attend_short(
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "SIZE": size, "BLOCK": block}
     _attend[grid](qkv, out, *norms, *positions, tokens, eps, size**-0.5, **shape, num_warps=block // 4)
     return out
+
+
+@triton.jit
+def _quantise(x, codes, scales, LARGEST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: a row."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    values = tl.load(x + row * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), 0) / LARGEST, 1e-12)
+    tl.store(scales + row, scale)
+    small = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
+    tl.store(codes + row * WIDTH + column, small.to(codes.dtype.element_ty), mask=column < WIDTH)
+
+
+def fp8_rows_at_once(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `kernels.fp8_rows` says of x [rows, width]."""
+    x = x.contiguous()
+    codes = torch.empty_like(x, dtype=FP8)
+    scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(x.shape[1])
+    _quantise[(x.shape[0],)](x, codes, scales, FP8_MAX, x.shape[1], block, num_warps=max(4, block // 1024))
+    return codes, scales
