@@ -23,14 +23,16 @@ def test_overhead_in_each_way(results: Results) -> None:
     assert list(table.columns) == [
         "awq eager/published/tritonv2",
         "awq eager/lean/tritonv2",
+        "awq eager/published/humming",
         "awq fast/lean/tritonv2",
         "awq fast/lean/auto",
         "base fast/lean/fp8",
+        "awq fast/lean/w4-fp8",
     ]
     report, best = (table.loc[1, f"awq {way}"] for way in ("eager/published/tritonv2", "fast/lean/auto"))
-    assert report.startswith("-50.0 [")
+    assert report.startswith("-49.8 [")
     assert report.endswith("slower")
-    assert best.startswith("+34.1 [")
+    assert best.startswith("+28.5 [")
     assert best.endswith("faster")
 
 
@@ -40,10 +42,12 @@ def test_what_each_way_gains(results: Results) -> None:
     assert table.loc[8, "awq fast/lean/auto"] > 6
 
 
-def test_controls_come_out_as_the_same(results: Results) -> None:
+def test_controls_come_out_as_the_same_but_for_one(results: Results) -> None:
+    """At batch 256 the GPU is at its power limit, and what ran before reaches further than one step."""
     table = ways.controls(results)
     assert list(table.columns) == ["base eager/published/auto", "base eager/lean/auto", "base fast/lean/auto"]
-    assert table["base fast/lean/auto"].str.endswith("cannot tell").all()
+    told_apart = ~table["base fast/lean/auto"].str.endswith("cannot tell")
+    assert list(table.index[told_apart]) == [256]
 
 
 def test_one_way_has_no_gain_and_no_control() -> None:
