@@ -70,17 +70,21 @@ def sweep(
     fresh: bool = False,
     min_steps: int = 10,
     max_s: float = 3.0,
+    on: str = "here",
+    accelerator: str = "",
+    address: str = "",
 ) -> Results:
     """Throughput and peak memory of each model at each batch size, measured here; cells on file already are kept.
 
     Args:
         model: base, awq, an AutoRound scheme such as W8A16, a folder, a hub id; or several, "base,awq", timed in turn.
         batch_sizes: "8,16", 8 or [8, 16].
-        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b.
-        workload: queries.
+        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b; or several, "tiny,mid".
+        workload: queries; or several, as of size.
         texts: report (the report's formula) or natural (distinct queries of several lengths).
         weights: auto (tiny: its default; else the hub), hub, random, or a checkpoint folder.
-        execution: eager (the forward of transformers) or fast (fused, in length buckets, as CUDA graphs on a GPU).
+        execution: eager (the forward of transformers) or fast (fused, in length buckets, as CUDA graphs on a GPU); or
+            both, "eager,fast": sizes, workloads and executions are measured one after the other, `ways` in turn.
         backend: the kernel for packed weights: auto, or a name such as torch, ark, tritonv2, marlin, humming; in
             execution fast also int4, and with 8-bit activations fp8 (16-bit weights), w4-fp8, w4-int8 (packed ones).
         protocol: lean (no KV cache, last output released) or published (as the report was made).
@@ -94,15 +98,17 @@ def sweep(
         fresh: measure again what is on file; the old rows move aside.
         min_steps: timed steps a cell, at least.
         max_s: seconds a cell is timed, at most, once it has its steps.
+        on: here, or ray: over a Ray cluster, every size, workload and execution a task, its rows sent to this file.
+        accelerator: with ray, the types of GPU to measure all of it on, "A100,L4"; by default the cluster's only one.
+        address: with ray, the cluster's: auto, HOST:PORT, ray://HOST:PORT; by default RAY_ADDRESS, else auto.
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.
-        Unmet: no weights, or no kernel for them, here.
+        Unmet: no weights, or no kernel for them, here; no Ray cluster.
     """
     from colqwen_lab.cards import find_card
+    from colqwen_lab.measure import fleet
     from colqwen_lab.measure.clock import Patience
-    from colqwen_lab.measure.sweep import request
-    from colqwen_lab.measure.sweep import sweep as run
     from colqwen_lab.report.series import Results
 
     patience = Patience(min_steps=min_steps, max_steps=max(200, min_steps), min_s=min(0.3, max_s), max_s=max_s)
@@ -110,7 +116,12 @@ def sweep(
     options |= {"execution": execution, "backend": backend, "protocol": protocol, "dtype": dtype, "fresh": fresh}
     options |= {"ways": ways, "control": control}
     options |= {"output": Path(output) if output else None, "card": find_card(card) if card != "" else None}
-    return Results(tuple(run(request(model, batch_sizes, patience=patience, **options))))
+    options |= {"patience": patience}
+    if one_of("place to sweep on", on, ("here", "ray")) == "ray":
+        return Results(tuple(fleet.on_ray(model, batch_sizes, accelerators=accelerator, address=address, **options)))
+    if accelerator or address:
+        raise BadInput("accelerator and address are a cluster's; valid: with --on ray")
+    return Results(tuple(fleet.in_turn(fleet.matrix(model, batch_sizes, **options))))
 
 
 def load(source: str | Path) -> Results:

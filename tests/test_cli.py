@@ -65,12 +65,12 @@ def test_bad_input_is_one_line_and_exit_2(
 
 
 def test_interrupted_is_not_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from colqwen_lab.measure import sweep
+    from colqwen_lab.measure import fleet
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "sweep", interrupted)
+    monkeypatch.setattr(fleet, "sweep", interrupted)
     assert run(monkeypatch, "sweep", "-m", "base", "-b", "1") == 130
     assert "interrupted; the rows measured so far are on file" in capsys.readouterr().err
 
