@@ -1,17 +1,17 @@
 """A Ray cluster of three nodes on this machine, and what becomes of a fleet when one of them is killed.
 
-`python tests/three_nodes.py` runs `colqwen-lab sweep -m base -m awq --size tiny` on it and kills the node that measures,
-runs it again without Ray, and writes both rows and what it found to `outputs/fleet/`.
+`python tests/three_nodes.py` sweeps base and awq at size tiny on it, kills the node that measures, sweeps again without
+Ray, and writes both files of rows and what it found to `outputs/fleet/`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import threading
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ import psutil
 
 from colqwen_lab.records import Cell, read_cells
 
-NODES = 3
+NODES, KILL_AT = 3, 3
 #: What two runs of one cell on one machine may differ in.
 TIMING = ("step_s", "control_s", "items_per_s", "limits", "gpu_state")
 MOMENT = ("started_at", "commit", "threads")
@@ -30,17 +30,18 @@ SWEEP = ["sweep", "-m", "base", "-m", "awq", "--size", "tiny", "-b", "8,16,32"]
 
 
 @contextmanager
-def three_nodes(folder: Path, **of_node: Any) -> Iterator[Any]:
-    """A cluster of three nodes with one CPU each and a head with none, its address in RAY_ADDRESS; all gone after."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+def three_nodes(**of_node: Any) -> Iterator[Any]:
+    """A cluster of a head without a CPU and two nodes with one, its address in RAY_ADDRESS; all gone after."""
+    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: it holds sockets
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder}
     import ray
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": str(folder), "object_store_memory": 80 * 2**20}
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for _ in range(NODES):
+        for _ in range(NODES - 1):
             cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, **of_node)
         os.environ["RAY_ADDRESS"] = cluster.address
         yield cluster
@@ -52,6 +53,7 @@ def three_nodes(folder: Path, **of_node: Any) -> Iterator[Any]:
         for child in started:  # workers that outlived their node
             if child.is_running():
                 child.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def kill_the_measuring_node(cluster: Any) -> bool:
@@ -68,19 +70,6 @@ def kill_the_measuring_node(cluster: Any) -> bool:
     return False
 
 
-def kill_after(rows: int, path: Path, cluster: Any) -> threading.Thread:
-    """A thread that kills the measuring node once `path` has so many rows."""
-
-    def watch() -> None:
-        while not path.exists() or path.read_text().count("\n") < rows:
-            time.sleep(0.05)
-        assert kill_the_measuring_node(cluster)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
 def untimed(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     """The cells without what differs from run to run, in the order of their keys."""
     found = []
@@ -95,24 +84,26 @@ def untimed(cells: Iterable[Cell]) -> list[dict[str, Any]]:
 
 def main(folder: Path) -> dict[str, Any]:
     """The record of both runs, beside their rows in `folder`."""
-    import tempfile
-
     program = [sys.executable, "-c", "from colqwen_lab.cli import main; main()", *SWEEP, "--fresh"]
     fleet, alone = folder / "three-nodes.jsonl", folder / "one-machine.jsonl"
     for path in (fleet, alone):
         path.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ray-") as scratch, three_nodes(Path(scratch)) as cluster:
-        killer = kill_after(3, fleet, cluster)
-        run = subprocess.run([*program, "--on", "ray", "-o", str(fleet)], capture_output=True, text=True)
-        killer.join()
-    sys.stderr.write(run.stderr)
+    with three_nodes() as cluster:
+        run = subprocess.Popen([*program, "--on", "ray", "-o", str(fleet)], stderr=subprocess.PIPE, text=True)
+        said = []
+        for line in run.stderr or ():
+            print(line, end="", file=sys.stderr)
+            said.append(line)
+            if sum("items/s" in one for one in said) == KILL_AT and "items/s" in line:
+                assert kill_the_measuring_node(cluster)
+        run.wait()
     subprocess.run([*program, "-o", str(alone)], check=True)
     rows = read_cells(fleet)
     record = {
         "command": f"colqwen-lab {' '.join(SWEEP)} --on ray",
         "nodes": NODES,
-        "killed": "the node that measured, after the third row",
-        "went_on_elsewhere": run.stderr.count("it goes on elsewhere"),
+        "killed": f"the node that measured, as it had its row {KILL_AT}",
+        "went_on_elsewhere": sum("it goes on elsewhere" in line for line in said),
         "exit_code": run.returncode,
         "cells": len(rows),
         "most_often": max(Counter(map(Cell.key, rows)).values()),

@@ -31,7 +31,7 @@ TYPE = "accelerator_type:"  # how Ray names the resource of a type
 Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One sweep of the matrix, on one type of accelerator; "" is any."""
 
@@ -185,10 +185,10 @@ class Fleet:
         self.tries[job] += 1
         # With `fresh` only what this run has measured counts, also for the second try.
         known = [cell for cell in self.store.cells if not (job.asked.fresh and cell in self.earlier)]
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": self.gpus, "max_retries": 0, "max_calls": 1}
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": self.gpus, "max_retries": 0}
         if job.accelerator:
             options["accelerator_type"] = job.accelerator
-        task = self.ray.remote(_measure).options(**options)
+        task = self.ray.remote(max_calls=1, **options)(_measure)  # a process a task: its GPU is free after
         asked = replace(job.asked, output=None, fresh=False)
         return task.remote(asked, known, code_version(), str(job), self.arrivals)
 
