@@ -12,8 +12,9 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -256,7 +257,7 @@ def _cluster(address: str) -> Iterator[Any]:
         if ":" in address:  # Ray itself would try for minutes
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=5).close()
-        # Lines of workers would carry their addresses; progress comes through the queue.
+        # Ray's own lines carry the nodes' addresses, and go to stdout; progress comes through the queue.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         why = " ".join(str(error).split())[:200]
@@ -264,7 +265,7 @@ def _cluster(address: str) -> Iterator[Any]:
             f"no Ray cluster at {address} ({why}); start one with `ray start --head`, or name another"
         ) from None
     try:
-        yield ray
+        with redirect_stdout(StringIO()):
+            yield ray
     finally:
-        with suppress(Exception):
-            ray.shutdown()
+        ray.shutdown()
