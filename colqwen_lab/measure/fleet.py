@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from colqwen_lab.errors import BadInput, LabError, Unmet
+from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.environment import code_version
 from colqwen_lab.measure.sweep import Request, request, sweep, to_stderr, write_result
 from colqwen_lab.records import Cell, Store, listed, neighbour
@@ -51,17 +52,18 @@ def matrix(
     size: str = "auto",
     workload: str = "queries",
     execution: str = "eager",
+    patience: Callable[[str], Patience] = lambda workload: Patience(),
     **options: Any,
 ) -> list[Request]:
-    """The requests of "tiny,4b" x "queries,pages" x "eager,fast"; `options` are those of `request`.
+    """The requests of "tiny,4b" x "queries,pages" x "eager,fast"; `patience` is by workload, `options` as of `request`.
 
     Raises:
         BadInput: a wrong value.
     """
     axes = [list(dict.fromkeys(listed(axis))) for axis in (size, workload, execution)]
     return [
-        request(model, batch_sizes, size=size, workload=workload, execution=execution, **options)
-        for size, workload, execution in product(*axes)
+        request(model, batch_sizes, size=size, workload=kind, execution=how, patience=patience(kind), **options)
+        for size, kind, how in product(*axes)
     ]
 
 
