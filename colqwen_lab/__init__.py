@@ -26,7 +26,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 if TYPE_CHECKING:
     import pandas as pd
 
-    from colqwen_lab.report.compare import Comparison
+    from colqwen_lab.report.compare import Comparison, SideBySide
     from colqwen_lab.report.plan import Plan
     from colqwen_lab.report.quantized import Quantized
     from colqwen_lab.report.series import Results
@@ -150,8 +150,10 @@ def compare(
     base: str | Path | Results = "published",
     awq: str | Path | Results = "published",
     cards: str | Sequence[float] = (8, 12, 16, 24),
-) -> Comparison:
+) -> Comparison | SideBySide:
     """Overhead and memory saving at every shared batch, card scenarios, crossover and recommendations.
+
+    Of files with several devices, sizes, workloads, executions or protocols one comparison each, side by side.
 
     Args:
         base: results or a records file that holds BASE, or `published`.
@@ -161,7 +163,7 @@ def compare(
     Raises:
         BadInput: not records, or series that cannot be compared at equal batch.
     """
-    from colqwen_lab.report.compare import compare as run
+    from colqwen_lab.report.compare import by_place as run
     from colqwen_lab.report.series import Results
 
     for value in (base, awq):

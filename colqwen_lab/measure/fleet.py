@@ -61,8 +61,18 @@ def matrix(
         BadInput: a wrong value.
     """
     axes = [list(dict.fromkeys(listed(axis))) for axis in (size, workload, execution)]
+    # What pages alone have is refused where there are only queries, and not given to those beside pages.
+    of_queries = {k: v for k, v in options.items() if "pages" not in axes[1] or k not in ("pages", "visual_tokens")}
     return [
-        request(model, batch_sizes, size=size, workload=kind, execution=how, patience=patience(kind), **options)
+        request(
+            model,
+            batch_sizes,
+            size=size,
+            workload=kind,
+            execution=how,
+            patience=patience(kind),
+            **(options if kind == "pages" else of_queries),
+        )
         for size, kind, how in product(*axes)
     ]
 
