@@ -37,12 +37,12 @@ def three_nodes(**of_node: Any) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
+    lean = {"object_store_memory": 80 * 2**20, "include_log_monitor": False}
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(True, head_node_args=lean | {"num_cpus": 0, "include_dashboard": False, "no_monitor": True})
     try:
         for _ in range(NODES - 1):
-            cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, **of_node)
+            cluster.add_node(num_cpus=1, **lean, **of_node)
         os.environ["RAY_ADDRESS"] = cluster.address
         yield cluster
     finally:

@@ -140,7 +140,7 @@ def on_ray(
         path = jobs[0].asked.output
         assert path is not None
         with Store(path, lambda cell: cell.environment.code == code_version()) as store:
-            return Fleet(ray, jobs, store, progress, gpus=1 if resources.get("GPU") else 0).run()
+            return Fleet(ray, jobs, store, progress, _queue(ray), gpus=1 if resources.get("GPU") else 0).run()
 
 
 def accelerators_of(resources: Mapping[str, float], asked: Sequence[str]) -> list[str]:
@@ -161,14 +161,11 @@ def accelerators_of(resources: Mapping[str, float], asked: Sequence[str]) -> lis
 class Fleet:
     """The jobs of one run, their tasks on a cluster, and the driver's file that takes their rows."""
 
-    def __init__(self, ray: Any, jobs: Sequence[Job], store: Store, progress: Progress, gpus: int) -> None:
-        from ray.util.queue import Queue
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        self.ray, self.jobs, self.store, self.progress, self.gpus = ray, jobs, store, progress, gpus
-        # Beside the driver: what a task has handed over does not die with the task's node.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.arrivals = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    def __init__(
+        self, ray: Any, jobs: Sequence[Job], store: Store, progress: Progress, arrivals: Any, gpus: int = 0
+    ) -> None:
+        self.ray, self.jobs, self.store, self.progress = ray, jobs, store, progress
+        self.arrivals, self.gpus = arrivals, gpus
         self.earlier = list(store.cells)
         self.tries = dict.fromkeys(jobs, 0)
 
@@ -225,6 +222,15 @@ def _measure(asked: Request, known: list[Cell], code: str, job: str, arrivals: A
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(cell.to_line() for cell in known), encoding="utf-8")
         return sweep(replace(asked, output=path), lambda line: arrivals.put(f"{job}: {line}"), arrivals.put)
+
+
+def _queue(ray: Any) -> Any:
+    """What tasks hand rows and lines to. It lives beside the driver, so what is in it outlives the task's node."""
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
 
 def _same(one: Cell, other: Cell) -> bool:
