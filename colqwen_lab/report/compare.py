@@ -259,7 +259,7 @@ class Comparison:
 class SideBySide:
     """Comparisons by where they were measured: a device, and what else tells them apart. Never one series of several.
 
-    `left_out` are places that only one side was measured on.
+    `left_out` are places where there is one side only.
     """
 
     comparisons: dict[str, Comparison]
@@ -337,13 +337,15 @@ def by_place(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> 
     both = [_places(side) for side in (base, awq)]
     every = list(dict.fromkeys([*both[0], *both[1]]))
     shared = [place for place in every if place in both[0] and place in both[1]]
+    if len(every) > 1:  # a model alone in a file that is on both sides would be held against itself
+        shared = [at for at in shared if both[0][at] != both[1][at] or len(both[0][at].variants) > 1]
     if not shared or len(every) == 1:
         return compare(base, awq, cards)
     varied = [at for at in range(len(PLACE)) if at == 0 or len({place[at] for place in every}) > 1]
     names = {place: ", ".join(place[at] for at in varied) for place in every}
     return SideBySide(
         {names[place]: compare(both[0][place], both[1][place], cards) for place in shared},
-        tuple(f"{names[place]}: measured on one side only." for place in every if place not in shared),
+        tuple(f"{names[place]}: nothing to compare with there." for place in every if place not in shared),
     )
 
 

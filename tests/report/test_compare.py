@@ -448,7 +448,7 @@ def test_each_device_has_a_comparison_of_its_own() -> None:
         where: {row.batch_size: row.verdict for row in one.overhead} for where, one in found.comparisons.items()
     }
     assert verdicts == {"A100": {8: "slower", 16: "slower"}, "L4": {8: "faster"}}
-    assert found.left_out == ("T4 <b>: measured on one side only.",)
+    assert found.left_out == ("T4 <b>: nothing to compare with there.",)
     for one in found.comparisons.values():
         assert len({c.environment.gpu for series in (one.base, one.awq) for c in series.cells}) == 1
         assert not any("No verdict on speed" in caveat for caveat in one.caveats)
