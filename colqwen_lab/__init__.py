@@ -161,6 +161,7 @@ def plan(
     kernel: str = "tritonv2",
     dtype: str = "bfloat16",
     tokens: int = 0,
+    execution: str = "eager",
 ) -> Plan:
     """Predicted peak memory of each model at each batch size, and the largest batch each card holds. Needs no GPU.
 
@@ -170,9 +171,11 @@ def plan(
         size: tiny, mid, 4b, 8b.
         cards: memory in GB or GPUs by name, "8,RTX 4070".
         protocol: lean or published.
-        kernel: how packed weights are multiplied: tritonv2 (dequantise a weight, then multiply), torch, fused.
+        kernel: how packed weights are multiplied: tritonv2 (dequantise a weight, then multiply), torch, fused; in
+            execution fast also int4 (a CPU's) and, for 16-bit weights, fp8.
         dtype: bfloat16, float16 or float32.
         tokens: tokens of every query; 0 means the report's queries.
+        execution: eager or fast.
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.
@@ -189,7 +192,7 @@ def plan(
         raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries, or 1 or more")
     budgets = [find_card(card) for card in listed(cards) if card != ""]
     cells, found = run(
-        listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, tokens or None
+        listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, tokens or None, execution
     )
     return Plan(Results(tuple(cells)), tuple(found))
 

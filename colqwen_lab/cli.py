@@ -103,13 +103,16 @@ def plan(
     protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
     card: Annotated[list[str], typer.Option("--card", help="Memory in GB, or a GPU's name; several times.")] = [],  # noqa: B006
     kernel: Annotated[
-        str, typer.Option(help="How packed weights are multiplied: tritonv2, torch, fused.")
+        str, typer.Option(help="How weights are multiplied: tritonv2, torch, fused; fast: also int4, fp8.")
     ] = "tritonv2",
+    execution: Annotated[str, typer.Option(help="eager or fast.")] = "eager",
     tokens: Annotated[int, typer.Option(help="Tokens of every query; 0 means the report's queries.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Predict peak memory, and the largest batch a card holds. Needs no GPU, no weights, no network."""
-    made = lab.plan(model, batch_sizes, size=size, cards=card, protocol=protocol, kernel=kernel, tokens=tokens)
+    made = lab.plan(
+        model, batch_sizes, size=size, cards=card, protocol=protocol, kernel=kernel, tokens=tokens, execution=execution
+    )
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=1))
     else:

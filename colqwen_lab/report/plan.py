@@ -250,7 +250,7 @@ def beside(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> pd.Dat
                 "items/s": rounded(rate),
                 "limit items/s": rounded(limit),
                 "share of limit %": round(100 * rate / limit, 1) if rate and limit else None,
-                "note": "" if twin else "this kernel's buffers, or this execution, are not modelled",
+                "note": "" if twin else "this kernel's buffers are not modelled",
             }
         )
     frame = pd.DataFrame(rows)
