@@ -164,7 +164,7 @@ def test_an_unmodelled_kernel_is_said_so() -> None:
     table = lab.beside(
         type(lab.load("published"))((cells[0].model_copy(update={"backend": backend, "origin": "measured"}),))
     )
-    assert table["note"][0] == "this kernel's buffers, or this execution, are not modelled"
+    assert table["note"][0] == "this kernel's buffers are not modelled"
     assert table["predicted MiB"].isna().all()
 
 
