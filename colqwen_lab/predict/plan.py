@@ -19,6 +19,18 @@ SEARCHED_TO = 4096
 MARGIN = 0.05
 
 
+# The model of each kernel, by what stands in its name.
+MODELLED = {
+    "tritonv2": "tritonv2",
+    "auto_round:torch": "torch",
+    "marlin": "fused",
+    "humming": "fused",
+    "exllama": "fused",
+    "_scaled_mm": "fp8",
+    "_weight_int4pack_mm_for_cpu": "int4",
+}
+
+
 @dataclass(frozen=True)
 class CardPlan:
     """What a variant does on a card. `binds` says what stops a larger batch; bytes are predicted.
@@ -52,9 +64,10 @@ class Planner:
         padded: bool = False,
         workload: str = "queries",
         visual_tokens: int = VISUAL_TOKENS,
+        execution: str = "eager",
     ) -> None:
         self.protocol, self.tokens, self.padded = one_of("protocol", protocol, PROTOCOLS), tokens, padded
-        self.predictor = predictor(model, size, dtype, kernel, workload, visual_tokens)
+        self.predictor = predictor(model, size, dtype, kernel, execution, workload, visual_tokens)
         self._known: dict[tuple[int, Target], Cell] = {}
 
     def cell(self, batch_size: int, target: Target = A100) -> Cell:
@@ -126,6 +139,7 @@ def plan(
     tokens: int | None = None,
     workload: str = "queries",
     visual_tokens: int = VISUAL_TOKENS,
+    execution: str = "eager",
 ) -> tuple[list[Cell], list[CardPlan]]:
     """`(cells, cards)`: every model at every batch size on an A100, and its largest batch on every card.
 
@@ -135,7 +149,7 @@ def plan(
     batches = list(batch_sizes)
     cells, plans = [], []
     for model in models:
-        planner = Planner(model, size, protocol, dtype, kernel, tokens, False, workload, visual_tokens)
+        planner = Planner(model, size, protocol, dtype, kernel, tokens, False, workload, visual_tokens, execution)
         cells += [planner.cell(batch) for batch in batches]
         plans += [planner.on_card(card) for card in cards]
     return cells, plans
@@ -147,15 +161,22 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
 
     def like(cell: Cell) -> Cell | None:
         kernel, work = kernel_model(cell), cell.workload
-        if kernel is None or cell.execution != "eager" or cell.memory is None:
+        if kernel is None or cell.memory is None:
             return None
         pages = work.kind == "pages"
         if pages and (work.padded_share != 0 or work.visual_tokens is None):
             return None  # pages of several sizes, or not recorded
         # The report's queries are known by their batch; others, and pages, by the length they were padded to.
         tokens = work.tokens if pages or (work.texts and work.texts.startswith("natural")) else None
-        asked = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel, tokens)
-        asked += (tokens is not None and not pages, work.kind, work.visual_tokens or VISUAL_TOKENS)
+        asked: tuple[Any, ...] = (
+            cell.variant,
+            cell.size,
+            cell.protocol,
+            cell.backend.dtype or "bfloat16",
+            kernel,
+            tokens,
+        )
+        asked += (tokens is not None and not pages, work.kind, work.visual_tokens or VISUAL_TOKENS, cell.execution)
         if asked not in planners:
             try:
                 planners[asked] = Planner(*asked)
@@ -163,7 +184,10 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
                 return None  # a folder or a repository: its network is not one of the named sizes
         capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
         on_gpu = cell.environment.gpu is not None
-        target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
+        # The allocator counts the whole process, and so the workspace that an eager way of the same run left.
+        with_eager = cell.execution == "fast" and cell.timing and any(" eager/" in w for w in cell.timing.ways_in_turn)
+        workspaces = 2 if with_eager else 1
+        target = Target(cell.environment.device, (capability[0], capability[1]), workspaces) if on_gpu else HOST
         return planners[asked].cell(cell.batch_size, target)
 
     return [like(cell) for cell in cells]
@@ -172,7 +196,6 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
 def kernel_model(cell: Cell) -> str | None:
     """The model of the kernel that a cell ran on; None where there is none. The report ran the Triton fallback."""
     engaged = " ".join(cell.backend.engaged)
-    fused = any(name in engaged for name in ("marlin", "humming", "exllama"))
-    if "torch.nn.Linear" in engaged or "tritonv2" in engaged or cell.origin == "published":
+    if "torch.nn.Linear" in engaged or cell.origin == "published":
         return "tritonv2"
-    return "fused" if fused else "torch" if engaged.startswith("auto_round:torch") else None
+    return next((kernel for name, kernel in MODELLED.items() if name in engaged), None)
