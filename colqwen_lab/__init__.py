@@ -53,11 +53,13 @@ __all__ = [
 @checked
 def sweep(
     model: str | Sequence[str] = "awq",
-    batch_sizes: str | int | Iterable[int] = "8,16,32,64,128,256",
+    batch_sizes: str | int | Iterable[int] = "auto",
     *,
     size: str = "auto",
     workload: str = "queries",
     texts: str = "report",
+    visual_tokens: int = 1280,
+    pages: str = "",
     weights: str = "auto",
     execution: str = "eager",
     backend: str = "auto",
@@ -68,17 +70,20 @@ def sweep(
     card: str | float = "",
     output: str = "",
     fresh: bool = False,
-    min_steps: int = 10,
+    min_steps: int = 0,
     max_s: float = 3.0,
 ) -> Results:
     """Throughput and peak memory of each model at each batch size, measured here; cells on file already are kept.
 
     Args:
         model: base, awq, an AutoRound scheme such as W8A16, a folder, a hub id; or several, "base,awq", timed in turn.
-        batch_sizes: "8,16", 8 or [8, 16].
+        batch_sizes: "8,16", 8 or [8, 16]; auto is 8,16,32,64,128,256 queries, or 1,2,4 pages.
         size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b.
-        workload: queries.
-        texts: report (the report's formula) or natural (distinct queries of several lengths).
+        workload: queries or pages.
+        texts: of queries: report (the report's formula) or natural (distinct queries of several lengths).
+        visual_tokens: of pages: the budget of an image, a visual token being 32 x 32 pixels.
+        pages: a folder of images, an image, or a PDF; by default A4 pages that the lab draws, or in the size
+            WIDTHxHEIGHT, "512x512".
         weights: auto (tiny: its default; else the hub), hub, random, or a checkpoint folder.
         execution: eager (the forward of transformers) or fast (fused, in length buckets, as CUDA graphs on a GPU).
         backend: the kernel for packed weights: auto, or a name such as torch, ark, tritonv2, marlin, humming; in
@@ -92,7 +97,7 @@ def sweep(
             on a bigger GPU. The throughput is then this GPU's under the cap, not the card's.
         output: the records file; by default one under outputs/ named after the models.
         fresh: measure again what is on file; the old rows move aside.
-        min_steps: timed steps a cell, at least.
+        min_steps: timed steps a cell, at least; 0 means 10 of queries, 6 of pages.
         max_s: seconds a cell is timed, at most, once it has its steps.
 
     Raises:
@@ -104,9 +109,12 @@ def sweep(
     from colqwen_lab.measure.sweep import request
     from colqwen_lab.measure.sweep import sweep as run
     from colqwen_lab.report.series import Results
+    from colqwen_lab.runtime.workloads import WORKLOADS
 
+    min_steps = min_steps or WORKLOADS[one_of("workload", workload, WORKLOADS)].min_steps
     patience = Patience(min_steps=min_steps, max_steps=max(200, min_steps), min_s=min(0.3, max_s), max_s=max_s)
     options: dict[str, Any] = {"size": size, "workload": workload, "texts": texts, "weights": weights}
+    options |= {"visual_tokens": visual_tokens, "pages": pages}
     options |= {"execution": execution, "backend": backend, "protocol": protocol, "dtype": dtype, "fresh": fresh}
     options |= {"ways": ways, "control": control}
     options |= {"output": Path(output) if output else None, "card": find_card(card) if card != "" else None}
@@ -160,6 +168,8 @@ def plan(
     protocol: str = "lean",
     kernel: str = "tritonv2",
     dtype: str = "bfloat16",
+    workload: str = "queries",
+    visual_tokens: int = 1280,
     tokens: int = 0,
     execution: str = "eager",
 ) -> Plan:
@@ -174,7 +184,9 @@ def plan(
         kernel: how packed weights are multiplied: tritonv2 (dequantise a weight, then multiply), torch, fused; in
             execution fast also int4 (a CPU's) and, for 16-bit weights, fp8.
         dtype: bfloat16, float16 or float32.
-        tokens: tokens of every query; 0 means the report's queries.
+        workload: queries or pages.
+        visual_tokens: of pages: the budget of an image.
+        tokens: tokens of every item; 0 means the report's queries, or A4 pages.
         execution: eager or fast.
 
     Raises:
@@ -189,11 +201,15 @@ def plan(
 
     one_of("size", size, SIZES)
     if tokens < 0:
-        raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries, or 1 or more")
+        raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries or A4 pages, or 1 or more")
     budgets = [find_card(card) for card in listed(cards) if card != ""]
-    cells, found = run(
-        listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, tokens or None, execution
-    )
+    how: dict[str, Any] = {
+        "tokens": tokens or None,
+        "workload": workload,
+        "visual_tokens": visual_tokens,
+        "execution": execution,
+    }
+    cells, found = run(listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, **how)
     return Plan(Results(tuple(cells)), tuple(found))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,6 +25,8 @@ INTERRUPTED = 130
 Models = Annotated[list[str], typer.Option("-m", "--model", help="base, awq, W8A16 ..., a folder or a hub id.")]
 Size = Annotated[str, typer.Option("--size", help="auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b.")]
 Weights = Annotated[str, typer.Option("--weights", help="auto, hub, random, or a checkpoint folder.")]
+Workload = Annotated[str, typer.Option("--workload", help="queries or pages.")]
+VisualTokens = Annotated[int, typer.Option("--visual-tokens", help="Budget of a page's image, of 32 x 32 pixels each.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -56,9 +58,13 @@ def doctor() -> None:
 def sweep(
     model: Models = ["awq"],  # noqa: B006  (typer's way to give a list a default)
     size: Size = "auto",
-    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32.")] = "8,16,32,64,128,256",
-    workload: Annotated[str, typer.Option(help="queries.")] = "queries",
+    batch_sizes: Annotated[
+        str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32; auto: by workload.")
+    ] = "auto",
+    workload: Workload = "queries",
     texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
+    visual_tokens: VisualTokens = 1280,
+    pages: Annotated[str, typer.Option(help="A folder, an image or a PDF; else drawn: A4, or such as 512x512.")] = "",
     weights: Weights = "auto",
     execution: Annotated[str, typer.Option(help="eager, or fast: fused, in length buckets, CUDA graphs.")] = "eager",
     backend: Annotated[str, typer.Option(help="Kernel: auto, torch, ark, tritonv2, humming; fast: fp8 ...")] = "auto",
@@ -79,6 +85,8 @@ def sweep(
         size=size,
         workload=workload,
         texts=texts,
+        visual_tokens=visual_tokens,
+        pages=pages,
         weights=weights,
         execution=execution,
         backend=backend,
@@ -106,13 +114,19 @@ def plan(
         str, typer.Option(help="How weights are multiplied: tritonv2, torch, fused; fast: also int4, fp8.")
     ] = "tritonv2",
     execution: Annotated[str, typer.Option(help="eager or fast.")] = "eager",
-    tokens: Annotated[int, typer.Option(help="Tokens of every query; 0 means the report's queries.")] = 0,
+    workload: Workload = "queries",
+    visual_tokens: VisualTokens = 1280,
+    tokens: Annotated[int, typer.Option(help="Tokens of every item; 0: the report's queries, or A4 pages.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Predict peak memory, and the largest batch a card holds. Needs no GPU, no weights, no network."""
-    made = lab.plan(
-        model, batch_sizes, size=size, cards=card, protocol=protocol, kernel=kernel, tokens=tokens, execution=execution
-    )
+    options: dict[str, Any] = {
+        "protocol": protocol,
+        "kernel": kernel,
+        "workload": workload,
+        "visual_tokens": visual_tokens,
+    }
+    made = lab.plan(model, batch_sizes, size=size, cards=card, tokens=tokens, execution=execution, **options)
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=1))
     else:

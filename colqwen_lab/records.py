@@ -35,13 +35,28 @@ class Value(BaseModel):
 
 
 class Workload(Value):
-    """What one step embeds. `tokens` is the padded length of the longest batch, `padded_share` of all tokens."""
+    """What one step embeds. `tokens` is the padded length of the longest batch, `padded_share` of all tokens.
+
+    Of pages: the budget of `visual_tokens`, what `pages` they are, how many `distinct` ones, how many files were
+    `refused`, the bytes of index of one, and the seconds that a processor takes for one, outside the step.
+    """
 
     kind: Literal["queries", "pages"]
     batch_size: int = Field(gt=0)
     tokens: int | None = Field(default=None, gt=0)
     texts: str | None = None
     padded_share: float | None = Field(default=None, ge=0, le=1)
+    visual_tokens: int | None = Field(default=None, gt=0)
+    pages: str | None = None
+    distinct: int | None = None
+    refused: int | None = None
+    index_bytes: int | None = None
+    preprocess_s: float | None = None
+
+    @property
+    def budget(self) -> str:
+        """What tells the pages of one budget from those of another; "queries" where there is none."""
+        return f"{self.kind} of {self.visual_tokens} visual tokens" if self.visual_tokens else self.kind
 
 
 class Backend(Value):
@@ -96,6 +111,13 @@ class Limits(Value):
 
     flops_per_s: float
     bytes_per_s: float
+
+
+class Towers(Value):
+    """Seconds of a step within the vision tower, and in all the rest; measured in a pass of its own."""
+
+    vision_s: float
+    decoder_s: float
 
 
 class Difference(Value):
@@ -186,6 +208,7 @@ class Cell(Value):
     work: Work | None = None
     limits: Limits | None = None
     difference: Difference | None = None
+    towers: Towers | None = None
     card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[str, dict[str, Any]] | None = None
@@ -197,12 +220,12 @@ class Cell(Value):
 
     def settings(self) -> tuple[str, ...]:
         """What two series must share to be compared at equal batch: size, workload, execution, protocol."""
-        return (self.size, self.workload.kind, self.execution, self.protocol)
+        return (self.size, self.workload.budget, self.execution, self.protocol)
 
     def key(self) -> tuple[str, ...]:
         """What makes this cell this cell, within one environment. A sweep holds each key once."""
         work = self.workload
-        asked = (self.backend.requested, work.texts or "", str(work.batch_size))
+        asked = (self.backend.requested, work.pages or work.texts or "", str(work.batch_size))
         return (self.variant, self.weights, *self.settings(), *asked, self.card.name if self.card else "")
 
     def to_line(self) -> str:

@@ -16,12 +16,13 @@ import torch
 from colqwen_lab.cards import Card
 from colqwen_lab.errors import BadInput, LabError, Unmet, one_of
 from colqwen_lab.measure.cap import MARGIN, METHOD, VERIFIED_RUNS, largest_running, set_cap
-from colqwen_lab.measure.clock import CLOCK, Patience, Samples, time_in_turn
+from colqwen_lab.measure.clock import CLOCK, Patience, Samples, time_in_turn, time_towers
 from colqwen_lab.measure.environment import environment, gpu_state, pick_device
 from colqwen_lab.measure.limits import measured_limits
 from colqwen_lab.measure.memory import free, measure
 from colqwen_lab.model.architecture import check_size, resolve_size
 from colqwen_lab.model.loading import DTYPES, Loaded, load
+from colqwen_lab.model.pages import VISUAL_TOKENS
 from colqwen_lab.model.quantize import source_of
 from colqwen_lab.model.texts import TEXTS
 from colqwen_lab.model.variants import Variant, resolve_variant
@@ -45,11 +46,8 @@ from colqwen_lab.records import (
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, Steps
 from colqwen_lab.runtime.fast import bucket, load_fast
 from colqwen_lab.runtime.kernels import EIGHT_BIT
-from colqwen_lab.runtime.workloads import WORKLOADS, query_batches
+from colqwen_lab.runtime.workloads import WORKLOADS, Pages, query_batches
 from colqwen_lab.settings import outputs_folder
-
-BATCH_SIZES = "8,16,32,64,128,256"
-
 
 # The report's way with its fallback kernel, by device, and the best there is.
 REPORT_WAY = {"cuda": "eager/published/tritonv2", "cpu": "eager/published/torch"}
@@ -112,7 +110,9 @@ class Request:
     size: str = "auto"
     workload: str = "queries"
     texts: str = "report"
-    samples: int = 64
+    visual_tokens: int = VISUAL_TOKENS
+    pages: str = ""
+    samples: int = 0
     weights: str = "auto"
     ways: tuple[Way, ...] = (Way(),)
     dtype: str = "bfloat16"
@@ -127,6 +127,12 @@ class Request:
         one_of("workload", self.workload, WORKLOADS)
         one_of("texts", self.texts, TEXTS)
         one_of("dtype", self.dtype, DTYPES)
+        if self.workload == "pages" and any(way.execution == "fast" for way in self.ways):
+            raise BadInput("execution fast embeds queries only; valid for workload pages: eager")
+        if self.workload != "pages" and (self.pages or self.visual_tokens != VISUAL_TOKENS):
+            raise BadInput(
+                f"pages and visual_tokens go with workload pages, not {self.workload}; valid: workload pages"
+            )
         if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
             raise BadInput("weights go with a named model; a folder or a hub id as model holds its own")
         if self.weights not in WEIGHTS and not Path(self.weights).is_dir():
@@ -138,10 +144,10 @@ class Request:
             raise BadInput(f"models {', '.join(names) or 'none'}; valid: one or more different ones, such as base,awq")
 
 
-def request(
-    model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = BATCH_SIZES, **options: Any
-) -> Request:
+def request(model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = "auto", **options: Any) -> Request:
     """A checked request; `model` is a variant's name, several of them, or "base,awq".
+
+    `batch_sizes` auto are those of the workload.
 
     `options` are a Request's; instead of `ways` it takes their texts, or one `execution`, `protocol` and `backend`.
 
@@ -154,6 +160,8 @@ def request(
     if named and one != Way():
         raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
     ways = tuple(Way.of(way, pick_device().type) for way in named) or (one,)
+    if batch_sizes == "auto":
+        batch_sizes = WORKLOADS[one_of("workload", options.get("workload", "queries"), WORKLOADS)].batch_sizes
     return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options)
 
 
@@ -196,6 +204,7 @@ class Sweep:
             variant.name: _checked(variant, source_of(variant, self.size, asked.weights, self.device), asked.size)
             for variant in asked.variants
         }
+        self.pages = Pages(asked.pages, asked.visual_tokens) if asked.workload == "pages" else None
         self.entries = self._entries()
         self.environment = environment(self.device)
         self.memories: dict[tuple[Entry, int], Memory | Failure] = {}
@@ -307,7 +316,8 @@ class Sweep:
         """The cells that the request asks for."""
         asked = self.asked
         card = asked.card.name if asked.card else None
-        same = (asked.workload, asked.texts, asked.dtype, card)
+        plain = self._plain_workload(1)
+        same = (plain.budget, plain.pages or plain.texts, asked.dtype, card)
         return {
             (entry, cell.batch_size): cell
             for cell in cells
@@ -377,8 +387,10 @@ class Sweep:
         return cell
 
     def _batches(self, loaded: Loaded, batch: int) -> Any:
-        asked = self.asked
-        return query_batches(loaded.model.config, loaded.tokenizer, batch, asked.texts, asked.samples, self.device)
+        asked, config, tokenizer = self.asked, loaded.model.config, loaded.tokenizer
+        if self.pages:
+            return self.pages.batches(config, tokenizer, batch, asked.samples, self.device, self.progress)
+        return query_batches(config, tokenizer, batch, asked.texts, asked.samples, self.device)
 
     def _memory(self, entry: Entry, loaded: Loaded, batch: int) -> Memory | Failure:
         def work() -> Memory:
@@ -433,6 +445,9 @@ class Sweep:
             cell = self._cell(entry, loaded, workload, memories[entry], samples.get(entry), in_turn, states)
             if cell.status == "ok":
                 more: dict[str, Any] = {"control_s": control.step_s if control else []}
+                if self.pages:
+                    step = self._steps(entry, loaded, batches[entry].inputs)
+                    more["towers"] = time_towers(step, loaded.model.vlm.model.visual, self.device)
                 parent = _parent(entry, fitting)
                 if parent:
                     more["difference"] = self._difference(entry, parent, fitting, batches[entry].inputs[0])
@@ -453,6 +468,9 @@ class Sweep:
         return Difference(against=str(parent), cosine_mean=cosine.mean().item(), cosine_least=cosine.min().item())
 
     def _plain_workload(self, batch: int) -> Workload:
+        if self.pages:
+            label, budget = self.pages.label, self.pages.visual_tokens
+            return Workload(kind="pages", batch_size=batch, pages=label, visual_tokens=budget)
         return Workload(kind="queries", batch_size=batch, texts=self.asked.texts)
 
     @cached_property
@@ -537,8 +555,9 @@ def _checked(variant: Variant, source: Source, asked_size: str) -> Source:
 
 
 def _asked_for(cell: Cell) -> tuple[str | None, ...]:
-    texts = "report" if cell.workload.texts and cell.workload.texts.startswith("drawn") else cell.workload.texts
-    return cell.workload.kind, texts, cell.backend.requested_dtype, cell.card.name if cell.card else None
+    work = cell.workload
+    texts = "report" if work.texts and work.texts.startswith("drawn") else work.texts
+    return work.budget, work.pages or texts, cell.backend.requested_dtype, cell.card.name if cell.card else None
 
 
 def _entry_of(cell: Cell) -> Entry | None:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model import loading
 from colqwen_lab.model.network import ColQwen3, ColQwen3Output, is_text_linear
-from colqwen_lab.model.variants import Variant, resolve_variant, scheme_parts
+from colqwen_lab.model.variants import Variant, scheme_parts
 from colqwen_lab.model.weights import RandomSource, default_source
 from colqwen_lab.predict.allocator import Allocator, Block
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Work, Workload
@@ -244,6 +243,9 @@ class Predictor:
         BadInput: an unknown kernel model, or one that does not serve this variant and execution.
     """
 
+    # Parts of the network that a step multiplies by.
+    multiplied: tuple[str, ...] = ("text linears", "text norms", "head")
+
     def __init__(
         self,
         variant: Variant,
@@ -273,7 +275,7 @@ class Predictor:
         )
         self.tokenizer = source.tokenizer
         self.dtype = dtype
-        self.mode = FakeTensorMode()
+        self.mode = self.fake_mode()
         self._traces: dict[tuple[int, bool, str, str, bool], list[Trace]] = {}
         self._fake()
         # What multiplies packed weights; execution `fast` lets go of the linears that it took over.
@@ -294,6 +296,9 @@ class Predictor:
             self.tracker.label([tensor], label)
         self.made = len(self.tracker.log), len(self.tracker.labels)
         self.parts = {t.untyped_storage()._cdata: (label, t.untyped_storage().nbytes()) for label, t in parts}
+
+    def fake_mode(self) -> FakeTensorMode:
+        return FakeTensorMode()
 
     def _fake(self) -> None:
         """Put a fake tensor in the place of every meta and real one."""
@@ -383,6 +388,11 @@ class Predictor:
             return self._run(batch_size, *asked)
         return first.at(batch_size, second)
 
+    def _inputs(self, batch_size: int, tokens: int, masked: bool) -> dict[str, Tensor]:
+        with self.mode:
+            ids = torch.empty((batch_size, tokens), dtype=torch.int64)
+            return {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if masked else {})
+
     def _run(
         self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str, on_gpu: bool = True
     ) -> Trace:
@@ -390,9 +400,7 @@ class Predictor:
         if fast:
             fast.on_gpu, fast.graph, fast.captured = on_gpu, (), (0, 0)
         tracker.rewind(*self.made)
-        with self.mode:
-            ids = torch.empty((batch_size, tokens), dtype=torch.int64)
-            inputs = {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if masked else {})
+        inputs = self._inputs(batch_size, tokens, masked)
         with self.mode, tracker:
             tracker.see(("inputs", tensor) for tensor in inputs.values())
             before = len(tracker.log)
@@ -427,17 +435,8 @@ class Predictor:
 
     def _least_bytes(self, workload: Workload) -> int:
         """Bytes that a step must move at least: every weight it multiplies by, once, and its result."""
-        used = ("text linears", "text norms", "head")
-        weights = sum(size for label, size in self.parts.values() if label.startswith(used))
+        weights = sum(size for label, size in self.parts.values() if label.startswith(self.multiplied))
         return weights + workload.batch_size * (workload.tokens or 0) * self.config.embed_dim * 2
-
-
-@lru_cache(maxsize=8)
-def predictor(
-    model: str, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2", execution: str = "eager"
-) -> Predictor:
-    """The predictor of these, built once in a process: its runs serve every card and batch. Raises BadInput."""
-    return Predictor(resolve_variant(model), size, dtype, kernel, execution)
 
 
 def _label_output(tracker: MemoryTracker, output: ColQwen3Output) -> None:
