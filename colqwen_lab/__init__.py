@@ -187,7 +187,7 @@ def plan(
         workload: queries or pages.
         visual_tokens: of pages: the budget of an image.
         tokens: tokens of every item; 0 means the report's queries, or A4 pages.
-        execution: eager or fast (queries only).
+        execution: eager or fast.
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -120,8 +120,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict peak memory, and the largest batch a card holds. Needs no GPU, no weights, no network."""
-    options = {"protocol": protocol, "kernel": kernel, "execution": execution, "workload": workload}
-    made = lab.plan(model, batch_sizes, size=size, cards=card, tokens=tokens, visual_tokens=visual_tokens, **options)
+    options: dict[str, Any] = {
+        "protocol": protocol,
+        "kernel": kernel,
+        "workload": workload,
+        "visual_tokens": visual_tokens,
+    }
+    made = lab.plan(model, batch_sizes, size=size, cards=card, tokens=tokens, execution=execution, **options)
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=1))
     else:

@@ -123,7 +123,7 @@ class PagePredictor(Predictor):
 
     def _inputs(self, batch_size: int, tokens: int, masked: bool) -> dict[str, Tensor]:
         """As a run has them: ids, mask and grid with their values. A grid's shape alone does not tell in memory."""
-        vision: Any = self.config.vision_config
+        vision = self.config.vision_config
         side = vision.spatial_merge_size
         grid = (1, side, side * (tokens - len(prompt_ids(self.tokenizer, self.config, 0))))
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -150,14 +150,14 @@ def predictor(
     size: str,
     dtype: str = "bfloat16",
     kernel: str = "tritonv2",
-    execution: str = "eager",
     workload: str = "queries",
     visual_tokens: int = VISUAL_TOKENS,
+    execution: str = "eager",
 ) -> Predictor:
     """The predictor of these, built once in a process: its runs serve every card and batch. Raises BadInput."""
     variant = resolve_variant(model)
-    if one_of("workload", workload, WORKLOADS) == "queries":
-        return Predictor(variant, size, dtype, kernel, execution)
-    if execution == "fast":
-        raise BadInput("execution fast embeds queries only; valid for workload pages: eager")
-    return PagePredictor(variant, size, dtype, kernel, visual_tokens)
+    if one_of("workload", workload, WORKLOADS) == "pages":
+        if execution == "fast":
+            raise BadInput("execution fast embeds queries; valid for pages: eager")
+        return PagePredictor(variant, size, dtype, kernel, visual_tokens)
+    return Predictor(variant, size, dtype, kernel, execution)

@@ -67,7 +67,7 @@ class Planner:
         execution: str = "eager",
     ) -> None:
         self.protocol, self.tokens, self.padded = one_of("protocol", protocol, PROTOCOLS), tokens, padded
-        self.predictor = predictor(model, size, dtype, kernel, execution, workload, visual_tokens)
+        self.predictor = predictor(model, size, dtype, kernel, workload, visual_tokens, execution)
         self._known: dict[tuple[int, Target], Cell] = {}
 
     def cell(self, batch_size: int, target: Target = A100) -> Cell:
@@ -168,15 +168,14 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
             return None  # pages of several sizes, or not recorded
         # The report's queries are known by their batch; others, and pages, by the length they were padded to.
         tokens = work.tokens if pages or (work.texts and work.texts.startswith("natural")) else None
-        asked: tuple[Any, ...] = (
-            cell.variant,
-            cell.size,
-            cell.protocol,
-            cell.backend.dtype or "bfloat16",
-            kernel,
+        asked: tuple[Any, ...] = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel)
+        asked += (
             tokens,
+            tokens is not None and not pages,
+            work.kind,
+            work.visual_tokens or VISUAL_TOKENS,
+            cell.execution,
         )
-        asked += (tokens is not None and not pages, work.kind, work.visual_tokens or VISUAL_TOKENS, cell.execution)
         if asked not in planners:
             try:
                 planners[asked] = Planner(*asked)

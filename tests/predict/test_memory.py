@@ -69,7 +69,7 @@ def test_agrees_with_the_tracker_in_fast(
 ) -> None:
     source = default_source(VARIANTS["base"], "tiny", "auto", CPU)
     loaded = load_fast(source if variant == "base" else FolderSource(packed("auto_round")), CPU, backend)
-    made = cached(variant, "tiny", "bfloat16", kernel, "fast")
+    made = cached(variant, "tiny", "bfloat16", kernel, execution="fast")
     for batch in (1, 8, 64):
         batches = query_batches(loaded.model.config, loaded.tokenizer, batch, "report", 64, CPU)
         longest = [max(batches.inputs, key=lambda one: one["input_ids"].shape[1])]
@@ -83,7 +83,7 @@ def test_agrees_with_the_tracker_in_fast(
 @pytest.mark.parametrize("target", [A100, HOST])
 @pytest.mark.parametrize(("variant", "kernel"), [("base", "fp8"), ("awq", "fused"), ("W8A16", "tritonv2")])
 def test_parts_add_up_in_fast(variant: str, kernel: str, target: Target) -> None:
-    found = memory(cached(variant, "tiny", "bfloat16", kernel, "fast").cell(8, target=target))
+    found = memory(cached(variant, "tiny", "bfloat16", kernel, execution="fast").cell(8, target=target))
     assert sum((found.ledger or {}).values()) == found.peak_bytes
     assert (found.least_reserved_bytes or found.peak_bytes) >= found.peak_bytes
 
@@ -201,7 +201,7 @@ def test_bad_input() -> None:
         Predictor(VARIANTS["base"], "tiny", kernel="fp8")
     for kernel, variant in (("fp8", "awq"), ("int4", "W8A16")):
         with pytest.raises(BadInput, match=f"kernel {kernel} does not multiply {variant}; valid: tritonv2, torch"):
-            cached(variant, "tiny", "bfloat16", kernel, "fast")
+            cached(variant, "tiny", "bfloat16", kernel, execution="fast")
     with pytest.raises(BadInput, match="'published' keeps a KV cache, which execution fast has not; valid: lean"):
         cached("base", "tiny", execution="fast").cell(1, "published")
     with pytest.raises(BadInput, match="unknown dtype 'int4'"):
