@@ -200,7 +200,7 @@ def plan(
     if tokens < 0:
         raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries or A4 pages, or 1 or more")
     budgets = [find_card(card) for card in listed(cards) if card != ""]
-    how = {"tokens": tokens or None, "workload": workload, "visual_tokens": visual_tokens}
+    how: dict[str, Any] = {"tokens": tokens or None, "workload": workload, "visual_tokens": visual_tokens}
     cells, found = run(listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, **how)
     return Plan(Results(tuple(cells)), tuple(found))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -58,7 +58,7 @@ def doctor() -> None:
 def sweep(
     model: Models = ["awq"],  # noqa: B006  (typer's way to give a list a default)
     size: Size = "auto",
-    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32; auto: by workload.")] = "auto",
+    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="8,16,32; auto: by workload.")] = "auto",
     workload: Workload = "queries",
     texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
     visual_tokens: VisualTokens = 1280,
@@ -117,7 +117,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict peak memory, and the largest batch a card holds. Needs no GPU, no weights, no network."""
-    options = {"protocol": protocol, "kernel": kernel, "workload": workload, "visual_tokens": visual_tokens}
+    options: dict[str, Any] = {
+        "protocol": protocol,
+        "kernel": kernel,
+        "workload": workload,
+        "visual_tokens": visual_tokens,
+    }
     made = lab.plan(model, batch_sizes, size=size, cards=card, tokens=tokens, **options)
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=1))

@@ -9,10 +9,11 @@ from typing import Any
 from colqwen_lab.cards import Card, Fit, fit_of, need_bytes
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model.pages import VISUAL_TOKENS
-from colqwen_lab.predict.memory import A100, HOST, Target
-from colqwen_lab.predict.pages import predictor
+from colqwen_lab.predict.memory import A100, HOST, Predictor, Target, predictor
+from colqwen_lab.predict.pages import page_predictor
 from colqwen_lab.records import Cell, Memory
 from colqwen_lab.runtime.execution import PROTOCOLS
+from colqwen_lab.runtime.workloads import WORKLOADS
 
 SEARCHED_TO = 4096
 # Near the edge a run may fail by how its memory lies; a sweep under a card's cap stays this share below it too.
@@ -54,7 +55,11 @@ class Planner:
         visual_tokens: int = VISUAL_TOKENS,
     ) -> None:
         self.protocol, self.tokens, self.padded = one_of("protocol", protocol, PROTOCOLS), tokens, padded
-        self.predictor = predictor(model, size, dtype, kernel, workload, visual_tokens)
+        self.item = "page" if workload == "pages" else "query"
+        if one_of("workload", workload, WORKLOADS) == "pages":
+            self.predictor: Predictor = page_predictor(model, size, dtype, kernel, visual_tokens)
+        else:
+            self.predictor = predictor(model, size, dtype, kernel)
         self._known: dict[tuple[int, Target], Cell] = {}
 
     def cell(self, batch_size: int, target: Target = A100) -> Cell:
@@ -74,7 +79,7 @@ class Planner:
 
         verdict = fit_of(memory(1), card.nominal_bytes)
         if verdict != "fits":
-            batch, binds = (1 if verdict == "tight" else None), "weights and one item"
+            batch, binds = (1 if verdict == "tight" else None), f"weights and one {self.item}"
         else:
             batch = largest(lambda size: need_bytes(memory(size))[1], card.usable_bytes, SEARCHED_TO)
             binds = "memory" if batch < SEARCHED_TO else f"nothing up to batch {SEARCHED_TO}"
@@ -154,7 +159,14 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
             return None  # pages of several sizes, or not recorded
         # The report's queries are known by their batch; others, and pages, by the length they were padded to.
         tokens = work.tokens if pages or (work.texts and work.texts.startswith("natural")) else None
-        asked = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel, tokens)
+        asked: tuple[Any, ...] = (
+            cell.variant,
+            cell.size,
+            cell.protocol,
+            cell.backend.dtype or "bfloat16",
+            kernel,
+            tokens,
+        )
         asked += (tokens is not None and not pages, work.kind, work.visual_tokens or VISUAL_TOKENS)
         if asked not in planners:
             try:
