@@ -58,9 +58,7 @@ def doctor() -> None:
 def sweep(
     model: Models = ["awq"],  # noqa: B006  (typer's way to give a list a default)
     size: Size = "auto",
-    batch_sizes: Annotated[
-        str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32; auto: by workload.")
-    ] = "auto",
+    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="8,16,32; auto: by workload.")] = "auto",
     workload: Workload = "queries",
     texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
     visual_tokens: VisualTokens = 1280,
