@@ -186,6 +186,7 @@ def plan(
     workload: str = "queries",
     visual_tokens: int = 1280,
     tokens: int = 0,
+    execution: str = "eager",
 ) -> Plan:
     """Predicted peak memory of each model at each batch size, and the largest batch each card holds. Needs no GPU.
 
@@ -195,11 +196,13 @@ def plan(
         size: tiny, mid, 4b, 8b.
         cards: memory in GB or GPUs by name, "8,RTX 4070".
         protocol: lean or published.
-        kernel: how packed weights are multiplied: tritonv2 (dequantise a weight, then multiply), torch, fused.
+        kernel: how packed weights are multiplied: tritonv2 (dequantise a weight, then multiply), torch, fused; in
+            execution fast also int4 (a CPU's) and, for 16-bit weights, fp8.
         dtype: bfloat16, float16 or float32.
         workload: queries or pages.
         visual_tokens: of pages: the budget of an image.
         tokens: tokens of every item; 0 means the report's queries, or A4 pages.
+        execution: eager or fast.
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.
@@ -215,7 +218,12 @@ def plan(
     if tokens < 0:
         raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries or A4 pages, or 1 or more")
     budgets = [find_card(card) for card in listed(cards) if card != ""]
-    how = {"tokens": tokens or None, "workload": workload, "visual_tokens": visual_tokens}
+    how: dict[str, Any] = {
+        "tokens": tokens or None,
+        "workload": workload,
+        "visual_tokens": visual_tokens,
+        "execution": execution,
+    }
     cells, found = run(listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, **how)
     return Plan(Results(tuple(cells)), tuple(found))
 
