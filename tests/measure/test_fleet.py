@@ -228,6 +228,16 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         on_ray("base", "1", **OPTIONS)
 
 
+def test_the_committed_run_lost_nothing() -> None:
+    """The record of `python tests/three_nodes.py`."""
+    folder = Path(__file__).parents[2] / "outputs" / "fleet"
+    cells, alone = (read_cells(folder / name) for name in ("three-nodes.jsonl", "one-machine.jsonl"))
+    record = json.loads((folder / "three-nodes.json").read_text())
+    assert (record["exit_code"], record["went_on_elsewhere"], record["cells"]) == (0, 1, len(cells))
+    assert len(set(keys(cells))) == len(cells)
+    assert untimed(cells) == untimed(alone)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     pytest.importorskip("ray")
