@@ -277,7 +277,7 @@ def _cluster(address: str) -> Iterator[Any]:
             socket.create_connection((host, int(port)), timeout=5).close()
         # Ray's own lines carry the nodes' addresses, and go to stdout; progress comes through the queue.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         why = " ".join(str(error).split())[:200]
         raise Unmet(
             f"no Ray cluster at {address} ({why}); start one with `ray start --head`, or name another"
