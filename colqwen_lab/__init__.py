@@ -320,14 +320,14 @@ def fidelity(
         BadInput: a wrong value; the message names the valid ones.
         Unmet: no weights, or no kernel for them, here.
     """
-    from colqwen_lab.fidelity import data as sets
-    from colqwen_lab.fidelity import run
     from colqwen_lab.measure.environment import pick_device
     from colqwen_lab.measure.sweep import to_stderr
     from colqwen_lab.model.architecture import resolve_size
     from colqwen_lab.model.drawn import SMALL_WIDTH, WIDTH
     from colqwen_lab.records import listed
     from colqwen_lab.report.fidelity import Fidelities, check_margin
+    from colqwen_lab.retrieval import data as sets
+    from colqwen_lab.retrieval import run
 
     check_margin(margin)
     device = pick_device()

@@ -58,7 +58,9 @@ def doctor() -> None:
 def sweep(
     model: Models = ["awq"],  # noqa: B006  (typer's way to give a list a default)
     size: Size = "auto",
-    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32; auto: by workload.")] = "auto",
+    batch_sizes: Annotated[
+        str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32; auto: by workload.")
+    ] = "auto",
     workload: Workload = "queries",
     texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
     visual_tokens: VisualTokens = 1280,
@@ -168,9 +170,7 @@ def fidelity(
     """What quantising does to retrieval: rankings, scores and embeddings against BASE's, with intervals."""
     given = {"queries": queries, "pages": pages, "visual_tokens": visual_tokens, "output": output}
     models = [name for names in model for name in names.split(",")]
-    found = lab.fidelity(
-        models, data, size=size, weights=weights, iters=iters, plain=plain, margin=margin, **given
-    )
+    found = lab.fidelity(models, data, size=size, weights=weights, iters=iters, plain=plain, margin=margin, **given)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:

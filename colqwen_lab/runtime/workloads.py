@@ -34,7 +34,6 @@ from colqwen_lab.model.processing import QUERY_SUFFIX_TOKENS, encode_queries, le
 from colqwen_lab.records import Workload
 
 
-
 class Habit(NamedTuple):
     """What a sweep measures of a workload unless it is told: batch sizes, and timed steps at least.
 
