@@ -168,9 +168,19 @@ def fidelity(
     as_json: Json = False,
 ) -> None:
     """What quantising does to retrieval: rankings, scores and embeddings against BASE's, with intervals."""
-    given = {"queries": queries, "pages": pages, "visual_tokens": visual_tokens, "output": output}
-    models = [name for names in model for name in names.split(",")]
-    found = lab.fidelity(models, data, size=size, weights=weights, iters=iters, plain=plain, margin=margin, **given)
+    found = lab.fidelity(
+        [name for names in model for name in names.split(",")],
+        data,
+        size=size,
+        weights=weights,
+        iters=iters,
+        plain=plain,
+        margin=margin,
+        queries=queries,
+        pages=pages,
+        visual_tokens=visual_tokens,
+        output=output,
+    )
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:

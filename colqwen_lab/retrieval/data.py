@@ -106,8 +106,8 @@ def _folder(folder: Path) -> Corpus:
         if number == 1 and parts[-1] == "score":
             continue
         try:
-            query, page, score = parts
-            relevance.setdefault(query, {})[page] = int(score)
+            query, answer, score = parts
+            relevance.setdefault(query, {})[answer] = int(score)
         except ValueError:
             raise BadInput(f"{path} line {number} is not QUERY-ID, CORPUS-ID and a whole SCORE, by tabs") from None
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mteb.models import ModelMeta, ScoringFunction
+from mteb.models import ModelMeta
+from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence

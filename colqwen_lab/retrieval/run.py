@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ def _one(
     return record, against
 
 
-def _values(scores: np.ndarray, base: np.ndarray, cosines: Sequence[Tensor], corpus: Corpus) -> dict:
+def _values(scores: np.ndarray, base: np.ndarray, cosines: Sequence[Tensor], corpus: Corpus) -> dict[str, Any]:
     ranked, before = metrics.ranking(scores), metrics.ranking(base)
     values = metrics.retrieval(ranked, corpus.query_ids, corpus.page_ids, corpus.relevance)
     values |= {f"overlap@{k}": metrics.overlap(ranked, before, k) for k in metrics.OVERLAP_AT}
@@ -176,5 +177,5 @@ def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:
 def _quantiles(cosines: Sequence[Tensor]) -> Cosines:
     every = torch.cat(list(cosines)).numpy()
     q01, q05, q25, median = (float(value) for value in np.quantile(every, [0.01, 0.05, 0.25, 0.5]))
-    ends = {"tokens": len(every), "least": float(every.min()), "mean": float(every.mean())}
-    return Cosines(**ends, q01=q01, q05=q05, q25=q25, median=median)
+    least, mean = float(every.min()), float(every.mean())
+    return Cosines(tokens=len(every), least=least, q01=q01, q05=q05, q25=q25, median=median, mean=mean)
