@@ -193,7 +193,6 @@ def plan(
     """
     from colqwen_lab.cards import find_card
     from colqwen_lab.model.architecture import SIZES
-    from colqwen_lab.predict.memory import Asked
     from colqwen_lab.predict.plan import plan as run
     from colqwen_lab.records import batch_sizes_of, listed
     from colqwen_lab.report.plan import Plan
@@ -203,8 +202,8 @@ def plan(
     if tokens < 0:
         raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries or A4 pages, or 1 or more")
     budgets = [find_card(card) for card in listed(cards) if card != ""]
-    asked = Asked(workload, visual_tokens, tokens or None)
-    cells, found = run(listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, asked)
+    how = {"tokens": tokens or None, "workload": workload, "visual_tokens": visual_tokens}
+    cells, found = run(listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, **how)
     return Plan(Results(tuple(cells)), tuple(found))
 
 

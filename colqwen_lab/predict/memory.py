@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model import loading
 from colqwen_lab.model.network import ColQwen3Output, is_text_linear
-from colqwen_lab.model.variants import Variant, resolve_variant, scheme_parts
+from colqwen_lab.model.variants import Variant, scheme_parts
 from colqwen_lab.model.weights import RandomSource, default_source
 from colqwen_lab.predict.allocator import Allocator, Block, rounded
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Work, Workload
@@ -130,6 +129,9 @@ class Predictor:
         BadInput: an unknown kernel model.
     """
 
+    # Parts of the network that a step multiplies by.
+    multiplied: tuple[str, ...] = ("text linears", "text norms", "head")
+
     def __init__(self, variant: Variant, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2") -> None:
         one_of("kernel model", kernel, KERNELS)
         one_of("dtype", dtype, loading.DTYPES)
@@ -147,12 +149,15 @@ class Predictor:
         )
         self.tokenizer = source.tokenizer
         self.dtype = dtype
-        self.mode = FakeTensorMode()
+        self.mode = self.fake_mode()
         self._traces: dict[tuple[int, bool, str, str], list[Trace]] = {}
         self._fake()
         self.linears = [(n, m) for n, m in self.model.named_modules() if is_text_linear(n)]
         if quantized:
             self._model_kernels()
+
+    def fake_mode(self) -> FakeTensorMode:
+        return FakeTensorMode()
 
     def _fake(self) -> None:
         """Put a fake tensor in the place of every meta and real one."""
@@ -238,10 +243,13 @@ class Predictor:
             return self._run(batch_size, *asked)
         return first.at(batch_size, second)
 
-    def _run(self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str) -> Trace:
+    def _inputs(self, batch_size: int, tokens: int, masked: bool) -> dict[str, Tensor]:
         with self.mode:
             ids = torch.empty((batch_size, tokens), dtype=torch.int64)
-            inputs = {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if masked else {})
+            return {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if masked else {})
+
+    def _run(self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str) -> Trace:
+        inputs = self._inputs(batch_size, tokens, masked)
         given = [("inputs", tensor) for tensor in inputs.values()]
         quantized = [layer for _, layer in self.linears if self.variant.scheme]
         with self.mode, MemoryTracker([*resident(self.model), *given]) as tracker:
@@ -274,15 +282,8 @@ class Predictor:
 
     def _least_bytes(self, workload: Workload) -> int:
         """Bytes that a step must move at least: every weight it multiplies by, once, and its result."""
-        used = ("text linears", "text norms", "head")
-        weights = sum(tensor.nbytes for label, tensor in resident(self.model) if label.startswith(used))
+        weights = sum(tensor.nbytes for label, tensor in resident(self.model) if label.startswith(self.multiplied))
         return weights + workload.batch_size * (workload.tokens or 0) * self.config.embed_dim * 2
-
-
-@lru_cache(maxsize=8)
-def predictor(model: str, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2") -> Predictor:
-    """The predictor of these, built once in a process: its runs serve every card and batch. Raises BadInput."""
-    return Predictor(resolve_variant(model), size, dtype, kernel)
 
 
 def _label_output(tracker: MemoryTracker, output: ColQwen3Output) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 from colqwen_lab.cards import Card, Fit, fit_of, need_bytes
 from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.predict.memory import A100, HOST, Target, predictor
+from colqwen_lab.model.pages import VISUAL_TOKENS
+from colqwen_lab.predict.memory import A100, HOST, Target
+from colqwen_lab.predict.pages import predictor
 from colqwen_lab.records import Cell, Memory
 from colqwen_lab.runtime.execution import PROTOCOLS
 
@@ -48,9 +50,11 @@ class Planner:
         kernel: str,
         tokens: int | None = None,
         padded: bool = False,
+        workload: str = "queries",
+        visual_tokens: int = VISUAL_TOKENS,
     ) -> None:
         self.protocol, self.tokens, self.padded = one_of("protocol", protocol, PROTOCOLS), tokens, padded
-        self.predictor = predictor(model, size, dtype, kernel)
+        self.predictor = predictor(model, size, dtype, kernel, workload, visual_tokens)
         self._known: dict[tuple[int, Target], Cell] = {}
 
     def cell(self, batch_size: int, target: Target = A100) -> Cell:
@@ -70,7 +74,7 @@ class Planner:
 
         verdict = fit_of(memory(1), card.nominal_bytes)
         if verdict != "fits":
-            batch, binds = (1 if verdict == "tight" else None), "weights and one query"
+            batch, binds = (1 if verdict == "tight" else None), "weights and one item"
         else:
             batch = largest(lambda size: need_bytes(memory(size))[1], card.usable_bytes, SEARCHED_TO)
             binds = "memory" if batch < SEARCHED_TO else f"nothing up to batch {SEARCHED_TO}"
@@ -120,6 +124,8 @@ def plan(
     dtype: str = "bfloat16",
     kernel: str = "tritonv2",
     tokens: int | None = None,
+    workload: str = "queries",
+    visual_tokens: int = VISUAL_TOKENS,
 ) -> tuple[list[Cell], list[CardPlan]]:
     """`(cells, cards)`: every model at every batch size on an A100, and its largest batch on every card.
 
@@ -129,7 +135,7 @@ def plan(
     batches = list(batch_sizes)
     cells, plans = [], []
     for model in models:
-        planner = Planner(model, size, protocol, dtype, kernel, tokens)
+        planner = Planner(model, size, protocol, dtype, kernel, tokens, False, workload, visual_tokens)
         cells += [planner.cell(batch) for batch in batches]
         plans += [planner.on_card(card) for card in cards]
     return cells, plans
@@ -141,14 +147,18 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
 
     def like(cell: Cell) -> Cell | None:
         kernel, work = kernel_model(cell), cell.workload
-        if kernel is None or work.kind != "queries" or cell.execution != "eager" or cell.memory is None:
+        if kernel is None or cell.execution != "eager" or cell.memory is None:
             return None
-        # The report's queries are known by their batch; others by the length they were padded to.
-        tokens = work.tokens if work.texts and work.texts.startswith("natural") else None
+        pages = work.kind == "pages"
+        if pages and (work.padded_share != 0 or work.visual_tokens is None):
+            return None  # pages of several sizes, or not recorded
+        # The report's queries are known by their batch; others, and pages, by the length they were padded to.
+        tokens = work.tokens if pages or (work.texts and work.texts.startswith("natural")) else None
         asked = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel, tokens)
+        asked += (tokens is not None and not pages, work.kind, work.visual_tokens or VISUAL_TOKENS)
         if asked not in planners:
             try:
-                planners[asked] = Planner(*asked, padded=tokens is not None)
+                planners[asked] = Planner(*asked)
             except BadInput:
                 return None  # a folder or a repository: its network is not one of the named sizes
         capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
