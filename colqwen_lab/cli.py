@@ -75,8 +75,14 @@ def sweep(
     card: Annotated[str, typer.Option(help="GB or a GPU: the largest batch under its memory, on a bigger GPU.")] = "",
     output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
+    on: Annotated[str, typer.Option(help="here, or ray: over a Ray cluster.")] = "here",
+    accelerator: Annotated[list[str], typer.Option(help="With ray, a GPU type such as A100; several times.")] = [],  # noqa: B006
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; RAY_ADDRESS, else auto.")] = "",
 ) -> None:
-    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file."""
+    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file.
+
+    Sizes, workloads and executions take several, --size tiny,mid: one after the other, or each a task --on ray.
+    """
     results = lab.sweep(
         [name for names in model for name in names.split(",")],
         batch_sizes,
@@ -95,6 +101,9 @@ def sweep(
         card=card,
         output=output,
         fresh=fresh,
+        on=on,
+        accelerator=",".join(accelerator),
+        address=address,
     )
     typer.echo(results.table().to_string())
     if not any(cell.status == "ok" for cell in results):
