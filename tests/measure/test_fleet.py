@@ -44,7 +44,7 @@ def test_matrix_is_the_product() -> None:
 def test_what_pages_have_goes_to_pages() -> None:
     queries, pages = matrix("base", "1", **OPTIONS | {"workload": "queries,pages", "visual_tokens": 256})
     assert (pages.visual_tokens, queries.workload) == (256, "queries")
-    with pytest.raises(BadInput, match="go with workload pages"):
+    with pytest.raises(BadInput, match="are of workload pages"):
         matrix("base", "1", visual_tokens=256)
 
 
