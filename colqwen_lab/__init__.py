@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from colqwen_lab.report.compare import Comparison, SideBySide
+    from colqwen_lab.report.fidelity import Fidelities
     from colqwen_lab.report.plan import Plan
     from colqwen_lab.report.quantized import Quantized
     from colqwen_lab.report.series import Results
@@ -39,6 +40,7 @@ __all__ = [
     "beside",
     "compare",
     "explain",
+    "fidelity",
     "load",
     "outputs_folder",
     "parameters",
@@ -304,6 +306,61 @@ def quantize(
     lines = maker.calibration_file(texts) if texts else None
     folder = Path(output) if output else outputs_folder() / f"{size}-{recipe.scheme}"
     return Quantized(folder, maker.quantize(source, folder, recipe, device, lines, replace=not output))
+
+
+@checked
+def fidelity(
+    model: str | Sequence[str] = "awq",
+    data: str = "generated",
+    *,
+    size: str = "auto",
+    weights: str = "auto",
+    iters: int = 50,
+    plain: bool = False,
+    margin: float = 0.01,
+    queries: int = 0,
+    pages: int = 0,
+    visual_tokens: int = 1280,
+    output: str = "",
+) -> Fidelities:
+    """What each model loses of retrieval against BASE, on the same queries and pages, with intervals and verdicts.
+
+    Args:
+        model: awq, an AutoRound scheme such as W8A16, a folder, a hub id; or several.
+        data: generated (pages drawn by the lab, held out of training), vidore:NAME, or a folder in BEIR layout.
+        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b.
+        weights: BASE's: auto (tiny: its default; else the hub), hub, or a checkpoint folder.
+        iters: tuning steps a layer of the schemes that are quantised here; 0 is plain rounding.
+        plain: each of these also without tuning.
+        margin: a difference below this is none; nDCG, recall, overlap, tau and cosine end at 1.
+        queries: how many at most; 0 means all.
+        pages: how many at most; 0 means all.
+        visual_tokens: the budget of a page.
+        output: the records file; by default one under outputs/ named after the models.
+
+    Raises:
+        BadInput: a wrong value; the message names the valid ones.
+        Unmet: no weights, or no kernel for them, here.
+    """
+    from colqwen_lab.measure.environment import pick_device
+    from colqwen_lab.measure.sweep import to_stderr
+    from colqwen_lab.model.architecture import resolve_size
+    from colqwen_lab.model.drawn import SMALL_WIDTH, WIDTH
+    from colqwen_lab.records import listed
+    from colqwen_lab.report.fidelity import Fidelities, check_margin
+    from colqwen_lab.retrieval import data as sets
+    from colqwen_lab.retrieval import run
+
+    check_margin(margin)
+    device = pick_device()
+    size = resolve_size(size, device.type == "cuda")
+    asked = run.subjects(listed(model), size, iters, plain)
+    corpus = sets.load(data, queries, pages, SMALL_WIDTH if size == "tiny" else WIDTH)
+    names = "-".join(dict.fromkeys(one.variant.name for one in asked[1:])) or "base"
+    stem = f"fidelity-{names}-{size}-{data}".replace("/", "-").replace(":", "-")
+    path = Path(output) if output else outputs_folder() / f"{stem}.jsonl"
+    records = run.run(asked, corpus, size, weights, visual_tokens, device, path, to_stderr)
+    return Fidelities(tuple(records), margin, corpus)
 
 
 def parameters(names: dict[str, Any], function: Callable[..., Any], *own: str) -> dict[str, Any]:

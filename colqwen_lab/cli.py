@@ -166,6 +166,41 @@ def compare(
 
 
 @app.command()
+def fidelity(
+    model: Models = ["awq"],  # noqa: B006
+    size: Size = "auto",
+    data: Annotated[str, typer.Option(help="generated, vidore:NAME, or a folder in BEIR layout.")] = "generated",
+    weights: Annotated[str, typer.Option(help="BASE's: auto, hub, or a checkpoint folder.")] = "auto",
+    iters: Annotated[int, typer.Option(help="Tuning steps a layer of what is quantised here; 0 is plain.")] = 50,
+    plain: Annotated[bool, typer.Option("--plain", help="Each scheme quantised here also without tuning.")] = False,
+    margin: Annotated[float, typer.Option(help="A difference below this is none.")] = 0.01,
+    queries: Annotated[int, typer.Option(help="How many at most; 0 means all.")] = 0,
+    pages: Annotated[int, typer.Option(help="How many at most; 0 means all.")] = 0,
+    visual_tokens: Annotated[int, typer.Option(help="The budget of a page.")] = 1280,
+    output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
+    as_json: Json = False,
+) -> None:
+    """What quantising does to retrieval: rankings, scores and embeddings against BASE's, with intervals."""
+    found = lab.fidelity(
+        [name for names in model for name in names.split(",")],
+        data,
+        size=size,
+        weights=weights,
+        iters=iters,
+        plain=plain,
+        margin=margin,
+        queries=queries,
+        pages=pages,
+        visual_tokens=visual_tokens,
+        output=output,
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        typer.echo(f"{found.table().to_string(index=False)}\n\n{found.verdict()}")
+
+
+@app.command()
 def quantize(
     size: Size = "auto",
     scheme: Annotated[str, typer.Option(help="An AutoRound scheme: W4A16, W8A16, W2A16G32 ...")] = "W4A16",

@@ -87,7 +87,6 @@ class PagePredictor(Predictor):
         protocol: str = "lean",
         target: Target = A100,
         tokens: int | None = None,
-        execution: str = "eager",
         padded: bool = False,
     ) -> Cell:
         """The predicted cell of `batch_size` pages of `tokens` tokens, or A4 ones.
