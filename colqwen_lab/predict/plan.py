@@ -35,7 +35,8 @@ MODELLED = {
 class CardPlan:
     """What a variant does on a card. `binds` says what stops a larger batch; bytes are predicted.
 
-    `batch_size` is the largest that goes through, `safe_batch_size` 5 % below it.
+    `batch_size` is the largest that goes through, `safe_batch_size` 5 % below it; `headroom_bytes` is what is usable
+    less what torch must reserve and what lies outside it.
     """
 
     card: str
@@ -46,6 +47,7 @@ class CardPlan:
     batch_size: int | None
     safe_batch_size: int | None
     peak_bytes: int
+    least_reserved_bytes: int | None
     headroom_bytes: int
     binds: str
 
@@ -101,6 +103,7 @@ class Planner:
             batch_size=batch,
             safe_batch_size=max(1, int(batch * (1 - MARGIN))) if verdict == "fits" and batch else None,
             peak_bytes=there.peak_bytes,
+            least_reserved_bytes=there.least_reserved_bytes,
             headroom_bytes=card.usable_bytes - need_bytes(there)[1],
             binds=binds,
         )
