@@ -112,8 +112,20 @@ class Planner:
 def largest(need: Callable[[int], int], budget: int, limit: int) -> int:
     """The largest number up to `limit` whose `need` is within `budget`, where that of 1 is; the next one's is not.
 
-    Need grows almost evenly with the batch, so the search interpolates, and halves where that gains too little.
+    What torch must reserve leaps a little with how memory lies, so a batch may fit where a smaller one does not: some
+    within a tenth below are looked at, and the search goes on below the smallest that does not fit.
     """
+    while True:
+        found = _searched(need, budget, limit)
+        near = [int(found * (1 - percent / 100)) for percent in range(10, 0, -2)]
+        too_much = next((size for size in near if size and need(size) > budget), None)
+        if too_much is None:
+            return found
+        limit = too_much
+
+
+def _searched(need: Callable[[int], int], budget: int, limit: int) -> int:
+    """Need grows almost evenly with the batch, so the search interpolates, and halves where that gains too little."""
     low, high = 1, limit
     low_need, high_need = need(low), need(high)
     if high_need <= budget:
