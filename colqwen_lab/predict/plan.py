@@ -36,7 +36,8 @@ MODELLED = {
 class CardPlan:
     """What a variant does on a card. `binds` says what stops a larger batch; bytes are predicted.
 
-    `batch_size` is the largest that goes through, `safe_batch_size` 5 % below it.
+    `batch_size` is the largest that goes through, `safe_batch_size` 5 % below it; `headroom_bytes` is what is usable
+    less what torch must reserve and what lies outside it.
     """
 
     card: str
@@ -47,6 +48,7 @@ class CardPlan:
     batch_size: int | None
     safe_batch_size: int | None
     peak_bytes: int
+    least_reserved_bytes: int | None
     headroom_bytes: int
     binds: str
 
@@ -108,6 +110,7 @@ class Planner:
             batch_size=batch,
             safe_batch_size=max(1, int(batch * (1 - MARGIN))) if verdict == "fits" and batch else None,
             peak_bytes=there.peak_bytes,
+            least_reserved_bytes=there.least_reserved_bytes,
             headroom_bytes=card.usable_bytes - need_bytes(there)[1],
             binds=binds,
         )
@@ -116,8 +119,20 @@ class Planner:
 def largest(need: Callable[[int], int], budget: int, limit: int) -> int:
     """The largest number up to `limit` whose `need` is within `budget`, where that of 1 is; the next one's is not.
 
-    Need grows almost evenly with the batch, so the search interpolates, and halves where that gains too little.
+    What torch must reserve leaps a little with how memory lies, so a batch may fit where a smaller one does not: some
+    within a tenth below are looked at, and the search goes on below the smallest that does not fit.
     """
+    while True:
+        found = _searched(need, budget, limit)
+        near = [int(found * (1 - percent / 100)) for percent in range(10, 0, -2)]
+        too_much = next((size for size in near if size and need(size) > budget), None)
+        if too_much is None:
+            return found
+        limit = too_much
+
+
+def _searched(need: Callable[[int], int], budget: int, limit: int) -> int:
+    """Need grows almost evenly with the batch, so the search interpolates, and halves where that gains too little."""
     low, high = 1, limit
     low_need, high_need = need(low), need(high)
     if high_need <= budget:

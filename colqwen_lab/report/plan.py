@@ -76,7 +76,11 @@ class Plan:
         return pd.DataFrame(rows)
 
     def card_table(self) -> pd.DataFrame:
-        """One row a card and variant: does it fit, the largest batch, the predicted peak, headroom, what binds."""
+        """One row a card and variant: does it fit, the largest batch, the predicted peak, headroom, what binds.
+
+        Headroom is what is usable less what torch must reserve (the peak and the free pieces between) and what is
+        assumed outside it.
+        """
         import pandas as pd
 
         rows = [
@@ -88,6 +92,7 @@ class Plan:
                 "largest batch": card.batch_size,
                 "with 5 % margin": card.safe_batch_size,
                 "peak MiB": _mib(card.peak_bytes),
+                "must reserve MiB": _mib(card.least_reserved_bytes),
                 "headroom MiB": _mib(card.headroom_bytes),
                 "binds": card.binds,
             }

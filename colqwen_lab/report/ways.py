@@ -30,7 +30,7 @@ def load(files: str) -> Results:
     runs = [Results.load(file) for file in listed(files)]
     twice = [batch for batch, n in Counter(b for run in runs for b in {c.batch_size for c in run}).items() if n > 1]
     if twice:
-        raise BadInput(f"batch {twice[0]} stands in two of {files}; valid: runs of different batch sizes")
+        raise BadInput(f"batch {min(twice)} stands in two of {files}; valid: runs of different batch sizes")
     return Results(tuple(cell for run in runs for cell in run))
 
 
