@@ -247,9 +247,7 @@ def cached_checkpoint(variant: Variant, size: str, device: torch.device, recipe:
     return folder
 
 
-def source_of(
-    variant: Variant, size: str, weights: str, device: torch.device, recipe: Recipe | None = None
-) -> Source:
+def source_of(variant: Variant, size: str, weights: str, device: torch.device, recipe: Recipe | None = None) -> Source:
     """Where `variant` comes from: `weights.default_source`, or at `tiny`, or with a `recipe`, what is made here."""
     if variant.scheme and weights == "auto" and (recipe or size == "tiny"):
         folder = cached_checkpoint(variant, size, device, recipe)

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.fidelity.record import Fidelity, read
 from colqwen_lab.records import MIB
 from colqwen_lab.report.compare import FEWEST_SAMPLES, RESAMPLES, SEED, peak, rate
 from colqwen_lab.report.series import Results, html_table, rounded
+from colqwen_lab.retrieval.record import Fidelity, read
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from colqwen_lab.fidelity.data import Corpus
+    from colqwen_lab.retrieval.data import Corpus
 
 #: A difference below this is none, in the metrics' own unit.
 MARGIN = 0.01
@@ -166,7 +166,8 @@ class Fidelities:
         import pandas as pd
 
         rows = [
-            {"variant": record.label, "of": what} | {name: rounded(value) for name, value in cosines.model_dump().items()}
+            {"variant": record.label, "of": what}
+            | {name: rounded(value) for name, value in cosines.model_dump().items()}
             for record in self.others
             for what, cosines in (("queries", record.query_cosine), ("pages", record.page_cosine))
         ]

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from colqwen_lab.fidelity.record import Fidelity
 from colqwen_lab.records import MIB
 from colqwen_lab.report.plots import FIXED, FREE, Plot
+from colqwen_lab.retrieval.record import Fidelity
 
 if TYPE_CHECKING:
-    from colqwen_lab.fidelity.data import Corpus
     from colqwen_lab.report.fidelity import Fidelities
+    from colqwen_lab.retrieval.data import Corpus
 
 #: Pages shown of each ranking, and the width in pixels that each is drawn at.
 SHOWN, THUMBNAIL = 3, 240

@@ -34,7 +34,6 @@ from colqwen_lab.model.processing import QUERY_SUFFIX_TOKENS, encode_queries, le
 from colqwen_lab.records import Workload
 
 
-
 class Habit(NamedTuple):
     """What a sweep measures of a workload unless it is told: batch sizes, and timed steps at least.
 
@@ -71,7 +70,7 @@ def query_batches(
     samples: int,
     device: torch.device,
 ) -> Batches:
-    """max(`samples` or 64, 2 x batch) distinct queries, cut into batches, padded on the left, as the report's script does.
+    """max(`samples` or 64, 2 x batch) distinct queries, cut into batches, padded on the left, as in the report.
 
     Without a tokenizer (random weights at 4b and 8b) ids are drawn at random with the lengths of the report's
     queries.

@@ -9,23 +9,24 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from colqwen_lab.errors import BadInput, Unmet
-from colqwen_lab.fidelity import metrics
-from colqwen_lab.fidelity.data import Corpus
-from colqwen_lab.fidelity.embed import blocks, embed, page_inputs, query_inputs
-from colqwen_lab.fidelity.maxsim import maxsim
-from colqwen_lab.fidelity.record import Cosines, Fidelity, write
 from colqwen_lab.measure.environment import environment
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.quantize import Recipe, source_of
 from colqwen_lab.model.variants import VARIANTS, Variant, resolve_variant
 from colqwen_lab.model.weights import Source, default_source
 from colqwen_lab.records import Backend
+from colqwen_lab.retrieval import metrics
+from colqwen_lab.retrieval.data import Corpus
+from colqwen_lab.retrieval.embed import blocks, embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.maxsim import maxsim
+from colqwen_lab.retrieval.record import Cosines, Fidelity, write
 
 QUERY_BATCH, PAGE_BATCH, TOP = 32, 8, 10
 
@@ -108,7 +109,8 @@ def run(
         write(path, records)
         mean = np.mean(record.values["nDCG@5"])
         progress(f"{record.label} {size}: nDCG@5 {mean:.4f} on {corpus.label}, {record.weights}")
-        gc.collect()
+        if device.type == "cuda":
+            gc.collect()  # before the next model needs the memory
     return records
 
 
@@ -126,10 +128,11 @@ def _one(
         made, elapsed = embed(loaded, page_inputs(loaded, [corpus.page(i) for i in part], visual_tokens))
         scores[:, part.start : part.stop] = maxsim([q.to(loaded.device) for q in queries], made).cpu()
         steps += [elapsed] if len(part) == PAGE_BATCH else []
-        cosines += [_cosine(ours, theirs) for ours, theirs in zip(made, base.pages[part.start :] if base else made)]
+        theirs = base.pages[part.start : part.stop] if base else made
+        cosines += [_cosine(*pair) for pair in zip(made, theirs, strict=True)]
         pages += [] if base else made
     against = base or _Embedded(queries, pages, scores.numpy())
-    of_queries = [_cosine(ours, theirs) for ours, theirs in zip(queries, against.queries, strict=True)]
+    of_queries = [_cosine(*pair) for pair in zip(queries, against.queries, strict=True)]
     record = Fidelity(
         variant=subject.variant.name,
         size=size,
@@ -156,7 +159,7 @@ def _one(
     return record, against
 
 
-def _values(scores: np.ndarray, base: np.ndarray, cosines: Sequence[Tensor], corpus: Corpus) -> dict:
+def _values(scores: np.ndarray, base: np.ndarray, cosines: Sequence[Tensor], corpus: Corpus) -> dict[str, Any]:
     ranked, before = metrics.ranking(scores), metrics.ranking(base)
     values = metrics.retrieval(ranked, corpus.query_ids, corpus.page_ids, corpus.relevance)
     values |= {f"overlap@{k}": metrics.overlap(ranked, before, k) for k in metrics.OVERLAP_AT}
@@ -174,5 +177,5 @@ def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:
 def _quantiles(cosines: Sequence[Tensor]) -> Cosines:
     every = torch.cat(list(cosines)).numpy()
     q01, q05, q25, median = (float(value) for value in np.quantile(every, [0.01, 0.05, 0.25, 0.5]))
-    ends = {"tokens": len(every), "least": float(every.min()), "mean": float(every.mean())}
-    return Cosines(**ends, q01=q01, q05=q05, q25=q25, median=median)
+    least, mean = float(every.min()), float(every.mean())
+    return Cosines(tokens=len(every), least=least, q01=q01, q05=q05, q25=q25, median=median, mean=mean)

@@ -7,7 +7,7 @@ out, as a metric has nothing to say of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from colqwen_lab.model import drawn
 
 GENERATED, VIDORE = "generated", "vidore:"
 #: Pages held out whose facts all differ; from there on they come back.
-HELD_OUT = 154
+HELD_OUT = drawn.different("held-out")
 Page = Image.Image | str
 
 
@@ -36,13 +36,15 @@ class Corpus:
 
 
 def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH) -> Corpus:
-    """The data set of this name, or its first `queries` and `pages`; 0 means all.
+    """The data set of this name, or the first of its queries and pages.
 
     Args:
         source: `generated` (drawn pages held out of the tiny model's training), `vidore:NAME` (a ViDoRe benchmark of
             the hub, such as vidore:docvqa_test_subsampled, or any OWNER/NAME or folder of the same columns), or a
-            folder in BEIR layout: corpus.jsonl (`_id`, `text` or the path of an `image`), queries.jsonl, qrels/test.tsv.
-        queries, pages: how many at most.
+            folder in BEIR layout: corpus.jsonl (`_id`, `text` or the path of an `image`), queries.jsonl,
+            qrels/test.tsv.
+        queries: how many at most; 0 means all.
+        pages: how many at most; 0 means all.
         width: pixels that a generated page is wide.
 
     Raises:
@@ -58,7 +60,9 @@ def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH
     elif Path(source).is_dir():
         found = _folder(Path(source))
     else:
-        raise BadInput(f"unknown data {source!r}; valid: {GENERATED}, {VIDORE}NAME, or a folder that holds corpus.jsonl")
+        raise BadInput(
+            f"unknown data {source!r}; valid: {GENERATED}, {VIDORE}NAME, or a folder that holds corpus.jsonl"
+        )
     return _cut(found, queries, pages)
 
 
@@ -102,8 +106,8 @@ def _folder(folder: Path) -> Corpus:
         if number == 1 and parts[-1] == "score":
             continue
         try:
-            query, page, score = parts
-            relevance.setdefault(query, {})[page] = int(score)
+            query, answer, score = parts
+            relevance.setdefault(query, {})[answer] = int(score)
         except ValueError:
             raise BadInput(f"{path} line {number} is not QUERY-ID, CORPUS-ID and a whole SCORE, by tabs") from None
 
@@ -176,11 +180,6 @@ def _vidore(name: str) -> Corpus:
         if configs >= {"corpus", "queries", "qrels"}:
             return _beir(label, subset("corpus"), subset("queries"), subset("qrels"))
         return _questions(label, subset(next(iter(configs))))
-    except (KeyError, StopIteration) as error:
-        raise BadInput(
-            f"{label} lacks {error}; valid columns: query, image; or subsets corpus (corpus-id, image), queries "
-            "(query-id, query), qrels (query-id, corpus-id, score)"
-        ) from None
     except BadInput:
         raise
     except Exception as error:  # the library raises those of the hub, of its builders and of pyarrow
@@ -200,15 +199,21 @@ def _commit(repository: str) -> str | None:
         return None
 
 
-def _dashed(table: Any) -> Any:
-    """Version 3 writes corpus_id where version 2 writes corpus-id."""
-    return table.rename_columns({name: name.replace("_id", "-id") for name in table.column_names if "_id" in name})
+def _with(table: Any, *columns: str) -> Any:
+    """`table`, its ids named as version 2 names them (corpus-id, and not corpus_id), if it has these columns."""
+    table = table.rename_columns({name: name.replace("_id", "-id") for name in table.column_names if "_id" in name})
+    if missing := set(columns) - set(table.column_names):
+        raise BadInput(
+            f"no column {sorted(missing)[0]} among {', '.join(table.column_names)}; valid: query, image; or subsets "
+            "corpus (corpus-id, image), queries (query-id, query), qrels (query-id, corpus-id, score)"
+        )
+    return table
 
 
 def _beir(label: str, corpus: Any, queries: Any, qrels: Any) -> Corpus:
-    corpus, queries, qrels = map(_dashed, (corpus, queries, qrels))
+    corpus, queries = _with(corpus, "corpus-id"), _with(queries, "query-id", "query")
     relevance: dict[str, dict[str, int]] = {}
-    for row in qrels:
+    for row in _with(qrels, "query-id", "corpus-id", "score"):
         relevance.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
     texts = "image" not in corpus.column_names
     return Corpus(
@@ -223,7 +228,10 @@ def _beir(label: str, corpus: Any, queries: Any, qrels: Any) -> Corpus:
 
 def _questions(label: str, rows: Any) -> Corpus:
     """A page stands in as many rows as it has questions, under one file name; rows without a question are pages too."""
-    names = [str(name) for name in (rows["image_filename"] if "image_filename" in rows.column_names else _count(rows))]
+    rows = _with(rows, "query", "image")
+    names = [
+        str(name) for name in (rows["image_filename"] if "image_filename" in rows.column_names else range(len(rows)))
+    ]
     first = {name: number for number, name in reversed(list(enumerate(names)))}
     pages = sorted(first, key=lambda name: first[name])
     relevance: dict[str, dict[str, int]] = {}
@@ -239,7 +247,3 @@ def _questions(label: str, rows: Any) -> Corpus:
         list(ids),
         {ids[question]: answers for question, answers in relevance.items()},
     )
-
-
-def _count(rows: Any) -> Iterable[int]:
-    return range(len(rows))

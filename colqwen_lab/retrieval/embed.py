@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from colqwen_lab.errors import Unmet
-from colqwen_lab.fidelity.data import Page
-from colqwen_lab.fidelity.maxsim import unpadded
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.model.pages import page_batch
 from colqwen_lab.model.processing import encode_queries, left_padded, pad_id
+from colqwen_lab.retrieval.data import Page
+from colqwen_lab.retrieval.maxsim import unpadded
 
 #: Tokens of a text page, at most.
 TEXT_TOKENS = 2048

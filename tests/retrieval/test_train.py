@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.fidelity import train
+from colqwen_lab.retrieval import train
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.model.processing import TINY

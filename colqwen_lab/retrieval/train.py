@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.fidelity import data, metrics
-from colqwen_lab.fidelity.embed import blocks, embed, page_inputs, query_inputs
-from colqwen_lab.fidelity.maxsim import maxsim, unpadded
+from colqwen_lab.retrieval import data, metrics
+from colqwen_lab.retrieval.embed import blocks, embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.maxsim import maxsim, unpadded
 from colqwen_lab.model import drawn
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
