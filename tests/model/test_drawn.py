@@ -63,5 +63,5 @@ def test_an_answer_has_all_that_its_query_names() -> None:
 
 
 def test_an_unknown_split() -> None:
-    with pytest.raises(BadInput, match="unknown split 'test'.*valid: train, held-out"):
+    with pytest.raises(BadInput, match=r"unknown split 'test'.*valid: train, held-out"):
         drawn.page(0, "test")
