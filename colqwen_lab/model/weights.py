@@ -149,6 +149,10 @@ class FolderSource(Source):
         self.tokenizer = read_tokenizer(tokenizer) if tokenizer.exists() else None
         self.label = label or f"folder:{folder.resolve().name}#{self.digest}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which opens the files again."""
+        return FolderSource, (self.folder, self.label)
+
     @property
     def quantization(self) -> dict[str, Any] | None:
         return self._quantization
