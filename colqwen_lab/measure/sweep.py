@@ -562,7 +562,7 @@ def _line(cell: Cell, prefix: str = "") -> str:
     head = f"{prefix}{cell.variant} {way} batch {cell.batch_size}: "
     if cell.items_per_s is None or cell.memory is None or cell.timing is None:
         return f"{head}{cell.status}: {cell.reason}"
-    steps = f"{len(cell.step_s)} steps, {cell.timing.stopped}"
+    steps = "; ".join([f"{len(cell.step_s)} steps, {cell.timing.stopped}", *cell.notes])
     return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
@@ -33,6 +34,12 @@ DPI = 120
 
 class Plot(Figure):
     """A figure that a notebook shows without pyplot and its global state."""
+
+    def draw(self, renderer: Any) -> None:
+        """Text from records is text: a dollar sign starts no formula."""
+        for text in self.findobj(Text):
+            text.set_parse_math(False)  # type: ignore[attr-defined]
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         drawn, small = BytesIO(), BytesIO()

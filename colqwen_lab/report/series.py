@@ -154,6 +154,7 @@ class Results:
         varied = [name for name, read in CRITERIA.items() if any(len({*map(read, cells)}) > 1 for cells in of_variant)]
         columns = ["variant", "batch", *varied, *(["origin"] if "origin" not in varied else [])]
         figures = ["items/s", "low", "high", "peak MiB", "status", "reason", "kernel"]
+        figures += ["noticed"] if any(cell.notes for cell in self.cells) else []
         return pd.DataFrame([_row(cell, varied) for cell in self.cells], columns=[*columns, *figures])
 
     def plot(self, kind: str = "throughput", **options: Any) -> Figure:
@@ -280,6 +281,7 @@ def _row(cell: Cell, varied: Sequence[str]) -> dict[str, Any]:
         "status": cell.status,
         "reason": cell.reason or _missing(cell),
         "kernel": kernels(cell),
+        "noticed": "; ".join(cell.notes),
     }
 
 
