@@ -66,8 +66,9 @@ class Noticing:
 
         found = []
         there = {process.pid for process in _processes(handle)}
-        # A container's process ids are not the driver's: then only the number tells.
-        others = len(there - self.own) if there & self.own else max(0, len(there) - len(self.own) + 1)
+        # A container's process ids are not the driver's: then only the number tells, and the parent of isolated models
+        # holds no memory of the GPU.
+        others = len(there - self.own) if there & self.own else max(0, len(there) - max(1, len(self.own) - 1))
         if others:
             found.append(f"{others} other process{'es' * (others > 1)} on the GPU")
         try:

@@ -75,9 +75,9 @@ def is_one_line(error: Exception) -> bool:
 def forked(work: Callable[[], object]) -> int:
     """`work` in a process group of its own; its id. This process has imported torch, so the child starts at once."""
     pid = os.fork()
+    os.setpgid(pid, pid)  # in both: whoever comes first
     if pid:
         return pid
-    os.setsid()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         work()
@@ -98,20 +98,22 @@ def kills(rng: random.Random, group: int, group_isolated: int, parent_only: int)
             os.waitpid(forked(lambda isolated=isolated: run(folder / f"{isolated}.jsonl", isolated=isolated)), 0)
             took_s[isolated] = time.monotonic() - began
         path, before = folder / "0.jsonl", set()
-        for isolated, whole in kinds:
+        while kinds:
+            isolated, whole = kinds.pop()
             began = time.monotonic()
             pid = forked(lambda path=path, isolated=isolated: run(path, isolated=isolated))
-            moment = rng.uniform(0, took_s[isolated])
+            moment = rng.uniform(0, 0.9 * took_s[isolated])
             while (ended := os.waitpid(pid, os.WNOHANG)[0]) == 0 and time.monotonic() - began < moment:
                 time.sleep(0.002)
             if ended:
                 figures["ended_before"] += 1
+                kinds.append((isolated, whole))
             else:
                 children = psutil.Process(pid).children(recursive=True)
                 (os.killpg if whole else os.kill)(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 figures["kills of a whole group" if whole else "kills of the parent alone"] += 1
-                _, alive = psutil.wait_procs(children, timeout=5)
+                _, alive = psutil.wait_procs(children, timeout=60)  # one may be importing torch
                 figures["orphans"] += sum(child.is_running() for child in alive)
                 for child in alive:
                     child.kill()

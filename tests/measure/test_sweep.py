@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -431,3 +432,33 @@ def test_a_kernel_that_this_machine_cannot_run_says_which_can(path: Path) -> Non
     says = "kernel fp8 needs a CUDA GPU of compute capability 8.9 or newer; valid here: auto"
     with pytest.raises(Unmet, match=says):
         run(path, "base", "1", ways="best,fast/lean/fp8")
+
+
+def test_a_disk_that_fills_up_ends_the_sweep_in_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, written = Store.add, [0]
+
+    def add(store: Store, cells: Any) -> None:
+        new = list(cells)
+        written[0] += len(new)
+        if written[0] > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really(store, new)
+
+    monkeypatch.setattr(Store, "add", add)
+    with pytest.raises(Unmet, match=r"cannot write .*: No space left on device; what was measured is on file"):
+        run(path)
+    monkeypatch.undo()
+    (kept,) = read_cells(path)
+    assert not path.with_suffix(".result.json").exists()
+    assert run(path)[0] == kept
+
+
+def test_what_was_noticed_stands_in_the_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from colqwen_lab import load
+
+    monkeypatch.setattr(module.Noticing, "notes", lambda self, states: ["the clock was held down by the <power> limit"])
+    cells = run(path, batches="1")
+    assert cells[0].notes == ["the clock was held down by the <power> limit"]
+    table = load(path).table()
+    assert table["noticed"].tolist() == cells[0].notes
+    assert "&lt;power&gt;" in load(path)._repr_html_()
