@@ -309,7 +309,7 @@ def _line_cells(text: str, path: Path, say: Callable[[str], Any]) -> list[Cell]:
                 say(f"{path}: the last line is torn and left out; a sweep was killed while it wrote it")
                 break
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the line"
+            where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100] or "the line"
             what = f"{path} line {number} is not a record: {where}: {first['msg']}"
             raise BadInput(f"{what}; valid: JSON lines by `colqwen-lab sweep`, or {PUBLISHED}") from None
     return cells

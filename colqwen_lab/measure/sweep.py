@@ -67,6 +67,8 @@ class Way:
     def __post_init__(self) -> None:
         one_of("execution", self.execution, EXECUTIONS)
         one_of("protocol", self.protocol, PROTOCOLS)
+        if not isinstance(self.backend, str):
+            raise BadInput(f"backend {self.backend!r}; valid: a kernel's name, such as auto")
         if self.execution == "fast" and PROTOCOLS[self.protocol].use_cache:
             raise BadInput(f"protocol {self.protocol!r} keeps a KV cache, which execution fast has not; valid: lean")
         if self.backend in EIGHT_BIT and self.execution != "fast":
@@ -154,7 +156,7 @@ def request(
     """
     variants = tuple(resolve_variant(str(name).strip()) for name in listed(model))
     one = Way(**{name: options.pop(name) for name in ("execution", "protocol", "backend") if name in options})
-    named = [way for way in listed(options.pop("ways", "")) if way]
+    named = [str(way) for way in listed(options.pop("ways", "")) if way]
     if named and one != Way():
         raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
     ways = tuple(Way.of(way, pick_device().type) for way in named) or (one,)

@@ -6,6 +6,7 @@ same variant is dashed. The second line of a title says where the figures come f
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
@@ -38,7 +39,9 @@ class Plot(Figure):
     def draw(self, renderer: Any) -> None:
         """Text from records is text: a dollar sign starts no formula."""
         for text in self.findobj(Text):
-            text.set_parse_math(False)  # type: ignore[attr-defined]
+            shown = text.get_text()  # type: ignore[attr-defined]
+            if (plain := re.sub(r"(?<!\\)\$", r"\\$", shown)) != shown:
+                text.set_text(plain)  # type: ignore[attr-defined]
         super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
