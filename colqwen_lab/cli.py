@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -26,6 +26,8 @@ INTERRUPTED = 130
 Models = Annotated[list[str], typer.Option("-m", "--model", help="base, awq, W8A16 ..., a folder or a hub id.")]
 Size = Annotated[str, typer.Option("--size", help="auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b.")]
 Weights = Annotated[str, typer.Option("--weights", help="auto, hub, random, or a checkpoint folder.")]
+Workload = Annotated[str, typer.Option("--workload", help="queries or pages.")]
+VisualTokens = Annotated[int, typer.Option("--visual-tokens", help="Budget of a page's image, of 32 x 32 pixels each.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
@@ -57,9 +59,11 @@ def doctor() -> None:
 def sweep(
     model: Models = ["awq"],  # noqa: B006  (typer's way to give a list a default)
     size: Size = "auto",
-    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32.")] = "8,16,32,64,128,256",
-    workload: Annotated[str, typer.Option(help="queries.")] = "queries",
+    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="8,16,32; auto: by workload.")] = "auto",
+    workload: Workload = "queries",
     texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
+    visual_tokens: VisualTokens = 1280,
+    pages: Annotated[str, typer.Option(help="A folder, an image or a PDF; else drawn: A4, or such as 512x512.")] = "",
     weights: Weights = "auto",
     execution: Annotated[str, typer.Option(help="eager, or fast: fused, in length buckets, CUDA graphs.")] = "eager",
     backend: Annotated[str, typer.Option(help="Kernel: auto, torch, ark, tritonv2, humming; fast: fp8 ...")] = "auto",
@@ -72,14 +76,22 @@ def sweep(
     card: Annotated[str, typer.Option(help="GB or a GPU: the largest batch under its memory, on a bigger GPU.")] = "",
     output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
+    on: Annotated[str, typer.Option(help="here, or ray: over a Ray cluster.")] = "here",
+    accelerator: Annotated[list[str], typer.Option(help="With ray, a GPU type such as A100; several times.")] = [],  # noqa: B006
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; RAY_ADDRESS, else auto.")] = "",
 ) -> None:
-    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file."""
+    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file.
+
+    Sizes, workloads and executions take several, --size tiny,mid: one after the other, or each a task --on ray.
+    """
     results = lab.sweep(
         [name for names in model for name in names.split(",")],
         batch_sizes,
         size=size,
         workload=workload,
         texts=texts,
+        visual_tokens=visual_tokens,
+        pages=pages,
         weights=weights,
         execution=execution,
         backend=backend,
@@ -90,6 +102,9 @@ def sweep(
         card=card,
         output=output,
         fresh=fresh,
+        on=on,
+        accelerator=",".join(accelerator),
+        address=address,
     )
     typer.echo(results.table().to_string())
     if not any(cell.status == "ok" for cell in results):
@@ -104,13 +119,22 @@ def plan(
     protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
     card: Annotated[list[str], typer.Option("--card", help="Memory in GB, or a GPU's name; several times.")] = [],  # noqa: B006
     kernel: Annotated[
-        str, typer.Option(help="How packed weights are multiplied: tritonv2, torch, fused.")
+        str, typer.Option(help="How weights are multiplied: tritonv2, torch, fused; fast: also int4, fp8.")
     ] = "tritonv2",
-    tokens: Annotated[int, typer.Option(help="Tokens of every query; 0 means the report's queries.")] = 0,
+    execution: Annotated[str, typer.Option(help="eager or fast.")] = "eager",
+    workload: Workload = "queries",
+    visual_tokens: VisualTokens = 1280,
+    tokens: Annotated[int, typer.Option(help="Tokens of every item; 0: the report's queries, or A4 pages.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Predict peak memory, and the largest batch a card holds. Needs no GPU, no weights, no network."""
-    made = lab.plan(model, batch_sizes, size=size, cards=card, protocol=protocol, kernel=kernel, tokens=tokens)
+    options: dict[str, Any] = {
+        "protocol": protocol,
+        "kernel": kernel,
+        "workload": workload,
+        "visual_tokens": visual_tokens,
+    }
+    made = lab.plan(model, batch_sizes, size=size, cards=card, tokens=tokens, execution=execution, **options)
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=1))
     else:
@@ -140,6 +164,41 @@ def compare(
         typer.echo(json.dumps(comparison.to_dict(), indent=1))
     elif not markdown:
         typer.echo(comparison.markdown())
+
+
+@app.command()
+def fidelity(
+    model: Models = ["awq"],  # noqa: B006
+    size: Size = "auto",
+    data: Annotated[str, typer.Option(help="generated, vidore:NAME, or a folder in BEIR layout.")] = "generated",
+    weights: Annotated[str, typer.Option(help="BASE's: auto, hub, or a checkpoint folder.")] = "auto",
+    iters: Annotated[int, typer.Option(help="Tuning steps a layer of what is quantised here; 0 is plain.")] = 50,
+    plain: Annotated[bool, typer.Option("--plain", help="Each scheme quantised here also without tuning.")] = False,
+    margin: Annotated[float, typer.Option(help="A difference below this is none.")] = 0.01,
+    queries: Annotated[int, typer.Option(help="How many at most; 0 means all.")] = 0,
+    pages: Annotated[int, typer.Option(help="How many at most; 0 means all.")] = 0,
+    visual_tokens: Annotated[int, typer.Option(help="The budget of a page.")] = 1280,
+    output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
+    as_json: Json = False,
+) -> None:
+    """What quantising does to retrieval: rankings, scores and embeddings against BASE's, with intervals."""
+    found = lab.fidelity(
+        [name for names in model for name in names.split(",")],
+        data,
+        size=size,
+        weights=weights,
+        iters=iters,
+        plain=plain,
+        margin=margin,
+        queries=queries,
+        pages=pages,
+        visual_tokens=visual_tokens,
+        output=output,
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        typer.echo(f"{found.table().to_string(index=False)}\n\n{found.verdict()}")
 
 
 @app.command()

@@ -36,13 +36,28 @@ class Value(BaseModel):
 
 
 class Workload(Value):
-    """What one step embeds. `tokens` is the padded length of the longest batch, `padded_share` of all tokens."""
+    """What one step embeds. `tokens` is the padded length of the longest batch, `padded_share` of all tokens.
+
+    Of pages: the budget of `visual_tokens`, what `pages` they are, how many `distinct` ones, how many files were
+    `refused`, the bytes of index of one, and the seconds that a processor takes for one, outside the step.
+    """
 
     kind: Literal["queries", "pages"]
     batch_size: int = Field(gt=0)
     tokens: int | None = Field(default=None, gt=0)
     texts: str | None = None
     padded_share: float | None = Field(default=None, ge=0, le=1)
+    visual_tokens: int | None = Field(default=None, gt=0)
+    pages: str | None = None
+    distinct: int | None = None
+    refused: int | None = None
+    index_bytes: int | None = None
+    preprocess_s: float | None = None
+
+    @property
+    def budget(self) -> str:
+        """What tells the pages of one budget from those of another; "queries" where there is none."""
+        return f"{self.kind} of {self.visual_tokens} visual tokens" if self.visual_tokens else self.kind
 
 
 class Backend(Value):
@@ -97,6 +112,13 @@ class Limits(Value):
 
     flops_per_s: float
     bytes_per_s: float
+
+
+class Towers(Value):
+    """Seconds of a step within the vision tower, and in all the rest; measured in a pass of its own."""
+
+    vision_s: float
+    decoder_s: float
 
 
 class Difference(Value):
@@ -158,8 +180,11 @@ class Environment(Value):
         return self.gpu or self.cpu or "unknown device"
 
     def identity(self) -> dict[str, Any]:
-        """All that must be equal for two cells to belong to one sweep: everything but the commit and the hour."""
-        return self.model_dump(exclude={"commit", "started_at"})
+        """All that must be equal for two cells to belong to one sweep: everything but the commit and the hour.
+
+        Host memory is left out too: machines of one type show it a few pages apart.
+        """
+        return self.model_dump(exclude={"commit", "started_at", "host_memory_bytes"})
 
 
 class Cell(Value):
@@ -188,6 +213,7 @@ class Cell(Value):
     work: Work | None = None
     limits: Limits | None = None
     difference: Difference | None = None
+    towers: Towers | None = None
     card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[str, dict[str, Any]] | None = None
@@ -200,12 +226,13 @@ class Cell(Value):
 
     def settings(self) -> tuple[str, ...]:
         """What two series must share to be compared at equal batch: size, workload, execution, protocol."""
-        return (self.size, self.workload.kind, self.execution, self.protocol)
+        return (self.size, self.workload.budget, self.execution, self.protocol)
 
     def key(self) -> tuple[str, ...]:
         """What makes this cell this cell, within one environment. A sweep holds each key once."""
         work = self.workload
-        asked = (self.backend.requested, work.texts or "", str(work.batch_size))
+        inputs = work.pages or work.texts or ""
+        asked = (self.backend.requested, self.backend.requested_dtype or "", inputs, str(work.batch_size))
         return (self.variant, self.weights, *self.settings(), *asked, self.card.name if self.card else "")
 
     def to_line(self) -> str:
@@ -325,14 +352,21 @@ class Store:
 
     Only rows for which `keep` holds stay; the others (another environment, a failure to be tried again, everything
     with `fresh`) move to `NAME.superseded.jsonl` beside it, so nothing measured is ever lost. A context manager: one
-    process at a time holds the file. With `say`, which takes a line for a person, another one is waited for.
+    process at a time holds the file; with `say`, which takes a line for a person, another one is waited for. `emit` is
+    called with each new row once it is on disk.
 
     Raises:
         BadInput: the file is not a records file, its folder cannot be written, or another sweep holds it.
     """
 
-    def __init__(self, path: Path, keep: Callable[[Cell], bool], say: Callable[[str], None] | None = None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        keep: Callable[[Cell], bool],
+        emit: Callable[[Cell], object] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.path, self._emit = path, emit
         self._lock = FileLock(f"{path}.lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,11 +378,8 @@ class Store:
                 say(f"another sweep writes to {path}; waiting for it, then going on from its rows")
                 self._lock.acquire()
             old = _cells_of(path, say, own=True) if path.exists() else []
-            self.cells = [cell for cell in old if keep(cell)]
-            self.superseded = [cell for cell in old if not keep(cell)]
-            if self.superseded:
-                _append(neighbour(path, "superseded.jsonl"), self.superseded)
-            _replace(path, self.cells)
+            self.cells = old
+            self.superseded = self.set_aside(lambda cell: not keep(cell))
         except Timeout:
             raise BadInput(f"another sweep writes to {path}; wait for it or name another file") from None
         except OSError as error:
@@ -369,6 +400,18 @@ class Store:
         new = list(cells)
         _append(self.path, new)
         self.cells.extend(new)
+        if self._emit:
+            for cell in new:
+                self._emit(cell)
+
+    def set_aside(self, gone: Callable[[Cell], bool]) -> list[Cell]:
+        """Move the rows for which `gone` holds to the file beside this one; they are what is returned."""
+        aside = [cell for cell in self.cells if gone(cell)]
+        if aside:
+            _append(neighbour(self.path, "superseded.jsonl"), aside)
+        self.cells = [cell for cell in self.cells if not gone(cell)]
+        _replace(self.path, self.cells)
+        return aside
 
 
 def _append(path: Path, cells: Iterable[Cell]) -> None:

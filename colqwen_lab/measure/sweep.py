@@ -22,6 +22,7 @@ from colqwen_lab.measure.noticing import Noticing, spilled
 from colqwen_lab.measure.worker import About, Failure, Remote, Setting, Worker, attempt, failure_of
 from colqwen_lab.model.architecture import check_size, resolve_size
 from colqwen_lab.model.loading import DTYPES
+from colqwen_lab.model.pages import VISUAL_TOKENS
 from colqwen_lab.model.quantize import source_of
 from colqwen_lab.model.texts import TEXTS
 from colqwen_lab.model.variants import Variant, resolve_variant
@@ -36,6 +37,7 @@ from colqwen_lab.records import (
     Memory,
     Store,
     Timing,
+    Towers,
     Workload,
     batch_sizes_of,
     listed,
@@ -45,11 +47,8 @@ from colqwen_lab.records import (
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS
 from colqwen_lab.runtime.fast import bucket
 from colqwen_lab.runtime.kernels import EIGHT_BIT
-from colqwen_lab.runtime.workloads import WORKLOADS, Batches, query_batches
+from colqwen_lab.runtime.workloads import WORKLOADS, Batches, Pages, query_batches
 from colqwen_lab.settings import outputs_folder
-
-BATCH_SIZES = "8,16,32,64,128,256"
-
 
 # The report's way with its fallback kernel, by device, and the best there is.
 REPORT_WAY = {"cuda": "eager/published/tritonv2", "cpu": "eager/published/torch"}
@@ -117,7 +116,9 @@ class Request:
     size: str = "auto"
     workload: str = "queries"
     texts: str = "report"
-    samples: int = 64
+    visual_tokens: int = VISUAL_TOKENS
+    pages: str = ""
+    samples: int = 0
     weights: str = "auto"
     ways: tuple[Way, ...] = (Way(),)
     dtype: str = "bfloat16"
@@ -133,6 +134,10 @@ class Request:
         one_of("workload", self.workload, WORKLOADS)
         one_of("texts", self.texts, TEXTS)
         one_of("dtype", self.dtype, DTYPES)
+        if self.workload == "pages" and any(way.execution == "fast" for way in self.ways):
+            raise BadInput("execution fast embeds queries only; valid for workload pages: eager")
+        if self.workload != "pages" and (self.pages or self.visual_tokens != VISUAL_TOKENS):
+            raise BadInput(f"pages and visual_tokens are of workload pages, not {self.workload}; valid: workload pages")
         if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
             raise BadInput("weights go with a named model; a folder or a hub id as model holds its own")
         if self.weights not in WEIGHTS and not Path(self.weights).is_dir():
@@ -145,11 +150,14 @@ class Request:
 
 
 def request(
-    model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = BATCH_SIZES, **options: Any
+    model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = "auto", device: str = "", **options: Any
 ) -> Request:
     """A checked request; `model` is a variant's name, several of them, or "base,awq".
 
+    `batch_sizes` auto are those of the workload.
+
     `options` are a Request's; instead of `ways` it takes their texts, or one `execution`, `protocol` and `backend`.
+    `device` is cuda or cpu where the sweep runs; by default this machine's.
 
     Raises:
         BadInput: a wrong value.
@@ -159,15 +167,19 @@ def request(
     named = [str(way) for way in listed(options.pop("ways", "")) if way]
     if named and one != Way():
         raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
-    ways = tuple(Way.of(way, pick_device().type) for way in named) or (one,)
+    ways = tuple(Way.of(way, device or pick_device().type) for way in named) or (one,)
+    if batch_sizes == "auto":
+        batch_sizes = WORKLOADS[one_of("workload", options.get("workload", "queries"), WORKLOADS)].batch_sizes
     return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options)
 
 
 class Sweep:
     """One run of a request on a device."""
 
-    def __init__(self, asked: Request, progress: Callable[[str], None]) -> None:
-        self.asked, self.progress = asked, progress
+    def __init__(
+        self, asked: Request, progress: Callable[[str], None], emit: Callable[[Cell], object] | None = None
+    ) -> None:
+        self.asked, self.progress, self.emit = asked, progress, emit
         self.started = time.perf_counter()
         self.device = pick_device()
         self.size = resolve_size(asked.size, self.device.type == "cuda")
@@ -175,12 +187,14 @@ class Sweep:
             variant.name: _checked(variant, source_of(variant, self.size, asked.weights, self.device), asked.size)
             for variant in asked.variants
         }
+        self.pages = Pages(asked.pages, asked.visual_tokens) if asked.workload == "pages" else None
         self.entries = self._entries()
         self.environment = environment(self.device)
         if not asked.isolated and self.device.type == "cuda" and len({entry.model for entry in self.entries}) > 1:
             raise BadInput("one process counts the memory of one model on a GPU; valid for several models: isolated")
         self.workers: dict[Any, tuple[Any, About]] = {}  # of Worker or Remote, by what tells models apart
         self.capped: tuple[int, int] | None = None
+        self.said: set[str] = set()
         name = f"sweep-{'-'.join(v.name.replace('/', '-') for v in asked.variants)}-{self.size}-{asked.workload}.jsonl"
         self.path = asked.output or outputs_folder() / name
 
@@ -215,7 +229,7 @@ class Sweep:
 
     def _run(self) -> list[Cell]:
         done_mark = neighbour(self.path, "result.json")
-        with Store(self.path, self._keeps, say=self.progress) as store:
+        with Store(self.path, self._keeps, self.emit, self.progress) as store:
             done_mark.unlink(missing_ok=True)
             if store.superseded:
                 self.progress(f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl")
@@ -238,7 +252,7 @@ class Sweep:
                 "timed_s": round(sum(sum(cell.step_s) + sum(cell.control_s) for cell in fresh), 1),
             }
             self.progress(f"{spent['wall_s']} s in all, {spent['timed_s']} s of them in timed steps")
-            _write_result(done_mark, self.path, cells, spent)
+            write_result(done_mark, self.path, cells, spent)
         return cells
 
     def _on_card(self, entry: Entry, card: Card, store: Store) -> Cell:
@@ -299,7 +313,8 @@ class Sweep:
         """The cells that the request asks for."""
         asked = self.asked
         card = asked.card.name if asked.card else None
-        same = (asked.workload, asked.texts, asked.dtype, card)
+        plain = self._plain_workload(1)
+        same = (plain.budget, plain.pages or plain.texts, asked.dtype, card)
         return {
             (entry, cell.batch_size): cell
             for cell in cells
@@ -373,6 +388,8 @@ class Sweep:
 
     def _batches(self) -> Callable[..., Batches]:
         """What makes the batches of a size in a worker."""
+        if self.pages:
+            return partial(self.pages.batches, samples=self.asked.samples)
         return partial(query_batches, texts=self.asked.texts, samples=self.asked.samples)
 
     def _memory(self, entry: Entry, batch: int) -> Memory | Failure:
@@ -385,7 +402,13 @@ class Sweep:
         for model in dict.fromkeys(entry.model for entry in entries):
             of_it = [entry for entry in entries if entry.model == model]
             wanted = [(entry.way.protocol, control) for entry in of_it for control in (False, True)]
-            made |= dict.fromkeys(of_it, attempt(lambda: self._worker(of_it[0]).prepare(batch, wanted), self.device))  # noqa: B023
+            found = attempt(lambda: self._worker(of_it[0]).prepare(batch, wanted), self.device)  # noqa: B023
+            if not isinstance(found, Failure):
+                found, said = found
+                for line in (line for line in said if line not in self.said):
+                    self.progress(line)
+                self.said |= set(said)
+            made |= dict.fromkeys(of_it, found)
         return made
 
     def _turn(self, entry: Entry, control: bool = False) -> Turn:
@@ -408,13 +431,14 @@ class Sweep:
         states = None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
         notes = noticing.notes(states)
         in_turn = [entry for entry in workloads if samples[entry].error is None]
-        differences = {entry: self._difference(entry, in_turn) for entry in in_turn}
+        more = {entry: self._more(entry, in_turn) for entry in in_turn}
         self._rest()
         for entry in [entry for entry in workloads if entry not in in_turn and len(samples) > 1]:
             if not _failure(samples[entry]).ended:
                 # It may be the others that took the room, or its process: once more, alone.
                 if not self._load(entry) and isinstance(self._prepare([entry], batch)[entry], Workload):
                     samples |= time_in_turn({entry: self._turn(entry)}, self.asked.patience)
+                    more[entry] = self._more(entry, [entry])
                 self._rest()
         cells = []
         for entry in entries:
@@ -422,8 +446,7 @@ class Sweep:
             control = samples.get(_control(entry))
             cell = self._cell(entry, workload, memories[entry], samples.get(entry), in_turn, states, notes)
             if cell.status == "ok":
-                controls = control.step_s if control else []
-                cell = cell.model_copy(update={"control_s": controls, "difference": differences.get(entry)})
+                cell = cell.model_copy(update={"control_s": control.step_s if control else [], **more[entry]})
             self.progress(_line(cell))
             cells.append(cell)
         for cell, entry in zip(cells, entries, strict=True):
@@ -434,6 +457,14 @@ class Sweep:
     def _rest(self) -> None:
         for worker, _ in self.workers.values():
             attempt(worker.rest, self.device)
+
+    def _more(self, entry: Entry, among: list[Entry]) -> dict[str, Any]:
+        """What a cell says beside its times, measured in passes of their own on the same batches."""
+        more: dict[str, Any] = {"difference": self._difference(entry, among)}
+        if self.pages:
+            towers = attempt(lambda: self._worker(entry).towers(entry.way.protocol), self.device)
+            more["towers"] = towers if isinstance(towers, Towers) else None
+        return more
 
     def _difference(self, entry: Entry, among: list[Entry]) -> Difference | None:
         """How far the token embeddings of an entry of 8-bit activations are from its parent's, on the same batch."""
@@ -451,6 +482,9 @@ class Sweep:
         return Difference(against=str(parent), cosine_mean=cosine.mean().item(), cosine_least=cosine.min().item())
 
     def _plain_workload(self, batch: int) -> Workload:
+        if self.pages:
+            label, budget = self.pages.label, self.pages.visual_tokens
+            return Workload(kind="pages", batch_size=batch, pages=label, visual_tokens=budget)
         return Workload(kind="queries", batch_size=batch, texts=self.asked.texts)
 
     @cached_property
@@ -547,8 +581,9 @@ def _checked(variant: Variant, source: Source, asked_size: str) -> Source:
 
 
 def _asked_for(cell: Cell) -> tuple[str | None, ...]:
-    texts = "report" if cell.workload.texts and cell.workload.texts.startswith("drawn") else cell.workload.texts
-    return cell.workload.kind, texts, cell.backend.requested_dtype, cell.card.name if cell.card else None
+    work = cell.workload
+    texts = "report" if work.texts and work.texts.startswith("drawn") else work.texts
+    return work.budget, work.pages or texts, cell.backend.requested_dtype, cell.card.name if cell.card else None
 
 
 def _entry_of(cell: Cell) -> Entry | None:
@@ -568,7 +603,7 @@ def _line(cell: Cell, prefix: str = "") -> str:
     return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
 
 
-def _write_result(path: Path, records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
+def write_result(path: Path, records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
     """The mark of a sweep that ended: its counts and its file, written last and whole."""
     counts = {status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")}
     text = json.dumps({"complete": True, "records": records.name, "cells": len(cells), **counts, **spent}, indent=1)
@@ -581,11 +616,15 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def sweep(asked: Request, progress: Callable[[str], None] = to_stderr) -> list[Cell]:
+def sweep(
+    asked: Request, progress: Callable[[str], None] = to_stderr, emit: Callable[[Cell], object] | None = None
+) -> list[Cell]:
     """The cells of `asked`, measured on this machine's device; those in its file already are kept.
+
+    `emit` is called with each new cell as soon as it is on file.
 
     Raises:
         BadInput: a wrong value, or a file that cannot be written.
         Unmet: no weights, or no kernel for them.
     """
-    return Sweep(asked, progress).run()
+    return Sweep(asked, progress, emit).run()

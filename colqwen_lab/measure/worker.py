@@ -28,12 +28,12 @@ import torch
 from colqwen_lab.cards import Card
 from colqwen_lab.errors import LabError
 from colqwen_lab.measure.cap import set_cap
-from colqwen_lab.measure.clock import timed
+from colqwen_lab.measure.clock import time_towers, timed
 from colqwen_lab.measure.limits import measured_limits
 from colqwen_lab.measure.memory import free, measure
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.weights import Source
-from colqwen_lab.records import Limits, Memory, Workload
+from colqwen_lab.records import Limits, Memory, Towers, Workload
 from colqwen_lab.runtime.execution import Steps
 from colqwen_lab.runtime.fast import load_fast
 from colqwen_lab.runtime.workloads import Batches
@@ -151,12 +151,12 @@ class Worker:
         inputs = [max(self._batches(batch).inputs, key=lambda one: one["input_ids"].shape[1])]
         return measure(self.model, inputs, self._steps(inputs, protocol), alone)
 
-    def prepare(self, batch: int, wanted: Iterable[tuple[str, bool]]) -> Workload:
-        """Make the batches, and a stepper for each wanted protocol, the control's (True) apart."""
+    def prepare(self, batch: int, wanted: Iterable[tuple[str, bool]]) -> tuple[Workload, tuple[str, ...]]:
+        """Make the batches, and a stepper for each wanted protocol, the control's (True) apart; and what was said."""
         made = self._batches(batch)
         self.inputs = made.inputs
         self.steps = {(protocol, control): self._steps(made.inputs, protocol) for protocol, control in wanted}
-        return made.workload
+        return made.workload, made.said
 
     def _batches(self, batch: int) -> Batches:
         config, tokenizer = self.model.model.config, self.model.tokenizer
@@ -168,6 +168,10 @@ class Worker:
     def turn(self, protocol: str, control: bool, lead_in: bool) -> float:
         """Seconds of the next step; with `lead_in` after the same step, thrown away."""
         return timed(self.steps[protocol, control], self.device, lead_in)
+
+    def towers(self, protocol: str) -> Towers:
+        """Seconds of a step in the vision tower and in the rest: `clock.time_towers`."""
+        return time_towers(self.steps[protocol, False], self.model.model.vlm.model.visual, self.device)
 
     def embeddings(self, protocol: str) -> np.ndarray:
         """The token embeddings of the first batch, [real tokens, 320], in float32."""

@@ -19,21 +19,37 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATUSES = ("ok", "oom", "failed")
+EIGHT_BIT = ("fp8", "w4-fp8", "w4-int8")
 
 #: What tells one series from another, in the order in which a label names it.
 CRITERIA: dict[str, Callable[[Cell], str]] = {
     "variant": lambda cell: cell.variant,
     "size": lambda cell: cell.size,
     "workload": lambda cell: cell.workload.kind,
+    "visual_tokens": lambda cell: f"{cell.workload.visual_tokens or 'no'} visual tokens",
     "execution": lambda cell: cell.execution,
     "protocol": lambda cell: cell.protocol,
     "origin": lambda cell: cell.origin,
     "weights": lambda cell: cell.weights,
     "backend": lambda cell: cell.backend.requested,
-    "texts": lambda cell: _texts(cell.workload.texts or "texts not recorded"),
+    "texts": lambda cell: cell.workload.pages or _texts(cell.workload.texts or "texts not recorded"),
     "card": lambda cell: f"{cell.card.name} cap" if cell.card else "no cap",
     "device": lambda cell: cell.environment.device,
 }
+
+#: What a table says of pages beside their rate: the tower and the rest of a step, and what is outside of it, a page.
+PAGE_COLUMNS: dict[str, Callable[[Cell], float | None]] = {
+    "tokens/s": lambda cell: _tokens_per_s(cell),
+    "vision ms": lambda cell: 1e3 * cell.towers.vision_s if cell.towers else None,
+    "decoder ms": lambda cell: 1e3 * cell.towers.decoder_s if cell.towers else None,
+    "preprocessing ms a page": lambda cell: 1e3 * cell.workload.preprocess_s if cell.workload.preprocess_s else None,
+    "index kB a page": lambda cell: cell.workload.index_bytes / 1e3 if cell.workload.index_bytes else None,
+}
+
+
+def _tokens_per_s(cell: Cell) -> float | None:
+    """Padding included, as the device computes it."""
+    return cell.items_per_s.median * cell.workload.tokens if cell.items_per_s and cell.workload.tokens else None
 
 
 def _texts(recorded: str) -> str:
@@ -153,12 +169,15 @@ class Results:
         of_variant = [[cell for cell in self.cells if cell.variant == variant] for variant in self.variants]
         varied = [name for name, read in CRITERIA.items() if any(len({*map(read, cells)}) > 1 for cells in of_variant)]
         columns = ["variant", "batch", *varied, *(["origin"] if "origin" not in varied else [])]
-        figures = ["items/s", "low", "high", "peak MiB", "status", "reason", "kernel"]
+        pages = [*PAGE_COLUMNS] if any(cell.workload.kind == "pages" for cell in self.cells) else []
+        figures = ["items/s", "low", "high", *pages, "peak MiB", "status", "reason", "kernel"]
         figures += ["noticed"] if any(cell.notes for cell in self.cells) else []
         return pd.DataFrame([_row(cell, varied) for cell in self.cells], columns=[*columns, *figures])
 
     def plot(self, kind: str = "throughput", **options: Any) -> Figure:
-        """A figure: `throughput`, `memory` (with `cards=(8, 12)` in GB) or `tradeoff` (throughput over memory).
+        """A figure: `throughput`, `memory` (with `cards=(8, 12)` in GB), `tradeoff` or `roofline`.
+
+        A roofline is of cells that carry their work: `lab.explain(results).plot("roofline")`.
 
         Raises:
             BadInput: an unknown kind.
@@ -207,11 +226,18 @@ def conditions(cells: Sequence[Cell]) -> str:
     """Where figures come from, for titles: origin, device, size, workload, execution, protocol, cap, kernels."""
     parts: list[list[str]] = [[cell.origin for cell in cells], [_device(cell) for cell in cells]]
     parts += [[read(cell) for cell in cells] for name, read in CRITERIA.items() if name in ("size", "workload")]
+    parts += [[CRITERIA["visual_tokens"](cell) for cell in cells if cell.workload.visual_tokens]]
     parts += [[cell.execution for cell in cells], [f"protocol {cell.protocol}" for cell in cells]]
     parts += [[f"under a {cell.card.name} cap" for cell in cells if cell.card]]
     parts += [[f"kernel {name}" for cell in cells for name in cell.backend.engaged if name != "torch.nn.Linear"]]
     parts += [["untrained weights"]] if any(random_weights(cell) for cell in cells) else []
     return " · ".join(" and ".join(dict.fromkeys(part)) for part in parts if part)
+
+
+def way(series: Series) -> str:
+    """EXECUTION/PROTOCOL/BACKEND, as a sweep takes it."""
+    first = series.first
+    return f"{first.execution}/{first.protocol}/{first.backend.requested}"
 
 
 def random_weights(cell: Cell) -> bool:
@@ -223,6 +249,11 @@ def _device(cell: Cell) -> str:
     """The device as a title names it: one without a GPU says CPU."""
     name = cell.environment.device
     return name if cell.environment.gpu or "CPU" in name or not cell.environment.cpu else f"CPU {name}"
+
+
+def eight_bit(cell: Cell) -> bool:
+    """Whether its activations were asked for in 8 bits."""
+    return cell.backend.requested in EIGHT_BIT
 
 
 def unit(cell: Cell) -> str:
@@ -277,6 +308,7 @@ def _row(cell: Cell, varied: Sequence[str]) -> dict[str, Any]:
         "items/s": rounded(rate.median) if rate else None,
         "low": rounded(rate.low) if rate else None,
         "high": rounded(rate.high) if rate else None,
+        **{name: rounded(read(cell)) for name, read in PAGE_COLUMNS.items()},
         "peak MiB": round(memory.peak_bytes / MIB, 1 if memory.peak_bytes > 100 * MIB else 3) if memory else None,
         "status": cell.status,
         "reason": cell.reason or _missing(cell),

@@ -1,23 +1,57 @@
-"""The batches that a step embeds: token ids on the device, made outside the clock."""
+"""The batches that a step embeds, queries or pages: tensors on the device, made outside the clock."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import re
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colqwen_lab.errors import Unmet, one_of
+from colqwen_lab.errors import BadInput, Unmet, one_of
+from colqwen_lab.model import drawn
 from colqwen_lab.model import texts as package_texts
 from colqwen_lab.model.network import ColQwen3Config
+from colqwen_lab.model.pages import (
+    QWEN_PAD_ID,
+    VISUAL_TOKENS,
+    batch_of,
+    check_visual_tokens,
+    digest,
+    page_files,
+    patches,
+    read_pages,
+)
 from colqwen_lab.model.processing import QUERY_SUFFIX_TOKENS, encode_queries, left_padded, pad_id
 from colqwen_lab.records import Workload
 
-WORKLOADS = ("queries",)
+
+class Habit(NamedTuple):
+    """What a sweep measures of a workload unless it is told: batch sizes, and timed steps at least.
+
+    A page costs as much as seventy queries. Six steps are the fewest that give an interval.
+    """
+
+    batch_sizes: str
+    min_steps: int
+
+
+WORKLOADS = {"queries": Habit("8,16,32,64,128,256", 10), "pages": Habit("1,2,4", 6)}
+QUERIES = 64
+# Pages that are kept as patches, 31 MB each at 1,280 visual tokens.
+MOST_DISTINCT = 64
+# Of a stored embedding's value, in 16 bits.
+INDEX_VALUE_BYTES = 2
 # "Retrieve information about topic number " under Qwen's tokenizer; a number adds a token a digit.
 REPORT_QUERY_TOKENS = 6
-QWEN_PAD_ID = 151643
 
 
 @dataclass(frozen=True)
@@ -26,6 +60,7 @@ class Batches:
 
     inputs: list[dict[str, Tensor]]
     workload: Workload
+    said: tuple[str, ...] = ()
 
 
 def query_batches(
@@ -36,7 +71,7 @@ def query_batches(
     samples: int,
     device: torch.device,
 ) -> Batches:
-    """max(`samples`, 2 x batch) distinct queries, cut into batches, padded on the left, as the report's script does.
+    """max(`samples` or 64, 2 x batch) distinct queries, cut into batches, padded on the left, as in the report.
 
     Without a tokenizer (random weights at 4b and 8b) ids are drawn at random with the lengths of the report's
     queries.
@@ -45,26 +80,31 @@ def query_batches(
         Unmet: natural queries without a tokenizer.
     """
     one_of("texts", texts, package_texts.TEXTS)
-    count = max(samples, 2 * batch_size)
+    count = max(samples or QUERIES, 2 * batch_size)
     if tokenizer is not None:
         rows, pad = encode_queries(tokenizer, package_texts.queries(texts, count)), pad_id(tokenizer)
     elif texts == "report":
         rows, pad = _drawn(config.text_config.vocab_size, count), QWEN_PAD_ID
     else:
         raise Unmet(f"texts {texts!r} need a tokenizer, and these weights have none; valid without one: report")
-    inputs, tokens, real = [], 0, 0
+    inputs = []
     for start in range(0, count - batch_size + 1, batch_size):
         ids, mask = left_padded(rows[start : start + batch_size], pad)
         inputs.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
-        tokens, real = tokens + mask.numel(), real + int(mask.sum())
     workload = Workload(
         kind="queries",
         batch_size=batch_size,
-        tokens=max(batch["input_ids"].shape[1] for batch in inputs),
         texts=texts if tokenizer is not None else "drawn at the report's lengths",
-        padded_share=round(1 - real / tokens, 6),
     )
-    return Batches(inputs, workload)
+    return _counted(inputs, workload)
+
+
+def _counted(inputs: list[dict[str, Tensor]], workload: Workload) -> Batches:
+    """The batches, their longest one's tokens and the share that is padding added to what the record says."""
+    masks = [batch["attention_mask"] for batch in inputs]
+    padded = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    found = {"tokens": max(mask.shape[1] for mask in masks), "padded_share": round(padded, 6)}
+    return Batches(inputs, workload.model_copy(update=found))
 
 
 def _drawn(vocabulary: int, count: int) -> list[list[int]]:
@@ -74,3 +114,78 @@ def _drawn(vocabulary: int, count: int) -> list[list[int]]:
     lengths = [REPORT_QUERY_TOKENS + len(str(number)) for number in range(count)]
     words = min(vocabulary, QWEN_PAD_ID)
     return [torch.randint(words, (length,), generator=generator).tolist() + suffix for length in lengths]
+
+
+class Pages:
+    """Where pages come from: drawn by the lab, A4 at 150 dpi or WIDTHxHEIGHT pixels, or a person's folder or file.
+
+    `label` names them in a record: for files the digest of their names and contents, and no path.
+
+    Raises:
+        BadInput: neither, or a budget out of bounds.
+    """
+
+    def __init__(self, source: str = "", visual_tokens: int = VISUAL_TOKENS) -> None:
+        self.visual_tokens = check_visual_tokens(visual_tokens)
+        size = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", source)
+        self.size = (int(size[1]), int(size[2])) if size else (drawn.WIDTH, drawn.HEIGHT)
+        self.files = page_files(source) if source and not size else []
+        self.refused: list[str] = []
+        self._made: list[tuple[Tensor, tuple[int, int, int]]] = []
+        self._seconds: list[float] = []
+
+    @cached_property
+    def label(self) -> str:
+        if self.files:
+            return f"{len(self.files)} files {digest(self.files)}"
+        return f"drawn, {self.size[0]} x {self.size[1]} pixels"
+
+    @cached_property
+    def _images(self) -> Iterator[Image.Image]:
+        """The distinct pages in their order; a file that cannot be read is a line in `refused`."""
+        if self.files:
+            return read_pages(self.files, self.refused.append)
+        return (drawn.page(number, width=self.size[0]).resize(self.size) for number in itertools.count())
+
+    def _make(self, count: int, config: ColQwen3Config) -> None:
+        """Have the patches of `count` pages; what the processor takes for one, from pixels to patches, is timed."""
+        for image in itertools.islice(self._images, max(0, count - len(self._made))):
+            before = time.perf_counter()
+            self._made.append(patches(image, config, self.visual_tokens))
+            self._seconds.append(time.perf_counter() - before)
+        if not self._made:
+            raise BadInput(f"none of {len(self.files)} files gives a page; {', '.join(self.refused)[:200]}")
+
+    def batches(
+        self,
+        config: ColQwen3Config,
+        tokenizer: Tokenizer | None,
+        batch_size: int,
+        samples: int,
+        device: torch.device,
+    ) -> Batches:
+        """max(`samples`, 2 x batch) pages, cut into batches, padded on the left; beyond 64, or one's own, they repeat.
+
+        Raises:
+            BadInput: none of the files could be read.
+        """
+        count = max(samples, 2 * batch_size)
+        self._make(min(count, MOST_DISTINCT), config)
+        distinct = self._made[:count]
+        rows = list(itertools.islice(itertools.cycle(distinct), count))
+        inputs = [
+            batch_of(rows[start : start + batch_size], tokenizer, config, device)
+            for start in range(0, count - batch_size + 1, batch_size)
+        ]
+        sizes = [int(batch["attention_mask"].sum()) / batch_size for batch in inputs]
+        workload = Workload(
+            kind="pages",
+            batch_size=batch_size,
+            visual_tokens=self.visual_tokens,
+            pages=self.label,
+            distinct=len(distinct),
+            refused=len(self.refused),
+            index_bytes=round(statistics.fmean(sizes) * config.embed_dim * INDEX_VALUE_BYTES),
+            preprocess_s=statistics.median(self._seconds),
+        )
+        return replace(_counted(inputs, workload), said=tuple(self.refused))
