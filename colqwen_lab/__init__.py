@@ -26,7 +26,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 if TYPE_CHECKING:
     import pandas as pd
 
-    from colqwen_lab.report.compare import Comparison
+    from colqwen_lab.report.compare import Comparison, SideBySide
+    from colqwen_lab.report.fidelity import Fidelities
     from colqwen_lab.report.plan import Plan
     from colqwen_lab.report.quantized import Quantized
     from colqwen_lab.report.series import Results
@@ -39,6 +40,7 @@ __all__ = [
     "beside",
     "compare",
     "explain",
+    "fidelity",
     "load",
     "outputs_folder",
     "parameters",
@@ -72,20 +74,24 @@ def sweep(
     fresh: bool = False,
     min_steps: int = 0,
     max_s: float = 3.0,
+    on: str = "here",
+    accelerator: str = "",
+    address: str = "",
 ) -> Results:
     """Throughput and peak memory of each model at each batch size, measured here; cells on file already are kept.
 
     Args:
         model: base, awq, an AutoRound scheme such as W8A16, a folder, a hub id; or several, "base,awq", timed in turn.
         batch_sizes: "8,16", 8 or [8, 16]; auto is 8,16,32,64,128,256 queries, or 1,2,4 pages.
-        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b.
-        workload: queries or pages.
+        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b; or several, "tiny,mid".
+        workload: queries or pages; or both.
         texts: of queries: report (the report's formula) or natural (distinct queries of several lengths).
         visual_tokens: of pages: the budget of an image, a visual token being 32 x 32 pixels.
         pages: a folder of images, an image, or a PDF; by default A4 pages that the lab draws, or in the size
             WIDTHxHEIGHT, "512x512".
         weights: auto (tiny: its default; else the hub), hub, random, or a checkpoint folder.
-        execution: eager (the forward of transformers) or fast (fused, in length buckets, as CUDA graphs on a GPU).
+        execution: eager (the forward of transformers) or fast (fused, in length buckets, as CUDA graphs on a GPU); or
+            both, "eager,fast": sizes, workloads and executions are measured one after the other, `ways` in turn.
         backend: the kernel for packed weights: auto, or a name such as torch, ark, tritonv2, marlin, humming; in
             execution fast also int4, and with 8-bit activations fp8 (16-bit weights), w4-fp8, w4-int8 (packed ones).
         protocol: lean (no KV cache, last output released) or published (as the report was made).
@@ -99,26 +105,35 @@ def sweep(
         fresh: measure again what is on file; the old rows move aside.
         min_steps: timed steps a cell, at least; 0 means 10 of queries, 6 of pages.
         max_s: seconds a cell is timed, at most, once it has its steps.
+        on: here, or ray: over a Ray cluster, every size, workload and execution a task, its rows sent to this file.
+        accelerator: with ray, the types of GPU to measure all of it on, "A100,L4"; by default the cluster's only one.
+        address: with ray, the cluster's: auto, HOST:PORT, ray://HOST:PORT; by default RAY_ADDRESS, else auto.
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.
-        Unmet: no weights, or no kernel for them, here.
+        Unmet: no weights, or no kernel for them, here; no Ray cluster.
     """
     from colqwen_lab.cards import find_card
+    from colqwen_lab.measure import fleet
     from colqwen_lab.measure.clock import Patience
-    from colqwen_lab.measure.sweep import request
-    from colqwen_lab.measure.sweep import sweep as run
     from colqwen_lab.report.series import Results
     from colqwen_lab.runtime.workloads import WORKLOADS
 
-    min_steps = min_steps or WORKLOADS[one_of("workload", workload, WORKLOADS)].min_steps
-    patience = Patience(min_steps=min_steps, max_steps=max(200, min_steps), min_s=min(0.3, max_s), max_s=max_s)
+    def patience(workload: str) -> Patience:
+        least = min_steps or WORKLOADS[one_of("workload", workload, WORKLOADS)].min_steps
+        return Patience(min_steps=least, max_steps=max(200, least), min_s=min(0.3, max_s), max_s=max_s)
+
     options: dict[str, Any] = {"size": size, "workload": workload, "texts": texts, "weights": weights}
     options |= {"visual_tokens": visual_tokens, "pages": pages}
     options |= {"execution": execution, "backend": backend, "protocol": protocol, "dtype": dtype, "fresh": fresh}
     options |= {"ways": ways, "control": control}
     options |= {"output": Path(output) if output else None, "card": find_card(card) if card != "" else None}
-    return Results(tuple(run(request(model, batch_sizes, patience=patience, **options))))
+    options |= {"patience": patience}
+    if one_of("place to sweep on", on, ("here", "ray")) == "ray":
+        return Results(tuple(fleet.on_ray(model, batch_sizes, accelerators=accelerator, address=address, **options)))
+    if accelerator or address:
+        raise BadInput("accelerator and address are a cluster's; valid: with --on ray")
+    return Results(tuple(fleet.in_turn(fleet.matrix(model, batch_sizes, **options))))
 
 
 def load(source: str | Path) -> Results:
@@ -137,8 +152,10 @@ def compare(
     base: str | Path | Results = "published",
     awq: str | Path | Results = "published",
     cards: str | Sequence[float] = (8, 12, 16, 24),
-) -> Comparison:
+) -> Comparison | SideBySide:
     """Overhead and memory saving at every shared batch, card scenarios, crossover and recommendations.
+
+    Of files with several devices, sizes, workloads, executions or protocols one comparison each, side by side.
 
     Args:
         base: results or a records file that holds BASE, or `published`.
@@ -148,7 +165,7 @@ def compare(
     Raises:
         BadInput: not records, or series that cannot be compared at equal batch.
     """
-    from colqwen_lab.report.compare import compare as run
+    from colqwen_lab.report.compare import by_place as run
     from colqwen_lab.report.series import Results
 
     for value in (base, awq):
@@ -289,6 +306,61 @@ def quantize(
     lines = maker.calibration_file(texts) if texts else None
     folder = Path(output) if output else outputs_folder() / f"{size}-{recipe.scheme}"
     return Quantized(folder, maker.quantize(source, folder, recipe, device, lines, replace=not output))
+
+
+@checked
+def fidelity(
+    model: str | Sequence[str] = "awq",
+    data: str = "generated",
+    *,
+    size: str = "auto",
+    weights: str = "auto",
+    iters: int = 50,
+    plain: bool = False,
+    margin: float = 0.01,
+    queries: int = 0,
+    pages: int = 0,
+    visual_tokens: int = 1280,
+    output: str = "",
+) -> Fidelities:
+    """What each model loses of retrieval against BASE, on the same queries and pages, with intervals and verdicts.
+
+    Args:
+        model: awq, an AutoRound scheme such as W8A16, a folder, a hub id; or several.
+        data: generated (pages drawn by the lab, held out of training), vidore:NAME, or a folder in BEIR layout.
+        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b.
+        weights: BASE's: auto (tiny: its default; else the hub), hub, or a checkpoint folder.
+        iters: tuning steps a layer of the schemes that are quantised here; 0 is plain rounding.
+        plain: each of these also without tuning.
+        margin: a difference below this is none; nDCG, recall, overlap, tau and cosine end at 1.
+        queries: how many at most; 0 means all.
+        pages: how many at most; 0 means all.
+        visual_tokens: the budget of a page.
+        output: the records file; by default one under outputs/ named after the models.
+
+    Raises:
+        BadInput: a wrong value; the message names the valid ones.
+        Unmet: no weights, or no kernel for them, here.
+    """
+    from colqwen_lab.measure.environment import pick_device
+    from colqwen_lab.measure.sweep import to_stderr
+    from colqwen_lab.model.architecture import resolve_size
+    from colqwen_lab.model.drawn import SMALL_WIDTH, WIDTH
+    from colqwen_lab.records import listed
+    from colqwen_lab.report.fidelity import Fidelities, check_margin
+    from colqwen_lab.retrieval import data as sets
+    from colqwen_lab.retrieval import run
+
+    check_margin(margin)
+    device = pick_device()
+    size = resolve_size(size, device.type == "cuda")
+    asked = run.subjects(listed(model), size, iters, plain)
+    corpus = sets.load(data, queries, pages, SMALL_WIDTH if size == "tiny" else WIDTH)
+    names = "-".join(dict.fromkeys(one.variant.name for one in asked[1:])) or "base"
+    stem = f"fidelity-{names}-{size}-{data}".replace("/", "-").replace(":", "-")
+    path = Path(output) if output else outputs_folder() / f"{stem}.jsonl"
+    records = run.run(asked, corpus, size, weights, visual_tokens, device, path, to_stderr)
+    return Fidelities(tuple(records), margin, corpus)
 
 
 def parameters(names: dict[str, Any], function: Callable[..., Any], *own: str) -> dict[str, Any]:

@@ -58,9 +58,7 @@ def doctor() -> None:
 def sweep(
     model: Models = ["awq"],  # noqa: B006  (typer's way to give a list a default)
     size: Size = "auto",
-    batch_sizes: Annotated[
-        str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32; auto: by workload.")
-    ] = "auto",
+    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="8,16,32; auto: by workload.")] = "auto",
     workload: Workload = "queries",
     texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
     visual_tokens: VisualTokens = 1280,
@@ -77,8 +75,14 @@ def sweep(
     card: Annotated[str, typer.Option(help="GB or a GPU: the largest batch under its memory, on a bigger GPU.")] = "",
     output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
+    on: Annotated[str, typer.Option(help="here, or ray: over a Ray cluster.")] = "here",
+    accelerator: Annotated[list[str], typer.Option(help="With ray, a GPU type such as A100; several times.")] = [],  # noqa: B006
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; RAY_ADDRESS, else auto.")] = "",
 ) -> None:
-    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file."""
+    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file.
+
+    Sizes, workloads and executions take several, --size tiny,mid: one after the other, or each a task --on ray.
+    """
     results = lab.sweep(
         [name for names in model for name in names.split(",")],
         batch_sizes,
@@ -97,6 +101,9 @@ def sweep(
         card=card,
         output=output,
         fresh=fresh,
+        on=on,
+        accelerator=",".join(accelerator),
+        address=address,
     )
     typer.echo(results.table().to_string())
     if not any(cell.status == "ok" for cell in results):
@@ -156,6 +163,41 @@ def compare(
         typer.echo(json.dumps(comparison.to_dict(), indent=1))
     elif not markdown:
         typer.echo(comparison.markdown())
+
+
+@app.command()
+def fidelity(
+    model: Models = ["awq"],  # noqa: B006
+    size: Size = "auto",
+    data: Annotated[str, typer.Option(help="generated, vidore:NAME, or a folder in BEIR layout.")] = "generated",
+    weights: Annotated[str, typer.Option(help="BASE's: auto, hub, or a checkpoint folder.")] = "auto",
+    iters: Annotated[int, typer.Option(help="Tuning steps a layer of what is quantised here; 0 is plain.")] = 50,
+    plain: Annotated[bool, typer.Option("--plain", help="Each scheme quantised here also without tuning.")] = False,
+    margin: Annotated[float, typer.Option(help="A difference below this is none.")] = 0.01,
+    queries: Annotated[int, typer.Option(help="How many at most; 0 means all.")] = 0,
+    pages: Annotated[int, typer.Option(help="How many at most; 0 means all.")] = 0,
+    visual_tokens: Annotated[int, typer.Option(help="The budget of a page.")] = 1280,
+    output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
+    as_json: Json = False,
+) -> None:
+    """What quantising does to retrieval: rankings, scores and embeddings against BASE's, with intervals."""
+    found = lab.fidelity(
+        [name for names in model for name in names.split(",")],
+        data,
+        size=size,
+        weights=weights,
+        iters=iters,
+        plain=plain,
+        margin=margin,
+        queries=queries,
+        pages=pages,
+        visual_tokens=visual_tokens,
+        output=output,
+    )
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+    else:
+        typer.echo(f"{found.table().to_string(index=False)}\n\n{found.verdict()}")
 
 
 @app.command()

@@ -16,6 +16,8 @@ from colqwen_lab.model import loading, quantize
 from colqwen_lab.model.processing import TINY_TOKENIZER
 from colqwen_lab.model.variants import VARIANTS
 from colqwen_lab.model.weights import FolderSource, default_source
+from colqwen_lab.records import Backend, Environment
+from colqwen_lab.retrieval.record import Cosines, Fidelity
 
 CPU = torch.device("cpu")
 
@@ -87,3 +89,34 @@ def tiny() -> loading.Loaded:
 @pytest.fixture(scope="session")
 def tiny_awq(packed: Callable[[str], Path]) -> loading.Loaded:
     return loading.load(FolderSource(packed("auto_round")), CPU, backend="torch")
+
+
+@pytest.fixture(scope="session")
+def record() -> Callable[..., Fidelity]:
+    """Makes fidelity records of a variant from each query's nDCG@5; all else as given, or as BASE's."""
+    same = Cosines(tokens=3, least=0.9, q01=0.9, q05=0.9, q25=0.95, median=0.97, mean=0.96)
+
+    def of(variant: str, ndcg: list[float], **changed: Any) -> Fidelity:
+        count = len(ndcg)
+        values = {name: [1.0] * count for name in ("overlap@5", "Kendall's tau")}
+        given: dict[str, Any] = {
+            "variant": variant,
+            "size": "tiny",
+            "weights": f"{variant} weights",
+            "data": "drawn",
+            "pages": 5,
+            "visual_tokens": 88,
+            "backend": Backend(requested="auto", engaged={"kernel": 28}),
+            "weights_bytes": 1000,
+            "query_cosine": same,
+            "page_cosine": same,
+            "page_batch": 8,
+            "page_step_s": [0.1] * 8,
+            "query_ids": [f"q{number}" for number in range(count)],
+            "values": {"nDCG@5": ndcg, **values, "score error": [0.0] * count},
+            "top": [["p1", "p0"]] * count,
+            "environment": Environment(cpu="a CPU"),
+        }
+        return Fidelity(**given | changed)
+
+    return of

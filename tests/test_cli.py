@@ -28,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("nope", "commands: variants, doctor, sweep, plan, compare, quantize"),
+        ("nope", "commands: variants, doctor, sweep, plan, compare, fidelity, quantize"),
         ("sweep --nope", "No such option: --nope"),
         ("sweep -m gptq", "valid: base, awq"),
         ("sweep --size 5b", "valid: auto, tiny, mid, 4b, 8b"),
@@ -36,11 +36,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("sweep --execution nope", "valid: eager"),
         ("sweep --protocol nope", "valid: lean, published"),
         ("sweep --workload nope", "valid: queries"),
+        ("sweep --size tiny,5b", "valid: auto, tiny, mid, 4b, 8b"),
+        ("sweep --on nope", "valid: here, ray"),
+        ("sweep --accelerator A100", "valid: with --on ray"),
         ("sweep -b 0", "valid: different whole numbers"),
         ("sweep -b -1", "valid: different whole numbers"),
         ("sweep -b a", "valid: different whole numbers"),
         ("sweep -b 8,8", "valid: different whole numbers"),
         ("sweep -m base -b 1 -o /proc/none/x.jsonl", "name a file in a folder you can write"),
+        ("fidelity --data nope", "valid: generated, vidore:NAME, or a folder"),
+        ("fidelity --margin 0", "valid: above 0 and below 1"),
+        ("fidelity --weights random", "random weights say nothing of retrieval"),
         ("compare published", "Missing argument"),
         ("compare none.jsonl published", "no records file none.jsonl"),
         ("compare LICENSE published", "is not a record"),
@@ -65,12 +71,12 @@ def test_bad_input_is_one_line_and_exit_2(
 
 
 def test_interrupted_is_not_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from colqwen_lab.measure import sweep
+    from colqwen_lab.measure import fleet
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "sweep", interrupted)
+    monkeypatch.setattr(fleet, "sweep", interrupted)
     assert run(monkeypatch, "sweep", "-m", "base", "-b", "1") == 130
     assert "interrupted; the rows measured so far are on file" in capsys.readouterr().err
 
@@ -140,6 +146,7 @@ def test_variants_and_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         "import sys; sys.argv = ['colqwen-lab', '--help']; from colqwen_lab.cli import app; app(standalone_mode=False)",
         "import colqwen_lab as lab; c = lab.compare(); c.to_dict(); c.markdown()",
         "import colqwen_lab as lab; r = lab.load('published'); r.table(); r.plot()",
+        "from colqwen_lab.report import fidelity, fidelity_plots; from colqwen_lab.retrieval import data, metrics",
     ],
 )
 def test_starts_without_torch(code: str) -> None:

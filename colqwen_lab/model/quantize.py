@@ -247,9 +247,10 @@ def cached_checkpoint(variant: Variant, size: str, device: torch.device, recipe:
     return folder
 
 
-def source_of(variant: Variant, size: str, weights: str, device: torch.device) -> Source:
-    """Where `variant` comes from: `weights.default_source`, or at `tiny` the cached checkpoint made here."""
-    if variant.scheme and size == "tiny" and weights == "auto":
-        folder = cached_checkpoint(variant, size, device)
-        return FolderSource(folder, label=f"made here from the tiny default, untrained ({folder.name})")
+def source_of(variant: Variant, size: str, weights: str, device: torch.device, recipe: Recipe | None = None) -> Source:
+    """Where `variant` comes from: `weights.default_source`, or at `tiny`, or with a `recipe`, what is made here."""
+    if variant.scheme and weights == "auto" and (recipe or size == "tiny"):
+        folder = cached_checkpoint(variant, size, device, recipe)
+        origin = "the tiny default, untrained" if size == "tiny" else f"the {size} default"
+        return FolderSource(folder, label=f"made here from {origin} ({folder.name})")
     return default_source(variant, size, weights, device)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model import loading
 from colqwen_lab.model.network import ColQwen3, ColQwen3Output, is_text_linear
-from colqwen_lab.model.variants import Variant, scheme_parts
+from colqwen_lab.model.variants import Variant, resolve_variant, scheme_parts
 from colqwen_lab.model.weights import RandomSource, default_source
 from colqwen_lab.predict.allocator import Allocator, Block
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Work, Workload
@@ -437,6 +438,14 @@ class Predictor:
         """Bytes that a step must move at least: every weight it multiplies by, once, and its result."""
         weights = sum(size for label, size in self.parts.values() if label.startswith(self.multiplied))
         return weights + workload.batch_size * (workload.tokens or 0) * self.config.embed_dim * 2
+
+
+@lru_cache(maxsize=8)
+def predictor(
+    model: str, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2", execution: str = "eager"
+) -> Predictor:
+    """The predictor of these, built once in a process: its runs serve every card and batch. Raises BadInput."""
+    return Predictor(resolve_variant(model), size, dtype, kernel, execution)
 
 
 def _label_output(tracker: MemoryTracker, output: ColQwen3Output) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 from colqwen_lab.cards import Card, Fit, fit_of, need_bytes
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model.pages import VISUAL_TOKENS
-from colqwen_lab.predict.memory import A100, HOST, Target
-from colqwen_lab.predict.pages import predictor
+from colqwen_lab.predict.memory import A100, HOST, Predictor, Target, predictor
+from colqwen_lab.predict.pages import page_predictor
 from colqwen_lab.records import Cell, Memory
 from colqwen_lab.runtime.execution import PROTOCOLS
+from colqwen_lab.runtime.workloads import WORKLOADS
 
 SEARCHED_TO = 4096
 # Near the edge a run may fail by how its memory lies; a sweep under a card's cap stays this share below it too.
@@ -69,7 +70,13 @@ class Planner:
         execution: str = "eager",
     ) -> None:
         self.protocol, self.tokens, self.padded = one_of("protocol", protocol, PROTOCOLS), tokens, padded
-        self.predictor = predictor(model, size, dtype, kernel, workload, visual_tokens, execution)
+        self.item = "page" if workload == "pages" else "query"
+        if one_of("workload", workload, WORKLOADS) == "pages":
+            if execution == "fast":
+                raise BadInput("execution fast embeds queries; valid for pages: eager")
+            self.predictor: Predictor = page_predictor(model, size, dtype, kernel, visual_tokens)
+        else:
+            self.predictor = predictor(model, size, dtype, kernel, execution)
         self._known: dict[tuple[int, Target], Cell] = {}
 
     def cell(self, batch_size: int, target: Target = A100) -> Cell:
@@ -89,7 +96,7 @@ class Planner:
 
         verdict = fit_of(memory(1), card.nominal_bytes)
         if verdict != "fits":
-            batch, binds = (1 if verdict == "tight" else None), "weights and one item"
+            batch, binds = (1 if verdict == "tight" else None), f"weights and one {self.item}"
         else:
             batch = largest(lambda size: need_bytes(memory(size))[1], card.usable_bytes, SEARCHED_TO)
             binds = "memory" if batch < SEARCHED_TO else f"nothing up to batch {SEARCHED_TO}"

@@ -26,7 +26,7 @@ from colqwen_lab.predict.memory import (
     Target,
     workspace_bytes,
 )
-from colqwen_lab.predict.pages import predictor as cached
+from colqwen_lab.predict.memory import predictor as cached
 from colqwen_lab.predict.plan import predict_like
 from colqwen_lab.records import MIB, Cell, Memory, read_cells
 from colqwen_lab.runtime.execution import Steps

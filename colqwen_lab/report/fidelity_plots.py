@@ -1,0 +1,124 @@
+"""Figures of fidelity: what is lost over bytes, every metric with its interval, and pages before and after."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from colqwen_lab.records import MIB
+from colqwen_lab.report.plots import FIXED, FREE, Plot
+from colqwen_lab.retrieval.record import Fidelity
+
+if TYPE_CHECKING:
+    from colqwen_lab.report.fidelity import Fidelities
+    from colqwen_lab.retrieval.data import Corpus
+
+#: Pages shown of each ranking, and the width in pixels that each is drawn at.
+SHOWN, THUMBNAIL = 3, 240
+ANSWERS, DOES_NOT = "#009E73", "0.75"
+
+
+def _axes(found: Fidelities, title: str, height: float) -> tuple[Figure, Axes]:
+    figure = Plot(figsize=(7.5, height), layout="constrained")
+    axes = figure.add_subplot()
+    figure.suptitle(title, fontsize=12)
+    axes.set_title(found.conditions(), fontsize=8, color="0.3", wrap=True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def frontier(found: Fidelities, metric: str = "nDCG@5") -> Figure:
+    """The loss in `metric` over the bytes of the weights; filled markers are plain rounding's rivals: those tuned."""
+    figure, axes = _axes(found, f"What is lost of {metric} over what the weights take", 4.6)
+    axes.axhspan(-found.margin, found.margin, color="0.9", label=f"±{found.margin:g}: the margin")
+    best = found.frontier(metric)
+    axes.plot(
+        [one.weights_bytes / MIB for one in best],
+        [found.loss(one, metric).difference for one in best],
+        color="0.5",
+        linewidth=1,
+        linestyle="--",
+        label="frontier: nothing smaller is as good",
+        zorder=1,
+    )
+    for record in found.records:
+        row = found.loss(record, metric)
+        plain = record.iters == 0
+        colour, marker = FIXED["base"] if record is found.base else FREE[3] if plain else FIXED["awq"]
+        ends = [row.difference if end is None else end for end in (row.low, row.high)]
+        spread = [[max(0, row.difference - ends[0])], [max(0, ends[1] - row.difference)]]
+        at = record.weights_bytes / MIB
+        axes.errorbar(at, row.difference, yerr=spread, color=colour, marker=marker, capsize=3)
+        if not plain:
+            axes.annotate(
+                record.label, (at, row.difference), xytext=(7, 5), textcoords="offset points", fontsize=8, color=colour
+            )
+    kinds = {one.iters == 0 for one in found.others}
+    named = [("base", FIXED["base"], True), ("tuned by AutoRound", FIXED["awq"], False in kinds)]
+    for name, (colour, marker), there in [*named, ("rounded plainly", FREE[3], True in kinds)]:
+        if there:
+            axes.plot([], [], color=colour, marker=marker, linestyle="", label=name)
+    axes.margins(x=0.12, y=0.12)
+    axes.set_xlabel("weights, MiB")
+    axes.set_ylabel(f"{metric}, difference to base")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def metrics(found: Fidelities, label: str = "") -> Figure:
+    """Every metric's difference to BASE with its interval; a filled marker is told apart from zero."""
+    record = found.pick(label)
+    rows = found.all_losses(record)[::-1]
+    figure, axes = _axes(found, f"{record.label} against base, metric by metric", 3.8)
+    colour, marker = FIXED["awq"]
+    axes.axvspan(-found.margin, found.margin, color="0.9", label=f"±{found.margin:g}: the margin")
+    axes.axvline(0, color="0.3", linewidth=1)
+    for place, row in enumerate(rows):
+        ends = [row.difference if end is None else end for end in (row.low, row.high)]
+        spread = [[max(0, row.difference - ends[0])], [max(0, ends[1] - row.difference)]]
+        face = colour if row.verdict in ("worse", "better") else "white"
+        axes.errorbar(row.difference, place, xerr=spread, color=colour, marker=marker, mfc=face, capsize=3)
+    axes.set_yticks(range(len(rows)), [row.metric for row in rows])
+    axes.set_xlabel("difference to base, mean over queries, 95 % interval")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+KINDS: dict[str, Callable[..., Figure]] = {"frontier": frontier, "metrics": metrics}
+
+
+def pictures(found: Fidelities, corpus: Corpus, query: int, record: Fidelity, which: str) -> Figure:
+    """The first pages for one query in BASE's order and in the variant's."""
+    answers = corpus.relevance[corpus.query_ids[query]]
+    number = {page: place for place, page in enumerate(corpus.page_ids)}
+    shown = min(SHOWN, len(corpus.page_ids))
+    figure = Plot(figsize=(7.5, 7.4), layout="constrained")
+    before, after = (one.values["nDCG@5"][query] for one in (found.base, record))
+    said = f"nDCG@5 {before:.2f} to {after:.2f}"
+    figure.suptitle(f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n{said}", fontsize=11)
+    grid = figure.subplots(2, shown, squeeze=False)
+    for row, one in zip(grid, (found.base, record), strict=True):
+        for place, (axes, page) in enumerate(zip(row, one.top[query], strict=False)):
+            _page(axes, corpus.page(number[page]))
+            right = answers.get(page, 0) > 0
+            axes.set_title(f"{one.label} {place + 1}: {page}{', answers' if right else ''}", fontsize=9)
+            for side in axes.spines.values():
+                side.set(color=ANSWERS if right else DOES_NOT, linewidth=4 if right else 1)
+    return figure
+
+
+def _page(axes: Axes, page: Image.Image | str) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if isinstance(page, str):
+        axes.text(0.04, 0.96, textwrap.fill(textwrap.shorten(page, 400), 34), va="top", fontsize=8)
+    else:
+        small = page.copy()
+        small.thumbnail((THUMBNAIL, 2 * THUMBNAIL))
+        axes.imshow(small)

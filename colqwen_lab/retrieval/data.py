@@ -1,0 +1,249 @@
+"""Queries, pages, and which page answers which query: the lab's own, a ViDoRe benchmark, or a folder. No torch.
+
+A page is an image or a text, and is made or read when it is asked for. Queries that no page here answers are left
+out, as a metric has nothing to say of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.model import drawn
+
+GENERATED, VIDORE = "generated", "vidore:"
+#: Pages held out whose facts all differ; from there on they come back.
+HELD_OUT = 154
+Page = Image.Image | str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A data set. `label` names it with its revision; `relevance` is by query and page, above 0 where it answers."""
+
+    label: str
+    page_ids: list[str]
+    page: Callable[[int], Page]
+    query_ids: list[str]
+    queries: list[str]
+    relevance: dict[str, dict[str, int]]
+
+
+def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH) -> Corpus:
+    """The data set of this name, or the first of its queries and pages.
+
+    Args:
+        source: `generated` (drawn pages held out of the tiny model's training), `vidore:NAME` (a ViDoRe benchmark of
+            the hub, such as vidore:docvqa_test_subsampled, or any OWNER/NAME or folder of the same columns), or a
+            folder in BEIR layout: corpus.jsonl (`_id`, `text` or the path of an `image`), queries.jsonl,
+            qrels/test.tsv.
+        queries: how many at most; 0 means all.
+        pages: how many at most; 0 means all.
+        width: pixels that a generated page is wide.
+
+    Raises:
+        BadInput: no such data set, or one that cannot be read.
+        Unmet: the package `datasets` or the hub is needed.
+    """
+    if min(queries, pages) < 0:
+        raise BadInput(f"queries {queries}, pages {pages}; valid: 0 for all, or 1 or more")
+    if source == GENERATED:
+        found = _generated(pages or HELD_OUT, queries or HELD_OUT, width)
+    elif source.startswith(VIDORE):
+        found = _vidore(source.removeprefix(VIDORE))
+    elif Path(source).is_dir():
+        found = _folder(Path(source))
+    else:
+        raise BadInput(
+            f"unknown data {source!r}; valid: {GENERATED}, {VIDORE}NAME, or a folder that holds corpus.jsonl"
+        )
+    return _cut(found, queries, pages)
+
+
+def _cut(corpus: Corpus, queries: int, pages: int) -> Corpus:
+    page_ids = corpus.page_ids[: pages or None]
+    known = set(page_ids)
+    judged = {
+        query: {page: score for page, score in corpus.relevance.get(query, {}).items() if page in known}
+        for query in corpus.query_ids
+    }
+    kept = [place for place, query in enumerate(corpus.query_ids) if any(s > 0 for s in judged[query].values())]
+    kept = kept[: queries or None]
+    if not kept:
+        raise BadInput(f"{corpus.label}: none of {len(page_ids)} pages answers a query")
+    ids = [corpus.query_ids[place] for place in kept]
+    texts = [corpus.queries[place] for place in kept]
+    return Corpus(corpus.label, page_ids, corpus.page, ids, texts, {query: judged[query] for query in ids})
+
+
+def _generated(pages: int, queries: int, width: int) -> Corpus:
+    return Corpus(
+        label=f"generated, held out, {width} px",
+        page_ids=[f"p{number}" for number in range(pages)],
+        page=lambda number: drawn.page(number, "held-out", width),
+        query_ids=[f"q{number}" for number in range(queries)],
+        queries=[drawn.query(number, "held-out") for number in range(queries)],
+        relevance=drawn.relevance(queries, pages, "held-out"),
+    )
+
+
+# ---------------------------------------------------------------- a folder in BEIR layout
+
+
+def _folder(folder: Path) -> Corpus:
+    corpus = list(_json_lines(folder / "corpus.jsonl", "_id"))
+    queries = list(_json_lines(folder / "queries.jsonl", "_id", "text"))
+    relevance: dict[str, dict[str, int]] = {}
+    path = folder / "qrels" / "test.tsv"
+    for number, line in enumerate(_lines(path), 1):
+        parts = line.split("\t")
+        if number == 1 and parts[-1] == "score":
+            continue
+        try:
+            query, answer, score = parts
+            relevance.setdefault(query, {})[answer] = int(score)
+        except ValueError:
+            raise BadInput(f"{path} line {number} is not QUERY-ID, CORPUS-ID and a whole SCORE, by tabs") from None
+
+    def page(number: int) -> Page:
+        row = corpus[number]
+        if "image" in row:
+            return _image(folder / str(row["image"]))
+        return " ".join(str(row[name]) for name in ("title", "text") if row.get(name))
+
+    return Corpus(
+        f"folder {folder.resolve().name}",
+        [str(row["_id"]) for row in corpus],
+        page,
+        [str(row["_id"]) for row in queries],
+        [str(row["text"]) for row in queries],
+        relevance,
+    )
+
+
+def _image(path: Path) -> Image.Image:
+    from colqwen_lab.model.pages import to_rgb
+
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:  # whatever a decoder finds wrong with a file is that file's
+        raise BadInput(f"{path} is no image that can be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read: {error}; a BEIR folder holds it") from None
+
+
+def _json_lines(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not row.keys() >= set(needed):
+            raise BadInput(f"{path} line {number} is not a JSON object with {', '.join(needed)}")
+        yield row
+
+
+# ---------------------------------------------------------------- ViDoRe, in both of its layouts
+
+
+def _vidore(name: str) -> Corpus:
+    """Layout of version 1: one subset, a question and its page a row. Later ones: subsets corpus, queries, qrels."""
+    try:
+        import datasets
+    except ImportError:
+        raise Unmet('ViDoRe needs the package datasets: `pip install -e ".[data]"`') from None
+    folder = Path(name).is_dir()
+    repository = name if folder or "/" in name else f"vidore/{name}"
+    if folder:
+        revision, label = None, f"folder {Path(name).resolve().name}"
+    else:
+        revision = _commit(repository)
+        label = f"{repository}@{revision or 'cached'}"
+
+    def subset(config: str) -> Any:
+        return datasets.load_dataset(repository, config, split="test", revision=revision)
+
+    try:
+        configs = set(datasets.get_dataset_config_names(repository, revision=revision))
+        if configs >= {"corpus", "queries", "qrels"}:
+            return _beir(label, subset("corpus"), subset("queries"), subset("qrels"))
+        return _questions(label, subset(next(iter(configs))))
+    except BadInput:
+        raise
+    except Exception as error:  # the library raises those of the hub, of its builders and of pyarrow
+        said = " ".join(str(error).split())[:200]
+        raise Unmet(
+            f"cannot get {repository}: {said}; where there is a network: `hf download --repo-type dataset {repository}`"
+        ) from None
+
+
+def _commit(repository: str) -> str | None:
+    """The commit of the hub's data set now; None where there is no network, and the cached one is taken."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(repository, timeout=20).sha
+    except Exception:  # the hub's library raises those of whichever HTTP client it uses
+        return None
+
+
+def _with(table: Any, *columns: str) -> Any:
+    """`table`, its ids named as version 2 names them (corpus-id, and not corpus_id), if it has these columns."""
+    table = table.rename_columns({name: name.replace("_id", "-id") for name in table.column_names if "_id" in name})
+    if missing := set(columns) - set(table.column_names):
+        raise BadInput(
+            f"no column {sorted(missing)[0]} among {', '.join(table.column_names)}; valid: query, image; or subsets "
+            "corpus (corpus-id, image), queries (query-id, query), qrels (query-id, corpus-id, score)"
+        )
+    return table
+
+
+def _beir(label: str, corpus: Any, queries: Any, qrels: Any) -> Corpus:
+    corpus, queries = _with(corpus, "corpus-id"), _with(queries, "query-id", "query")
+    relevance: dict[str, dict[str, int]] = {}
+    for row in _with(qrels, "query-id", "corpus-id", "score"):
+        relevance.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
+    texts = "image" not in corpus.column_names
+    return Corpus(
+        label,
+        [str(page) for page in corpus["corpus-id"]],
+        lambda number: str(corpus[number]["text"]) if texts else corpus[number]["image"].convert("RGB"),
+        [str(query) for query in queries["query-id"]],
+        list(queries["query"]),
+        relevance,
+    )
+
+
+def _questions(label: str, rows: Any) -> Corpus:
+    """A page stands in as many rows as it has questions, under one file name; rows without a question are pages too."""
+    rows = _with(rows, "query", "image")
+    names = [
+        str(name) for name in (rows["image_filename"] if "image_filename" in rows.column_names else range(len(rows)))
+    ]
+    first = {name: number for number, name in reversed(list(enumerate(names)))}
+    pages = sorted(first, key=lambda name: first[name])
+    relevance: dict[str, dict[str, int]] = {}
+    for question, name in zip(rows["query"], names, strict=True):
+        if question:
+            relevance.setdefault(question, {})[name] = 1
+    ids = {question: f"q{number}" for number, question in enumerate(relevance)}
+    return Corpus(
+        label,
+        pages,
+        lambda number: rows[first[pages[number]]]["image"].convert("RGB"),
+        list(ids.values()),
+        list(ids),
+        {ids[question]: answers for question, answers in relevance.items()},
+    )

@@ -1,0 +1,55 @@
+"""Queries and pages through a loaded model: ragged embeddings on the host, and the time of each forward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from colqwen_lab.errors import Unmet
+from colqwen_lab.model.loading import Loaded
+from colqwen_lab.model.pages import page_batch
+from colqwen_lab.model.processing import encode_queries, left_padded, pad_id
+from colqwen_lab.retrieval.data import Page
+from colqwen_lab.retrieval.maxsim import unpadded
+
+#: Tokens of a text page, at most.
+TEXT_TOKENS = 2048
+
+
+def query_inputs(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
+    """The keyword arguments of a forward for queries. Raises Unmet without a tokenizer."""
+    if loaded.tokenizer is None:
+        raise Unmet(f"{loaded.weights} has no tokenizer, and texts need one")
+    rows = [row[-TEXT_TOKENS:] for row in encode_queries(loaded.tokenizer, texts)]
+    ids, mask = left_padded(rows, pad_id(loaded.tokenizer))
+    return {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
+
+
+def page_inputs(loaded: Loaded, pages: Sequence[Page], visual_tokens: int) -> dict[str, Tensor]:
+    """The same for pages, all images or all texts; a text is embedded as a query is. Raises Unmet as above."""
+    if images := [page for page in pages if isinstance(page, Image.Image)]:
+        return page_batch(images, loaded.tokenizer, loaded.model.config, visual_tokens, loaded.device)
+    return query_inputs(loaded, [page for page in pages if isinstance(page, str)])
+
+
+@torch.no_grad()
+def embed(loaded: Loaded, inputs: dict[str, Tensor]) -> tuple[list[Tensor], float]:
+    """`(embeddings, seconds)`: [tokens, 320] each, on the host and without padding, and the time of the forward."""
+    on_gpu = loaded.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(loaded.device)
+    started = time.perf_counter()
+    padded = loaded.model(**inputs).embeddings
+    if on_gpu:
+        torch.cuda.synchronize(loaded.device)
+    elapsed = time.perf_counter() - started
+    return [row.cpu() for row in unpadded(padded, inputs["attention_mask"])], elapsed
+
+
+def blocks(count: int, batch: int) -> Iterator[range]:
+    """The numbers 0 to `count` - 1 in batches."""
+    return (range(start, min(start + batch, count)) for start in range(0, count, batch))

@@ -1,0 +1,90 @@
+"""A loaded variant as a model of mteb 2.x (`pip install -e ".[mteb]"`): its tasks, this lab's weights and scores.
+
+import mteb
+from colqwen_lab.retrieval.mteb_adapter import MtebModel
+mteb.evaluate(MtebModel("awq"), mteb.get_tasks(tasks=["VidoreDocVQARetrieval"]))
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mteb.models import ModelMeta
+from mteb.models.model_meta import ScoringFunction
+from mteb.types import PromptType
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from colqwen_lab.measure.environment import pick_device
+from colqwen_lab.model.architecture import EMBED_DIM, resolve_size
+from colqwen_lab.model.loading import load
+from colqwen_lab.model.pages import VISUAL_TOKENS
+from colqwen_lab.model.quantize import source_of
+from colqwen_lab.model.variants import resolve_variant
+from colqwen_lab.retrieval.embed import embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.maxsim import maxsim, unpadded
+
+
+class MtebModel:
+    """Satisfies mteb's EncoderProtocol. Embeddings travel as [items, longest, 320], zero at padding.
+
+    Args:
+        model_name: base, awq, an AutoRound scheme, a folder, a hub id.
+        revision: not used; the weights' own is in `mteb_model_meta`.
+        device: cpu, cuda, ...; by default the GPU where there is one.
+        size: auto, tiny, mid, 4b, 8b.
+        weights: auto, hub, random, or a checkpoint folder.
+        visual_tokens: the budget of a page.
+
+    Raises:
+        BadInput: an unknown model or size.
+        Unmet: no weights, or no kernel for them, here.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "awq",
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        size: str = "auto",
+        weights: str = "auto",
+        visual_tokens: int = VISUAL_TOKENS,
+        **_: Any,
+    ) -> None:
+        where = torch.device(device) if device else pick_device()
+        size = resolve_size(size, where.type == "cuda")
+        self.loaded = load(source_of(resolve_variant(model_name), size, weights, where), where)
+        self.visual_tokens = visual_tokens
+        named = {"name": f"colqwen-lab/{model_name.replace('/', '--')}-{size}", "revision": self.loaded.weights}
+        known = {"embed_dim": EMBED_DIM, "similarity_fn_name": ScoringFunction.MAX_SIM, "modalities": ["text", "image"]}
+        self.mteb_model_meta = ModelMeta.create_empty(named | known)
+
+    def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **_: Any) -> Tensor:
+        """Embeddings [items, longest, 320] of a loader's batches: the texts of queries, of documents the images."""
+        found: list[Tensor] = []
+        for batch in inputs:
+            if prompt_type != PromptType.query and "image" in batch:
+                pages = [image.convert("RGB") for image in batch["image"]]
+                made = page_inputs(self.loaded, pages, self.visual_tokens)
+            else:
+                made = query_inputs(self.loaded, batch["text"])
+            found += embed(self.loaded, made)[0]
+        return pad_sequence(found, batch_first=True)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """MaxSim [items of the first, items of the second]; a row of zeros is padding."""
+        ours, theirs = (_ragged(one) for one in (embeddings1, embeddings2))
+        return maxsim(ours, theirs)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """MaxSim [items] of each item of the first with the same of the second."""
+        pairs = zip(_ragged(embeddings1), _ragged(embeddings2), strict=True)
+        return torch.cat([maxsim([ours], [theirs])[0] for ours, theirs in pairs])
+
+
+def _ragged(embeddings: Any) -> list[Tensor]:
+    padded = torch.as_tensor(embeddings)
+    padded = padded if padded.ndim == 3 else padded.unsqueeze(0)
+    return unpadded(padded, padded.any(dim=-1))

@@ -1,0 +1,108 @@
+"""The record of one variant on one data set, BASE's included: what its rankings are, and how near BASE's. No torch.
+
+A file is JSON lines, BASE's first. Values are kept by query, so every interval and verdict follows from the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from colqwen_lab.errors import BadInput
+from colqwen_lab.records import Backend, Environment, Rate, Value, rate_of
+from colqwen_lab.settings import writable_folder
+
+
+class Cosines(Value):
+    """Cosine of each token's embedding to BASE's on the same input: how many, the least, quantiles, and the mean."""
+
+    tokens: int
+    least: float
+    q01: float
+    q05: float
+    q25: float
+    median: float
+    mean: float
+
+
+class Fidelity(Value):
+    """One variant on one data set.
+
+    `values` holds by metric one figure a query, in the order of `query_ids`; `top` each query's best pages. `iters` is
+    of variants that were quantised here. `page_step_s` are the times of forwards over `page_batch` pages, the first
+    one thrown away; variants are not timed in turn.
+    """
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    kind: Literal["fidelity"] = "fidelity"
+    variant: str
+    size: str
+    weights: str
+    iters: int | None = None
+    data: str
+    pages: int = Field(gt=0)
+    visual_tokens: int
+    backend: Backend
+    weights_bytes: int
+    query_cosine: Cosines
+    page_cosine: Cosines
+    page_batch: int
+    page_step_s: list[float]
+    query_ids: list[str]
+    values: dict[str, list[float]]
+    top: list[list[str]]
+    environment: Environment
+
+    @property
+    def label(self) -> str:
+        """The variant; plainly rounded ones say so."""
+        return f"{self.variant} plain" if self.iters == 0 else self.variant
+
+    @property
+    def pages_per_s(self) -> Rate | None:
+        return rate_of(self.page_step_s, self.page_batch) if self.page_step_s else None
+
+
+def write(path: Path, records: Iterable[Fidelity]) -> Path:
+    """Write the records, by a rename, so that the file is whole at any moment; its path.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    writable_folder(path.parent)
+    part = path.with_name(path.name + ".tmp")
+    try:
+        part.write_text("".join(one.model_dump_json(by_alias=True) + "\n" for one in records), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write") from None
+    return path
+
+
+def read(path: str | Path) -> list[Fidelity]:
+    """The records of a file.
+
+    Raises:
+        BadInput: no such file, or a line that is no such record; it is named.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as fidelity records: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(Fidelity.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the line"
+            raise BadInput(
+                f"{path} line {number} is no fidelity record: {where}: {first['msg']}; valid: JSON lines by "
+                "`colqwen-lab fidelity`"
+            ) from None
+    if not found:
+        raise BadInput(f"{path} holds no record; valid: JSON lines by `colqwen-lab fidelity`")
+    return found

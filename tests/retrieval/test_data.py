@@ -1,0 +1,159 @@
+"""The lab's own set, a folder in BEIR layout, and ViDoRe's two layouts from small data sets of the same columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.model import drawn
+from colqwen_lab.retrieval import data
+
+
+def picture(shade: int) -> Image.Image:
+    return Image.new("RGB", (40, 56), (shade, 0, 255 - shade))
+
+
+def test_generated_is_the_held_out_split() -> None:
+    corpus = data.load("generated", queries=5, pages=40, width=128)
+    assert corpus.page_ids == [f"p{number}" for number in range(40)]
+    assert corpus.page(3).tobytes() == drawn.page(3, "held-out", 128).tobytes()  # type: ignore[union-attr]
+    assert len(corpus.queries) == 5
+    assert corpus.queries[0] == drawn.query(0, "held-out")
+    assert corpus.relevance["q0"]["p0"] == 1
+    assert drawn.facts(data.HELD_OUT, "held-out") == drawn.facts(0, "held-out")
+    assert len({drawn.facts(number, "held-out") for number in range(data.HELD_OUT)}) == data.HELD_OUT
+
+
+@pytest.fixture
+def beir(tmp_path: Path) -> Path:
+    corpus = [
+        {"_id": "d1", "title": "Wheat", "text": "prices rose"},
+        {"_id": "d2", "text": "glaciers melt"},
+        {"_id": "d3", "image": "three.png"},
+        {"_id": "d4", "image": "broken.png"},
+    ]
+    queries = [{"_id": "1", "text": "grain"}, {"_id": "2", "text": "ice"}, {"_id": "3", "text": "not judged"}]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\td1\t2\n2\td2\t1\n2\td1\t0\n3\td9\t1\n")
+    picture(9).convert("LA").save(tmp_path / "three.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    return tmp_path
+
+
+def test_a_beir_folder_of_texts_and_images(beir: Path) -> None:
+    corpus = data.load(str(beir))
+    assert corpus.query_ids == ["1", "2"]  # no page here answers the third
+    assert corpus.relevance == {"1": {"d1": 2}, "2": {"d2": 1, "d1": 0}}
+    assert corpus.page(0) == "Wheat prices rose"
+    assert corpus.page(1) == "glaciers melt"
+    image = corpus.page(2)
+    assert isinstance(image, Image.Image)
+    assert image.mode == "RGB"
+    with pytest.raises(BadInput, match=r"broken\.png is no image"):
+        corpus.page(3)
+    assert data.load(str(beir), pages=1).query_ids == ["1"]
+    assert data.load(str(beir), queries=1).query_ids == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("qrels/test.tsv", "1\td9\t1\n", "none of 4 pages answers a query"),
+        ("qrels/test.tsv", "1\td1\n", r"test\.tsv line 1 is not QUERY-ID"),
+        ("queries.jsonl", '{"_id": "1"}\n', r"queries\.jsonl line 1 is not a JSON object with _id, text"),
+        ("corpus.jsonl", "[1]\n", r"corpus\.jsonl line 1 is not a JSON object"),
+        ("corpus.jsonl", None, r"corpus\.jsonl cannot be read"),
+    ],
+)
+def test_a_folder_that_is_none(beir: Path, file: str, text: str | None, says: str) -> None:
+    (beir / file).unlink() if text is None else (beir / file).write_text(text)
+    with pytest.raises(BadInput, match=says):
+        data.load(str(beir))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"source": "vidre:x"}, "unknown data 'vidre:x'; valid: generated"),
+        ({"source": "generated", "pages": -1}, "pages -1"),
+    ],
+)
+def test_wrong_values(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        data.load(**given)
+
+
+def parquet(folder: Path, subsets: dict[str, dict[str, list[Any]]]) -> Path:
+    """A data set as the hub keeps it: parquet files, and their subsets in the card."""
+    datasets = pytest.importorskip("datasets")
+    lines = ["---", "configs:"]
+    for name, columns in subsets.items():
+        features = datasets.Dataset.from_dict({key: value for key, value in columns.items() if key != "image"})
+        if "image" in columns:
+            features = features.add_column("image", columns["image"], feature=datasets.Image())
+        (folder / name).mkdir(parents=True)
+        features.to_parquet(folder / name / "test.parquet")
+        lines += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}/test.parquet"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's cache of prepared data sets, which would outlive a test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+def test_vidore_in_three_subsets(tmp_path: Path, dash: str) -> None:
+    folder = parquet(
+        tmp_path / "set",
+        {
+            "corpus": {f"corpus{dash}id": [10, 11, 12], "image": [encoded(shade) for shade in (0, 100, 200)]},
+            "queries": {f"query{dash}id": [0, 1], "query": ["red?", "blue?"], "language": ["en", "en"]},
+            "qrels": {f"query{dash}id": [0, 1, 1], f"corpus{dash}id": [12, 10, 11], "score": [1, 2, 1]},
+        },
+    )
+    corpus = data.load(f"vidore:{folder}")
+    assert corpus.page_ids == ["10", "11", "12"]
+    assert corpus.queries == ["red?", "blue?"]
+    assert corpus.relevance == {"0": {"12": 1}, "1": {"10": 2, "11": 1}}
+    assert corpus.page(1).getpixel((0, 0)) == (100, 0, 155)  # type: ignore[union-attr]
+
+
+def test_vidore_of_questions(tmp_path: Path) -> None:
+    """A page with two questions, and one without any, which is there to distract."""
+    rows = {
+        "query": ["red?", "blue?", "more red?", None, "red?"],
+        "image_filename": ["r.png", "b.png", "r.png", "x.png", "b.png"],
+        "answer": ["", "", "", "", ""],
+        "image": [encoded(shade) for shade in (200, 0, 200, 50, 0)],
+    }
+    corpus = data.load(f"vidore:{parquet(tmp_path / 'set', {'default': rows})}")
+    assert corpus.page_ids == ["r.png", "b.png", "x.png"]
+    assert corpus.queries == ["red?", "blue?", "more red?"]
+    assert corpus.relevance == {"q0": {"r.png": 1, "b.png": 1}, "q1": {"b.png": 1}, "q2": {"r.png": 1}}
+    assert corpus.page(2).getpixel((0, 0)) == (50, 0, 205)  # type: ignore[union-attr]
+
+
+def test_vidore_of_other_columns_or_not_here(tmp_path: Path) -> None:
+    folder = parquet(tmp_path / "set", {"default": {"question": ["?"]}})
+    with pytest.raises(BadInput, match="no column image among question; valid: query, image"):
+        data.load(f"vidore:{folder}")
+    with pytest.raises(Unmet, match="cannot get vidore/none"):
+        data.load("vidore:none")
+
+
+def encoded(shade: int) -> dict[str, Any]:
+    from io import BytesIO
+
+    made = BytesIO()
+    picture(shade).save(made, format="png")
+    return {"bytes": made.getvalue(), "path": None}

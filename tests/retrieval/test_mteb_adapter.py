@@ -1,0 +1,85 @@
+"""A variant through mteb's own evaluation, on a task of four pages made here; and its scores are the lab's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from colqwen_lab.model import drawn
+from colqwen_lab.retrieval import data
+from colqwen_lab.retrieval.embed import embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.maxsim import maxsim
+
+mteb = pytest.importorskip("mteb")
+
+
+@pytest.fixture(scope="module")
+def task() -> Any:
+    import datasets
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    corpus = data.load("generated", queries=4, pages=6, width=drawn.SMALL_WIDTH)
+
+    class Drawn(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="ColQwenLabDrawn",
+            description="Drawn pages.",
+            reference=None,
+            dataset={"path": "drawn", "revision": "1"},
+            type="DocumentUnderstanding",
+            category="t2i",
+            modalities=["text", "image"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_5",
+        )
+
+        def load_data(self, num_proc: int | None = None, **_: Any) -> None:
+            images = [{"id": page, "image": corpus.page(number)} for number, page in enumerate(corpus.page_ids)]
+            texts = [{"id": query, "text": text} for query, text in zip(corpus.query_ids, corpus.queries, strict=True)]
+            self.dataset = {
+                "default": {
+                    "test": {
+                        "corpus": datasets.Dataset.from_list(images).cast_column("image", datasets.Image()),
+                        "queries": datasets.Dataset.from_list(texts),
+                        "relevant_docs": corpus.relevance,
+                        "top_ranked": None,
+                    }
+                }
+            }
+            self.data_loaded = True
+
+    return Drawn(), corpus
+
+
+def test_mteb_scores_with_the_lab_s_scores(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mteb.models.models_protocols import EncoderProtocol
+
+    from colqwen_lab.retrieval.mteb_adapter import MtebModel
+
+    model, (made, corpus), seen = MtebModel("base", size="tiny"), task, []
+    assert isinstance(model, EncoderProtocol)
+    similarity = model.similarity
+    monkeypatch.setattr(model, "similarity", lambda *both: seen.append(similarity(*both)) or seen[-1])
+    result = mteb.evaluate(model, made, cache=None, show_progress_bar=False).task_results[0]
+    queries, _ = embed(model.loaded, query_inputs(model.loaded, corpus.queries))
+    pages, _ = embed(model.loaded, page_inputs(model.loaded, [corpus.page(number) for number in range(6)], 1280))
+    (scores,) = seen
+    torch.testing.assert_close(scores, maxsim(queries, pages))
+    assert 0 <= result.scores["test"][0]["ndcg_at_5"] <= 1
+    assert result.task_name == "ColQwenLabDrawn"
+
+
+def test_padding_and_pairs(task: Any) -> None:
+    from colqwen_lab.retrieval.mteb_adapter import MtebModel
+
+    model = MtebModel("base", size="tiny", weights="random")
+    made = model.encode([{"text": ["wheat", "a much longer question about the price of wheat"]}, {"text": ["x"]}])
+    assert made.shape[0] == 3
+    assert made[0, -1].abs().sum() == 0
+    every = model.similarity(made, made)
+    torch.testing.assert_close(model.similarity_pairwise(made, made), every.diagonal())
+    torch.testing.assert_close(model.similarity(made, made[:, : made.shape[1]]), every)

@@ -1,0 +1,98 @@
+"""Variants against BASE on one set of inputs: what must come out of a control, of texts, and of a worse scheme."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import colqwen_lab as lab
+from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.model.variants import VARIANTS
+from colqwen_lab.retrieval import run
+from colqwen_lab.retrieval.record import read
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Text to text: each query is the beginning of its page."""
+    words = ["wheat prices rose", "glaciers melt in June", "museums close early", "traffic on the coast"] * 3
+    pages = [f"{text} in the year {1990 + number}" for number, text in enumerate(words)]
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [json.dumps({"_id": f"d{number}", "text": page}) for number, page in enumerate(pages)]
+    queries = [json.dumps({"_id": f"q{number}", "text": page[:20]}) for number, page in enumerate(pages)]
+    (folder / "corpus.jsonl").write_text("\n".join(corpus))
+    (folder / "queries.jsonl").write_text("\n".join(queries))
+    (folder / "qrels" / "test.tsv").write_text("".join(f"q{number}\td{number}\t1\n" for number in range(len(pages))))
+    return folder
+
+
+def test_base_against_itself_is_the_same(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = [run.Subject(VARIANTS["base"])] * 2
+    monkeypatch.setattr(run, "subjects", lambda *_: twins)
+    found = lab.fidelity("base", str(texts), size="tiny", output=str(tmp_path / "rows.jsonl"))
+    _, twin = found.records
+    assert all(loss.verdict == "same within 0.01" and abs(loss.difference) < 1e-12 for loss in found.all_losses(twin))
+    assert twin.page_cosine.least == pytest.approx(1, abs=1e-12)
+    assert twin.values["overlap@5"] == [1.0] * 12
+    assert twin.values["Kendall's tau"] == pytest.approx([1.0] * 12)
+    assert read(tmp_path / "rows.jsonl") == list(found.records)
+
+
+def test_a_checkpoint_folder_on_texts(texts: Path, tmp_path: Path, packed: Any) -> None:
+    folder = packed("auto_round")
+    found = lab.fidelity(str(folder), str(texts), size="tiny", queries=8, output=str(tmp_path / "rows.jsonl"))
+    record = found.pick()
+    assert record.variant == folder.name
+    assert len(record.query_ids) == 8
+    assert record.pages == 12
+    assert record.weights_bytes < found.base.weights_bytes
+    assert 0.5 < record.page_cosine.least <= record.page_cosine.q01 <= record.page_cosine.median < 1
+    assert sum(record.backend.engaged.values()) == 28
+    assert all(value > 0 for value in record.values["score error"])
+    assert [loss.metric for loss in found.all_losses(record)] == list(found.base.values)
+
+
+def test_cosines_and_scores_are_of_the_same_inputs(texts: Path, tmp_path: Path, edited: Any, packed: Any) -> None:
+    """With a head of half the size every unit vector stays, so nothing is lost."""
+
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("embedding_proj_layer.weight", "embedding_proj_layer.bias"):
+            tensors[name] = tensors[name] / 2
+
+    one, other = packed("auto_round"), edited(packed("auto_round"), halve)
+    found = [
+        lab.fidelity(str(folder), str(texts), size="tiny", output=str(tmp_path / "rows.jsonl")).pick()
+        for folder in (one, other)
+    ]
+    assert found[0].values == found[1].values
+    assert found[0].top == found[1].top
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"weights": "random"}, BadInput, "random weights say nothing of retrieval"),
+        ({"weights": "DIR"}, BadInput, "quantised from the default weights, not from"),
+        ({"margin": 0}, BadInput, "margin 0.0; valid: above 0"),
+        ({"data": "nothing"}, BadInput, "unknown data 'nothing'"),
+        ({"model": "W5A16"}, BadInput, "unknown model 'W5A16'"),
+        ({"size": "4b", "queries": 1}, Unmet, "cannot get TomoroAI"),
+        ({"visual_tokens": 0}, BadInput, "visual_tokens 0"),
+    ],
+)
+def test_wrong_values(given: dict[str, Any], error: type, says: str, base_folder: Path, tmp_path: Path) -> None:
+    given = {name: str(base_folder) if value == "DIR" else value for name, value in given.items()}
+    with pytest.raises(error, match=says):
+        lab.fidelity(**{"size": "tiny", "pages": 2, "output": str(tmp_path / "rows.jsonl")} | given)
+
+
+def test_schemes_that_are_quantised_here_come_plain_too() -> None:
+    asked = run.subjects(["base", "W2A16", "some/checkpoint"], "tiny", 5, plain=True)
+    assert list(map(str, asked)) == ["base", "W2A16", "W2A16 plain", "some/checkpoint"]
+    assert [subject.iters for subject in asked] == [None, 5, 0, None]
+    assert list(map(str, run.subjects(["awq"], "4b", 5, plain=True))) == ["base", "awq"]
