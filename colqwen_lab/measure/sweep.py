@@ -130,9 +130,7 @@ class Request:
         if self.workload == "pages" and any(way.execution == "fast" for way in self.ways):
             raise BadInput("execution fast embeds queries only; valid for workload pages: eager")
         if self.workload != "pages" and (self.pages or self.visual_tokens != VISUAL_TOKENS):
-            raise BadInput(
-                f"pages and visual_tokens go with workload pages, not {self.workload}; valid: workload pages"
-            )
+            raise BadInput(f"pages and visual_tokens are of workload pages, not {self.workload}; valid: workload pages")
         if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
             raise BadInput("weights go with a named model; a folder or a hub id as model holds its own")
         if self.weights not in WEIGHTS and not Path(self.weights).is_dir():
@@ -144,12 +142,15 @@ class Request:
             raise BadInput(f"models {', '.join(names) or 'none'}; valid: one or more different ones, such as base,awq")
 
 
-def request(model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = "auto", **options: Any) -> Request:
+def request(
+    model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = "auto", device: str = "", **options: Any
+) -> Request:
     """A checked request; `model` is a variant's name, several of them, or "base,awq".
 
     `batch_sizes` auto are those of the workload.
 
     `options` are a Request's; instead of `ways` it takes their texts, or one `execution`, `protocol` and `backend`.
+    `device` is cuda or cpu where the sweep runs; by default this machine's.
 
     Raises:
         BadInput: a wrong value.
@@ -159,7 +160,7 @@ def request(model: str | Sequence[str], batch_sizes: str | int | Iterable[int] =
     named = [way for way in listed(options.pop("ways", "")) if way]
     if named and one != Way():
         raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
-    ways = tuple(Way.of(way, pick_device().type) for way in named) or (one,)
+    ways = tuple(Way.of(way, device or pick_device().type) for way in named) or (one,)
     if batch_sizes == "auto":
         batch_sizes = WORKLOADS[one_of("workload", options.get("workload", "queries"), WORKLOADS)].batch_sizes
     return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options)
@@ -195,8 +196,10 @@ def attempt(work: Callable[[], Any], device: torch.device) -> Any:
 class Sweep:
     """One run of a request on a device."""
 
-    def __init__(self, asked: Request, progress: Callable[[str], None]) -> None:
-        self.asked, self.progress = asked, progress
+    def __init__(
+        self, asked: Request, progress: Callable[[str], None], emit: Callable[[Cell], object] | None = None
+    ) -> None:
+        self.asked, self.progress, self.emit = asked, progress, emit
         self.started = time.perf_counter()
         self.device = pick_device()
         self.size = resolve_size(asked.size, self.device.type == "cuda")
@@ -229,7 +232,7 @@ class Sweep:
     def run(self) -> list[Cell]:
         """The cells of the request, those already in the file among them, in the order asked."""
         done_mark = neighbour(self.path, "result.json")
-        with Store(self.path, self._keeps) as store:
+        with Store(self.path, self._keeps, self.emit) as store:
             done_mark.unlink(missing_ok=True)
             if store.superseded:
                 self.progress(f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl")
@@ -252,7 +255,7 @@ class Sweep:
                 "timed_s": round(sum(sum(cell.step_s) + sum(cell.control_s) for cell in fresh), 1),
             }
             self.progress(f"{spent['wall_s']} s in all, {spent['timed_s']} s of them in timed steps")
-            _write_result(done_mark, self.path, cells, spent)
+            write_result(done_mark, self.path, cells, spent)
         return cells
 
     def _on_card(self, entry: Entry, card: Card, store: Store) -> Cell:
@@ -577,7 +580,7 @@ def _line(cell: Cell, prefix: str = "") -> str:
     return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
 
 
-def _write_result(path: Path, records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
+def write_result(path: Path, records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
     """The mark of a sweep that ended: its counts and its file, written last and whole."""
     counts = {status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")}
     text = json.dumps({"complete": True, "records": records.name, "cells": len(cells), **counts, **spent}, indent=1)
@@ -590,11 +593,15 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def sweep(asked: Request, progress: Callable[[str], None] = to_stderr) -> list[Cell]:
+def sweep(
+    asked: Request, progress: Callable[[str], None] = to_stderr, emit: Callable[[Cell], object] | None = None
+) -> list[Cell]:
     """The cells of `asked`, measured on this machine's device; those in its file already are kept.
+
+    `emit` is called with each new cell as soon as it is on file.
 
     Raises:
         BadInput: a wrong value, or a file that cannot be written.
         Unmet: no weights, or no kernel for them.
     """
-    return Sweep(asked, progress).run()
+    return Sweep(asked, progress, emit).run()

@@ -70,7 +70,7 @@ def query_batches(
     samples: int,
     device: torch.device,
 ) -> Batches:
-    """max(`samples` or 64, 2 x batch) distinct queries, cut into batches, padded on the left, as the report's script does.
+    """max(`samples` or 64, 2 x batch) distinct queries, cut into batches, padded on the left, as in the report.
 
     Without a tokenizer (random weights at 4b and 8b) ids are drawn at random with the lengths of the report's
     queries.
