@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from colqwen_lab.errors import BadInput, LabError
 from colqwen_lab.records import SCRIPT_NAMES, Cell, batch_sizes_of, script_json
@@ -63,15 +63,19 @@ def run(args: argparse.Namespace) -> Path:
     patience = Patience(**steps, min_s=0, max_s=float("inf"))
     variants = ["base"] * (not args.only_awq) + ["awq"] * (not args.only_base)
     plain = not args.sweep_batch_sizes and not args.high_batch_sweep
-    jobs = []
+    queries: dict[str, Any] = {"samples": args.text_samples}
+    jobs: list[tuple[list[str], Any, str, dict[str, Any]]] = []
     if plain or args.sweep_batch_sizes:
-        jobs.append((variants, batch_sizes_of(args.sweep_batch_sizes or args.text_batch_size), "text_queries"))
+        batches = batch_sizes_of(args.sweep_batch_sizes or args.text_batch_size)
+        jobs.append((variants, batches, "text_queries", queries))
     if args.high_batch_sweep:
-        jobs.append((["awq"], batch_sizes_of(args.high_batch_sweep), "high_batch"))
+        jobs.append((["awq"], batch_sizes_of(args.high_batch_sweep), "high_batch", queries))
     if plain and not args.text_only:
-        print("benchmark.py: image documents are not measured by this version; --text_only says so", file=sys.stderr)
+        square = f"{args.image_size}x{args.image_size}"
+        pages = {"workload": "pages", "pages": square, "samples": args.image_samples}
+        jobs.append((variants, args.image_batch_size, "image_documents", pages))
     named: list[tuple[str, Cell]] = []
-    for number, (models, batches, scenario) in enumerate(jobs):
+    for number, (models, batches, scenario, work) in enumerate(jobs):
         asked = request(
             models,
             batches,
@@ -79,7 +83,7 @@ def run(args: argparse.Namespace) -> Path:
             weights=args.weights,
             protocol="published",
             dtype="float16",
-            samples=args.text_samples,
+            **work,
             output=target.with_name(f"{target.stem}.records.jsonl"),
             fresh=number == 0,
             patience=patience,

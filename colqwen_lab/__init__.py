@@ -26,7 +26,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 if TYPE_CHECKING:
     import pandas as pd
 
-    from colqwen_lab.report.compare import Comparison
+    from colqwen_lab.report.compare import Comparison, SideBySide
     from colqwen_lab.report.fidelity import Fidelities
     from colqwen_lab.report.plan import Plan
     from colqwen_lab.report.quantized import Quantized
@@ -74,20 +74,24 @@ def sweep(
     fresh: bool = False,
     min_steps: int = 0,
     max_s: float = 3.0,
+    on: str = "here",
+    accelerator: str = "",
+    address: str = "",
 ) -> Results:
     """Throughput and peak memory of each model at each batch size, measured here; cells on file already are kept.
 
     Args:
         model: base, awq, an AutoRound scheme such as W8A16, a folder, a hub id; or several, "base,awq", timed in turn.
         batch_sizes: "8,16", 8 or [8, 16]; auto is 8,16,32,64,128,256 queries, or 1,2,4 pages.
-        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b.
-        workload: queries or pages.
+        size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b; or several, "tiny,mid".
+        workload: queries or pages; or both.
         texts: of queries: report (the report's formula) or natural (distinct queries of several lengths).
         visual_tokens: of pages: the budget of an image, a visual token being 32 x 32 pixels.
         pages: a folder of images, an image, or a PDF; by default A4 pages that the lab draws, or in the size
             WIDTHxHEIGHT, "512x512".
         weights: auto (tiny: its default; else the hub), hub, random, or a checkpoint folder.
-        execution: eager (the forward of transformers) or fast (fused, in length buckets, as CUDA graphs on a GPU).
+        execution: eager (the forward of transformers) or fast (fused, in length buckets, as CUDA graphs on a GPU); or
+            both, "eager,fast": sizes, workloads and executions are measured one after the other, `ways` in turn.
         backend: the kernel for packed weights: auto, or a name such as torch, ark, tritonv2, marlin, humming; in
             execution fast also int4, and with 8-bit activations fp8 (16-bit weights), w4-fp8, w4-int8 (packed ones).
         protocol: lean (no KV cache, last output released) or published (as the report was made).
@@ -101,26 +105,35 @@ def sweep(
         fresh: measure again what is on file; the old rows move aside.
         min_steps: timed steps a cell, at least; 0 means 10 of queries, 6 of pages.
         max_s: seconds a cell is timed, at most, once it has its steps.
+        on: here, or ray: over a Ray cluster, every size, workload and execution a task, its rows sent to this file.
+        accelerator: with ray, the types of GPU to measure all of it on, "A100,L4"; by default the cluster's only one.
+        address: with ray, the cluster's: auto, HOST:PORT, ray://HOST:PORT; by default RAY_ADDRESS, else auto.
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.
-        Unmet: no weights, or no kernel for them, here.
+        Unmet: no weights, or no kernel for them, here; no Ray cluster.
     """
     from colqwen_lab.cards import find_card
+    from colqwen_lab.measure import fleet
     from colqwen_lab.measure.clock import Patience
-    from colqwen_lab.measure.sweep import request
-    from colqwen_lab.measure.sweep import sweep as run
     from colqwen_lab.report.series import Results
     from colqwen_lab.runtime.workloads import WORKLOADS
 
-    min_steps = min_steps or WORKLOADS[one_of("workload", workload, WORKLOADS)].min_steps
-    patience = Patience(min_steps=min_steps, max_steps=max(200, min_steps), min_s=min(0.3, max_s), max_s=max_s)
+    def patience(workload: str) -> Patience:
+        least = min_steps or WORKLOADS[one_of("workload", workload, WORKLOADS)].min_steps
+        return Patience(min_steps=least, max_steps=max(200, least), min_s=min(0.3, max_s), max_s=max_s)
+
     options: dict[str, Any] = {"size": size, "workload": workload, "texts": texts, "weights": weights}
     options |= {"visual_tokens": visual_tokens, "pages": pages}
     options |= {"execution": execution, "backend": backend, "protocol": protocol, "dtype": dtype, "fresh": fresh}
     options |= {"ways": ways, "control": control}
     options |= {"output": Path(output) if output else None, "card": find_card(card) if card != "" else None}
-    return Results(tuple(run(request(model, batch_sizes, patience=patience, **options))))
+    options |= {"patience": patience}
+    if one_of("place to sweep on", on, ("here", "ray")) == "ray":
+        return Results(tuple(fleet.on_ray(model, batch_sizes, accelerators=accelerator, address=address, **options)))
+    if accelerator or address:
+        raise BadInput("accelerator and address are a cluster's; valid: with --on ray")
+    return Results(tuple(fleet.in_turn(fleet.matrix(model, batch_sizes, **options))))
 
 
 def load(source: str | Path) -> Results:
@@ -139,8 +152,10 @@ def compare(
     base: str | Path | Results = "published",
     awq: str | Path | Results = "published",
     cards: str | Sequence[float] = (8, 12, 16, 24),
-) -> Comparison:
+) -> Comparison | SideBySide:
     """Overhead and memory saving at every shared batch, card scenarios, crossover and recommendations.
+
+    Of files with several devices, sizes, workloads, executions or protocols one comparison each, side by side.
 
     Args:
         base: results or a records file that holds BASE, or `published`.
@@ -150,7 +165,7 @@ def compare(
     Raises:
         BadInput: not records, or series that cannot be compared at equal batch.
     """
-    from colqwen_lab.report.compare import compare as run
+    from colqwen_lab.report.compare import by_place as run
     from colqwen_lab.report.series import Results
 
     for value in (base, awq):
@@ -173,6 +188,7 @@ def plan(
     workload: str = "queries",
     visual_tokens: int = 1280,
     tokens: int = 0,
+    execution: str = "eager",
 ) -> Plan:
     """Predicted peak memory of each model at each batch size, and the largest batch each card holds. Needs no GPU.
 
@@ -182,11 +198,13 @@ def plan(
         size: tiny, mid, 4b, 8b.
         cards: memory in GB or GPUs by name, "8,RTX 4070".
         protocol: lean or published.
-        kernel: how packed weights are multiplied: tritonv2 (dequantise a weight, then multiply), torch, fused.
+        kernel: how packed weights are multiplied: tritonv2 (dequantise a weight, then multiply), torch, fused; in
+            execution fast also int4 (a CPU's) and, for 16-bit weights, fp8.
         dtype: bfloat16, float16 or float32.
         workload: queries or pages.
         visual_tokens: of pages: the budget of an image.
         tokens: tokens of every item; 0 means the report's queries, or A4 pages.
+        execution: eager or fast.
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.
@@ -202,7 +220,12 @@ def plan(
     if tokens < 0:
         raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries or A4 pages, or 1 or more")
     budgets = [find_card(card) for card in listed(cards) if card != ""]
-    how = {"tokens": tokens or None, "workload": workload, "visual_tokens": visual_tokens}
+    how: dict[str, Any] = {
+        "tokens": tokens or None,
+        "workload": workload,
+        "visual_tokens": visual_tokens,
+        "execution": execution,
+    }
     cells, found = run(listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, **how)
     return Plan(Results(tuple(cells)), tuple(found))
 

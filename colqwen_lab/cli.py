@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -58,9 +58,7 @@ def doctor() -> None:
 def sweep(
     model: Models = ["awq"],  # noqa: B006  (typer's way to give a list a default)
     size: Size = "auto",
-    batch_sizes: Annotated[
-        str, typer.Option("-b", "--batch-sizes", help="Such as 8,16,32; auto: by workload.")
-    ] = "auto",
+    batch_sizes: Annotated[str, typer.Option("-b", "--batch-sizes", help="8,16,32; auto: by workload.")] = "auto",
     workload: Workload = "queries",
     texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
     visual_tokens: VisualTokens = 1280,
@@ -77,8 +75,14 @@ def sweep(
     card: Annotated[str, typer.Option(help="GB or a GPU: the largest batch under its memory, on a bigger GPU.")] = "",
     output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
+    on: Annotated[str, typer.Option(help="here, or ray: over a Ray cluster.")] = "here",
+    accelerator: Annotated[list[str], typer.Option(help="With ray, a GPU type such as A100; several times.")] = [],  # noqa: B006
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; RAY_ADDRESS, else auto.")] = "",
 ) -> None:
-    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file."""
+    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file.
+
+    Sizes, workloads and executions take several, --size tiny,mid: one after the other, or each a task --on ray.
+    """
     results = lab.sweep(
         [name for names in model for name in names.split(",")],
         batch_sizes,
@@ -97,6 +101,9 @@ def sweep(
         card=card,
         output=output,
         fresh=fresh,
+        on=on,
+        accelerator=",".join(accelerator),
+        address=address,
     )
     typer.echo(results.table().to_string())
     if not any(cell.status == "ok" for cell in results):
@@ -111,16 +118,22 @@ def plan(
     protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
     card: Annotated[list[str], typer.Option("--card", help="Memory in GB, or a GPU's name; several times.")] = [],  # noqa: B006
     kernel: Annotated[
-        str, typer.Option(help="How packed weights are multiplied: tritonv2, torch, fused.")
+        str, typer.Option(help="How weights are multiplied: tritonv2, torch, fused; fast: also int4, fp8.")
     ] = "tritonv2",
+    execution: Annotated[str, typer.Option(help="eager or fast.")] = "eager",
     workload: Workload = "queries",
     visual_tokens: VisualTokens = 1280,
     tokens: Annotated[int, typer.Option(help="Tokens of every item; 0: the report's queries, or A4 pages.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Predict peak memory, and the largest batch a card holds. Needs no GPU, no weights, no network."""
-    options = {"protocol": protocol, "kernel": kernel, "workload": workload, "visual_tokens": visual_tokens}
-    made = lab.plan(model, batch_sizes, size=size, cards=card, tokens=tokens, **options)
+    options: dict[str, Any] = {
+        "protocol": protocol,
+        "kernel": kernel,
+        "workload": workload,
+        "visual_tokens": visual_tokens,
+    }
+    made = lab.plan(model, batch_sizes, size=size, cards=card, tokens=tokens, execution=execution, **options)
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=1))
     else:

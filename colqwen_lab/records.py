@@ -179,8 +179,11 @@ class Environment(Value):
         return self.gpu or self.cpu or "unknown device"
 
     def identity(self) -> dict[str, Any]:
-        """All that must be equal for two cells to belong to one sweep: everything but the commit and the hour."""
-        return self.model_dump(exclude={"commit", "started_at"})
+        """All that must be equal for two cells to belong to one sweep: everything but the commit and the hour.
+
+        Host memory is left out too: machines of one type show it a few pages apart.
+        """
+        return self.model_dump(exclude={"commit", "started_at", "host_memory_bytes"})
 
 
 class Cell(Value):
@@ -225,7 +228,8 @@ class Cell(Value):
     def key(self) -> tuple[str, ...]:
         """What makes this cell this cell, within one environment. A sweep holds each key once."""
         work = self.workload
-        asked = (self.backend.requested, work.pages or work.texts or "", str(work.batch_size))
+        inputs = work.pages or work.texts or ""
+        asked = (self.backend.requested, self.backend.requested_dtype or "", inputs, str(work.batch_size))
         return (self.variant, self.weights, *self.settings(), *asked, self.card.name if self.card else "")
 
     def to_line(self) -> str:
@@ -342,24 +346,21 @@ class Store:
 
     Only rows for which `keep` holds stay; the others (another environment, a failure to be tried again, everything
     with `fresh`) move to `NAME.superseded.jsonl` beside it, so nothing measured is ever lost. A context manager: one
-    process at a time holds the file.
+    process at a time holds the file. `emit` is called with each new row once it is on disk.
 
     Raises:
         BadInput: the file is not a records file, its folder cannot be written, or another sweep holds it.
     """
 
-    def __init__(self, path: Path, keep: Callable[[Cell], bool]) -> None:
-        self.path = path
+    def __init__(self, path: Path, keep: Callable[[Cell], bool], emit: Callable[[Cell], object] | None = None) -> None:
+        self.path, self._emit = path, emit
         self._lock = FileLock(f"{path}.lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
             old = _cells_of(path, own=True) if path.exists() else []
-            self.cells = [cell for cell in old if keep(cell)]
-            self.superseded = [cell for cell in old if not keep(cell)]
-            if self.superseded:
-                _append(neighbour(path, "superseded.jsonl"), self.superseded)
-            _replace(path, self.cells)
+            self.cells = old
+            self.superseded = self.set_aside(lambda cell: not keep(cell))
         except Timeout:
             raise BadInput(f"another sweep writes to {path}; wait for it or name another file") from None
         except OSError as error:
@@ -380,6 +381,18 @@ class Store:
         new = list(cells)
         _append(self.path, new)
         self.cells.extend(new)
+        if self._emit:
+            for cell in new:
+                self._emit(cell)
+
+    def set_aside(self, gone: Callable[[Cell], bool]) -> list[Cell]:
+        """Move the rows for which `gone` holds to the file beside this one; they are what is returned."""
+        aside = [cell for cell in self.cells if gone(cell)]
+        if aside:
+            _append(neighbour(self.path, "superseded.jsonl"), aside)
+        self.cells = [cell for cell in self.cells if not gone(cell)]
+        _replace(self.path, self.cells)
+        return aside
 
 
 def _append(path: Path, cells: Iterable[Cell]) -> None:

@@ -59,6 +59,19 @@ def test_both_models_without_a_sweep(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "y.json").read_text())["results"]) == ["BASE_text_queries", "AWQ_text_queries"]
 
 
+def test_image_documents_follow_the_queries(tmp_path: Path) -> None:
+    flags = ["--only_base", "--text_batch_size", "2", "--measure_steps", "1", "--warmup_steps", "0"]
+    images = ["--image_size", "64", "--image_samples", "4", "--image_batch_size", "2", "--output_json", "z.json"]
+    done = benchmark(tmp_path, *flags, *images)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "z.json").read_text())["results"]
+    assert list(results) == ["BASE_text_queries", "BASE_image_documents"]
+    assert results["BASE_image_documents"]["total_items"] == 2
+    pages = load(tmp_path / "z.records.jsonl").select(workload="pages").cells[0].workload
+    assert (pages.pages, pages.distinct) == ("drawn, 64 x 64 pixels", 4)
+    assert [cell.workload.kind for cell in load(tmp_path / "z.json")] == ["queries", "pages"]
+
+
 def test_bad_flags(tmp_path: Path) -> None:
     bad = benchmark(tmp_path, "--sweep_batch_sizes", "1,a")
     assert bad.returncode == 2

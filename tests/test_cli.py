@@ -36,6 +36,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("sweep --execution nope", "valid: eager"),
         ("sweep --protocol nope", "valid: lean, published"),
         ("sweep --workload nope", "valid: queries"),
+        ("sweep --size tiny,5b", "valid: auto, tiny, mid, 4b, 8b"),
+        ("sweep --on nope", "valid: here, ray"),
+        ("sweep --accelerator A100", "valid: with --on ray"),
         ("sweep -b 0", "valid: different whole numbers"),
         ("sweep -b -1", "valid: different whole numbers"),
         ("sweep -b a", "valid: different whole numbers"),
@@ -68,12 +71,12 @@ def test_bad_input_is_one_line_and_exit_2(
 
 
 def test_interrupted_is_not_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from colqwen_lab.measure import sweep
+    from colqwen_lab.measure import fleet
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "sweep", interrupted)
+    monkeypatch.setattr(fleet, "sweep", interrupted)
     assert run(monkeypatch, "sweep", "-m", "base", "-b", "1") == 130
     assert "interrupted; the rows measured so far are on file" in capsys.readouterr().err
 

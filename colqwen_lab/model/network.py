@@ -29,6 +29,7 @@ class ColQwen3Config(Qwen3VLConfig):
 
     model_type = "colqwen3"
     text_config: Any = None
+    vision_config: Any = None
     embed_dim: int = EMBED_DIM
     padding_side: str = "left"
 

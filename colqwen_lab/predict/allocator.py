@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 ROUND = 512
@@ -24,13 +25,17 @@ def rounded(size: int, to: int = ROUND) -> int:
     return max(to, -(-size // to) * to)
 
 
+# The pool that a block belongs to, and whether it is of the small ones: free blocks of one place serve no other.
+Place = tuple[int, bool]
+
+
 @dataclass(eq=False)
 class Block:
     """A piece of a segment at an address; `before` and `after` are its neighbours in the segment."""
 
     address: int
     size: int
-    small: bool
+    place: Place
     before: Block | None = None
     after: Block | None = None
     free: bool = False
@@ -49,20 +54,21 @@ class Allocator:
     peak_allocated: int = 0
     reserved: int = 0
     peak_reserved: int = 0
-    _free: dict[bool, list[tuple[int, int]]] = field(default_factory=lambda: {True: [], False: []})
+    _free: defaultdict[Place, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     _at: dict[int, Block] = field(default_factory=dict)
     _end: int = 0
 
-    def allocate(self, size: int) -> Block:
+    def allocate(self, size: int, pool: int = 0) -> Block:
+        """A block for `size` bytes. Streams and captured graphs have pools of their own."""
         size = rounded(size)
         small = size <= SMALL
-        free = self._free[small]
+        free = self._free[pool, small]
         found = bisect_left(free, (size, 0))
-        block = self._at[free.pop(found)[1]] if found < len(free) else self._segment(size, small)
+        block = self._at[free.pop(found)[1]] if found < len(free) else self._segment(size, (pool, small))
         block.free = False
         remaining = block.size - size
         if remaining >= ROUND if small else remaining > SMALL:
-            rest = Block(block.address + size, remaining, small, block, block.after, free=True)
+            rest = Block(block.address + size, remaining, block.place, block, block.after, free=True)
             if block.after:
                 block.after.before = rest
             block.after, block.size = rest, size
@@ -76,7 +82,7 @@ class Allocator:
         block.free = True
         for other in (block.before, block.after):
             if other is not None and other.free:
-                self._free[other.small].remove((other.size, other.address))
+                self._free[other.place].remove((other.size, other.address))
                 del self._at[other.address]
                 first, second = (other, block) if other is block.before else (block, other)
                 first.size += second.size
@@ -89,23 +95,28 @@ class Allocator:
     def _offer(self, block: Block) -> None:
         block.free = True
         self._at[block.address] = block
-        insort(self._free[block.small], (block.size, block.address))
+        insort(self._free[block.place], (block.size, block.address))
 
-    def _give_back(self) -> None:
-        for small, free in self._free.items():
+    def give_back(self) -> None:
+        """Every segment that is wholly free."""
+        for place, free in self._free.items():
             whole = [at for at in free if not (self._at[at[1]].before or self._at[at[1]].after)]
-            self._free[small] = [at for at in free if at not in whole]
+            self._free[place] = [at for at in free if at not in whole]
             for size, address in whole:
                 del self._at[address]
                 self.reserved -= size
 
-    def _segment(self, size: int, small: bool) -> Block:
-        total = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE_BELOW else rounded(size, SEGMENT_ROUND)
+    def restart_peaks(self) -> None:
+        """Peaks count from what is there now, as after `torch.cuda.reset_peak_memory_stats`."""
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def _segment(self, size: int, place: Place) -> Block:
+        total = SMALL_SEGMENT if place[1] else LARGE_SEGMENT if size < LARGE_BELOW else rounded(size, SEGMENT_ROUND)
         if self.reserved + total > self.cap:
-            self._give_back()
+            self.give_back()
         if self.reserved + total > self.cap:
             raise MemoryError
-        block = Block(self._end, total, small)
+        block = Block(self._end, total, place)
         self._end += total
         self._at[block.address] = block
         self.reserved += total

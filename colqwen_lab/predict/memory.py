@@ -9,24 +9,28 @@ from __future__ import annotations
 import math
 import types
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter, tree_map
 
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model import loading
-from colqwen_lab.model.network import ColQwen3Output, is_text_linear
-from colqwen_lab.model.variants import Variant, scheme_parts
+from colqwen_lab.model.network import ColQwen3, ColQwen3Output, is_text_linear
+from colqwen_lab.model.variants import Variant, resolve_variant, scheme_parts
 from colqwen_lab.model.weights import RandomSource, default_source
-from colqwen_lab.predict.allocator import Allocator, Block, rounded
+from colqwen_lab.predict.allocator import Allocator, Block
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Work, Workload
 from colqwen_lab.runtime.components import resident
-from colqwen_lab.runtime.execution import STEPS, Steps
+from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, STEPS, Steps
+from colqwen_lab.runtime.fast import MOST_TOKENS, Fast, attended, bucket, heads_of
+from colqwen_lab.runtime.kernels import FP8, AsLoaded, Dense, Fp8, Int4Cpu, Product, features_of, gptq
 from colqwen_lab.runtime.tracking import ACTIVATIONS, MemoryTracker, ledger_of
 from colqwen_lab.runtime.workloads import query_batches
 
@@ -37,6 +41,7 @@ LARGEST_BATCH = 65536
 ANCHORS = (2, 3)
 # To how many bytes the least memory of a run is searched.
 CAP_STEP = 4 * KIB * KIB
+GRAPH_POOL = -1
 ROUNDING, WORKSPACE, KV_CACHE, OUTPUT, BUFFERS = (
     "allocator rounding",
     "cuBLAS workspace",
@@ -63,10 +68,43 @@ def _dequantise_then_multiply(layer: Any, x: Tensor) -> Tensor:
     return (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], layer.outfeatures)
 
 
+def _product_of(x: Tensor, features: tuple[int, int]) -> Tensor:
+    """x times a weight [in, out] that takes no memory."""
+    weight = x.new_empty(1).expand(features)
+    return (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], features[1])
+
+
 def _fused(layer: Any, x: Tensor) -> Tensor:
     """A fused kernel dequantises in registers: no buffer but its result."""
-    weight = x.new_empty(1).expand(layer.infeatures, layer.outfeatures)
-    return (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], layer.outfeatures)
+    return _product_of(x, features_of(layer))
+
+
+class _FusedProduct(Product):
+    """Linears fused, for a kernel such as humming: codes and scales of symmetric weights, no buffer but its result.
+
+    Codes of 8-bit activations are not counted: a quarter or less of what stands in their place when the MLP peaks.
+    """
+
+    kernel = "fused"
+
+    def __init__(self, fused: Sequence[Any]) -> None:
+        super().__init__(fused)
+        qweight, _, scales = gptq(fused)
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scales", scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _product_of(x, (self.in_features, self.out_features))
+
+
+class _Fp8Product(Fp8):
+    """Its weights as they are made; of a product the FP8 codes of the rows, their scales, and the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale = torch.empty_like(x, dtype=FP8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+        found = _product_of(x, (self.in_features, self.out_features))
+        del codes, scale
+        return found
 
 
 # What a kernel needs beside its packed weights; `torch` is AutoRound's own module, run as it is.
@@ -75,14 +113,81 @@ KERNELS: dict[str, Callable[[Any, Tensor], Tensor] | None] = {
     "torch": None,
     "fused": _fused,
 }
+# The same for execution `fast`: the class of its products. `fp8` makes FP8 weights of 16-bit ones.
+FAST_KERNELS: dict[str, Callable[[Sequence[Any]], Product]] = {
+    "tritonv2": AsLoaded,
+    "torch": AsLoaded,
+    "fused": _FusedProduct,
+    "int4": Int4Cpu,
+    "fp8": _Fp8Product,
+}
+
+
+class _FastModel(Fast):
+    """Execution `fast` on fake tensors, which lie on no GPU: what it does there is told here.
+
+    The compiler and the lab's own attention leave their results and nothing else; a forward is captured once, its
+    memory comes from the graph's own pool, and a replay makes a copy of the result. The run before the capture takes as
+    much and gives it back, so it is left out.
+    """
+
+    def __init__(self, model: ColQwen3, kernel: str, quantized: bool, tracker: MemoryTracker) -> None:
+        products = FAST_KERNELS[kernel]
+        super().__init__(model, products if kernel == "fp8" and not quantized else Dense, products)
+        self.on_gpu, self.tracker = True, tracker
+        self.captured: tuple[int, int] = (0, 0)
+        self.flops = 0
+        self.graph: tuple[Tensor, ...] = ()
+
+    def forward(self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False) -> ColQwen3Output:
+        if not self.on_gpu:
+            return super().forward(model, inputs, use_cache)
+        batch, tokens = inputs["input_ids"].shape
+        tracker = self.tracker
+        if self.graph:
+            tracker.flops += self.flops
+        else:
+            ids = torch.zeros((batch, bucket(tokens)), dtype=torch.int64)
+            mask = torch.ones_like(ids)
+            flops, first = tracker.flops, len(tracker.labels)
+            self.graph = ids, mask, self.embed(ids, mask)
+            self.captured, self.flops = (first, len(tracker.labels)), tracker.flops - flops
+        return ColQwen3Output(embeddings=self.graph[-1][:, :tokens].clone())
+
+    def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self._results_of(function) if self.on_gpu else function
+
+    def attention(self, layer: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if not self.on_gpu:
+            return super().attention(layer, qkv, cos, sin)
+        if qkv.shape[1] <= MOST_TOKENS:
+            return self._results_of(super().attention)(layer, qkv, cos, sin)
+        heads = self.small(heads_of)(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin)
+        return self._results_of(attended)(*heads)
+
+    def _results_of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, of which memory sees the results alone; one that is a view of an argument stays so."""
+
+        def call(*args: Any) -> Any:
+            with self.tracker.unseen():
+                found = function(*args)
+            given = {one.untyped_storage()._cdata for one in tree_iter(args) if isinstance(one, Tensor)}
+            return tree_map(lambda one: one if one.untyped_storage()._cdata in given else torch.empty_like(one), found)
+
+        return call
 
 
 @dataclass(frozen=True)
 class Target:
-    """The device that is predicted for. `compute_capability` None is a CPU: no allocator, no workspace."""
+    """The device that is predicted for. `compute_capability` None is a CPU: no allocator, no workspace.
+
+    `workspaces` is how many streams multiply by cuBLAS, each with a workspace that it keeps: two where execution
+    `fast`, which captures on a stream of its own, follows `eager` in one process.
+    """
 
     name: str
     compute_capability: tuple[int, int] | None
+    workspaces: int = 1
 
 
 A100 = Target("NVIDIA A100-SXM4-40GB", (8, 0))
@@ -93,14 +198,17 @@ HOST = Target("CPU", None)
 class Trace:
     """Births (number, bytes) and ends (number, 0) of two steps, what each number is, and the operations.
 
-    The first `before` births are those of the weights and inputs.
+    The first `loaded` are the births of the weights as they load; up to `before` execution `fast` makes its own of
+    them, and the inputs come. Births from `captured[0]` to `captured[1]` are of a graph's pool.
     """
 
     batch_size: int
     log: list[tuple[int, int]]
     labels: list[str]
+    loaded: int
     before: int
     flops: int
+    captured: tuple[int, int] = (0, 0)
 
     def shape(self) -> list[Any]:
         return [[(number, size > 0) for number, size in self.log], self.labels]
@@ -110,36 +218,55 @@ class Trace:
         share = Fraction(batch_size - self.batch_size, other.batch_size - self.batch_size)
         log = [(n, int(size + share * (more - size))) for (n, size), (_, more) in zip(self.log, other.log, strict=True)]
         flops = int(self.flops + share * (other.flops - self.flops))
-        return Trace(batch_size, log, self.labels, self.before, flops)
+        return replace(self, batch_size=batch_size, log=log, flops=flops)
 
-    def peak_bytes(self) -> int:
-        sizes: dict[int, int] = {}
-        total = peak = 0
-        for number, size in self.log:
-            total += size - sizes.pop(number, 0)
-            sizes[number] = size
-            peak = max(peak, total)
-        return peak
+    def settled(self) -> list[tuple[int, int]]:
+        """The log without what loading made and let go again."""
+        ended = {number for number, size in self.log[: self.before] if not size}
+        return [one for one in self.log[: self.before] if one[0] not in ended] + self.log[self.before :]
+
+
+def peak_of(log: Sequence[tuple[int, int]]) -> int:
+    """The most bytes that live at once."""
+    sizes: dict[int, int] = {}
+    total = peak = 0
+    for number, size in log:
+        total += size - sizes.pop(number, 0)
+        sizes[number] = size
+        peak = max(peak, total)
+    return peak
 
 
 class Predictor:
-    """Predicts cells of one variant: the network is built once, on fake tensors.
+    """Predicts cells of one variant in one execution: the network is built once, on fake tensors.
 
     Raises:
-        BadInput: an unknown kernel model.
+        BadInput: an unknown kernel model, or one that does not serve this variant and execution.
     """
 
     # Parts of the network that a step multiplies by.
     multiplied: tuple[str, ...] = ("text linears", "text norms", "head")
 
-    def __init__(self, variant: Variant, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2") -> None:
-        one_of("kernel model", kernel, KERNELS)
+    def __init__(
+        self,
+        variant: Variant,
+        size: str,
+        dtype: str = "bfloat16",
+        kernel: str = "tritonv2",
+        execution: str = "eager",
+    ) -> None:
+        one_of("kernel model", kernel, FAST_KERNELS)
         one_of("dtype", dtype, loading.DTYPES)
+        one_of("execution", execution, EXECUTIONS)
+        if execution == "eager" and kernel not in KERNELS:
+            raise BadInput(f"kernel {kernel} multiplies in execution fast only; valid in eager: {', '.join(KERNELS)}")
+        if variant.scheme and (kernel == "fp8" or (kernel == "int4" and scheme_parts(variant.scheme)[0] != 4)):
+            raise BadInput(f"kernel {kernel} does not multiply {variant.name}; valid: {', '.join(KERNELS)}")
         if variant.folder or "any" in variant.hub:
             raise BadInput(f"{variant.name} is not predicted by its name; valid: base, awq, or a scheme such as W8A16")
         if variant.scheme and kernel == "tritonv2" and scheme_parts(variant.scheme)[0] == 3:
             raise BadInput(f"kernel tritonv2 multiplies 2, 4 and 8 bits; valid for {variant.name}: torch")
-        self.variant, self.size, self.kernel = variant, size, kernel
+        self.variant, self.size, self.kernel, self.execution = variant, size, kernel, execution
         source = default_source(variant, size, "random", CPU)
         assert isinstance(source, RandomSource)
         self.config = source.config
@@ -150,11 +277,26 @@ class Predictor:
         self.tokenizer = source.tokenizer
         self.dtype = dtype
         self.mode = self.fake_mode()
-        self._traces: dict[tuple[int, bool, str, str], list[Trace]] = {}
+        self._traces: dict[tuple[int, bool, str, str, bool], list[Trace]] = {}
         self._fake()
-        self.linears = [(n, m) for n, m in self.model.named_modules() if is_text_linear(n)]
-        if quantized:
+        # What multiplies packed weights; execution `fast` lets go of the linears that it took over.
+        self.packed = [m for n, m in self.model.named_modules() if is_text_linear(n) and quantized]
+        if execution == "eager" or FAST_KERNELS[kernel] is AsLoaded:
             self._model_kernels()
+        self.tracker = MemoryTracker(resident(self.model))
+        self.loaded = len(self.tracker.log)
+        if execution == "fast":
+            self.packed = []
+            with self.mode, self.tracker:
+                fast = _FastModel(self.model, kernel, quantized, self.tracker)
+            self.model.add_module("fast", fast)
+            self.packed = [product for product in fast.products() if not isinstance(product, Dense)]
+        # From the last to the first: a storage is known by the first name it has in a checkpoint.
+        parts = [*resident(self.model)][::-1]
+        for label, tensor in parts:
+            self.tracker.label([tensor], label)
+        self.made = len(self.tracker.log), len(self.tracker.labels)
+        self.parts = {t.untyped_storage()._cdata: (label, t.untyped_storage().nbytes()) for label, t in parts}
 
     def fake_mode(self) -> FakeTensorMode:
         return FakeTensorMode()
@@ -175,7 +317,7 @@ class Predictor:
 
     def _model_kernels(self) -> None:
         forward = KERNELS[self.kernel]
-        for _, layer in self.linears:
+        for layer in self.packed:
             if forward is not None:
                 layer.forward = types.MethodType(forward, layer)
             if self.kernel == "tritonv2":
@@ -189,13 +331,15 @@ class Predictor:
         protocol: str = "lean",
         target: Target = A100,
         tokens: int | None = None,
-        execution: str = "eager",
         padded: bool = False,
     ) -> Cell:
         """The predicted cell of `batch_size` queries: the report's, or of `tokens` tokens, some of them `padded`."""
         workload, masked = self._workload(batch_size, tokens, padded)
         assert workload.tokens is not None
-        trace = self._trace(batch_size, workload.tokens, masked, execution, protocol)
+        if self.execution == "fast" and PROTOCOLS[protocol].use_cache:
+            raise BadInput(f"protocol {protocol!r} keeps a KV cache, which execution fast has not; valid: lean")
+        on_gpu = target.compute_capability is not None
+        trace = self._trace(batch_size, workload.tokens, masked, self.execution, protocol, on_gpu)
         memory = self._memory(trace, target)
         work = Work(flops=trace.flops // STEPS, least_bytes=self._least_bytes(workload))
         return Cell(
@@ -204,7 +348,7 @@ class Predictor:
             size=self.size,
             weights="none: fake tensors",
             workload=workload,
-            execution=execution,
+            execution=self.execution,
             protocol=protocol,
             backend=Backend(requested=self.kernel if self.variant.scheme else "auto", dtype=self.dtype),
             status="ok",
@@ -230,12 +374,14 @@ class Predictor:
         # A run sees that nothing is padded, and makes no mask of it; under fake tensors nobody can look.
         return Workload(kind="queries", batch_size=batch_size, tokens=tokens, padded_share=0.0), padded
 
-    def _trace(self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str) -> Trace:
+    def _trace(
+        self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str, on_gpu: bool = True
+    ) -> Trace:
         """What two steps of this batch do to memory: run at two small batches, from which every other follows.
 
         At one length every tensor is as large as a + b x batch. A batch whose run has another shape is run itself.
         """
-        asked = tokens, masked, execution, protocol
+        asked = tokens, masked, execution, protocol, on_gpu
         if asked not in self._traces:
             self._traces[asked] = [self._run(size, *asked) for size in ANCHORS]
         first, second = self._traces[asked]
@@ -248,42 +394,58 @@ class Predictor:
             ids = torch.empty((batch_size, tokens), dtype=torch.int64)
             return {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if masked else {})
 
-    def _run(self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str) -> Trace:
+    def _run(
+        self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str, on_gpu: bool = True
+    ) -> Trace:
+        tracker, fast = self.tracker, getattr(self.model, "fast", None)
+        if fast:
+            fast.on_gpu, fast.graph, fast.captured = on_gpu, (), (0, 0)
+        tracker.rewind(*self.made)
         inputs = self._inputs(batch_size, tokens, masked)
-        given = [("inputs", tensor) for tensor in inputs.values()]
-        quantized = [layer for _, layer in self.linears if self.variant.scheme]
-        with self.mode, MemoryTracker([*resident(self.model), *given]) as tracker:
+        with self.mode, tracker:
+            tracker.see(("inputs", tensor) for tensor in inputs.values())
             before = len(tracker.log)
-            hooks = [hook for layer in quantized for hook in _label_buffers(tracker, layer)]
+            hooks = [hook for layer in self.packed for hook in _label_buffers(tracker, layer)]
             steps = Steps(self.model, [inputs], execution, protocol)
             for _ in range(STEPS):
                 steps()
                 _label_output(tracker, steps.output)
             for hook in hooks:
                 hook.remove()
-            return Trace(batch_size, list(tracker.log), list(tracker.labels), before, tracker.flops)
+            captured = fast.captured if fast else (0, 0)
+            log, labels = list(tracker.log), list(tracker.labels)
+            return Trace(batch_size, log, labels, self.loaded, before, tracker.flops, captured)
 
     def _memory(self, trace: Trace, target: Target) -> Memory:
-        weights = sum(size for _, size in trace.log[: sum(1 for _ in resident(self.model))])
+        weights = sum(size for _, size in self.parts.values())
         if target.compute_capability is None:
-            peak = trace.peak_bytes()
-            ledger = ledger_of(trace.log, trace.labels, peak)
+            log = trace.settled()
+            peak = peak_of(log)
+            ledger = ledger_of(log, trace.labels, peak)
             return Memory(weights_bytes=weights, peak_bytes=peak, ledger=ledger, method="predicted")
-        workspace = workspace_bytes(target.compute_capability)
-        allocator, parts = replay(trace, workspace)
+        workspaces = [workspace_bytes(target.compute_capability)] * target.workspaces
+        allocator, parts = replay(trace, workspaces)
         return Memory(
             weights_bytes=weights,
             peak_bytes=allocator.peak_allocated,
             reserved_bytes=allocator.peak_reserved,
-            least_reserved_bytes=least_reserved(trace, workspace, allocator),
+            least_reserved_bytes=least_reserved(trace, workspaces, allocator),
             ledger=parts,
             method="predicted",
         )
 
     def _least_bytes(self, workload: Workload) -> int:
         """Bytes that a step must move at least: every weight it multiplies by, once, and its result."""
-        weights = sum(tensor.nbytes for label, tensor in resident(self.model) if label.startswith(self.multiplied))
+        weights = sum(size for label, size in self.parts.values() if label.startswith(self.multiplied))
         return weights + workload.batch_size * (workload.tokens or 0) * self.config.embed_dim * 2
+
+
+@lru_cache(maxsize=8)
+def predictor(
+    model: str, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2", execution: str = "eager"
+) -> Predictor:
+    """The predictor of these, built once in a process: its runs serve every card and batch. Raises BadInput."""
+    return Predictor(resolve_variant(model), size, dtype, kernel, execution)
 
 
 def _label_output(tracker: MemoryTracker, output: ColQwen3Output) -> None:
@@ -310,25 +472,30 @@ def _label_buffers(tracker: MemoryTracker, layer: nn.Module) -> list[Any]:
 
 
 def follow(
-    trace: Trace, workspace: int, cap: float = math.inf, stop_at: int | None = None
+    trace: Trace, workspaces: Sequence[int], cap: float = math.inf, stop_at: int | None = None
 ) -> tuple[Allocator, dict[int, tuple[Block, int]], int]:
     """`(allocator, what lives, where in the log the peak is)`: births and ends, as the CUDA allocator would meet them.
 
-    Loading warms the allocator with one block of all weights and gives it back, as transformers and this lab do.
+    Loading warms the allocator with one block of all weights and gives it back, as transformers and this lab do. What
+    is free when the inputs are there goes back to the GPU, as before a measurement; the peak counts from then on.
 
     Raises:
         MemoryError: more than `cap` bytes would be reserved.
     """
     allocator = Allocator(cap)
-    allocator.release(allocator.allocate(sum(size for _, size in trace.log[: trace.before])))
+    allocator.release(allocator.allocate(sum(size for _, size in trace.log[: trace.loaded])))
     live: dict[int, tuple[Block, int]] = {}
     peak_at = 0
     for index, (number, size) in enumerate(trace.log):
         if index == trace.before:
-            allocator.allocate(workspace)
+            for stream, workspace in enumerate(workspaces):
+                allocator.allocate(workspace, stream)
+            allocator.give_back()
+            allocator.restart_peaks()
         if size:
             peak = allocator.peak_allocated if index > trace.before else 0
-            live[number] = allocator.allocate(size), size
+            pool = GRAPH_POOL if trace.captured[0] <= number < trace.captured[1] else 0
+            live[number] = allocator.allocate(size, pool), size
             peak_at = index if allocator.peak_allocated > peak else peak_at
         elif number in live:
             allocator.release(live.pop(number)[0])
@@ -337,18 +504,18 @@ def follow(
     return allocator, live, peak_at
 
 
-def replay(trace: Trace, workspace: int) -> tuple[Allocator, dict[str, int]]:
+def replay(trace: Trace, workspaces: Sequence[int]) -> tuple[Allocator, dict[str, int]]:
     """`(allocator, ledger at its peak)`; the ledger adds up to the peak."""
-    allocator, _, peak_at = follow(trace, workspace)
-    _, live, _ = follow(trace, workspace, stop_at=peak_at)
-    parts: Counter[str] = Counter({WORKSPACE: workspace, ROUNDING: rounded(workspace) - workspace})
+    allocator, _, peak_at = follow(trace, workspaces)
+    _, live, _ = follow(trace, workspaces, stop_at=peak_at)
+    parts: Counter[str] = Counter({WORKSPACE: sum(workspaces), ROUNDING: 0})
     for number, (block, size) in live.items():
         parts[trace.labels[number]] += size
         parts[ROUNDING] += block.size - size
     return allocator, dict(parts)
 
 
-def least_reserved(trace: Trace, workspace: int, free: Allocator) -> int:
+def least_reserved(trace: Trace, workspaces: Sequence[int], free: Allocator) -> int:
     """The least bytes that torch must be allowed to reserve for the run to go through, to `CAP_STEP`.
 
     More than the peak, because free memory lies in pieces; less than what an unbounded run reserves.
@@ -357,7 +524,7 @@ def least_reserved(trace: Trace, workspace: int, free: Allocator) -> int:
     while high - low > CAP_STEP:
         middle = (low + high) // 2
         try:
-            follow(trace, workspace, middle)
+            follow(trace, workspaces, middle)
             high = middle
         except MemoryError:
             low = middle

@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.errors import BadInput
 from colqwen_lab.model.drawn import HEIGHT, WIDTH
 from colqwen_lab.model.pages import VISUAL_TOKENS, batch_of, check_visual_tokens, prompt_ids, visual_tokens_of
 from colqwen_lab.model.variants import Variant, resolve_variant
-from colqwen_lab.predict.memory import A100, LARGEST_BATCH, Predictor, Target
-from colqwen_lab.records import Cell, Memory, Work, Workload
-from colqwen_lab.runtime.workloads import INDEX_VALUE_BYTES, WORKLOADS
+from colqwen_lab.predict.memory import A100, LARGEST_BATCH, Predictor, Target, Trace
+from colqwen_lab.records import Cell, Memory, Value, Work, Workload
+from colqwen_lab.runtime.workloads import INDEX_VALUE_BYTES
 
-V = TypeVar("V", Memory, Work)
-
-# Batches that are run as they are; a larger one lies on the straight line through these two.
-ANCHORS = (16, 32)
+# The larger is the largest batch that is run as it is; beyond, figures lie on the line through these two. How much of
+# the reserved memory lies in pieces goes up and down with the batch, and this line is on the upper side of it.
+ANCHORS = (4, 32)
 
 
 class Beside(FakeTensorMode):
@@ -44,7 +43,8 @@ class Beside(FakeTensorMode):
             return func(*args, **kwargs)
         self.values = False  # what a fake operation is made of is fake
         try:
-            args, kwargs = tree_map_only(Tensor, self._fake, (_masks_as_rows(args), kwargs))
+            if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+                args, kwargs = tree_map_only(Tensor, self._fake, (_masks_as_rows(args), kwargs))
             return super().__torch_dispatch__(func, types, args, kwargs)
         finally:
             self.values = True
@@ -73,14 +73,21 @@ class PagePredictor(Predictor):
     ) -> None:
         self.visual_tokens = check_visual_tokens(visual_tokens)
         super().__init__(variant, size, dtype, kernel)
-        self.mode.values = True
+        # Now that the weights are fake.
+        setattr(self.mode, "values", True)  # noqa: B010
         self._cells: dict[tuple[Any, ...], Cell] = {}
+        self._runs: dict[tuple[Any, ...], Trace] = {}
 
     def fake_mode(self) -> Beside:
         return Beside()
 
     def cell(
-        self, batch_size: int, protocol: str = "lean", target: Target = A100, tokens: int | None = None, **more: Any
+        self,
+        batch_size: int,
+        protocol: str = "lean",
+        target: Target = A100,
+        tokens: int | None = None,
+        padded: bool = False,
     ) -> Cell:
         """The predicted cell of `batch_size` pages of `tokens` tokens, or A4 ones.
 
@@ -90,19 +97,24 @@ class PagePredictor(Predictor):
             raise BadInput(f"batch {batch_size}; valid for a prediction: up to {LARGEST_BATCH}")
         key = batch_size, protocol, target, tokens
         if key not in self._cells and batch_size <= ANCHORS[1]:
-            self._cells[key] = super().cell(batch_size, protocol, target, tokens, **more)
+            self._cells[key] = super().cell(batch_size, protocol, target, tokens)
         elif key not in self._cells:
-            first, second = (self.cell(batch, protocol, target, tokens, **more) for batch in ANCHORS)
+            first, second = (self.cell(batch, protocol, target, tokens) for batch in ANCHORS)
             share = Fraction(batch_size - ANCHORS[0], ANCHORS[1] - ANCHORS[0])
-            assert first.memory and second.memory and first.work and second.work
             self._cells[key] = second.model_copy(
                 update={
                     "workload": second.workload.model_copy(update={"batch_size": batch_size}),
-                    "memory": _at(share, first.memory, second.memory),
-                    "work": _at(share, first.work, second.work),
+                    "memory": _at(share, first.memory, second.memory, Memory),
+                    "work": _at(share, first.work, second.work, Work),
                 }
             )
         return self._cells[key]
+
+    def _trace(self, *asked: Any) -> Trace:
+        """The run itself: image by image, it has another shape at every batch."""
+        if asked not in self._runs:
+            self._runs[asked] = self._run(*asked)
+        return self._runs[asked]
 
     def _workload(self, batch_size: int, tokens: int | None, padded: bool) -> tuple[Workload, bool]:
         beside = len(prompt_ids(self.tokenizer, self.config, 0))
@@ -133,7 +145,7 @@ class PagePredictor(Predictor):
             return batch_of([(pixels, grid)] * batch_size, self.tokenizer, self.config)
 
 
-def _at(share: Fraction, first: V, second: V) -> V:
+def _at(share: Fraction, first: Value | None, second: Value | None, kind: type[Value]) -> Value:
     """The value on the straight line through two, `share` of the way, in every number of it."""
 
     def between(one: Any, other: Any) -> Any:
@@ -141,20 +153,14 @@ def _at(share: Fraction, first: V, second: V) -> V:
             return {name: between(one.get(name, 0), more) for name, more in other.items()}
         return round(one + share * (other - one)) if isinstance(other, int) else other
 
-    return type(second).model_validate(between(first.model_dump(), second.model_dump()))
+    assert first is not None
+    assert second is not None
+    return kind.model_validate(between(first.model_dump(), second.model_dump()))
 
 
 @lru_cache(maxsize=8)
-def predictor(
-    model: str,
-    size: str,
-    dtype: str = "bfloat16",
-    kernel: str = "tritonv2",
-    workload: str = "queries",
-    visual_tokens: int = VISUAL_TOKENS,
-) -> Predictor:
-    """The predictor of these, built once in a process: its runs serve every card and batch. Raises BadInput."""
-    variant = resolve_variant(model)
-    if one_of("workload", workload, WORKLOADS) == "pages":
-        return PagePredictor(variant, size, dtype, kernel, visual_tokens)
-    return Predictor(variant, size, dtype, kernel)
+def page_predictor(
+    model: str, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2", visual_tokens: int = VISUAL_TOKENS
+) -> PagePredictor:
+    """As `memory.predictor`, of pages. Raises BadInput."""
+    return PagePredictor(resolve_variant(model), size, dtype, kernel, visual_tokens)

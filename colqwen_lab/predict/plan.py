@@ -9,21 +9,35 @@ from typing import Any
 from colqwen_lab.cards import Card, Fit, fit_of, need_bytes
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model.pages import VISUAL_TOKENS
-from colqwen_lab.predict.memory import A100, HOST, Target
-from colqwen_lab.predict.pages import predictor
+from colqwen_lab.predict.memory import A100, HOST, Predictor, Target, predictor
+from colqwen_lab.predict.pages import page_predictor
 from colqwen_lab.records import Cell, Memory
 from colqwen_lab.runtime.execution import PROTOCOLS
+from colqwen_lab.runtime.workloads import WORKLOADS
 
 SEARCHED_TO = 4096
 # Near the edge a run may fail by how its memory lies; a sweep under a card's cap stays this share below it too.
 MARGIN = 0.05
 
 
+# The model of each kernel, by what stands in its name.
+MODELLED = {
+    "tritonv2": "tritonv2",
+    "auto_round:torch": "torch",
+    "marlin": "fused",
+    "humming": "fused",
+    "exllama": "fused",
+    "_scaled_mm": "fp8",
+    "_weight_int4pack_mm_for_cpu": "int4",
+}
+
+
 @dataclass(frozen=True)
 class CardPlan:
     """What a variant does on a card. `binds` says what stops a larger batch; bytes are predicted.
 
-    `batch_size` is the largest that goes through, `safe_batch_size` 5 % below it.
+    `batch_size` is the largest that goes through, `safe_batch_size` 5 % below it; `headroom_bytes` is what is usable
+    less what torch must reserve and what lies outside it.
     """
 
     card: str
@@ -34,6 +48,7 @@ class CardPlan:
     batch_size: int | None
     safe_batch_size: int | None
     peak_bytes: int
+    least_reserved_bytes: int | None
     headroom_bytes: int
     binds: str
 
@@ -52,9 +67,16 @@ class Planner:
         padded: bool = False,
         workload: str = "queries",
         visual_tokens: int = VISUAL_TOKENS,
+        execution: str = "eager",
     ) -> None:
         self.protocol, self.tokens, self.padded = one_of("protocol", protocol, PROTOCOLS), tokens, padded
-        self.predictor = predictor(model, size, dtype, kernel, workload, visual_tokens)
+        self.item = "page" if workload == "pages" else "query"
+        if one_of("workload", workload, WORKLOADS) == "pages":
+            if execution == "fast":
+                raise BadInput("execution fast embeds queries; valid for pages: eager")
+            self.predictor: Predictor = page_predictor(model, size, dtype, kernel, visual_tokens)
+        else:
+            self.predictor = predictor(model, size, dtype, kernel, execution)
         self._known: dict[tuple[int, Target], Cell] = {}
 
     def cell(self, batch_size: int, target: Target = A100) -> Cell:
@@ -74,7 +96,7 @@ class Planner:
 
         verdict = fit_of(memory(1), card.nominal_bytes)
         if verdict != "fits":
-            batch, binds = (1 if verdict == "tight" else None), "weights and one item"
+            batch, binds = (1 if verdict == "tight" else None), f"weights and one {self.item}"
         else:
             batch = largest(lambda size: need_bytes(memory(size))[1], card.usable_bytes, SEARCHED_TO)
             binds = "memory" if batch < SEARCHED_TO else f"nothing up to batch {SEARCHED_TO}"
@@ -88,6 +110,7 @@ class Planner:
             batch_size=batch,
             safe_batch_size=max(1, int(batch * (1 - MARGIN))) if verdict == "fits" and batch else None,
             peak_bytes=there.peak_bytes,
+            least_reserved_bytes=there.least_reserved_bytes,
             headroom_bytes=card.usable_bytes - need_bytes(there)[1],
             binds=binds,
         )
@@ -96,8 +119,20 @@ class Planner:
 def largest(need: Callable[[int], int], budget: int, limit: int) -> int:
     """The largest number up to `limit` whose `need` is within `budget`, where that of 1 is; the next one's is not.
 
-    Need grows almost evenly with the batch, so the search interpolates, and halves where that gains too little.
+    What torch must reserve leaps a little with how memory lies, so a batch may fit where a smaller one does not: some
+    within a tenth below are looked at, and the search goes on below the smallest that does not fit.
     """
+    while True:
+        found = _searched(need, budget, limit)
+        near = [int(found * (1 - percent / 100)) for percent in range(10, 0, -2)]
+        too_much = next((size for size in near if size and need(size) > budget), None)
+        if too_much is None:
+            return found
+        limit = too_much
+
+
+def _searched(need: Callable[[int], int], budget: int, limit: int) -> int:
+    """Need grows almost evenly with the batch, so the search interpolates, and halves where that gains too little."""
     low, high = 1, limit
     low_need, high_need = need(low), need(high)
     if high_need <= budget:
@@ -126,6 +161,7 @@ def plan(
     tokens: int | None = None,
     workload: str = "queries",
     visual_tokens: int = VISUAL_TOKENS,
+    execution: str = "eager",
 ) -> tuple[list[Cell], list[CardPlan]]:
     """`(cells, cards)`: every model at every batch size on an A100, and its largest batch on every card.
 
@@ -135,7 +171,7 @@ def plan(
     batches = list(batch_sizes)
     cells, plans = [], []
     for model in models:
-        planner = Planner(model, size, protocol, dtype, kernel, tokens, False, workload, visual_tokens)
+        planner = Planner(model, size, protocol, dtype, kernel, tokens, False, workload, visual_tokens, execution)
         cells += [planner.cell(batch) for batch in batches]
         plans += [planner.on_card(card) for card in cards]
     return cells, plans
@@ -147,15 +183,21 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
 
     def like(cell: Cell) -> Cell | None:
         kernel, work = kernel_model(cell), cell.workload
-        if kernel is None or cell.execution != "eager" or cell.memory is None:
+        if kernel is None or cell.memory is None:
             return None
         pages = work.kind == "pages"
         if pages and (work.padded_share != 0 or work.visual_tokens is None):
             return None  # pages of several sizes, or not recorded
         # The report's queries are known by their batch; others, and pages, by the length they were padded to.
         tokens = work.tokens if pages or (work.texts and work.texts.startswith("natural")) else None
-        asked = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel, tokens)
-        asked += (tokens is not None and not pages, work.kind, work.visual_tokens or VISUAL_TOKENS)
+        asked: tuple[Any, ...] = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel)
+        asked += (
+            tokens,
+            tokens is not None and not pages,
+            work.kind,
+            work.visual_tokens or VISUAL_TOKENS,
+            cell.execution,
+        )
         if asked not in planners:
             try:
                 planners[asked] = Planner(*asked)
@@ -163,7 +205,10 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
                 return None  # a folder or a repository: its network is not one of the named sizes
         capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
         on_gpu = cell.environment.gpu is not None
-        target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
+        # The allocator counts the whole process, and so the workspace that an eager way of the same run left.
+        with_eager = cell.execution == "fast" and cell.timing and any(" eager/" in w for w in cell.timing.ways_in_turn)
+        workspaces = 2 if with_eager else 1
+        target = Target(cell.environment.device, (capability[0], capability[1]), workspaces) if on_gpu else HOST
         return planners[asked].cell(cell.batch_size, target)
 
     return [like(cell) for cell in cells]
@@ -172,7 +217,6 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
 def kernel_model(cell: Cell) -> str | None:
     """The model of the kernel that a cell ran on; None where there is none. The report ran the Triton fallback."""
     engaged = " ".join(cell.backend.engaged)
-    fused = any(name in engaged for name in ("marlin", "humming", "exllama"))
-    if "torch.nn.Linear" in engaged or "tritonv2" in engaged or cell.origin == "published":
+    if "torch.nn.Linear" in engaged or cell.origin == "published":
         return "tritonv2"
-    return "fused" if fused else "torch" if engaged.startswith("auto_round:torch") else None
+    return next((kernel for name, kernel in MODELLED.items() if name in engaged), None)

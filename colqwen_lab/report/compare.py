@@ -19,6 +19,7 @@ from colqwen_lab.cards import OUTSIDE_TORCH_BYTES, USABLE_SHARE, Fit, fit_of, ne
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import GIB, Cell, Memory, published_cells
 from colqwen_lab.report.series import (
+    CRITERIA,
     Results,
     Series,
     html_table,
@@ -252,6 +253,107 @@ class Comparison:
         return (
             f"<p>{escape(self.verdict())}</p>{tables}<ul>{''.join(f'<li>{escape(c)}</li>' for c in self.caveats)}</ul>"
         )
+
+
+@dataclass(frozen=True, repr=False)
+class SideBySide:
+    """Comparisons by where they were measured: a device, and what else tells them apart. Never one series of several.
+
+    `left_out` are places where there is one side only.
+    """
+
+    comparisons: dict[str, Comparison]
+    left_out: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON: the comparisons by place."""
+        found = {where: one.to_dict() for where, one in self.comparisons.items()}
+        return {"side_by_side": found, "gpus": self.gpu_table().to_dict("records"), "left_out": list(self.left_out)}
+
+    def overhead_table(self) -> pd.DataFrame:
+        """One row a batch, for each place the overhead with its verdict, and the memory saved."""
+        import pandas as pd
+
+        columns: dict[str, dict[int, Any]] = {}
+        for where, one in self.comparisons.items():
+            said = {row.batch_size: f"{row.overhead_percent:+.1f} %, {row.verdict}" for row in one.overhead}
+            columns[f"{where}: overhead"] = said
+            columns[f"{where}: memory saved %"] = {row.batch_size: round(row.saving_percent, 1) for row in one.memory}
+        return pd.DataFrame(columns).sort_index().rename_axis("batch").reset_index()
+
+    def gpu_table(self) -> pd.DataFrame:
+        """One row a place and model: the largest batch that ran there, its rate and peak, and the fastest batch."""
+        import pandas as pd
+
+        rows = [_on_device(where, series) for where, one in self.comparisons.items() for series in (one.base, one.awq)]
+        return pd.DataFrame(rows).astype({"largest batch": "Int64", "fastest batch": "Int64"})
+
+    def markdown(self) -> str:
+        """The tables side by side, then each comparison's own report."""
+        from colqwen_lab.report.markdown import side_by_side
+
+        return side_by_side(self)
+
+    def plot(self, kind: str = "throughput", **options: Any) -> Figure:
+        """All series in one figure, each its own line: kinds as of `Results`."""
+        both = [series for one in self.comparisons.values() for series in (one.base, one.awq)]
+        return Results(tuple(cell for series in both for cell in series.cells)).plot(kind, **options)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{where}: {one!r}" for where, one in self.comparisons.items())
+
+    def _repr_html_(self) -> str:
+        left_out = "".join(f"<p>{escape(one)}</p>" for one in self.left_out)
+        return html_table(self.overhead_table()) + html_table(self.gpu_table()) + left_out
+
+
+def _on_device(where: str, series: Series) -> dict[str, Any]:
+    ran = series.sized.keys() | series.rated.keys()
+    largest = max(ran, default=None)
+    at = series.rated.get(largest or 0), series.sized.get(largest or 0)
+    fastest = max(series.rated, key=lambda batch: rate(series.rated[batch]), default=None)
+    return {
+        "where": where,
+        "model": series.variant,
+        "largest batch": largest,
+        "items/s": rounded(rate(at[0])) if at[0] else None,
+        "peak": mib(peak(at[1])) if at[1] else "",
+        "fastest batch": fastest,
+        "items/s there": rounded(rate(series.rated[fastest])) if fastest else None,
+        "not ok": ", ".join(f"{cell.batch_size} {cell.status}" for cell in series.lost),
+    }
+
+
+#: What two rows must share to stand in one comparison. Kernels and weights are the variants' own.
+PLACE = ("device", "size", "workload", "execution", "protocol")
+
+
+def by_place(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> Comparison | SideBySide:
+    """`awq` held against `base`: at each place that both were measured at, where either was measured at several.
+
+    Raises:
+        BadInput: as of `compare`.
+    """
+    both = [_places(side) for side in (base, awq)]
+    every = list(dict.fromkeys([*both[0], *both[1]]))
+    shared = [place for place in every if place in both[0] and place in both[1]]
+    if len(every) > 1:  # a model alone in a file that is on both sides would be held against itself
+        shared = [at for at in shared if both[0][at] != both[1][at] or len(both[0][at].variants) > 1]
+    if not shared or len(every) == 1:
+        return compare(base, awq, cards)
+    varied = [at for at in range(len(PLACE)) if at == 0 or len({place[at] for place in every}) > 1]
+    names = {place: ", ".join(place[at] for at in varied) for place in every}
+    return SideBySide(
+        {names[place]: compare(both[0][place], both[1][place], cards) for place in shared},
+        tuple(f"{names[place]}: nothing to compare with there." for place in every if place not in shared),
+    )
+
+
+def _places(results: Results) -> dict[tuple[str, ...], Results]:
+    found: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in results:
+        found.setdefault(tuple(CRITERIA[name](cell) for name in PLACE), []).append(cell)
+    return {place: Results(tuple(cells)) for place, cells in found.items()}
 
 
 def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> Comparison:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from colqwen_lab.report.series import Series, conditions, kernels, mib, short, unit
 
 if TYPE_CHECKING:
-    from colqwen_lab.report.compare import CardFit, Comparison
+    from colqwen_lab.report.compare import CardFit, Comparison, SideBySide
 
 SHOWN = ("gpu", "driver", "cuda", "cpu", "threads", "attention", "torch", "transformers", "auto_round", "python", "os")
 USES = {"awq": "Use {awq} when", "base": "Use {base} when", "either": "It does not matter when"}
@@ -36,6 +36,17 @@ def report(comparison: Comparison) -> str:
         parts += [f"## {title}", *blocks]
     parts.append(f"*{escape(conditions([*base.cells, *awq.cells]))}*")
     return "\n\n".join(parts) + "\n"
+
+
+def side_by_side(found: SideBySide) -> str:
+    """The tables of several devices beside each other, then the report of each, as Markdown."""
+    parts = ["# Side by side"]
+    for title, frame in (("Overhead and memory", found.overhead_table()), ("By device", found.gpu_table())):
+        rows = frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
+        parts += [f"## {title}", table(list(frame.columns), rows)]
+    parts += [escape(one) for one in found.left_out]
+    reports = [f"# {escape(where)}\n\n{report(one)}" for where, one in found.comparisons.items()]
+    return "\n\n".join([*parts, *reports])
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

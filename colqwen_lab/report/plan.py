@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from colqwen_lab.cards import OUTSIDE_TORCH_BYTES, Gpu, gpu_of, outside_bytes
-from colqwen_lab.records import MIB, Cell, Memory
-from colqwen_lab.report.series import Results, rounded
+from colqwen_lab.records import MIB, Cell, Memory, Work
+from colqwen_lab.report.series import Results, eight_bit, rounded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +76,11 @@ class Plan:
         return pd.DataFrame(rows)
 
     def card_table(self) -> pd.DataFrame:
-        """One row a card and variant: does it fit, the largest batch, the predicted peak, headroom, what binds."""
+        """One row a card and variant: does it fit, the largest batch, the predicted peak, headroom, what binds.
+
+        Headroom is what is usable less what torch must reserve (the peak and the free pieces between) and what is
+        assumed outside it.
+        """
         import pandas as pd
 
         rows = [
@@ -88,6 +92,7 @@ class Plan:
                 "largest batch": card.batch_size,
                 "with 5 % margin": card.safe_batch_size,
                 "peak MiB": _mib(card.peak_bytes),
+                "must reserve MiB": _mib(card.least_reserved_bytes),
                 "headroom MiB": _mib(card.headroom_bytes),
                 "binds": card.binds,
             }
@@ -154,8 +159,26 @@ def ceiling(cell: Cell, gpu: Gpu) -> float | None:
     return cell.batch_size / seconds
 
 
+def limit_of(cell: Cell, work: Work | None) -> tuple[float | None, str]:
+    """`(items per second at most, where the limit is from)`: the rates measured in the run, else the data sheet's.
+
+    None for products of 8 bits, which neither holds, and where neither is known.
+    """
+    if work is None or eight_bit(cell):
+        return None, ""
+    if cell.limits:
+        flops_per_s, bytes_per_s, origin = cell.limits.flops_per_s, cell.limits.bytes_per_s, "measured in the run"
+    elif gpu := gpu_of(cell.environment.device, cell.environment.gpu_memory_bytes):
+        flops_per_s, bytes_per_s, origin = gpu.flops(), gpu.bandwidth_gb_s * 1e9, "data sheet"
+    else:
+        return None, ""
+    return cell.batch_size / max(work.flops / flops_per_s, work.least_bytes / bytes_per_s), origin
+
+
 def explained(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> Results:
-    """Measured cells, each with the ledger of its prediction where it has none; what that lacks is `unexplained`.
+    """Measured cells, each with the work of its prediction, and its ledger where it has none of its own.
+
+    What a ledger lacks is `unexplained`.
 
     An unexplained part below zero is what the prediction has too much.
     """
@@ -166,7 +189,8 @@ def explained(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> Res
         parts = cell.memory.ledger or (_memory(twin).ledger if twin else None) or {}
         rest = cell.memory.peak_bytes - sum(parts.values())
         ledger = parts | ({UNEXPLAINED: rest} if rest else {})
-        cells.append(cell.model_copy(update={"memory": cell.memory.model_copy(update={"ledger": ledger})}))
+        memory = cell.memory.model_copy(update={"ledger": ledger})
+        cells.append(cell.model_copy(update={"memory": memory, "work": cell.work or (twin.work if twin else None)}))
     return Results(tuple(cells))
 
 
@@ -227,8 +251,8 @@ def ledger_plot(cells: Sequence[Cell]) -> Figure:
 def beside(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> pd.DataFrame:
     """Each measured or published row beside its prediction: the peak with its error, the rate with its limit.
 
-    The limit is that of `Plan.ceilings` on the row's own GPU, where the table of cards has it; the work is that of the
-    padded batch. Empty where the kernel is not modelled.
+    The limit is that of `Plan.ceilings` at the rates that the row's run measured, else at those of its GPU's data
+    sheet; the work is that of the longest padded batch. Empty where the kernel is not modelled.
     """
     import pandas as pd
 
@@ -237,8 +261,7 @@ def beside(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> pd.Dat
         if cell.memory is None:
             continue
         guess = _memory(twin).peak_bytes if twin else None
-        gpu = gpu_of(cell.environment.device, cell.environment.gpu_memory_bytes)
-        limit = ceiling(twin, gpu) if twin and gpu else None
+        limit, limit_from = limit_of(cell, twin.work if twin else None)
         rate = cell.items_per_s.median if cell.items_per_s else None
         rows.append(
             {
@@ -250,9 +273,10 @@ def beside(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> pd.Dat
                 "items/s": rounded(rate),
                 "limit items/s": rounded(limit),
                 "share of limit %": round(100 * rate / limit, 1) if rate and limit else None,
-                "note": "" if twin else "this kernel's buffers, or this execution, are not modelled",
+                "limit from": limit_from,
+                "note": "" if twin else "this kernel's buffers are not modelled",
             }
         )
     frame = pd.DataFrame(rows)
-    speed = ["items/s", "limit items/s", "share of limit %"]
-    return frame if frame[speed[1:]].notna().any(axis=None) else frame.drop(columns=speed)
+    speed = ["items/s", "limit items/s", "share of limit %", "limit from"]
+    return frame if frame[speed[1:3]].notna().any(axis=None) else frame.drop(columns=speed)

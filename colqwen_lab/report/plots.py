@@ -7,7 +7,7 @@ same variant is dashed. The second line of a title says where the figures come f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from PIL import Image
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import GIB, MIB
-from colqwen_lab.report.compare import CARDS_GB, SAME_PERCENT, Comparison, machines_differ, peak, rate
-from colqwen_lab.report.series import Series, conditions, unit
+from colqwen_lab.report.compare import CARDS_GB, SAME_PERCENT, Comparison, Overhead, machines_differ, peak, rate
+from colqwen_lab.report.series import Series, conditions, unit, way
 from colqwen_lab.settings import writable_folder
 
 FIXED = {"base": ("#0072B2", "o"), "awq": ("#D55E00", "s")}
@@ -100,6 +100,22 @@ def overhead(comparison: Comparison) -> Figure:
     return _legend(figure, axes)
 
 
+def overhead_lines(series: Sequence[Series], lines: Mapping[str, Sequence[Overhead]]) -> Figure:
+    """Several overheads of one run over the batch size, a line each, with their intervals."""
+    figure, axes = _axes(series, "Overhead at the same batch size, way by way")
+    axes.axhspan(-SAME_PERCENT, SAME_PERCENT, color="0.85", label=f"±{SAME_PERCENT:g} %: not told apart")
+    axes.axhline(0, color="0.3", linewidth=1)
+    for (name, rows), (colour, marker) in zip(lines.items(), (*FIXED.values(), *FREE), strict=False):
+        values = [row.overhead_percent for row in rows]
+        low = [max(0.0, row.overhead_percent - (row.low or row.overhead_percent)) for row in rows]
+        high = [max(0.0, (row.high or row.overhead_percent) - row.overhead_percent) for row in rows]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "label": name, "capsize": 3}
+        axes.errorbar([row.batch_size for row in rows], values, yerr=[low, high], **style)
+    axes.set_ylabel(f"difference in {_unit(series)}, % (negative = slower)")
+    _batch_axis(axes, series)
+    return _legend(figure, axes)
+
+
 def memory(series: Sequence[Series], cards: Sequence[float] | None = None) -> Figure:
     """Peak memory over the batch size, with a line at each card's nominal memory; `cards` in GB.
 
@@ -148,7 +164,60 @@ def tradeoff(series: Sequence[Series]) -> Figure:
     return _legend(figure, axes)
 
 
-KINDS: dict[str, Callable[..., Figure]] = {"throughput": throughput, "memory": memory, "tradeoff": tradeoff}
+def roofline(series: Sequence[Series]) -> Figure:
+    """Items per second over batch size, both logarithmic, under the roof of each variant's own weights.
+
+    A roof is the lower of two: the work of a batch over the rate of a large product, and every weight that it needs,
+    read once, over the rate of a copy. Of several series of a variant the highest roof is drawn.
+
+    Raises:
+        BadInput: no cell carries its work and has a limit.
+    """
+    from colqwen_lab.report.plan import limit_of
+
+    roofs: dict[str, dict[int, float]] = {}
+    origins = set()
+    for one in series:
+        for cell in one.cells:
+            limit, origin = limit_of(cell, cell.work)
+            if limit:
+                of_variant = roofs.setdefault(one.variant, {})
+                of_variant[cell.batch_size] = max(limit, of_variant.get(cell.batch_size, 0))
+                origins.add(origin)
+    if not roofs:
+        raise BadInput("no cell carries its work and a limit; valid: lab.explain(results) of rows from a known GPU")
+    figure, axes = _axes(series, f"Throughput under the roofline (limits: {' and '.join(sorted(origins))})")
+    figure.set_size_inches(7.5, 6.2)
+    markers = {one.variant: style["marker"] for one, style in _styles(series)}
+    for (variant, roof), dashes in zip(roofs.items(), ("-", (0, (3, 1)), ":", "-.") * len(roofs), strict=False):
+        roof_style: dict[str, Any] = {
+            "color": "0.75",
+            "linewidth": 5,
+            "linestyle": dashes,
+            "label": f"roof of {variant}'s weights",
+        }
+        axes.plot(sorted(roof), [roof[batch] for batch in sorted(roof)], **roof_style)
+    colours = [colour for colour, _ in (*FIXED.values(), *FREE)]
+    lines = [(colour, dashes) for dashes in ("-", "--", ":") for colour in colours] * len(series)
+    ways = dict(zip(dict.fromkeys(map(way, series)), lines, strict=False))
+    for one in series:
+        colour, dashes = ways[way(one)]
+        rows = list(one.rated.values())
+        style: dict[str, Any] = {"color": colour, "linestyle": dashes, "marker": markers[one.variant], "markersize": 4}
+        axes.plot([cell.batch_size for cell in rows], [rate(cell) for cell in rows], label=one.label, **style)
+    axes.set_yscale("log", base=10)
+    axes.set_ylabel(_unit(series))
+    _batch_axis(axes, series)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    return figure
+
+
+KINDS: dict[str, Callable[..., Figure]] = {
+    "throughput": throughput,
+    "memory": memory,
+    "tradeoff": tradeoff,
+    "roofline": roofline,
+}
 
 
 def save(figure: Figure, stem: str, folder: str | Path) -> list[Path]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATUSES = ("ok", "oom", "failed")
+EIGHT_BIT = ("fp8", "w4-fp8", "w4-int8")
 
 #: What tells one series from another, in the order in which a label names it.
 CRITERIA: dict[str, Callable[[Cell], str]] = {
@@ -173,7 +174,9 @@ class Results:
         return pd.DataFrame([_row(cell, varied) for cell in self.cells], columns=[*columns, *figures])
 
     def plot(self, kind: str = "throughput", **options: Any) -> Figure:
-        """A figure: `throughput`, `memory` (with `cards=(8, 12)` in GB) or `tradeoff` (throughput over memory).
+        """A figure: `throughput`, `memory` (with `cards=(8, 12)` in GB), `tradeoff` or `roofline`.
+
+        A roofline is of cells that carry their work: `lab.explain(results).plot("roofline")`.
 
         Raises:
             BadInput: an unknown kind.
@@ -230,6 +233,12 @@ def conditions(cells: Sequence[Cell]) -> str:
     return " · ".join(" and ".join(dict.fromkeys(part)) for part in parts if part)
 
 
+def way(series: Series) -> str:
+    """EXECUTION/PROTOCOL/BACKEND, as a sweep takes it."""
+    first = series.first
+    return f"{first.execution}/{first.protocol}/{first.backend.requested}"
+
+
 def random_weights(cell: Cell) -> bool:
     """Whether the weights were drawn, not trained: speed and memory hold, embeddings mean nothing."""
     return cell.weights.startswith("random") or "untrained" in cell.weights
@@ -239,6 +248,11 @@ def _device(cell: Cell) -> str:
     """The device as a title names it: one without a GPU says CPU."""
     name = cell.environment.device
     return name if cell.environment.gpu or "CPU" in name or not cell.environment.cpu else f"CPU {name}"
+
+
+def eight_bit(cell: Cell) -> bool:
+    """Whether its activations were asked for in 8 bits."""
+    return cell.backend.requested in EIGHT_BIT
 
 
 def unit(cell: Cell) -> str:

@@ -49,6 +49,8 @@ GRAPHS_KEPT = 64
 TIMED = 5
 # A schedule whose result is further from the kernel's own choice is not taken.
 SAME_RESULT = 0.01
+# Above it the lab's own attention would norm and rotate keys too many times; PyTorch's kernels have full tiles there.
+MOST_TOKENS = 128
 
 
 def bucket(tokens: int) -> int:
@@ -185,29 +187,34 @@ class Fast(nn.Module):
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The whole of a forward, with shapes that are a bucket's. Captured as one graph on a GPU."""
-        on_gpu = ids.device.type == "cuda"
-        if on_gpu:
-            from colqwen_lab.runtime.own_kernels import MOST_TOKENS, attend_short
         embed_tokens, rotary, norm, head = self.parts
         goes_to = real_first(mask)
         x = embed_tokens(torch.zeros_like(ids).scatter(1, goes_to, ids))
         positions = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1).expand(3, 1, -1)
         cos, sin = (part[0].unsqueeze(1) for part in rotary(x, positions))
-        small = [compiled(function, on_gpu) for function in (normed, add_normed, heads_of, gated)]
-        first_norm, then_norm, make_heads, gate = small
+        first_norm, then_norm, gate = (self.small(function) for function in (normed, add_normed, gated))
         y = first_norm(x, self.layers[0].norms[0], self.layers[0].eps)
         following = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
         for layer, next_norm in zip(self.layers, following, strict=True):
             qkv = _multiply(layer.qkv, y)
-            if on_gpu and ids.shape[1] <= MOST_TOKENS:
-                attention = attend_short(qkv, layer.kv_heads, layer.head_norms, layer.eps, (cos, sin))
-            else:
-                attention = attended(*make_heads(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin))
+            attention = self.attention(layer, qkv, cos, sin)
             x, y = then_norm(x, _multiply(layer.o, attention), layer.norms[1], layer.eps)
             x, y = then_norm(x, _multiply(layer.down, gate(_multiply(layer.gate_up, y))), next_norm, layer.eps)
         vectors = functional.normalize(head(y), dim=-1)
         back = vectors.gather(1, goes_to.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
         return back * mask.unsqueeze(-1)
+
+    def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """One of the small functions as the device runs it: fused on a GPU."""
+        return compiled(function, self.parts[0].weight.device.type == "cuda")
+
+    def attention(self, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """From the product QKV to what goes into O, [batch, tokens, heads x size]."""
+        if qkv.device.type == "cuda" and qkv.shape[1] <= MOST_TOKENS:
+            from colqwen_lab.runtime.own_kernels import attend_short
+
+            return attend_short(qkv, layer.kv_heads, layer.head_norms, layer.eps, (cos, sin))
+        return attended(*self.small(heads_of)(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin))
 
     def _graph(self, batch: int, length: int) -> Graph:
         graph = self.graphs.pop((batch, length), None)

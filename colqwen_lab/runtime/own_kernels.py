@@ -18,9 +18,6 @@ from torch import Tensor
 
 from colqwen_lab.runtime.kernels import FP8, FP8_MAX
 
-# Above it the keys would be normed and rotated too many times; PyTorch's kernels have full tiles there.
-MOST_TOKENS = 128
-
 
 @triton.jit
 def _ready(at, real, position, weight, cos, sin, eps, SIZE: tl.constexpr):

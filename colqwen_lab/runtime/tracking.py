@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -65,12 +66,30 @@ class MemoryTracker(TorchDispatchMode):
         self.log: list[tuple[int, int]] = []
         self.labels: list[str] = []
         self._numbers: dict[int, int] = {}
-        for label, tensor in resident:
-            self._see(tensor, label)
+        self._blind = False
+        self.see(resident)
 
     def __enter__(self) -> Self:
         super().__enter__()
         return self
+
+    def see(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Count tensors that were there before, each with its label; one that is counted already keeps its own."""
+        for label, tensor in tensors:
+            self._see(tensor, label)
+
+    def rewind(self, events: int, births: int) -> None:
+        """Forget what was noted after so many events and births; `peak_bytes` stays."""
+        del self.log[events:], self.labels[births:]
+        self._numbers = {key: number for key, number in self._numbers.items() if number < births}
+        self.flops = 0
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What is made meanwhile takes no memory; its operations count."""
+        self._blind = True
+        yield
+        self._blind = False
 
     def label(self, tensors: Iterable[Tensor], name: str) -> None:
         """Say what tensors that were seen before are."""
@@ -99,13 +118,13 @@ class MemoryTracker(TorchDispatchMode):
         if (count := FLOPS.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_iter(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and not self._blind:
                 self._see(leaf)
         return result
 
 
 def _forget(tracker: weakref.ref[MemoryTracker], key: int, size: int) -> None:
     """Note the end of a storage, unless its tracker ended before it."""
-    if (alive := tracker()) is not None:
+    if (alive := tracker()) is not None and key in alive._numbers:
         alive.log.append((alive._numbers.pop(key), 0))
         alive.live_bytes -= size

@@ -14,7 +14,7 @@ from colqwen_lab.errors import BadInput
 from colqwen_lab.measure.memory import measure
 from colqwen_lab.model import loading
 from colqwen_lab.model.variants import VARIANTS
-from colqwen_lab.model.weights import FolderSource
+from colqwen_lab.model.weights import FolderSource, default_source
 from colqwen_lab.predict.memory import (
     A100,
     BUFFERS,
@@ -30,6 +30,7 @@ from colqwen_lab.predict.memory import predictor as cached
 from colqwen_lab.predict.plan import predict_like
 from colqwen_lab.records import MIB, Cell, Memory, read_cells
 from colqwen_lab.runtime.execution import Steps
+from colqwen_lab.runtime.fast import load_fast
 from colqwen_lab.runtime.workloads import query_batches
 
 CPU = torch.device("cpu")
@@ -58,6 +59,44 @@ def test_agrees_with_the_tracker_here(
         predicted = memory(predictor(variant, kernel="torch").cell(batch, protocol, HOST))
         assert predicted.peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
         assert predicted.weights_bytes == loaded.weights_bytes
+
+
+@pytest.mark.parametrize(
+    ("variant", "backend", "kernel"), [("base", "auto", "torch"), ("awq", "int4", "int4"), ("awq", "torch", "torch")]
+)
+def test_agrees_with_the_tracker_in_fast(
+    variant: str, backend: str, kernel: str, tiny: loading.Loaded, packed: Callable[[str], Path]
+) -> None:
+    source = default_source(VARIANTS["base"], "tiny", "auto", CPU)
+    loaded = load_fast(source if variant == "base" else FolderSource(packed("auto_round")), CPU, backend)
+    made = cached(variant, "tiny", "bfloat16", kernel, execution="fast")
+    for batch in (1, 8, 64):
+        batches = query_batches(loaded.model.config, loaded.tokenizer, batch, "report", 64, CPU)
+        longest = [max(batches.inputs, key=lambda one: one["input_ids"].shape[1])]
+        tracked = measure(loaded, longest, Steps(loaded.model, longest, "fast"))
+        predicted = memory(made.cell(batch, target=HOST))
+        assert predicted.peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
+        assert predicted.weights_bytes == loaded.weights_bytes
+        assert set(predicted.ledger or {}) == set(tracked.ledger or {}) | ({BUFFERS} & set(predicted.ledger or {}))
+
+
+@pytest.mark.parametrize("target", [A100, HOST])
+@pytest.mark.parametrize(("variant", "kernel"), [("base", "fp8"), ("awq", "fused"), ("W8A16", "tritonv2")])
+def test_parts_add_up_in_fast(variant: str, kernel: str, target: Target) -> None:
+    found = memory(cached(variant, "tiny", "bfloat16", kernel, execution="fast").cell(8, target=target))
+    assert sum((found.ledger or {}).values()) == found.peak_bytes
+    assert (found.least_reserved_bytes or found.peak_bytes) >= found.peak_bytes
+
+
+@pytest.mark.parametrize("name", ["ways", "ways-512"])
+def test_peaks_of_fast_that_an_h200_measured(name: str) -> None:
+    """Nothing is fitted to them: base, FP8 weights, the Triton fallback, humming with 16 and 8 bits of activations."""
+    every = read_cells(OUTPUTS / "h200" / f"{name}.jsonl")
+    cells = [cell for cell in every if cell.execution == "fast" and cell.batch_size in (1, 256, 512)]
+    assert len(cells) in (10, 3)
+    for cell, twin in zip(cells, predict_like(cells), strict=True):
+        assert twin is not None
+        assert memory(twin).peak_bytes == pytest.approx(memory(cell).peak_bytes, rel=0.002)
 
 
 @pytest.mark.parametrize("target", [A100, HOST])
@@ -158,6 +197,13 @@ def test_grows_with_batch_and_tokens(batch: int, more: int, tokens: int, longer:
 def test_bad_input() -> None:
     with pytest.raises(BadInput, match="unknown kernel model 'fast'; valid: tritonv2, torch, fused"):
         Predictor(VARIANTS["awq"], "tiny", kernel="fast")
+    with pytest.raises(BadInput, match="kernel fp8 multiplies in execution fast only; valid in eager: tritonv2"):
+        Predictor(VARIANTS["base"], "tiny", kernel="fp8")
+    for kernel, variant in (("fp8", "awq"), ("int4", "W8A16")):
+        with pytest.raises(BadInput, match=f"kernel {kernel} does not multiply {variant}; valid: tritonv2, torch"):
+            cached(variant, "tiny", "bfloat16", kernel, execution="fast")
+    with pytest.raises(BadInput, match="'published' keeps a KV cache, which execution fast has not; valid: lean"):
+        cached("base", "tiny", execution="fast").cell(1, "published")
     with pytest.raises(BadInput, match="unknown dtype 'int4'"):
         Predictor(VARIANTS["awq"], "tiny", dtype="int4")
     for tokens in (0, 4097, 10**12):

@@ -24,7 +24,7 @@ from colqwen_lab.records import (
     published_cells,
     rate_of,
 )
-from colqwen_lab.report.compare import Comparison, compare, on_card
+from colqwen_lab.report.compare import Comparison, SideBySide, by_place, compare, on_card
 from colqwen_lab.report.series import Results, Series
 
 FIRST = published_cells()[0]
@@ -422,3 +422,69 @@ def test_base_that_is_always_overtaken_has_no_crossover() -> None:
     assert found.crossover.budget_bytes is None
     assert found.crossover.reason == "awq is the faster, each at its largest batch, even where every row fits"
     assert "No crossover: awq is the faster" in found.verdict()
+
+
+# ---------------------------------------------------------------- several devices
+
+
+def fleet() -> SideBySide:
+    """Two GPUs; on the small one base runs out of memory at 16. A third holds base alone."""
+    rates = {("A100", "base"): 100.0, ("A100", "awq"): 50.0, ("L4", "base"): 20.0, ("L4", "awq"): 30.0}
+    cells = [
+        cell(variant, batch, rate * batch, environment=Environment(gpu=gpu))
+        for (gpu, variant), rate in rates.items()
+        for batch in (8, 16)
+        if (gpu, variant, batch) != ("L4", "base", 16)
+    ]
+    cells += [lost("base", 16).model_copy(update={"environment": Environment(gpu="L4")})]
+    cells += [cell("base", 8, environment=Environment(gpu="T4 <b>"))]
+    both = Results(tuple(cells))
+    return by_place(both, both)
+
+
+def test_each_device_has_a_comparison_of_its_own() -> None:
+    found = fleet()
+    verdicts = {
+        where: {row.batch_size: row.verdict for row in one.overhead} for where, one in found.comparisons.items()
+    }
+    assert verdicts == {"A100": {8: "slower", 16: "slower"}, "L4": {8: "faster"}}
+    assert found.left_out == ("T4 <b>: nothing to compare with there.",)
+    for one in found.comparisons.values():
+        assert len({c.environment.gpu for series in (one.base, one.awq) for c in series.cells}) == 1
+        assert not any("No verdict on speed" in caveat for caveat in one.caveats)
+
+
+def test_gpu_table_has_the_largest_batch_and_the_rate_there() -> None:
+    table = fleet().gpu_table().set_index(["where", "model"])
+    assert table["largest batch"].to_dict() == {
+        ("A100", "base"): 16,
+        ("A100", "awq"): 16,
+        ("L4", "base"): 8,
+        ("L4", "awq"): 16,
+    }
+    assert table.loc[("L4", "base"), "not ok"] == "16 oom"
+    assert table.loc[("L4", "awq"), "items/s"] == 480
+
+
+def test_side_by_side_on_the_screen_and_as_json() -> None:
+    found = fleet()
+    assert list(found.overhead_table()["batch"]) == [8, 16]
+    assert found.overhead_table()["L4: overhead"][0] == "+50.0 %, faster"
+    markdown, html = found.markdown(), found._repr_html_()
+    assert markdown.count("## Comparison at the same batch size") == 2
+    assert "nan" not in markdown
+    assert "<b>" not in markdown + html
+    document = json.loads(json.dumps(found.to_dict()))
+    assert list(document["side_by_side"]) == ["A100", "L4"]
+    assert document["side_by_side"]["L4"]["overhead"][0]["verdict"] == "faster"
+    assert len(found.plot().axes[0].get_lines()) >= 4
+
+
+def test_one_device_is_a_comparison_as_ever() -> None:
+    both = Results((cell("base", 8), cell("awq", 8)))
+    assert isinstance(by_place(both, both), Comparison)
+
+
+def test_settings_that_differ_stand_side_by_side_too() -> None:
+    both = Results(tuple(cell(v, 8, execution=e) for e in ("eager", "fast") for v in ("base", "awq")))
+    assert [where.split(", ")[-1] for where in by_place(both, both).comparisons] == ["eager", "fast"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
+from colqwen_lab.errors import BadInput
+from colqwen_lab.records import Work
 from colqwen_lab.report import ways
+from colqwen_lab.report.compare import rate
 from colqwen_lab.report.series import Results
 
 RUN = Path(__file__).parents[2] / "outputs" / "h200" / "ways.jsonl"
@@ -50,8 +54,76 @@ def test_controls_come_out_as_the_same_but_for_one(results: Results) -> None:
     assert list(table.index[told_apart]) == [256]
 
 
+def test_what_each_change_buys_alone_and_together(results: Results) -> None:
+    """Cache, launches and kernel, one after the other, make up all together."""
+    table = ways.ablation(results)
+    steps = [
+        "KV cache: eager/published/tritonv2 to eager/lean/tritonv2",
+        "launches: eager/lean/tritonv2 to fast/lean/tritonv2",
+        "kernel: fast/lean/tritonv2 to fast/lean/auto",
+    ]
+    together = "awq all: eager/published/tritonv2 to fast/lean/auto"
+    for batch in table.index:
+        product = math.prod(float(table.loc[batch, f"awq {step}"].split(" ")[0]) for step in steps)
+        assert product == pytest.approx(float(table.loc[batch, together].split(" ")[0]), rel=0.02)
+    assert "awq kernel: eager/published/tritonv2 to eager/published/humming" in table.columns
+    assert table["padded tokens %"].between(0, 5).all()
+
+
+def test_shares_of_the_limit_and_roofline(results: Results) -> None:
+    """At rates measured in the run; work set by hand: 10 queries/s at most, for batch 4."""
+    cells = [cell for cell in results if cell.batch_size == 4]
+    limits = cells[0].limits
+    assert limits is not None
+    work = Work(flops=round(0.4 * limits.flops_per_s), least_bytes=1)
+    counted = Results(tuple(cell.model_copy(update={"work": work}) for cell in cells))
+    table = ways.shares(counted)
+    assert not any("fp8" in column for column in table.columns)
+    (column,) = (one for one in table.columns if one.startswith("base fast/lean/auto"))
+    assert column == "base fast/lean/auto (measured in the run)"
+    (cell,) = (one for one in cells if (one.variant, one.execution, one.backend.requested) == ("base", "fast", "auto"))
+    assert table.loc[4, column] == round(100 * rate(cell) / 10, 1)
+    sheet = Results(tuple(cell.model_copy(update={"limits": None}) for cell in counted))
+    assert "base fast/lean/auto (data sheet)" in ways.shares(sheet).columns
+    labels = [line.get_label() for line in counted.plot("roofline").axes[0].lines]
+    assert labels[:2] == ["roof of base's weights", "roof of awq's weights"]
+    assert len(labels) == 2 + len(counted.series())
+    with pytest.raises(BadInput, match=r"no cell carries its work and a limit; valid: lab.explain\(results\)"):
+        results.plot("roofline")
+
+
+def test_eight_bit_ways_carry_their_error(results: Results) -> None:
+    table = ways.eight_bits(results)
+    assert set(table["way"]) == {"base fast/lean/fp8", "awq fast/lean/w4-fp8"}
+    assert table["cosine mean"].notna().all()
+    assert (table["against"].str.split(" ").str[0] == table["way"].str.split(" ").str[0]).all()
+
+
+def test_the_verdict_is_made_of_the_figures(results: Results) -> None:
+    said = ways.verdict(results)
+    assert "first way: eager/published/tritonv2: slower at batch 1, 2" in said
+    assert "best way: fast/lean/auto: faster at batch 1, 2" in said
+    assert "awq gains 2.2 to 30.2 times from the first way to the best." in said
+    assert "A/A controls" in said
+    lines = [line.get_label() for line in ways.overhead_plot(results).axes[0].containers]
+    assert lines == ["first way: eager/published/tritonv2", "best way: fast/lean/auto"]
+
+
+def test_two_runs_of_different_batches() -> None:
+    both = ways.load(f"{RUN},{RUN.with_name('ways-512.jsonl')}")
+    assert list(ways.runs(both)["batches"]) == ["1, 2, 4, 8, 16, 32, 64, 128, 256", "512"]
+    with pytest.raises(BadInput, match="batch 1 stands in two of"):
+        ways.load(f"{RUN},{RUN}")
+
+
 def test_one_way_has_no_gain_and_no_control() -> None:
     published = Results.load("published")
     assert ways.overhead_table(published).loc[8].tolist() == ["-50.8  slower"]
     assert (ways.gains(published).dropna() == 1).all(axis=None)
     assert ways.controls(published).empty
+    assert ways.ablation(published).empty
+    assert ways.eight_bits(published).empty
+    assert ways.shares(published).empty
+    assert ways.verdict(published) == "No run of several ways."
+    with pytest.raises(BadInput, match="no two ways of base and of a quantised model"):
+        ways.overhead_plot(published)

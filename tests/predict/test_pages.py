@@ -1,0 +1,75 @@
+"""Predicted pages against what the tracker measures here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import colqwen_lab as lab
+from colqwen_lab.errors import BadInput
+from colqwen_lab.measure.memory import measure
+from colqwen_lab.model.loading import Loaded
+from colqwen_lab.predict.memory import HOST, Predictor
+from colqwen_lab.predict.pages import page_predictor
+from colqwen_lab.predict.plan import predict_like
+from colqwen_lab.records import MIB, Memory
+from colqwen_lab.runtime.execution import Steps
+from colqwen_lab.runtime.workloads import Pages
+
+
+@pytest.mark.parametrize("variant", ["base", "awq"])
+@pytest.mark.parametrize("protocol", ["lean", "published"])
+def test_agrees_with_the_tracker_here(variant: str, protocol: str, tiny: Loaded, tiny_awq: Loaded) -> None:
+    loaded = tiny if variant == "base" else tiny_awq
+    pages = Pages("192x256", visual_tokens=64)
+    for batch in (1, 8):
+        made = pages.batches(loaded.model.config, loaded.tokenizer, batch, 0, torch.device("cpu"))
+        tracked = measure(loaded, made.inputs[:1], Steps(loaded.model, made.inputs[:1], "eager", protocol))
+        cell = page_predictor(variant, "tiny", kernel="torch").cell(batch, protocol, HOST, made.workload.tokens)
+        assert cell.memory is not None
+        assert cell.memory.peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
+        assert sum((cell.memory.ledger or {}).values()) == cell.memory.peak_bytes
+        assert cell.workload.index_bytes == made.workload.index_bytes
+
+
+def test_beyond_the_largest_run_figures_lie_on_a_line() -> None:
+    made = page_predictor("base", "tiny", kernel="torch")
+    line, run = made.cell(48, tokens=81), Predictor.cell(made, 48, tokens=81)
+    assert line.memory is not None
+    assert run.memory is not None
+    assert line.memory.peak_bytes == pytest.approx(run.memory.peak_bytes, rel=0.01)
+    assert line.work == run.work
+    assert sum((line.memory.ledger or {}).values()) == pytest.approx(line.memory.peak_bytes, abs=10)
+
+
+def test_an_a4_page_of_the_4b() -> None:
+    """Its 1,271 tokens through 7.267 GFLOP of text linears each, and 5,040 patches through the vision tower's 306 M."""
+    made = lab.plan("awq", 1, size="4b", workload="pages", cards="").to_dict()
+    cell = made["cells"][0]
+    assert cell["tokens"] == 1271
+    assert cell["flops"] > 1271 * 7.267e9 + 2 * 5040 * 300e6
+    assert cell["ledger"]["vision tower"] == pytest.approx(584.111 * MIB, rel=0.001)
+
+
+def test_bad_input() -> None:
+    for given in ({"workload": "page"}, {"visual_tokens": 0, "workload": "pages"}, {"tokens": 5, "workload": "pages"}):
+        with pytest.raises(BadInput, match="valid"):
+            lab.plan("base", 1, size="tiny", **given)  # type: ignore[arg-type]
+
+
+def test_a_measured_cell_of_pages_beside_its_prediction() -> None:
+    made = page_predictor("base", "tiny", kernel="torch").cell(2, target=HOST, tokens=81)
+    assert made.memory is not None
+    seen = made.model_copy(
+        update={
+            "origin": "measured",
+            "backend": made.backend.model_copy(update={"engaged": {"torch.nn.Linear": 28}}),
+            "memory": Memory(peak_bytes=made.memory.peak_bytes, method="tracked"),
+        }
+    )
+    (twin,) = predict_like([seen])
+    assert twin is not None
+    assert twin.memory is not None
+    assert twin.memory.peak_bytes == made.memory.peak_bytes
+    sizes = seen.model_copy(update={"workload": seen.workload.model_copy(update={"padded_share": 0.2})})
+    assert predict_like([sizes]) == [None]
