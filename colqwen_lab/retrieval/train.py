@@ -21,9 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.retrieval import data, metrics
-from colqwen_lab.retrieval.embed import blocks, embed, page_inputs, query_inputs
-from colqwen_lab.retrieval.maxsim import maxsim, unpadded
 from colqwen_lab.model import drawn
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
@@ -31,6 +28,9 @@ from colqwen_lab.model.pages import VISUAL_TOKENS
 from colqwen_lab.model.processing import TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.model.quantize import RECORD
 from colqwen_lab.model.weights import FolderSource
+from colqwen_lab.retrieval import data, metrics
+from colqwen_lab.retrieval.embed import blocks, embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.maxsim import maxsim, unpadded
 from colqwen_lab.settings import writable_folder
 
 # (pixels that a page is wide, steps, how many pages in a row of a batch agree in kind and colour). Where they do, only
@@ -151,9 +151,7 @@ def held_out(loaded: Loaded) -> tuple[float, float]:
     ranked = metrics.ranking(maxsim(queries, pages).numpy())
     ids, half = corpus.query_ids, len(corpus.query_ids) // 2
     others = dict(zip(ids, (corpus.relevance[query] for query in ids[half:] + ids[:half]), strict=True))
-    found = [
-        metrics.retrieval(ranked, ids, corpus.page_ids, judged)["nDCG@5"] for judged in (corpus.relevance, others)
-    ]
+    found = [metrics.retrieval(ranked, ids, corpus.page_ids, judged)["nDCG@5"] for judged in (corpus.relevance, others)]
     own, control = (sum(values) / len(values) for values in found)
     return own, control
 

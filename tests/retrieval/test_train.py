@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.retrieval import train
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.model.processing import TINY
 from colqwen_lab.model.quantize import RECORD
 from colqwen_lab.model.variants import VARIANTS
 from colqwen_lab.model.weights import FolderSource, default_source
+from colqwen_lab.retrieval import train
 
 CPU = torch.device("cpu")
 SHIPPED = json.loads((TINY / RECORD).read_text())
