@@ -109,10 +109,10 @@ def pictures(found: Fidelities, corpus: Corpus, query: int, record: Fidelity, wh
     answers = corpus.relevance[corpus.query_ids[query]]
     number = {page: place for place, page in enumerate(corpus.page_ids)}
     shown = min(SHOWN, len(corpus.page_ids))
-    figure = Plot(figsize=(7.2, 4.8), layout="constrained")
+    figure = Plot(figsize=(6.4, 4.3), layout="constrained")
     before, after = (one.values["nDCG@5"][query] for one in (found.base, record))
     said = f"nDCG@5 {before:.2f} to {after:.2f}"
-    figure.suptitle(f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n{said}", fontsize=11)
+    figure.suptitle(f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n{said}", fontsize=10)
     grid = figure.subplots(2, shown, squeeze=False)
     for row, one in zip(grid, (found.base, record), strict=True):
         row[0].set_ylabel(one.label)
