@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model import loading
+from colqwen_lab.model import weights as loading_weights
 from colqwen_lab.model.architecture import SIZES
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
 from colqwen_lab.model.variants import VARIANTS, resolve_variant
@@ -121,6 +122,52 @@ def test_truncated_file_is_named(base_folder: Path, edited: Edit, keep: int) -> 
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(Unmet, match=r"model\.safetensors is missing, truncated or not safetensors"):
+        load(folder)
+
+
+def test_links_out_of_the_folder_are_refused_but_for_the_hub_s_own(base_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models--x" / "snapshots" / "abc"
+    blobs = tmp_path / "models--x" / "blobs"
+    for made in (folder, blobs):
+        made.mkdir(parents=True)
+    for number, file in enumerate(sorted(base_folder.iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (folder / file.name).symlink_to(Path("../../blobs") / str(number))
+    assert load(folder).engaged
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        link = (folder / name).readlink()
+        (folder / name).unlink()
+        (folder / name).symlink_to(base_folder / name)
+        with pytest.raises(Unmet, match=f"{name} points outside its folder"):
+            load(folder)
+        (folder / name).unlink()
+        (folder / name).symlink_to(link)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("text_config", {"num_hidden_layers": 10**12}, "describes a network that its files do not hold"),
+        ("text_config", {"intermediate_size": 10**9}, "describes a network that its files do not hold"),
+        ("vision_config", {"intermediate_size": 10**9}, "describes a network that its files do not hold"),
+        ("text_config", {"head_dim": 0}, "is not the configuration of a ColQwen3"),
+    ],
+)
+def test_no_memory_is_reserved_for_what_the_files_do_not_hold(
+    base_folder: Path, edited: Edit, part: str, change: dict[str, int], says: str
+) -> None:
+    with pytest.raises(Unmet, match=says):
+        load(edited(base_folder, config=lambda c: c[part].update(change)))
+
+
+def test_a_header_that_claims_too_much_is_named(base_folder: Path, edited: Edit) -> None:
+    folder = edited(base_folder)
+    file = folder / "model.safetensors"
+    file.write_bytes((10**15).to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(Unmet, match=r"model\.safetensors is missing, truncated or not safetensors"):
+        load(folder)
+    (folder / "config.json").write_bytes(b" " * (loading_weights.JSON_BYTES + 1))
+    with pytest.raises(Unmet, match=r"config\.json has \d+ bytes; valid: up to"):
         load(folder)
 
 
