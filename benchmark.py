@@ -115,6 +115,9 @@ def main() -> None:
     except LabError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("benchmark.py: interrupted; the records beside the JSON hold the rows measured so far", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

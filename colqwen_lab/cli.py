@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -232,6 +233,7 @@ def train_tiny(
 
 def main() -> None:
     """The program. Exit codes: 0, 1 for an unmet need, 2 for a wrong value; either is one line on stderr."""
+    warnings.formatwarning = lambda message, *_, **__: f"colqwen-lab: {message}\n"
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except LabError as error:

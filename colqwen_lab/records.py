@@ -10,6 +10,7 @@ import json
 import math
 import os
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -189,7 +190,8 @@ class Environment(Value):
 class Cell(Value):
     """One variant at one batch size, and its outcome: ok, out of memory (oom) or failed, each with its reason.
 
-    `control_s` are step times of the very same model, timed in turn with it as if it were another (A/A).
+    `control_s` are step times of the very same model, timed in turn with it as if it were another (A/A). `notes` say
+    what was noticed meanwhile that may have disturbed it.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -215,6 +217,7 @@ class Cell(Value):
     card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[str, dict[str, Any]] | None = None
+    notes: list[str] = []
     environment: Environment
 
     @property
@@ -284,7 +287,7 @@ def read_cells(source: str | Path) -> list[Cell]:
     """The cells of a file, or of the report for the word `published`.
 
     Takes JSON lines written here and the JSON document that the report's own script writes. A torn last line (a
-    sweep killed while writing) is left out.
+    sweep killed while writing) is left out, with a warning.
 
     Raises:
         BadInput: no such file, or one that is not a records file; the line is named.
@@ -298,7 +301,7 @@ def read_cells(source: str | Path) -> list[Cell]:
     return cells
 
 
-def _cells_of(path: Path, own: bool = False) -> list[Cell]:
+def _cells_of(path: Path, say: Callable[[str], None] | None = None, own: bool = False) -> list[Cell]:
     """The cells of a file; `own` refuses another tool's JSON, which a sweep would overwrite."""
     try:
         complete, newline, last = path.read_bytes().rpartition(b"\n")
@@ -310,7 +313,9 @@ def _cells_of(path: Path, own: bool = False) -> list[Cell]:
     document = _json(text)
     if own and isinstance(document, dict) and "results" in document:
         raise BadInput(f"{path} is another tool's JSON, which a sweep would overwrite; name another file")
-    return _script_cells(document) if isinstance(document, dict) and "results" in document else _line_cells(text, path)
+    if isinstance(document, dict) and "results" in document:
+        return _script_cells(document)
+    return _line_cells(text, path, say or warnings.warn)
 
 
 def _json(text: str) -> Any:
@@ -320,7 +325,7 @@ def _json(text: str) -> Any:
         return None
 
 
-def _line_cells(text: str, path: Path) -> list[Cell]:
+def _line_cells(text: str, path: Path, say: Callable[[str], Any]) -> list[Cell]:
     *complete, last = text.split("\n")
     cells = []
     for number, line in enumerate([*complete, last] if last else complete, 1):
@@ -328,9 +333,10 @@ def _line_cells(text: str, path: Path) -> list[Cell]:
             cells.append(Cell.model_validate_json(line))
         except ValidationError as error:
             if number > len(complete) and (cells or last.startswith(HEAD) or HEAD.startswith(last)):
-                break  # torn: a sweep was killed while it wrote this line
+                say(f"{path}: the last line is torn and left out; a sweep was killed while it wrote it")
+                break
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the line"
+            where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100] or "the line"
             what = f"{path} line {number} is not a record: {where}: {first['msg']}"
             raise BadInput(f"{what}; valid: JSON lines by `colqwen-lab sweep`, or {PUBLISHED}") from None
     return cells
@@ -342,23 +348,36 @@ def neighbour(path: Path, kind: str) -> Path:
 
 
 class Store:
-    """The records file of one sweep: what is kept of it, and an append that survives a kill.
+    """The records file of one sweep: what is kept of it, and an append that survives a kill and a full disk.
 
     Only rows for which `keep` holds stay; the others (another environment, a failure to be tried again, everything
     with `fresh`) move to `NAME.superseded.jsonl` beside it, so nothing measured is ever lost. A context manager: one
-    process at a time holds the file. `emit` is called with each new row once it is on disk.
+    process at a time holds the file; with `say`, which takes a line for a person, another one is waited for. `emit` is
+    called with each new row once it is on disk.
 
     Raises:
         BadInput: the file is not a records file, its folder cannot be written, or another sweep holds it.
     """
 
-    def __init__(self, path: Path, keep: Callable[[Cell], bool], emit: Callable[[Cell], object] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keep: Callable[[Cell], bool],
+        emit: Callable[[Cell], object] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self.path, self._emit = path, emit
         self._lock = FileLock(f"{path}.lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-            old = _cells_of(path, own=True) if path.exists() else []
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                if say is None:
+                    raise
+                say(f"another sweep writes to {path}; waiting for it, then going on from its rows")
+                self._lock.acquire()
+            old = _cells_of(path, say, own=True) if path.exists() else []
             self.cells = old
             self.superseded = self.set_aside(lambda cell: not keep(cell))
         except Timeout:
@@ -396,10 +415,17 @@ class Store:
 
 
 def _append(path: Path, cells: Iterable[Cell]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(cell.to_line() for cell in cells))
-        file.flush()
-        os.fsync(file.fileno())
+    """Append whole lines, on disk when this returns; where that fails, none of them."""
+    left = "".join(cell.to_line() for cell in cells).encode()
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _replace(path: Path, cells: Iterable[Cell]) -> None:

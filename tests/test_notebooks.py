@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,12 +13,12 @@ from typing import Any
 import nbformat
 import pytest
 
-from colqwen_lab import compare, parameters, plan, quantize, sweep
+from colqwen_lab import compare, fidelity, parameters, plan, quantize, sweep
 from colqwen_lab.errors import BadInput
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FUNCTIONS = {"sweep": sweep, "compare": compare, "quantize": quantize, "plan": plan}
+FUNCTIONS = {"sweep": sweep, "compare": compare, "quantize": quantize, "plan": plan, "fidelity": fidelity}
 MACHINE_PATH = re.compile(r"/(work|home|root|tmp|Users|usr|opt|venv)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}")
 
 
@@ -67,7 +68,7 @@ def test_tells_and_does_not_define(path: Path) -> None:
 
 
 #: What a notebook asks for beside the arguments of its function.
-OWN = {"plan": ("measured",), "compare": ("ways",)}
+OWN = {"plan": ("measured",), "compare": ("ways",), "fidelity": ("schemes",)}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -124,20 +125,28 @@ def test_papermill_s_false_is_false(tmp_path: Path) -> None:
     assert sweep("base", "1", fresh="true", **asked).cells != first.cells  # type: ignore[arg-type]
 
 
-def papermill(notebook: str, output: Path, *options: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def started(notebook: str, output: Path, *options: str, cwd: Path = ROOT, **variables: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "papermill", notebook, str(output), "-k", "python3", *options]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | variables, **pipes)
 
 
-def test_sweep_from_its_own_folder_with_one_model_and_a_list(tmp_path: Path) -> None:
-    records = tmp_path / "rows.jsonl"
+def test_two_sweeps_at_once_from_a_cold_cache_from_their_own_folder(tmp_path: Path) -> None:
+    records, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
     options = ["-p", "model", "awq", "-p", "output", str(records), "-y", "{batch_sizes: [2, 4]}", "-p", "max_s", "0.3"]
-    done = papermill("sweep.ipynb", tmp_path / "out.ipynb", *options, cwd=ROOT / "notebooks")
-    assert done.returncode == 0, done.stderr[-2000:]
+    outputs = [tmp_path / f"{number}.ipynb" for number in range(2)]
+    where = {"cwd": ROOT / "notebooks", "COLQWEN_LAB_CACHE": str(cache)}
+    both = [started("sweep.ipynb", output, *options, **where) for output in outputs]  # type: ignore[arg-type]
+    for process in both:
+        _, stderr = process.communicate(timeout=240)
+        assert process.returncode == 0, stderr[-2000:]
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     assert [(row["variant"], row["workload"]["batch_size"]) for row in rows] == [("awq", 2), ("awq", 4)]
     assert all(sum(row["backend"]["engaged"].values()) == 28 for row in rows)
     assert json.loads(records.with_suffix(".result.json").read_text())["complete"] is True
+    assert not records.with_suffix(".superseded.jsonl").exists()
+    (made,) = (folder for folder in cache.iterdir() if folder.is_dir() and folder.name.startswith("tiny-"))
+    assert rows[0]["weights"] == f"made here from the tiny default, untrained ({made.name})"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +157,9 @@ def test_sweep_from_its_own_folder_with_one_model_and_a_list(tmp_path: Path) -> 
 )
 def test_bad_parameter_is_one_line_in_the_error_cell(tmp_path: Path, options: list[str], says: str) -> None:
     output = tmp_path / "out.ipynb"
-    assert papermill("notebooks/sweep.ipynb", output, *options).returncode == 1
+    process = started("notebooks/sweep.ipynb", output, *options)
+    process.communicate(timeout=240)
+    assert process.returncode == 1
     errors = [o for cell in code_cells(output) for o in cell.outputs if o.output_type == "error"]
     (error,) = errors
     assert error.traceback == [f"{error.ename}: {error.evalue}"]
@@ -172,8 +183,6 @@ def test_nbval_bites(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import colqwen_lab.cards as c\nc.OUTSIDE_TORCH_BYTES = (200 * 10**6, 701 * 10**6)\n"
     )
-    import os
-
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     changed = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, env=environment

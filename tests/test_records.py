@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import tempfile
@@ -208,7 +210,11 @@ def test_store_appends_what_is_on_disk_at_once(tmp_path: Path) -> None:
 
 def test_store_resumes_a_torn_file_whole(tmp_path: Path) -> None:
     path = file_of(tmp_path, measured(8), tail=measured(16).to_line()[:100])
-    with Store(path, keep=lambda cell: True) as store:
+    with pytest.warns(UserWarning, match="the last line is torn and left out"):
+        assert read_cells(path) == [measured(8)]
+    said: list[str] = []
+    with Store(path, keep=lambda cell: True, say=said.append) as store:
+        assert said == [f"{path}: the last line is torn and left out; a sweep was killed while it wrote it"]
         assert [cell.batch_size for cell in store.cells] == [8]
         store.add([measured(16)])
     assert [cell.batch_size for cell in read_cells(path)] == [8, 16]
@@ -220,6 +226,47 @@ def test_store_resumes_a_sweep_killed_in_its_first_line(tmp_path: Path, written:
     with Store(path, keep=lambda cell: True) as store:
         store.add([measured()])
     assert read_cells(path) == [measured()]
+
+
+@pytest.mark.parametrize("room", [0, 1, 700])
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """The system takes a part of a line, then no more."""
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if len(data) > room:
+                super().write(data[:room])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    path = file_of(tmp_path, measured(8))
+    with Store(path, keep=lambda cell: True) as store:
+        monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Full(path, "ab"))
+        with pytest.raises(OSError, match="No space left"):
+            store.add([measured(16)])
+        monkeypatch.undo()
+        assert read_cells(path) == [measured(8)] == store.cells
+        store.add([measured(16)])
+    assert read_cells(path) == [measured(8), measured(16)]
+
+
+@pytest.mark.parametrize(("schema", "says"), [(2, "schema: Input should be 1"), (0, "schema"), ("1", "schema")])
+def test_another_schema_is_refused_in_one_line(tmp_path: Path, schema: object, says: str) -> None:
+    row = json.loads(measured().to_line()) | {"schema": schema}
+    path = file_of(tmp_path, measured(), tail=json.dumps(row) + "\n")
+    for read in (read_cells, lambda path: Store(path, keep=lambda cell: True)):
+        with pytest.raises(BadInput, match=f"line 2 is not a record: {says}") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_row_from_the_future_is_a_row(tmp_path: Path) -> None:
+    cell = measured()
+    skewed = cell.model_copy(
+        update={"environment": cell.environment.model_copy(update={"started_at": "2999-01-01T00:00:00+00:00"})}
+    )
+    assert skewed.environment.identity() == cell.environment.identity()
+    assert read_cells(file_of(tmp_path, skewed)) == [skewed]
 
 
 def test_store_moves_what_it_does_not_keep_beside(tmp_path: Path) -> None:

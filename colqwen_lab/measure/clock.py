@@ -27,6 +27,9 @@ class Stepper(Protocol):
     def __call__(self, lead_in: bool = False) -> None: ...
 
 
+#: Times one step, led in by itself or not; the seconds.
+Turn = Callable[[bool], float]
+
 CLOCK = "forward + synchronise, led in by the same step"
 
 
@@ -72,7 +75,10 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timed(step: Stepper, device: torch.device) -> float:
+def timed(step: Stepper, device: torch.device, lead_in: bool) -> float:
+    """Seconds of a step and the synchronise after it; with `lead_in` after the same step, thrown away."""
+    if lead_in:
+        step(lead_in=True)
     synchronise(device)
     start = time.perf_counter()
     step()
@@ -80,41 +86,34 @@ def _timed(step: Stepper, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _turn(step: Stepper, device: torch.device) -> float:
-    step(lead_in=True)
-    return _timed(step, device)
-
-
-def _warm_up(step: Stepper, device: torch.device, patience: Patience, samples: Samples) -> None:
+def _warm_up(turn: Turn, patience: Patience, samples: Samples) -> None:
     times: list[float] = []
     while len(times) < patience.max_warmup and not samples.steady:
-        times.append(_timed(step, device))
+        times.append(turn(False))
         samples.warmup_steps += 1
         if len(times) >= 6:
             before, now = statistics.median(times[-6:-3]), statistics.median(times[-3:])
             samples.steady = now >= (1 - patience.steady) * before
 
 
-def time_in_turn(
-    steps: Mapping[Any, Stepper], device: torch.device, patience: Patience | None = None
-) -> dict[Any, Samples]:
-    """Samples of each stepper, timed turn by turn, the order reversed every round, so that drift hits all."""
+def time_in_turn(turns: Mapping[Any, Turn], patience: Patience | None = None) -> dict[Any, Samples]:
+    """Samples of each, timed turn by turn, the order reversed every round, so that drift hits all."""
     patience = patience or Patience()
-    samples = {name: Samples() for name in steps}
+    samples = {name: Samples() for name in turns}
 
     def attempt(name: Hashable, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # an outcome of this stepper, not of the others
+        except Exception as error:  # an outcome of this one, not of the others
             samples[name].error = error.with_traceback(None)
 
-    for name, step in steps.items():
-        attempt(name, lambda step=step, name=name: _warm_up(step, device, patience, samples[name]))  # type: ignore[misc]
+    for name, turn in turns.items():
+        attempt(name, lambda turn=turn, name=name: _warm_up(turn, patience, samples[name]))  # type: ignore[misc]
     start = time.perf_counter()
-    order = list(steps)
+    order = list(turns)
     while live := [name for name in order if samples[name].error is None]:
         for name in live:
-            attempt(name, lambda name=name: samples[name].step_s.append(_turn(steps[name], device)))  # type: ignore[misc]
+            attempt(name, lambda name=name: samples[name].step_s.append(turns[name](True)))  # type: ignore[misc]
         order.reverse()
         stopped = _stop([samples[name].step_s for name in live], time.perf_counter() - start, patience)
         if stopped:
@@ -156,7 +155,7 @@ def time_towers(step: Stepper, vision: nn.Module, device: torch.device) -> Tower
 
     hooks = [vision.register_forward_pre_hook(mark), vision.register_forward_hook(mark)]
     try:
-        steps = [_timed(step, device) for _ in range(3)]
+        steps = [timed(step, device, lead_in=False) for _ in range(3)]
     finally:
         for hook in hooks:
             hook.remove()

@@ -85,15 +85,26 @@ def environment(device: torch.device, attention: str = "sdpa") -> Environment:
     )
 
 
+def gpu_handle(device: torch.device) -> Any:
+    """NVML's handle of the GPU; None without one, or without its driver."""
+    import pynvml
+
+    if device.type != "cuda":
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+    except (pynvml.NVMLError, AttributeError, RuntimeError):  # the last where the GPU was removed
+        return None
+
+
 def nvml_readings(device: torch.device) -> dict[str, Any]:
     """Driver, power, temperature, clocks and throttle reasons of the GPU, as far as its driver tells them."""
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-    except (pynvml.NVMLError, AttributeError):
+    handle = gpu_handle(device)
+    if handle is None:
         return {}
     readings = {
         "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),

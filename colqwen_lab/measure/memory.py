@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from colqwen_lab.measure.clock import synchronise
+from colqwen_lab.measure.noticing import own_bytes
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.records import Memory
 from colqwen_lab.runtime.components import resident
@@ -23,10 +24,11 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], None]) -> Memory:
+def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], None], alone: bool = True) -> Memory:
     """Bytes of `loaded` at rest and at the peak of two steps, the first step of a shape left out.
 
-    On CUDA this counts whatever the process holds: call it with one model on the device.
+    On CUDA this counts whatever the process holds: one model a process. What the device holds in all is told by the
+    driver for the process where it can, and for the device if the process is `alone` on it.
     """
     device = loaded.device
     if device.type != "cuda":
@@ -59,7 +61,7 @@ def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], 
         resident_bytes=resident_bytes,
         peak_bytes=torch.cuda.max_memory_allocated(device),
         reserved_bytes=torch.cuda.max_memory_reserved(device),
-        device_bytes=total - unused,
+        device_bytes=own_bytes(device) or (total - unused if alone else None),
         allocation_retries=torch.cuda.memory_stats(device)["num_alloc_retries"] - retries,
         method="cuda",
     )

@@ -7,21 +7,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from colqwen_lab.cards import Card
-from colqwen_lab.errors import BadInput, LabError, Unmet, one_of
-from colqwen_lab.measure.cap import MARGIN, METHOD, VERIFIED_RUNS, largest_running, set_cap
-from colqwen_lab.measure.clock import CLOCK, Patience, Samples, time_in_turn, time_towers
+from colqwen_lab.errors import BadInput, Unmet, one_of
+from colqwen_lab.measure.cap import MARGIN, METHOD, VERIFIED_RUNS, largest_running
+from colqwen_lab.measure.clock import CLOCK, Patience, Samples, Turn, time_in_turn
 from colqwen_lab.measure.environment import environment, gpu_state, pick_device
-from colqwen_lab.measure.limits import measured_limits
-from colqwen_lab.measure.memory import free, measure
+from colqwen_lab.measure.noticing import Noticing, spilled
+from colqwen_lab.measure.worker import About, Failure, Remote, Setting, Worker, attempt, failure_of
 from colqwen_lab.model.architecture import check_size, resolve_size
-from colqwen_lab.model.loading import DTYPES, Loaded, load
+from colqwen_lab.model.loading import DTYPES
 from colqwen_lab.model.pages import VISUAL_TOKENS
 from colqwen_lab.model.quantize import source_of
 from colqwen_lab.model.texts import TEXTS
@@ -37,16 +37,17 @@ from colqwen_lab.records import (
     Memory,
     Store,
     Timing,
+    Towers,
     Workload,
     batch_sizes_of,
     listed,
     neighbour,
     rate_of,
 )
-from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, Steps
-from colqwen_lab.runtime.fast import bucket, load_fast
+from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS
+from colqwen_lab.runtime.fast import bucket
 from colqwen_lab.runtime.kernels import EIGHT_BIT
-from colqwen_lab.runtime.workloads import WORKLOADS, Pages, query_batches
+from colqwen_lab.runtime.workloads import WORKLOADS, Batches, Pages, query_batches
 from colqwen_lab.settings import outputs_folder
 
 # The report's way with its fallback kernel, by device, and the best there is.
@@ -65,6 +66,8 @@ class Way:
     def __post_init__(self) -> None:
         one_of("execution", self.execution, EXECUTIONS)
         one_of("protocol", self.protocol, PROTOCOLS)
+        if not isinstance(self.backend, str):
+            raise BadInput(f"backend {self.backend!r}; valid: a kernel's name, such as auto")
         if self.execution == "fast" and PROTOCOLS[self.protocol].use_cache:
             raise BadInput(f"protocol {self.protocol!r} keeps a KV cache, which execution fast has not; valid: lean")
         if self.backend in EIGHT_BIT and self.execution != "fast":
@@ -103,7 +106,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Request:
-    """What a sweep was asked for, checked. `output` None is a file named after the variants under `outputs/`."""
+    """What a sweep was asked for, checked. `output` None is a file named after the variants under `outputs/`.
+
+    Each model is `isolated` in a process of its own; without that all run in this one, as a debugger wants it.
+    """
 
     variants: tuple[Variant, ...]
     batch_sizes: tuple[int, ...]
@@ -120,6 +126,7 @@ class Request:
     card: Card | None = None
     output: Path | None = None
     fresh: bool = False
+    isolated: bool = True
     patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
@@ -157,40 +164,13 @@ def request(
     """
     variants = tuple(resolve_variant(str(name).strip()) for name in listed(model))
     one = Way(**{name: options.pop(name) for name in ("execution", "protocol", "backend") if name in options})
-    named = [way for way in listed(options.pop("ways", "")) if way]
+    named = [str(way) for way in listed(options.pop("ways", "")) if way]
     if named and one != Way():
         raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
     ways = tuple(Way.of(way, device or pick_device().type) for way in named) or (one,)
     if batch_sizes == "auto":
         batch_sizes = WORKLOADS[one_of("workload", options.get("workload", "queries"), WORKLOADS)].batch_sizes
     return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An outcome that is no figure: out of memory, or failed, and why."""
-
-    status: str
-    reason: str
-
-
-def failure_of(error: BaseException) -> Failure:
-    """The outcome of an exception: `oom` where the device or the host ran out of memory, else `failed`."""
-    text = " ".join(str(error).split())[:300]
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-    return Failure("oom" if memory else "failed", f"{type(error).__name__}: {text}")
-
-
-def attempt(work: Callable[[], Any], device: torch.device) -> Any:
-    """What `work` returns, or a Failure. Its frames are let go first, then memory is freed."""
-    try:
-        return work()
-    except LabError:
-        raise
-    except Exception as error:  # every outcome of a cell is a row
-        outcome = failure_of(error)
-    free(device)
-    return outcome
 
 
 class Sweep:
@@ -210,7 +190,11 @@ class Sweep:
         self.pages = Pages(asked.pages, asked.visual_tokens) if asked.workload == "pages" else None
         self.entries = self._entries()
         self.environment = environment(self.device)
-        self.memories: dict[tuple[Entry, int], Memory | Failure] = {}
+        if not asked.isolated and self.device.type == "cuda" and len({entry.model for entry in self.entries}) > 1:
+            raise BadInput("one process counts the memory of one model on a GPU; valid for several models: isolated")
+        self.workers: dict[Any, tuple[Any, About]] = {}  # of Worker or Remote, by what tells models apart
+        self.capped: tuple[int, int] | None = None
+        self.said: set[str] = set()
         name = f"sweep-{'-'.join(v.name.replace('/', '-') for v in asked.variants)}-{self.size}-{asked.workload}.jsonl"
         self.path = asked.output or outputs_folder() / name
 
@@ -230,9 +214,22 @@ class Sweep:
         return found
 
     def run(self) -> list[Cell]:
-        """The cells of the request, those already in the file among them, in the order asked."""
+        """The cells of the request, those already in the file among them, in the order asked.
+
+        Raises:
+            Unmet: the file cannot be written any more; what was measured before is on it.
+        """
+        try:
+            return self._run()
+        except OSError as error:
+            again = "what was measured is on file, and the same command goes on from there"
+            raise Unmet(f"cannot write {self.path}: {error.strerror or error}; {again}") from None
+        finally:
+            self._end()
+
+    def _run(self) -> list[Cell]:
         done_mark = neighbour(self.path, "result.json")
-        with Store(self.path, self._keeps, self.emit) as store:
+        with Store(self.path, self._keeps, self.emit, self.progress) as store:
             done_mark.unlink(missing_ok=True)
             if store.superseded:
                 self.progress(f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl")
@@ -263,13 +260,11 @@ class Sweep:
         known = [cell for (one, _), cell in self._found(store.cells).items() if one == entry]
         if known:
             return known[0]
-        cap_bytes, outside_bytes = set_cap(card, self.device)
         tried: dict[int, str] = {}
         broken: list[Failure] = []
 
         def outcome_of(batch: int) -> str:
-            assert isinstance(loaded, Loaded)
-            outcome = self._memory(entry, loaded, batch)
+            outcome = self._load(entry) or self._memory(entry, batch)
             if isinstance(outcome, Failure) and outcome.status == "failed":
                 broken.append(outcome)  # a defect, which says nothing of the memory
             return outcome.status if isinstance(outcome, Failure) else "ok"
@@ -278,20 +273,19 @@ class Sweep:
             tried[batch] = outcome_of(batch)
             return tried[batch] == "ok"
 
-        loaded = self._load(entry)
-        found = largest_running(runs) if isinstance(loaded, Loaded) else 0
+        lost = self._load(entry)
+        found = 0 if lost else largest_running(runs)
         batch, verified = max(1, int(found * (1 - MARGIN))), 0
         while found and verified < VERIFIED_RUNS:
             verified = sum(outcome_of(batch) == "ok" for _ in range(VERIFIED_RUNS))
             if verified == VERIFIED_RUNS or batch == 1:
                 break
             batch = max(1, min(batch - 1, int(batch * (1 - MARGIN))))
-        if broken:
-            loaded = broken[0]
-        if isinstance(loaded, Loaded):
-            (cell,) = self._cells({entry: loaded}, batch)
-        else:
-            cell = self._lost_cell(entry, batch, loaded)
+        lost = broken[0] if broken else lost
+        (cell,) = [self._lost_cell(entry, batch, lost)] if lost else self._cells([entry], batch)
+        assert self.capped is not None
+        cap_bytes, outside_bytes = self.capped
+        self._end()
         run = CardRun(
             name=card.name,
             nominal_bytes=card.nominal_bytes,
@@ -333,141 +327,158 @@ class Sweep:
 
     def _measure(self, todo: dict[int, list[Entry]], store: Store) -> None:
         entries = [entry for entry in self.entries if any(entry in wanted for wanted in todo.values())]
-        firsts = list({entry.model: entry for entry in entries}.values())
-        if not entries:
-            return
-        models: dict[Any, Loaded] = {}
+        firsts = {entry.model: entry for entry in entries}
         lost: dict[Any, Failure] = {}
-        if self.device.type == "cuda" and len(firsts) > 1:
-            # The allocator counts all models of a process, so each one's memory is measured while it is alone.
-            for first in firsts:
-                alone = self._load(first)
-                if isinstance(alone, Failure):
-                    lost[first.model] = alone
-                else:
-                    of_it = [entry for entry in entries if entry.model == first.model]
-                    self.memories |= {
-                        (entry, b): self._memory(entry, alone, b) for entry in of_it for b in todo if entry in todo[b]
-                    }
-                del alone
-                free(self.device)
-        for first in (first for first in firsts if first.model not in lost):
-            loaded = self._load(first)
-            if isinstance(loaded, Loaded):
-                models[first.model] = loaded
-            elif loaded.status == "oom" and models:
-                self.progress(f"the models do not fit together ({loaded.reason}); each is timed alone")
-                models.clear()
-                free(self.device)
+        for model, first in firsts.items():
+            failure = self._load(first)
+            if failure and failure.status == "oom" and self.workers:
+                self.progress(f"the models do not fit together ({failure.reason}); each is timed alone")
                 for one in firsts:
-                    alone_todo = {batch: [e for e in todo[batch] if e.model == one.model] for batch in todo}
-                    self._measure({batch: wanted for batch, wanted in alone_todo.items() if wanted}, store)
-                    free(self.device)
+                    self._end()
+                    alone = {batch: [entry for entry in todo[batch] if entry.model == one] for batch in todo}
+                    self._measure({batch: wanted for batch, wanted in alone.items() if wanted}, store)
                 return
-            else:
-                lost[first.model] = loaded
+            if failure and not failure.ended:
+                lost[model] = failure
         for batch, wanted in todo.items():
             store.add(self._lost_cell(entry, batch, lost[entry.model]) for entry in wanted if entry.model in lost)
-            store.add(self._cells({entry: models[entry.model] for entry in wanted if entry.model in models}, batch))
+            store.add(self._cells([entry for entry in wanted if entry.model not in lost], batch))
 
-    def _load(self, entry: Entry) -> Loaded | Failure:
-        source, way = self.sources[entry.variant], entry.way
-        how = load_fast if way.execution == "fast" else load
-        loaded = attempt(lambda: how(source, self.device, way.backend, self.asked.dtype), self.device)
-        if isinstance(loaded, Loaded):
-            kernels = ", ".join(f"{kernel} x {count}" for kernel, count in loaded.engaged.items())
-            unused = f"; left out, never called: {', '.join(loaded.left_out)}" if loaded.left_out else ""
-            self.progress(
-                f"{entry}: {loaded.weights}; {loaded.dtype}; text linears on {kernels}; "
-                f"{self.environment.device}{unused}"
-            )
-        return loaded
+    def _load(self, entry: Entry) -> Failure | None:
+        """Have the model of `entry` in a worker that lives; the failure, where it does not load."""
+        if entry.model in self.workers and self.workers[entry.model][0].alive:
+            return None
+        self._end(entry.model)
+        way, asked = entry.way, self.asked
+        setting = Setting(
+            self.sources[entry.variant], self.device, way.execution, way.backend, asked.dtype, self._batches()
+        )
+        worker: Any = Remote(setting) if asked.isolated else Worker(setting)
+        try:
+            self.capped = worker.cap(asked.card) if asked.card else None
+            about = attempt(worker.load, self.device)
+        except BaseException:
+            worker.end()
+            raise
+        if isinstance(about, Failure):
+            worker.end()
+            return about
+        self.workers[entry.model] = (worker, about)
+        kernels = ", ".join(f"{kernel} x {count}" for kernel, count in about.engaged.items())
+        unused = f"; left out, never called: {', '.join(about.left_out)}" if about.left_out else ""
+        self.progress(
+            f"{entry}: {about.weights}; {about.dtype}; text linears on {kernels}; {self.environment.device}{unused}"
+        )
+        return None
+
+    def _end(self, model: Any = None) -> None:
+        """End the worker of `model`, or all."""
+        for one in [model] if model else list(self.workers):
+            if one in self.workers:
+                self.workers.pop(one)[0].end()
+
+    def _worker(self, entry: Entry) -> Any:
+        return self.workers[entry.model][0]
 
     def _lost_cell(self, entry: Entry, batch: int, outcome: Failure) -> Cell:
         """The row of a model that does not load."""
-        cell = self._cell(entry, None, self._plain_workload(batch), outcome, None, [], None)
+        cell = self._cell(entry, self._plain_workload(batch), outcome, None, [], None, [])
         self.progress(_line(cell))
         return cell
 
-    def _batches(self, loaded: Loaded, batch: int) -> Any:
-        asked, config, tokenizer = self.asked, loaded.model.config, loaded.tokenizer
+    def _batches(self) -> Callable[..., Batches]:
+        """What makes the batches of a size in a worker."""
         if self.pages:
-            return self.pages.batches(config, tokenizer, batch, asked.samples, self.device, self.progress)
-        return query_batches(config, tokenizer, batch, asked.texts, asked.samples, self.device)
+            return partial(self.pages.batches, samples=self.asked.samples)
+        return partial(query_batches, texts=self.asked.texts, samples=self.asked.samples)
 
-    def _memory(self, entry: Entry, loaded: Loaded, batch: int) -> Memory | Failure:
-        def work() -> Memory:
-            # A peak is that of the longest batch, which a cycle through all batches meets.
-            inputs = [max(self._batches(loaded, batch).inputs, key=lambda one: one["input_ids"].shape[1])]
-            return measure(loaded, inputs, self._steps(entry, loaded, inputs))
+    def _memory(self, entry: Entry, batch: int) -> Memory | Failure:
+        alone = len(self.workers) == 1
+        return attempt(lambda: self._worker(entry).memory(batch, entry.way.protocol, alone), self.device)
 
-        return attempt(work, self.device)
+    def _prepare(self, entries: list[Entry], batch: int) -> dict[Entry, Workload | Failure]:
+        """Have each worker make its batches, and the steps of its entries and of their controls."""
+        made: dict[Entry, Workload | Failure] = {}
+        for model in dict.fromkeys(entry.model for entry in entries):
+            of_it = [entry for entry in entries if entry.model == model]
+            wanted = [(entry.way.protocol, control) for entry in of_it for control in (False, True)]
+            found = attempt(lambda: self._worker(of_it[0]).prepare(batch, wanted), self.device)  # noqa: B023
+            if not isinstance(found, Failure):
+                found, said = found
+                for line in (line for line in said if line not in self.said):
+                    self.progress(line)
+                self.said |= set(said)
+            made |= dict.fromkeys(of_it, found)
+        return made
 
-    def _steps(self, entry: Entry, loaded: Loaded, inputs: Any) -> Steps:
-        return Steps(loaded.model, inputs, entry.way.execution, entry.way.protocol)
+    def _turn(self, entry: Entry, control: bool = False) -> Turn:
+        return partial(self._worker(entry).turn, entry.way.protocol, control)
 
-    def _cells(self, models: dict[Entry, Loaded], batch: int) -> list[Cell]:
+    def _cells(self, entries: list[Entry], batch: int) -> list[Cell]:
         """The row of each model at this batch size: memory first, then all that fit timed in turn."""
         before = gpu_state(self.device)
-        memories = {
-            entry: self.memories.get((entry, batch)) or self._memory(entry, loaded, batch)
-            for entry, loaded in models.items()
-        }
-        fitting = {entry: models[entry] for entry, memory in memories.items() if isinstance(memory, Memory)}
-        batches = {}
-        for entry, loaded in tuple(fitting.items()):
-            made = attempt(lambda loaded=loaded: self._batches(loaded, batch), self.device)  # type: ignore[misc]
-            if isinstance(made, Failure):
-                memories[entry] = made
-                del fitting[entry]
-            else:
-                batches[entry] = made
-        steps: dict[Any, Steps] = {
-            entry: self._steps(entry, loaded, batches[entry].inputs) for entry, loaded in fitting.items()
-        }
+        memories = {entry: self._load(entry) or self._memory(entry, batch) for entry in entries}
+        prepared = self._prepare([e for e, memory in memories.items() if isinstance(memory, Memory)], batch)
+        memories |= {entry: made for entry, made in prepared.items() if isinstance(made, Failure)}
+        workloads = {entry: made for entry, made in prepared.items() if isinstance(made, Workload)}
+        turns: dict[Any, Turn] = {entry: self._turn(entry) for entry in workloads}
         # The first model of each way a second time: an A/A control, which must come out as the same.
         first = next(iter(self.sources))
-        twice = [entry for entry in fitting if entry.variant == first and entry.way.backend not in EIGHT_BIT]
-        for entry in twice if self.asked.control else ():
-            steps[_control(entry)] = self._steps(entry, fitting[entry], batches[entry].inputs)
-        samples = time_in_turn(steps, self.device, self.asked.patience)
-        in_turn = [entry for entry in fitting if samples[entry].error is None]
-        for entry in set(fitting) - set(in_turn) if len(samples) > 1 else ():
-            # It may be the others that took the room: once more, alone.
-            for step in steps.values():
-                step.output = None
-            free(self.device)
-            samples |= time_in_turn({entry: steps[entry]}, self.device, self.asked.patience)
-        del steps
-        free(self.device)
+        twice = [entry for entry in workloads if entry.variant == first and entry.way.backend not in EIGHT_BIT]
+        turns |= {_control(entry): self._turn(entry, control=True) for entry in twice if self.asked.control}
+        noticing = Noticing(self.device, (worker.pid for worker, _ in self.workers.values()))
+        samples = time_in_turn(turns, self.asked.patience)
         states = None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
+        notes = noticing.notes(states)
+        in_turn = [entry for entry in workloads if samples[entry].error is None]
+        more = {entry: self._more(entry, in_turn) for entry in in_turn}
+        self._rest()
+        for entry in [entry for entry in workloads if entry not in in_turn and len(samples) > 1]:
+            if not _failure(samples[entry]).ended:
+                # It may be the others that took the room, or its process: once more, alone.
+                if not self._load(entry) and isinstance(self._prepare([entry], batch)[entry], Workload):
+                    samples |= time_in_turn({entry: self._turn(entry)}, self.asked.patience)
+                    more[entry] = self._more(entry, [entry])
+                self._rest()
         cells = []
-        for entry, loaded in models.items():
-            workload = batches[entry].workload if entry in batches else self._plain_workload(batch)
+        for entry in entries:
+            workload = workloads.get(entry, self._plain_workload(batch))
             control = samples.get(_control(entry))
-            cell = self._cell(entry, loaded, workload, memories[entry], samples.get(entry), in_turn, states)
+            cell = self._cell(entry, workload, memories[entry], samples.get(entry), in_turn, states, notes)
             if cell.status == "ok":
-                more: dict[str, Any] = {"control_s": control.step_s if control else []}
-                if self.pages:
-                    step = self._steps(entry, loaded, batches[entry].inputs)
-                    more["towers"] = time_towers(step, loaded.model.vlm.model.visual, self.device)
-                parent = _parent(entry, fitting)
-                if parent:
-                    more["difference"] = self._difference(entry, parent, fitting, batches[entry].inputs[0])
-                cell = cell.model_copy(update=more)
+                cell = cell.model_copy(update={"control_s": control.step_s if control else [], **more[entry]})
             self.progress(_line(cell))
             cells.append(cell)
+        for cell, entry in zip(cells, entries, strict=True):
+            if cell.status == "failed" and self.asked.isolated:
+                self._end(entry.model)  # a CUDA context that crashed fails whatever comes after
         return cells
 
-    @torch.no_grad()
-    def _difference(self, entry: Entry, parent: Entry, models: dict[Entry, Loaded], inputs: Any) -> Difference:
-        """How far the token embeddings of `entry` are from those of `parent`, on the same batch."""
-        both = []
-        for one in (entry, parent):
-            step = self._steps(one, models[one], [inputs])
-            step()
-            both.append(step.output.embeddings[inputs["attention_mask"].bool()].float())
-        cosine = torch.nn.functional.cosine_similarity(both[0], both[1], dim=-1)
+    def _rest(self) -> None:
+        for worker, _ in self.workers.values():
+            attempt(worker.rest, self.device)
+
+    def _more(self, entry: Entry, among: list[Entry]) -> dict[str, Any]:
+        """What a cell says beside its times, measured in passes of their own on the same batches."""
+        more: dict[str, Any] = {"difference": self._difference(entry, among)}
+        if self.pages:
+            towers = attempt(lambda: self._worker(entry).towers(entry.way.protocol), self.device)
+            more["towers"] = towers if isinstance(towers, Towers) else None
+        return more
+
+    def _difference(self, entry: Entry, among: list[Entry]) -> Difference | None:
+        """How far the token embeddings of an entry of 8-bit activations are from its parent's, on the same batch."""
+        parent = _parent(entry, among)
+        if parent is None:
+            return None
+        both = [
+            attempt(lambda one=one: self._worker(one).embeddings(one.way.protocol), self.device)  # type: ignore[misc]
+            for one in (entry, parent)
+        ]
+        if any(isinstance(one, Failure) for one in both):
+            return None
+        own, parents = map(torch.from_numpy, both)
+        cosine = torch.nn.functional.cosine_similarity(own, parents, dim=-1)
         return Difference(against=str(parent), cosine_mean=cosine.mean().item(), cosine_least=cosine.min().item())
 
     def _plain_workload(self, batch: int) -> Workload:
@@ -478,25 +489,31 @@ class Sweep:
 
     @cached_property
     def limits(self) -> Limits | None:
-        return None if self.asked.card else measured_limits(self.device)
+        if self.asked.card or self.device.type != "cuda":
+            return None
+        found = [attempt(worker.limits, self.device) for worker, _ in list(self.workers.values())[:1]]
+        self._rest()
+        return next((one for one in found if isinstance(one, Limits)), None)
 
     def _cell(
         self,
         entry: Entry,
-        loaded: Loaded | None,
         workload: Workload,
         memory: Memory | Failure,
         samples: Samples | None,
         in_turn: list[Entry],
         states: dict[str, dict[str, Any]] | None,
+        notes: list[str],
     ) -> Cell:
         outcome = memory if isinstance(memory, Failure) else None
         if samples is not None and samples.error is not None:
-            outcome = failure_of(samples.error)
+            outcome = _failure(samples)
         timed = samples is not None and outcome is None
         others = [other for other in in_turn if other != entry and entry in in_turn]
-        schedules = getattr(getattr(loaded and loaded.model, "fast", None), "chosen", {})
+        worker, loaded = self.workers.get(entry.model, (None, None))
         rows = workload.batch_size * bucket(workload.tokens or 1)
+        schedules = attempt(lambda: worker.schedules(rows), self.device) if worker and timed else {}
+        found = memory if isinstance(memory, Memory) else None
         return Cell(
             origin="measured",
             variant=entry.variant,
@@ -511,13 +528,13 @@ class Sweep:
                 dtype=loaded.dtype if loaded else None,
                 requested_dtype=self.asked.dtype,
                 kept_16bit=loaded.kept_16bit if loaded else {},
-                schedules={name: one for name, one in schedules.items() if name.endswith(f" x {rows}")},
+                schedules=schedules if isinstance(schedules, dict) else {},
             ),
             status=outcome.status if outcome else "ok",  # type: ignore[arg-type]
             reason=outcome.reason if outcome else None,
             step_s=samples.step_s if samples else [],
             items_per_s=rate_of(samples.step_s, workload.batch_size) if timed and samples else None,
-            memory=memory if isinstance(memory, Memory) else None,
+            memory=found,
             limits=self.limits,
             timing=Timing(
                 warmup_steps=samples.warmup_steps,
@@ -530,8 +547,14 @@ class Sweep:
             if timed and samples
             else None,
             gpu_state=states,
+            notes=[*notes, *spilled(found, self.environment.gpu_memory_bytes)],
             environment=self.environment,
         )
+
+
+def _failure(samples: Samples) -> Failure:
+    assert samples.error is not None
+    return failure_of(samples.error)
 
 
 def _control(entry: Entry) -> tuple[str, Entry]:
@@ -576,7 +599,7 @@ def _line(cell: Cell, prefix: str = "") -> str:
     head = f"{prefix}{cell.variant} {way} batch {cell.batch_size}: "
     if cell.items_per_s is None or cell.memory is None or cell.timing is None:
         return f"{head}{cell.status}: {cell.reason}"
-    steps = f"{len(cell.step_s)} steps, {cell.timing.stopped}"
+    steps = "; ".join([f"{len(cell.step_s)} steps, {cell.timing.stopped}", *cell.notes])
     return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
 
 

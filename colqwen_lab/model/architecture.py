@@ -79,4 +79,4 @@ def resolve_size(size: str, cuda: bool) -> str:
 
 def check_size(size: str) -> str:
     """`size`, if it is a known one or `auto`. Raises BadInput."""
-    return one_of("size", size.lower(), ["auto", *SIZES])
+    return one_of("size", str(size).lower(), ["auto", *SIZES])

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -79,7 +79,7 @@ def quantize(
 
     Raises:
         BadInput: the folder is in use, or the texts are too few for samples x seqlen tokens.
-        Unmet: the source is quantised already, or the result would be incomplete.
+        Unmet: the source is quantised already, the result would be incomplete, or it cannot be written.
     """
     recipe, device = recipe or Recipe(), device or torch.device("cpu")
     if source.quantization is not None:
@@ -92,27 +92,32 @@ def quantize(
     samples = _samples(loaded, recipe, calibration)
     before = {name: tensor.to("cpu", copy=True) for name, tensor in loaded.model.state_dict().items()}
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
-        made = _run_auto_round(loaded, recipe, samples, Path(work))
-        _give_types_back(made, before)
-        if source.tokenizer is not None:
-            source.tokenizer.save(str(made / "tokenizer.json"), pretty=False)
-        elapsed = time.perf_counter() - started
-        errors = _account_for(before, FolderSource(made), device)
-        record = {
-            "source": source.label,
-            "recipe": asdict(recipe),
-            "auto_round": version("auto-round"),
-            "torch": torch.__version__,
-            "elapsed_s": round(elapsed, 3),
-            "source_bytes": sum(tensor.nbytes for tensor in before.values()),
-            "result_bytes": sum(path.stat().st_size for path in made.glob("*.safetensors")),
-            "relative_error": {name: round(error, 6) for name, error in errors.items()},
-        }
-        (made / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(made, folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+            made = _run_auto_round(loaded, recipe, samples, Path(work))
+            _give_types_back(made, before)
+            if source.tokenizer is not None:
+                source.tokenizer.save(str(made / "tokenizer.json"), pretty=False)
+            elapsed = time.perf_counter() - started
+            errors = _account_for(before, FolderSource(made), device)
+            record = {
+                "source": source.label,
+                "recipe": asdict(recipe),
+                "auto_round": version("auto-round"),
+                "torch": torch.__version__,
+                "elapsed_s": round(elapsed, 3),
+                "source_bytes": sum(tensor.nbytes for tensor in before.values()),
+                "result_bytes": sum(path.stat().st_size for path in made.glob("*.safetensors")),
+                "relative_error": {name: round(error, 6) for name, error in errors.items()},
+            }
+            (made / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(made, folder)
+    except (OSError, SafetensorError) as error:
+        raise Unmet(
+            f"cannot write {folder}: {error}; nothing is left there, and the same command starts again"
+        ) from None
     return record
 
 

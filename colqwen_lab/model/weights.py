@@ -12,6 +12,7 @@ import json
 import math
 import zlib
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +27,14 @@ from torch import Tensor
 
 from colqwen_lab.errors import Unmet
 from colqwen_lab.model.architecture import SIZES
-from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3Config
+from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
 from colqwen_lab.model.processing import TINY, TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.model.variants import Repository, Variant, scheme_parts
 
 WEIGHTS = ("auto", "hub", "random")
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "*_config.json"]
+# The largest JSON of a checkpoint is a tokenizer; Qwen's has 11 MB.
+JSON_BYTES = 64 * 2**20
 SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -164,20 +167,35 @@ class FolderSource(Source):
         except Exception as error:  # transformers validates with several error types
             raise Unmet(f"{folder}/config.json is not the configuration of a ColQwen3: {_one_line(error)}") from None
         self.files = self._index()
+        self._check_dimensions()
         tokenizer = folder / "tokenizer.json"
-        self.tokenizer = read_tokenizer(tokenizer) if tokenizer.exists() else None
+        self.tokenizer = read_tokenizer(self._own(tokenizer, JSON_BYTES)) if tokenizer.exists() else None
         self.label = label or f"folder:{folder.resolve().name}#{self.digest}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which opens the files again."""
+        return FolderSource, (self.folder, self.label)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
         return self._quantization
 
+    def _own(self, path: Path, most_bytes: int | None = None) -> Path:
+        """`path`, if it lies in this folder, or as a link of the hub's cache among its blobs, and is not too large."""
+        home = self.folder.resolve()
+        homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+        if path.resolve().parent not in homes:
+            raise Unmet(f"{path} points outside its folder")
+        if most_bytes and path.exists() and path.stat().st_size > most_bytes:
+            raise Unmet(f"{path} has {path.stat().st_size} bytes; valid: up to {most_bytes}")
+        return path
+
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            document = json.loads((self.folder / name).read_text(encoding="utf-8"))
+            document = json.loads(self._own(self.folder / name, JSON_BYTES).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise Unmet(f"{self.folder} is not a checkpoint folder: it has no {name}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise Unmet(f"{self.folder / name} cannot be read: {_one_line(error)}") from None
         if not isinstance(document, dict):
             raise Unmet(f"{self.folder / name} is not a JSON object")
@@ -196,12 +214,37 @@ class FolderSource(Source):
         self.paths = [self.folder / name for name in sorted(names)]
         files: dict[str, Any] = {}
         for path in self.paths:
+            self._own(path)
             try:
                 file = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise Unmet(f"{path} is missing, truncated or not safetensors: {_one_line(error)}") from None
             files |= dict.fromkeys(file.keys(), file)
         return files
+
+    def _check_dimensions(self) -> None:
+        """Before memory is reserved: the network that the configuration describes fits into the files.
+
+        Checked on a network of one layer a tower, on the meta device. Weights have two bits or more.
+        """
+        config: Any = deepcopy(self.config)
+        where = self.folder / "config.json"
+        layers = (config.text_config.num_hidden_layers, config.vision_config.depth)
+        config.text_config.num_hidden_layers = config.vision_config.depth = 1
+        try:
+            fits = min(layers) > 0 and sum(layers) <= len(self.files)
+            with torch.device("meta"):
+                least = sum(tensor.numel() for tensor in ColQwen3(config).parameters()) // 4 if fits else 0
+        except Exception as error:  # torch, transformers and Python each say it in their own way
+            raise Unmet(
+                f"{self.folder}/config.json is not the configuration of a ColQwen3: {_one_line(error)}"
+            ) from None
+        held = sum(path.stat().st_size for path in self.paths)
+        if not fits or least > held:
+            raise Unmet(
+                f"{where} describes a network that its files do not hold: {layers[0]} + {layers[1]} "
+                f"layers, at least {least} bytes; {len(self.files)} tensors, {held} bytes"
+            )
 
     @cached_property
     def digest(self) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from colqwen_lab.records import Cell
 from colqwen_lab.report.series import Series, conditions, kernels, mib, short, unit
 
 if TYPE_CHECKING:
@@ -89,8 +90,14 @@ def _recorded(series: Series, name: str) -> str:
 def _sweep(base: Series, awq: Series) -> tuple[list[str], list[list[Any]]]:
     headers = ["Batch size"]
     headers += [f"{series.label} {what}" for series in (base, awq) for what in ("throughput", "peak memory")]
-    batches = sorted({cell.batch_size for series in (base, awq) for cell in series.cells})
-    return headers, [[batch, *_figures(base, batch), *_figures(awq, batch)] for batch in batches]
+    cells = [cell for series in (base, awq) for cell in series.cells]
+    noticed = {batch: _noticed(cells, batch) for batch in sorted({cell.batch_size for cell in cells})}
+    rows = [[batch, *_figures(base, batch), *_figures(awq, batch), what] for batch, what in noticed.items()]
+    return ([*headers, "Noticed"], rows) if any(noticed.values()) else (headers, [row[:-1] for row in rows])
+
+
+def _noticed(cells: Sequence[Cell], batch: int) -> str:
+    return "; ".join(dict.fromkeys(note for cell in cells if cell.batch_size == batch for note in cell.notes))
 
 
 def _figures(series: Series, batch: int) -> list[str | None]:

@@ -6,6 +6,7 @@ same variant is dashed. The second line of a title says where the figures come f
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
@@ -15,6 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
@@ -33,6 +35,14 @@ DPI = 120
 
 class Plot(Figure):
     """A figure that a notebook shows without pyplot and its global state."""
+
+    def draw(self, renderer: Any) -> None:
+        """Text from records is text: a dollar sign starts no formula."""
+        for text in self.findobj(Text):
+            shown = text.get_text()  # type: ignore[attr-defined]
+            if (plain := re.sub(r"(?<!\\)\$", r"\\$", shown)) != shown:
+                text.set_text(plain)  # type: ignore[attr-defined]
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         drawn, small = BytesIO(), BytesIO()

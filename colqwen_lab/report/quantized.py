@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colqwen_lab.records import MIB
+from colqwen_lab.report.series import html_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,4 +87,4 @@ class Quantized:
         return f"Quantized({self.folder.name}: {recipe['scheme']}, {before / MIB:.2f} -> {after / MIB:.2f} MiB)"
 
     def _repr_html_(self) -> str:
-        return self.summary().to_html()
+        return html_table(self.summary().reset_index())

@@ -171,6 +171,7 @@ class Results:
         columns = ["variant", "batch", *varied, *(["origin"] if "origin" not in varied else [])]
         pages = [*PAGE_COLUMNS] if any(cell.workload.kind == "pages" for cell in self.cells) else []
         figures = ["items/s", "low", "high", *pages, "peak MiB", "status", "reason", "kernel"]
+        figures += ["noticed"] if any(cell.notes for cell in self.cells) else []
         return pd.DataFrame([_row(cell, varied) for cell in self.cells], columns=[*columns, *figures])
 
     def plot(self, kind: str = "throughput", **options: Any) -> Figure:
@@ -312,6 +313,7 @@ def _row(cell: Cell, varied: Sequence[str]) -> dict[str, Any]:
         "status": cell.status,
         "reason": cell.reason or _missing(cell),
         "kernel": kernels(cell),
+        "noticed": "; ".join(cell.notes),
     }
 
 

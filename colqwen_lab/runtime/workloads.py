@@ -6,8 +6,8 @@ import itertools
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -60,6 +60,7 @@ class Batches:
 
     inputs: list[dict[str, Tensor]]
     workload: Workload
+    said: tuple[str, ...] = ()
 
 
 def query_batches(
@@ -146,15 +147,12 @@ class Pages:
             return read_pages(self.files, self.refused.append)
         return (drawn.page(number, width=self.size[0]).resize(self.size) for number in itertools.count())
 
-    def _make(self, count: int, config: ColQwen3Config, progress: Callable[[str], None]) -> None:
+    def _make(self, count: int, config: ColQwen3Config) -> None:
         """Have the patches of `count` pages; what the processor takes for one, from pixels to patches, is timed."""
-        told = len(self.refused)
         for image in itertools.islice(self._images, max(0, count - len(self._made))):
             before = time.perf_counter()
             self._made.append(patches(image, config, self.visual_tokens))
             self._seconds.append(time.perf_counter() - before)
-        for line in self.refused[told:]:
-            progress(line)
         if not self._made:
             raise BadInput(f"none of {len(self.files)} files gives a page; {', '.join(self.refused)[:200]}")
 
@@ -165,7 +163,6 @@ class Pages:
         batch_size: int,
         samples: int,
         device: torch.device,
-        progress: Callable[[str], None] = lambda line: None,
     ) -> Batches:
         """max(`samples`, 2 x batch) pages, cut into batches, padded on the left; beyond 64, or one's own, they repeat.
 
@@ -173,7 +170,7 @@ class Pages:
             BadInput: none of the files could be read.
         """
         count = max(samples, 2 * batch_size)
-        self._make(min(count, MOST_DISTINCT), config, progress)
+        self._make(min(count, MOST_DISTINCT), config)
         distinct = self._made[:count]
         rows = list(itertools.islice(itertools.cycle(distinct), count))
         inputs = [
@@ -191,4 +188,4 @@ class Pages:
             index_bytes=round(statistics.fmean(sizes) * config.embed_dim * INDEX_VALUE_BYTES),
             preprocess_s=statistics.median(self._seconds),
         )
-        return _counted(inputs, workload)
+        return replace(_counted(inputs, workload), said=tuple(self.refused))

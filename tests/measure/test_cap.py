@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from colqwen_lab.cards import find_card
 from colqwen_lab.errors import Unmet
 from colqwen_lab.measure import sweep as module
+from colqwen_lab.measure import worker
 from colqwen_lab.measure.cap import MARGIN, largest_running, set_cap
 from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.environment import pick_device
@@ -54,7 +55,13 @@ def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def run(path: Path, model: str = "base", card: str = "8") -> list[Cell]:
-    options: dict[str, Any] = {"weights": "random", "card": find_card(card), "output": path, "patience": QUICK}
+    options: dict[str, Any] = {
+        "weights": "random",
+        "card": find_card(card),
+        "output": path,
+        "patience": QUICK,
+        "isolated": False,
+    }
     return sweep(request(model, "1", **options), progress=lambda line: None)
 
 
@@ -69,7 +76,7 @@ def finite(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return execution.eager(model, inputs, use_cache)
 
     monkeypatch.setitem(execution.EXECUTIONS, "eager", forward)
-    monkeypatch.setattr(module, "set_cap", lambda card, device: (card.usable_bytes - 500, 500))
+    monkeypatch.setattr(worker, "set_cap", lambda card, device: (card.usable_bytes - 500, 500))
     return device
 
 
@@ -89,7 +96,9 @@ def test_cards_and_plain_cells_are_different_rows(tmp_path: Path, finite: dict[s
     run(path)
     finite["edge"] = 40
     assert run(path, card="12")[0].batch_size == 38
-    plain = sweep(request("base", "10", weights="random", output=path, patience=QUICK), progress=lambda line: None)
+    plain = sweep(
+        request("base", "10", weights="random", output=path, patience=QUICK, isolated=False), progress=lambda line: None
+    )
     assert [cell.card and cell.card.name for cell in read_cells(path)] == ["8 GB", "12 GB", None]
     assert plain[0].card is None
 

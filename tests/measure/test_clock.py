@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from functools import partial
 
 import pytest
 import torch
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.measure import clock
-from colqwen_lab.measure.clock import Patience, Stepper, time_in_turn
+from colqwen_lab.measure.clock import Patience, Turn, time_in_turn, timed
 
 CPU = torch.device("cpu")
 
@@ -22,7 +23,7 @@ class FakeTime:
         self.led_in: list[tuple[str, int]] = []
         monkeypatch.setattr(clock.time, "perf_counter", lambda: self.now)
 
-    def stepper(self, name: str, durations: Iterable[float]) -> Stepper:
+    def stepper(self, name: str, durations: Iterable[float]) -> Turn:
         times = iter(durations)
 
         def step(lead_in: bool = False) -> None:
@@ -32,7 +33,7 @@ class FakeTime:
             self.calls.append(name)
             self.now += next(times)
 
-        return step
+        return partial(timed, step, CPU)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 
 def test_steady_steps_converge_at_the_least_count(fake: FakeTime) -> None:
-    samples = time_in_turn({"a": fake.stepper("a", itertools.repeat(0.1))}, CPU)["a"]
+    samples = time_in_turn({"a": fake.stepper("a", itertools.repeat(0.1))})["a"]
     assert samples.warmup_steps == 6
     assert samples.steady
     assert samples.stopped == "converged"
@@ -50,7 +51,7 @@ def test_steady_steps_converge_at_the_least_count(fake: FakeTime) -> None:
 
 def test_warms_up_until_it_is_flat(fake: FakeTime) -> None:
     falling = [2**-n for n in range(8)]
-    samples = time_in_turn({"a": fake.stepper("a", [*falling, *[falling[-1]] * 90])}, CPU)["a"]
+    samples = time_in_turn({"a": fake.stepper("a", [*falling, *[falling[-1]] * 90])})["a"]
     assert samples.steady
     assert samples.warmup_steps >= 10
     assert max(samples.step_s) == falling[-1]
@@ -58,7 +59,7 @@ def test_warms_up_until_it_is_flat(fake: FakeTime) -> None:
 
 def test_a_time_that_never_settles_is_said_so(fake: FakeTime) -> None:
     falling = (0.9**n for n in itertools.count())
-    samples = time_in_turn({"a": fake.stepper("a", falling)}, CPU, Patience(max_warmup=12))["a"]
+    samples = time_in_turn({"a": fake.stepper("a", falling)}, Patience(max_warmup=12))["a"]
     assert samples.warmup_steps == 12
     assert not samples.steady
 
@@ -72,19 +73,19 @@ def test_a_time_that_never_settles_is_said_so(fake: FakeTime) -> None:
     ],
 )
 def test_noise_stops_by_time_or_by_count(fake: FakeTime, patience: Patience, stopped: str, count: int) -> None:
-    samples = time_in_turn({"a": fake.stepper("a", itertools.cycle([0.05, 0.2]))}, CPU, patience)["a"]
+    samples = time_in_turn({"a": fake.stepper("a", itertools.cycle([0.05, 0.2]))}, patience)["a"]
     assert samples.stopped == stopped
     assert len(samples.step_s) == count
 
 
 def test_a_minimum_time_holds_however_precise(fake: FakeTime) -> None:
-    samples = time_in_turn({"a": fake.stepper("a", itertools.repeat(0.001))}, CPU, Patience(min_s=0.05))["a"]
+    samples = time_in_turn({"a": fake.stepper("a", itertools.repeat(0.001))}, Patience(min_s=0.05))["a"]
     assert sum(samples.step_s) >= 0.05 - 1e-9
 
 
 def test_steps_are_taken_in_turn_and_the_order_reversed(fake: FakeTime) -> None:
     steps = {name: fake.stepper(name, itertools.repeat(0.1)) for name in "ab"}
-    samples = time_in_turn(steps, CPU)
+    samples = time_in_turn(steps)
     timed = "".join(fake.calls[samples["a"].warmup_steps + samples["b"].warmup_steps :])
     assert timed == "abba" * 5
     assert len(samples["a"].step_s) == len(samples["b"].step_s) == 10
@@ -93,7 +94,7 @@ def test_steps_are_taken_in_turn_and_the_order_reversed(fake: FakeTime) -> None:
 def test_drift_hits_both(fake: FakeTime) -> None:
     slowing = (0.01 * 1.02**n for n in itertools.count())
     steps = {name: fake.stepper(name, slowing) for name in "ab"}
-    samples = time_in_turn(steps, CPU, Patience(max_warmup=6))
+    samples = time_in_turn(steps, Patience(max_warmup=6))
     assert sum(samples["a"].step_s) == pytest.approx(sum(samples["b"].step_s), rel=0.01)
 
 
@@ -104,14 +105,14 @@ def test_one_stepper_s_error_leaves_the_others(fake: FakeTime, at: int) -> None:
         raise torch.OutOfMemoryError("simulated")
 
     steps = {"bad": fake.stepper("bad", fail_at()), "good": fake.stepper("good", itertools.repeat(0.1))}
-    samples = time_in_turn(steps, CPU)
+    samples = time_in_turn(steps)
     assert isinstance(samples["bad"].error, torch.OutOfMemoryError)
     assert samples["good"].error is None
     assert len(samples["good"].step_s) == 10
 
 
 def test_no_steppers() -> None:
-    assert time_in_turn({}, CPU) == {}
+    assert time_in_turn({}) == {}
 
 
 @pytest.mark.parametrize("values", [{"min_steps": 0}, {"max_steps": 5}, {"max_s": 0.1}, {"min_s": -1}])
@@ -122,7 +123,7 @@ def test_bad_patience(values: dict[str, float]) -> None:
 
 def test_each_timed_step_is_led_in_by_its_own_model(fake: FakeTime) -> None:
     """A neighbour leaves a GPU cool or throttled: b costs more right after a, which must not reach the samples."""
-    time_in_turn({name: fake.stepper(name, itertools.repeat(0.1)) for name in "ab"}, CPU)
+    time_in_turn({name: fake.stepper(name, itertools.repeat(0.1)) for name in "ab"})
     timed = fake.calls[12:]
     assert [name for name, _ in fake.led_in] == timed
     assert [at for _, at in fake.led_in] == list(range(12, 12 + len(timed)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,18 @@ from hypothesis import strategies as st
 
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.measure import sweep as module
+from colqwen_lab.measure import worker
 from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.environment import environment
 from colqwen_lab.measure.sweep import failure_of, request, sweep
-from colqwen_lab.records import Cell, batch_sizes_of, read_cells
+from colqwen_lab.records import Cell, Store, batch_sizes_of, read_cells
 from colqwen_lab.runtime import execution
 
 QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
 
 
 def run(path: Path, model: str = "base", batches: Any = "1,2,4", **options: Any) -> list[Cell]:
-    options = {"patience": QUICK, "weights": "random", **options}
+    options = {"patience": QUICK, "weights": "random", "isolated": False, **options}
     return sweep(request(model, batches, output=path, **options), progress=lambda line: None)
 
 
@@ -129,21 +132,21 @@ def test_a_failure_is_a_row_and_tried_again(path: Path, failing: dict[int, Excep
 
 def test_a_size_is_never_taken_for_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(path, batches="1")
-    monkeypatch.setattr(module, "load", lambda *args: pytest.fail("the 8b is built, not read from the file"))
+    monkeypatch.setattr(worker, "load", lambda *args: pytest.fail("the 8b is built, not read from the file"))
     with pytest.raises(pytest.fail.Exception, match="the 8b is built"):
         run(path, batches="1", size="8b")
 
 
 def test_a_model_that_does_not_load_leaves_the_other(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """BASE on an 8 GB card."""
-    really = module.load
+    really = worker.load
 
     def load(source: Any, *args: Any) -> Any:
         if source.quantization is None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return really(source, *args)
 
-    monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(worker, "load", load)
     cells = {(c.variant, c.batch_size): c for c in run(path, "base,awq", "1,2")}
     assert [cells["base", batch].status for batch in (1, 2)] == ["oom", "oom"]
     assert [cells["awq", batch].status for batch in (1, 2)] == ["ok", "ok"]
@@ -151,7 +154,7 @@ def test_a_model_that_does_not_load_leaves_the_other(path: Path, monkeypatch: py
 
 
 def test_models_that_do_not_fit_together_are_timed_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really, alive = module.load, []
+    really, alive = worker.load, []
 
     def load(source: Any, *args: Any) -> Any:
         alive[:] = [one for one in alive if one() is not None]
@@ -161,8 +164,8 @@ def test_models_that_do_not_fit_together_are_timed_alone(path: Path, monkeypatch
         alive.append(weakref.ref(loaded))
         return loaded
 
-    monkeypatch.setattr(module, "load", load)
-    monkeypatch.setattr(module, "free", lambda device: gc.collect())
+    monkeypatch.setattr(worker, "load", load)
+    monkeypatch.setattr(worker, "free", lambda device: gc.collect())
     cells = run(path, "base,awq", "1,2")
     assert [c.status for c in cells] == ["ok"] * 4
     assert all(c.timing is not None and c.timing.in_turn_with == [] for c in cells)
@@ -288,7 +291,7 @@ from pathlib import Path
 from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.sweep import request, sweep
 patience = Patience(min_steps=3, max_steps=3, min_s=0, max_s=0, max_warmup=1)
-sweep(request("base,awq", "{batches}", weights="random", output=Path({str(path)!r}), patience=patience))
+sweep(request("base,awq", "{batches}", weights="random", output=Path({str(path)!r}), patience=patience, isolated=False))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -374,11 +377,18 @@ def test_a_records_file_of_something_else_is_left_alone(path: Path) -> None:
     assert path.read_text() == "my thesis\n"
 
 
-def test_two_sweeps_never_write_one_file(path: Path) -> None:
-    from colqwen_lab.records import Store
-
-    with Store(path, keep=lambda cell: True), pytest.raises(BadInput, match="another sweep writes to"):
-        run(path)
+def test_two_sweeps_into_one_file_come_one_after_the_other(path: Path) -> None:
+    said: list[str] = []
+    held = Store(path, keep=lambda cell: True)
+    asked = request("base", "1", output=path, patience=QUICK, weights="random", isolated=False)
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(sweep, asked, said.append)
+        while not said:
+            time.sleep(0.01)
+        assert said == [f"another sweep writes to {path}; waiting for it, then going on from its rows"]
+        assert not second.done()
+        held.__exit__()
+        assert second.result() == read_cells(path)
 
 
 def test_ways_are_timed_in_turn_each_where_its_kernel_can_go(path: Path) -> None:
@@ -422,3 +432,33 @@ def test_a_kernel_that_this_machine_cannot_run_says_which_can(path: Path) -> Non
     says = "kernel fp8 needs a CUDA GPU of compute capability 8.9 or newer; valid here: auto"
     with pytest.raises(Unmet, match=says):
         run(path, "base", "1", ways="best,fast/lean/fp8")
+
+
+def test_a_disk_that_fills_up_ends_the_sweep_in_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, written = Store.add, [0]
+
+    def add(store: Store, cells: Any) -> None:
+        new = list(cells)
+        written[0] += len(new)
+        if written[0] > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really(store, new)
+
+    monkeypatch.setattr(Store, "add", add)
+    with pytest.raises(Unmet, match=r"cannot write .*: No space left on device; what was measured is on file"):
+        run(path)
+    monkeypatch.undo()
+    (kept,) = read_cells(path)
+    assert not path.with_suffix(".result.json").exists()
+    assert run(path)[0] == kept
+
+
+def test_what_was_noticed_stands_in_the_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from colqwen_lab import load
+
+    monkeypatch.setattr(module.Noticing, "notes", lambda self, states: ["the clock was held down by the <power> limit"])
+    cells = run(path, batches="1")
+    assert cells[0].notes == ["the clock was held down by the <power> limit"]
+    table = load(path).table()
+    assert table["noticed"].tolist() == cells[0].notes
+    assert "&lt;power&gt;" in load(path)._repr_html_()

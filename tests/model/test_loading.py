@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model import loading
+from colqwen_lab.model import weights as loading_weights
 from colqwen_lab.model.architecture import SIZES
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
 from colqwen_lab.model.variants import VARIANTS, resolve_variant
@@ -120,6 +122,52 @@ def test_truncated_file_is_named(base_folder: Path, edited: Edit, keep: int) -> 
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(Unmet, match=r"model\.safetensors is missing, truncated or not safetensors"):
+        load(folder)
+
+
+def test_links_out_of_the_folder_are_refused_but_for_the_hub_s_own(base_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models--x" / "snapshots" / "abc"
+    blobs = tmp_path / "models--x" / "blobs"
+    for made in (folder, blobs):
+        made.mkdir(parents=True)
+    for number, file in enumerate(sorted(base_folder.iterdir())):
+        shutil.copy(file, blobs / str(number))
+        (folder / file.name).symlink_to(Path("../../blobs") / str(number))
+    assert load(folder).engaged
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        link = (folder / name).readlink()
+        (folder / name).unlink()
+        (folder / name).symlink_to(base_folder / name)
+        with pytest.raises(Unmet, match=f"{name} points outside its folder"):
+            load(folder)
+        (folder / name).unlink()
+        (folder / name).symlink_to(link)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("text_config", {"num_hidden_layers": 10**12}, "describes a network that its files do not hold"),
+        ("text_config", {"intermediate_size": 10**9}, "describes a network that its files do not hold"),
+        ("vision_config", {"intermediate_size": 10**9}, "describes a network that its files do not hold"),
+        ("text_config", {"head_dim": 0}, "is not the configuration of a ColQwen3"),
+    ],
+)
+def test_no_memory_is_reserved_for_what_the_files_do_not_hold(
+    base_folder: Path, edited: Edit, part: str, change: dict[str, int], says: str
+) -> None:
+    with pytest.raises(Unmet, match=says):
+        load(edited(base_folder, config=lambda c: c[part].update(change)))
+
+
+def test_a_header_that_claims_too_much_is_named(base_folder: Path, edited: Edit) -> None:
+    folder = edited(base_folder)
+    file = folder / "model.safetensors"
+    file.write_bytes((10**15).to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(Unmet, match=r"model\.safetensors is missing, truncated or not safetensors"):
+        load(folder)
+    (folder / "config.json").write_bytes(b" " * (loading_weights.JSON_BYTES + 1))
+    with pytest.raises(Unmet, match=r"config\.json has \d+ bytes; valid: up to"):
         load(folder)
 
 
@@ -346,3 +394,35 @@ def test_size_is_told_from_the_configuration(base_folder: Path, edited: Edit) ->
         == "custom"
     )
     assert {default_source(VARIANTS["base"], size, "random", CPU).size for size in SIZES} == set(SIZES)
+
+
+class _Counted:
+    """A file of tensors that counts the bytes of those it gave and that still live."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.live, self.most = file, 0, 0
+        self.get_slice = file.get_slice
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        tensor = self.file.get_tensor(name).clone()
+        self.live += tensor.nbytes
+        self.most = max(self.most, self.live)
+        weakref.finalize(tensor.untyped_storage(), self._gone, tensor.nbytes)
+        return tensor
+
+    def _gone(self, size: int) -> None:
+        self.live -= size
+
+
+@pytest.mark.parametrize("format", ["base", "auto_round"])
+def test_loading_streams_to_the_device(format: str, base_folder: Path, packed: Callable[[str], Path]) -> None:
+    """With a device that is not the host, the host holds one tensor at a time."""
+    source = FolderSource(base_folder if format == "base" else packed(format))
+    (file,) = set(source.files.values())
+    counted = _Counted(file)
+    source.files = dict.fromkeys(source.files, counted)  # type: ignore[arg-type]
+    meta = torch.device("meta")
+    model, _ = loading.skeleton(source.config, source.quantization, CPU, "torch" if source.quantization else "auto")
+    loading.fill(model, source, meta)
+    assert counted.most == max(like.nbytes for like in model.state_dict().values())
+    assert counted.live == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -152,3 +153,13 @@ def test_variants() -> None:
     assert resolve_variant("owner/name").hub["any"].name == "owner/name"
     with pytest.raises(BadInput, match=r"unknown model 'nope'; valid: base, awq"):
         resolve_variant("nope")
+
+
+def test_a_full_disk_leaves_nothing_and_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(quantize, "_run_auto_round", full)
+    with pytest.raises(Unmet, match=r"cannot write .*No space left on device.*the same command starts anew"):
+        quantize.quantize(source(), tmp_path / "made")
+    assert not list(tmp_path.iterdir())

@@ -184,3 +184,12 @@ def test_unknown_kind_names_the_valid_ones(published: Comparison) -> None:
 
 def test_notebook_shows_a_png(published: Comparison) -> None:
     assert published.plot()._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["throughput", "memory", "tradeoff"])
+def test_a_name_from_a_record_is_no_formula_and_no_markup(kind: str, tmp_path: Path) -> None:
+    r"""`$\frac{$` as a formula would be an error when the figure is drawn."""
+    hostile = r"$\frac{$ </text><script>"
+    cells = [tiny(hostile, batch, environment=Environment(cpu=hostile)) for batch in (1, 2)]
+    _, svg = plots.save(Results(tuple(cells)).plot(kind), "hostile", tmp_path)
+    assert "<script>" not in svg.read_text()

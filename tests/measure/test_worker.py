@@ -1,0 +1,141 @@
+"""A model in a process of its own: the same rows, and what ends the process costs one cell."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from colqwen_lab.errors import Unmet
+from colqwen_lab.measure import worker
+from colqwen_lab.measure.clock import Patience
+from colqwen_lab.measure.sweep import request, sweep
+from colqwen_lab.measure.worker import Remote, failure_of, scrubbed
+from colqwen_lab.records import Cell, read_cells
+
+QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
+
+
+def run(path: Path, model: str = "base,awq", batches: str = "1,2", **options: Any) -> list[Cell]:
+    options = {"weights": "random", "patience": QUICK, "backend": "torch", **options}
+    return sweep(request(model, batches, output=path, **options), progress=lambda line: None)
+
+
+@pytest.fixture
+def before(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], Callable[[Remote], None]]:
+    """What to do to a process before it is asked something for the nth time, counting all processes."""
+    todo: dict[tuple[str, int], Callable[[Remote], None]] = {}
+    asked: list[str] = []
+    really = Remote._ask
+
+    def ask(self: Remote, name: str, *arguments: Any) -> Any:
+        asked.append(name)
+        todo.get((name, asked.count(name)), lambda one: None)(self)
+        return really(self, name, *arguments)
+
+    monkeypatch.setattr(Remote, "_ask", ask)
+    return todo
+
+
+def send(number: int) -> Callable[[Remote], None]:
+    return lambda one: os.kill(one.pid or 0, number)
+
+
+def test_the_same_rows_as_in_one_process(tmp_path: Path) -> None:
+    ways = {"ways": "eager/lean/torch,eager/published/torch,fast", "control": True, "backend": "auto"}
+    apart = run(tmp_path / "apart.jsonl", batches="2", **ways)
+    together = run(tmp_path / "together.jsonl", batches="2", isolated=False, **ways)
+
+    def untimed(cell: Cell) -> dict[str, Any]:
+        return cell.model_dump(exclude={"step_s", "control_s", "items_per_s", "timing", "environment", "notes"})
+
+    assert [untimed(cell) for cell in apart] == [untimed(cell) for cell in together]
+    assert [cell.timing and cell.timing.ways_in_turn for cell in apart] == [
+        cell.timing and cell.timing.ways_in_turn for cell in together
+    ]
+    assert [bool(cell.control_s) for cell in apart] == [bool(cell.control_s) for cell in together]
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("at", [("load", 2), ("memory", 1), ("turn", 4)])
+def test_a_killed_process_costs_one_cell_at_most(
+    tmp_path: Path, before: dict[tuple[str, int], Callable[[Remote], None]], at: tuple[str, int]
+) -> None:
+    before[at] = send(signal.SIGKILL)
+    cells = run(tmp_path / "rows.jsonl")
+    lost = [cell for cell in cells if cell.status != "ok"]
+    assert len(lost) == (at[0] != "load")
+    assert all(cell.status == "failed" and "its process ended: signal 9 (SIGKILL" in cell.reason for cell in lost)
+    assert read_cells(tmp_path / "rows.jsonl") == cells
+    before.clear()
+    again = run(tmp_path / "rows.jsonl")
+    assert [cell.status for cell in again] == ["ok"] * 4
+    assert [cell for cell in cells if cell.status == "ok"] == [cell for cell in again if cell in cells]
+
+
+def test_ways_that_share_a_killed_process_are_timed_in_another(
+    tmp_path: Path, before: dict[tuple[str, int], Callable[[Remote], None]]
+) -> None:
+    before["turn", 5] = send(signal.SIGKILL)
+    cells = run(tmp_path / "rows.jsonl", "base", "1", ways="eager/lean,eager/published", backend="auto")
+    assert sorted(cell.status for cell in cells) == ["failed", "ok"]
+
+
+def test_a_process_that_hangs_is_ended(
+    tmp_path: Path, before: dict[tuple[str, int], Callable[[Remote], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang(one: Remote) -> None:
+        send(signal.SIGSTOP)(one)
+        monkeypatch.setattr(worker, "DEADLINE_S", 0.1)
+
+    before["turn", 2] = hang
+    before["rest", 1] = lambda one: monkeypatch.setattr(worker, "DEADLINE_S", 60)
+    cells = run(tmp_path / "rows.jsonl", "base")
+    assert [cell.status for cell in cells] == ["failed", "ok"]
+    assert cells[0].reason == "no answer to 'turn' within 0.1 s; its process was ended"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be able to")
+def test_an_unmet_need_of_a_process_is_the_sweep_s(tmp_path: Path) -> None:
+    with pytest.raises(Unmet, match="kernel fp8 needs a CUDA GPU"):
+        run(tmp_path / "rows.jsonl", "base", ways="fast/lean/fp8", backend="auto")
+    assert not multiprocessing.active_children()
+
+
+def test_interrupted_it_ends_its_processes_and_keeps_the_rows(
+    tmp_path: Path, before: dict[tuple[str, int], Callable[[Remote], None]]
+) -> None:
+    def interrupt(_: Remote) -> None:
+        raise KeyboardInterrupt
+
+    before["memory", 3] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "rows.jsonl")
+    assert not multiprocessing.active_children()
+    assert [cell.batch_size for cell in read_cells(tmp_path / "rows.jsonl")] == [1, 1]
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import colqwen_lab as lab\nprint('here')\n"
+        f"lab.sweep('base', '1', weights='random', output={str(tmp_path / 'rows.jsonl')!r}, min_steps=2, max_s=0.1)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == "here\n"
+    assert "Traceback" not in done.stderr
+    assert "leaked" not in done.stderr
+
+
+def test_reasons_hold_no_home_user_or_token() -> None:
+    text = f"no {Path.home()}/x, /home/anna/y, /Users/Anna/z, C:\\Users\\anna\\w; hf_{'a' * 30}"
+    assert scrubbed(text) == "no ~/x, ~/y, ~/z, ~\\w; hf_..."
+    assert "anna" not in failure_of(RuntimeError(text)).reason
