@@ -12,6 +12,7 @@ import torch
 import colqwen_lab as lab
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model.variants import VARIANTS
+from colqwen_lab.report.fidelity import loss
 from colqwen_lab.retrieval import run
 from colqwen_lab.retrieval.record import read
 
@@ -96,3 +97,10 @@ def test_schemes_that_are_quantised_here_come_plain_too() -> None:
     assert list(map(str, asked)) == ["base", "W2A16", "W2A16 plain", "some/checkpoint"]
     assert [subject.iters for subject in asked] == [None, 5, 0, None]
     assert list(map(str, run.subjects(["awq"], "4b", 5, plain=True))) == ["base", "awq"]
+
+
+def test_two_bits_are_worse_than_four_and_eight_are_as_good_as_base(tmp_path: Path) -> None:
+    found = lab.fidelity("W8A16,W4A16,W2A16", size="tiny", iters=0, output=str(tmp_path / "rows.jsonl"))
+    base, eight, four, two = found.records
+    assert loss(base, eight, "nDCG@5").verdict == "same within 0.01"
+    assert loss(four, two, "nDCG@5").verdict == "worse"
