@@ -13,12 +13,12 @@ from typing import Any
 import nbformat
 import pytest
 
-from colqwen_lab import compare, parameters, plan, quantize, sweep
+from colqwen_lab import compare, fidelity, parameters, plan, quantize, sweep
 from colqwen_lab.errors import BadInput
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FUNCTIONS = {"sweep": sweep, "compare": compare, "quantize": quantize, "plan": plan}
+FUNCTIONS = {"sweep": sweep, "compare": compare, "quantize": quantize, "plan": plan, "fidelity": fidelity}
 MACHINE_PATH = re.compile(r"/(work|home|root|tmp|Users|usr|opt|venv)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}")
 
 
@@ -68,7 +68,7 @@ def test_tells_and_does_not_define(path: Path) -> None:
 
 
 #: What a notebook asks for beside the arguments of its function.
-OWN = {"plan": ("measured",), "compare": ("ways",)}
+OWN = {"plan": ("measured",), "compare": ("ways",), "fidelity": ("schemes",)}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

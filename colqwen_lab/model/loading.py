@@ -150,6 +150,22 @@ def _require_kernel(model: ColQwen3, config: Any, device: torch.device) -> None:
         )
 
 
+def fill(model: ColQwen3, source: Source, device: torch.device) -> None:
+    """Put every tensor of `source` on `device`, one after the other: the host holds one at a time.
+
+    Raises:
+        Unmet: a tensor is missing, unexpected or of another shape.
+    """
+    expected = model.state_dict()
+    source.check(expected)
+    if device.type == "cuda":
+        # One request for all, given back at once, as transformers does: weights then lie side by side, not each in a
+        # segment rounded to 2 MiB.
+        torch.empty(sum(like.nbytes for like in expected.values()), dtype=torch.uint8, device=device)
+    for name, like in expected.items():
+        set_module_tensor_to_device(model, name, device, value=source.read(name, like, device), dtype=like.dtype)
+
+
 def load(source: Source, device: torch.device, backend: str = "auto", dtype: str = "bfloat16") -> Loaded:
     """The model of `source` on `device`, complete and with a real kernel in every layer.
 
@@ -160,14 +176,7 @@ def load(source: Source, device: torch.device, backend: str = "auto", dtype: str
     if dtype not in DTYPES:
         raise BadInput(f"unknown dtype {dtype!r}; valid: {', '.join(DTYPES)}")
     model, backends = skeleton(source.config, source.quantization, device, backend, DTYPES[dtype])
-    expected = model.state_dict()
-    source.check(expected)
-    if device.type == "cuda":
-        # One request for all, given back at once, as transformers does: weights then lie side by side, not each in a
-        # segment rounded to 2 MiB.
-        torch.empty(sum(like.nbytes for like in expected.values()), dtype=torch.uint8, device=device)
-    for name, like in expected.items():
-        set_module_tensor_to_device(model, name, device, value=source.read(name, like, device), dtype=like.dtype)
+    fill(model, source, device)
     for module in model.modules():
         for key in module._non_persistent_buffers_set:
             module.register_buffer(key, module.get_buffer(key).to(device), persistent=False)

@@ -26,7 +26,9 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-TINY_TOKENIZER = DATA / "tiny_tokenizer.json"
+# The checkpoint folder of the default `tiny`, as `colqwen-lab train-tiny` makes it.
+TINY = DATA / "tiny"
+TINY_TOKENIZER = TINY / "tokenizer.json"
 # Qwen's own splitting rule: words with their leading space, digits one by one.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

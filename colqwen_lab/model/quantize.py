@@ -256,6 +256,5 @@ def source_of(variant: Variant, size: str, weights: str, device: torch.device, r
     """Where `variant` comes from: `weights.default_source`, or at `tiny`, or with a `recipe`, what is made here."""
     if variant.scheme and weights == "auto" and (recipe or size == "tiny"):
         folder = cached_checkpoint(variant, size, device, recipe)
-        origin = "the tiny default, untrained" if size == "tiny" else f"the {size} default"
-        return FolderSource(folder, label=f"made here from {origin} ({folder.name})")
+        return FolderSource(folder, label=f"made here from the {size} default ({folder.name})")
     return default_source(variant, size, weights, device)

@@ -1,4 +1,4 @@
-"""Where weights come from: the hub, a folder, seeded random values, or the default of `tiny`.
+"""Where weights come from: the hub, a folder, seeded random values, or the trained `tiny` in the package.
 
 A source gives the network's configuration, the names, shapes and types of its tensors, and then the tensors one by
 one, straight onto the device: there is never a second copy of a checkpoint in memory. Only safetensors and JSON are
@@ -28,7 +28,7 @@ from torch import Tensor
 from colqwen_lab.errors import Unmet
 from colqwen_lab.model.architecture import SIZES
 from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
-from colqwen_lab.model.processing import TINY_TOKENIZER, read_tokenizer
+from colqwen_lab.model.processing import TINY, TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.model.variants import Repository, Variant, scheme_parts
 
 WEIGHTS = ("auto", "hub", "random")
@@ -340,14 +340,16 @@ def default_source(variant: Variant, size: str, weights: str, device: torch.devi
     """
     if variant.folder:
         return FolderSource(variant.folder)
-    if weights == "random" or (weights == "auto" and size == "tiny" and "any" not in variant.hub):
-        auto = weights == "auto"
+    if weights == "auto" and size == "tiny" and variant.scheme is None and "any" not in variant.hub:
+        trained = FolderSource(TINY)
+        trained.label = f"tiny default (trained, #{trained.digest})"
+        return trained
+    if weights == "random":
         return RandomSource(
-            label="tiny default (untrained, seed 0)" if auto else f"random {size} (seed {seed})",
+            label=f"random {size} (seed {seed})",
             config=ColQwen3Config.of_size(size),
             scheme=variant.scheme,
-            # The default is the same on every machine; random 4B values are drawn where they are needed.
-            device=torch.device("cpu") if auto else device,
+            device=device,
             seed=seed,
             tokenizer=read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None,
         )

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 #: A difference below this is none, in the metrics' own unit.
 MARGIN = 0.01
 LOWER_IS_BETTER = ("score error",)
+#: Where BASE's mean nDCG@5 is below this, there is next to nothing to lose.
+LITTLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,10 @@ class Fidelities:
         return " · ".join(parts)
 
     def verdict(self) -> str:
-        """A sentence a variant: what nDCG@5 and the first pages lose, each with its interval and verdict."""
-        return " ".join(self._sentence(record) for record in self.others)
+        """A sentence a variant: what nDCG@5 loses, with its interval, how many first pages are kept, and the bytes."""
+        ndcg = float(np.mean(self.base.values["nDCG@5"]))
+        little = f"Base itself finds next to nothing here (nDCG@5 {ndcg:.3f}): there is little to lose. "
+        return (little if ndcg < LITTLE else "") + " ".join(self._sentence(record) for record in self.others)
 
     def _sentence(self, record: Fidelity) -> str:
         ndcg, overlap = (self.loss(record, metric) for metric in ("nDCG@5", "overlap@5"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from colqwen_lab.retrieval.data import Corpus
 
 #: Pages shown of each ranking, and the width in pixels that each is drawn at.
-SHOWN, THUMBNAIL = 3, 240
+SHOWN, THUMBNAIL = 5, 130
 ANSWERS, DOES_NOT = "#009E73", "0.75"
 
 
@@ -34,9 +34,9 @@ def _axes(found: Fidelities, title: str, height: float) -> tuple[Figure, Axes]:
 
 
 def frontier(found: Fidelities, metric: str = "nDCG@5") -> Figure:
-    """The loss in `metric` over the bytes of the weights; filled markers are plain rounding's rivals: those tuned."""
+    """The loss in `metric` over the bytes of the weights, with its interval; tuned and plainly rounded models apart."""
     figure, axes = _axes(found, f"What is lost of {metric} over what the weights take", 4.6)
-    axes.axhspan(-found.margin, found.margin, color="0.9", label=f"±{found.margin:g}: the margin")
+    axes.axhspan(-found.margin, found.margin, color="0.88", label=f"±{found.margin:g}: the margin")
     best = found.frontier(metric)
     axes.plot(
         [one.weights_bytes / MIB for one in best],
@@ -47,6 +47,7 @@ def frontier(found: Fidelities, metric: str = "nDCG@5") -> Figure:
         label="frontier: nothing smaller is as good",
         zorder=1,
     )
+    named = [one for one in sorted(found.records, key=lambda one: one.weights_bytes) if one.iters != 0]
     for record in found.records:
         row = found.loss(record, metric)
         plain = record.iters == 0
@@ -56,18 +57,28 @@ def frontier(found: Fidelities, metric: str = "nDCG@5") -> Figure:
         at = record.weights_bytes / MIB
         axes.errorbar(at, row.difference, yerr=spread, color=colour, marker=marker, capsize=3)
         if not plain:
+            # In turn above and below, for groups of 32 and of 128 lie side by side.
+            above = named.index(record) % 2 == 0
             axes.annotate(
-                record.label, (at, row.difference), xytext=(7, 5), textcoords="offset points", fontsize=8, color=colour
+                record.label,
+                (at, ends[above]),
+                xytext=(0, 5 if above else -5),
+                textcoords="offset points",
+                rotation=90,
+                ha="center",
+                va="bottom" if above else "top",
+                fontsize=8,
+                color=colour,
             )
     kinds = {one.iters == 0 for one in found.others}
-    named = [("base", FIXED["base"], True), ("tuned by AutoRound", FIXED["awq"], False in kinds)]
-    for name, (colour, marker), there in [*named, ("rounded plainly", FREE[3], True in kinds)]:
+    others = [("tuned by AutoRound", FIXED["awq"], False in kinds), ("rounded plainly", FREE[3], True in kinds)]
+    for name, (colour, marker), there in [("base", FIXED["base"], True), *others]:
         if there:
             axes.plot([], [], color=colour, marker=marker, linestyle="", label=name)
-    axes.margins(x=0.12, y=0.12)
+    axes.margins(x=0.08, y=0.22)
     axes.set_xlabel("weights, MiB")
     axes.set_ylabel(f"{metric}, difference to base")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -77,7 +88,7 @@ def metrics(found: Fidelities, label: str = "") -> Figure:
     rows = found.all_losses(record)[::-1]
     figure, axes = _axes(found, f"{record.label} against base, metric by metric", 3.8)
     colour, marker = FIXED["awq"]
-    axes.axvspan(-found.margin, found.margin, color="0.9", label=f"±{found.margin:g}: the margin")
+    axes.axvspan(-found.margin, found.margin, color="0.88", label=f"±{found.margin:g}: the margin")
     axes.axvline(0, color="0.3", linewidth=1)
     for place, row in enumerate(rows):
         ends = [row.difference if end is None else end for end in (row.low, row.high)]
@@ -98,16 +109,17 @@ def pictures(found: Fidelities, corpus: Corpus, query: int, record: Fidelity, wh
     answers = corpus.relevance[corpus.query_ids[query]]
     number = {page: place for place, page in enumerate(corpus.page_ids)}
     shown = min(SHOWN, len(corpus.page_ids))
-    figure = Plot(figsize=(7.5, 7.4), layout="constrained")
+    figure = Plot(figsize=(6.4, 4.3), layout="constrained")
     before, after = (one.values["nDCG@5"][query] for one in (found.base, record))
     said = f"nDCG@5 {before:.2f} to {after:.2f}"
-    figure.suptitle(f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n{said}", fontsize=11)
+    figure.suptitle(f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n{said}", fontsize=10)
     grid = figure.subplots(2, shown, squeeze=False)
     for row, one in zip(grid, (found.base, record), strict=True):
+        row[0].set_ylabel(one.label)
         for place, (axes, page) in enumerate(zip(row, one.top[query], strict=False)):
             _page(axes, corpus.page(number[page]))
             right = answers.get(page, 0) > 0
-            axes.set_title(f"{one.label} {place + 1}: {page}{', answers' if right else ''}", fontsize=9)
+            axes.set_title(f"{place + 1}: {page}{', answers' if right else ''}", fontsize=8)
             for side in axes.spines.values():
                 side.set(color=ANSWERS if right else DOES_NOT, linewidth=4 if right else 1)
     return figure

@@ -29,6 +29,7 @@ from colqwen_lab.retrieval.maxsim import maxsim
 from colqwen_lab.retrieval.record import Cosines, Fidelity, write
 
 QUERY_BATCH, PAGE_BATCH, TOP = 32, 8, 10
+DIGITS = 6  # after the point, of what a record keeps by query
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def _values(scores: np.ndarray, base: np.ndarray, cosines: Sequence[Tensor], cor
     values |= {"Kendall's tau": metrics.kendall(scores, base), "score error": metrics.score_error(scores, base)}
     values |= {"query cosine": [float(one.mean()) for one in cosines]}
     top = [[corpus.page_ids[page] for page in row[:TOP]] for row in ranked]
-    return {"values": values, "top": top}
+    rounded = {metric: [round(value, DIGITS) for value in every] for metric, every in values.items()}
+    return {"values": rounded, "top": top}
 
 
 def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def add_normed(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Te
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions of x [batch, tokens, heads, size] by cos and sin [tokens, 1, size]."""
     left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((-right, left), dim=-1), sin)
 
 
 def heads_of(
@@ -93,7 +93,7 @@ def heads_of(
 def gated(both: Tensor) -> Tensor:
     """SiLU of the first half times the second."""
     gate, up = both.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+    return functional.silu(gate).mul_(up)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

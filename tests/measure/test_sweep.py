@@ -322,7 +322,7 @@ def test_torn_last_line_is_measured_again(path: Path) -> None:
 def test_a_folder_or_a_scheme_is_a_model(path: Path, base_folder: Path) -> None:
     cells = run(path, f"{base_folder},W8A16", "2", weights="auto")
     assert [c.variant for c in cells] == ["checkpoint", "W8A16"]
-    assert cells[1].weights.startswith("made here from the tiny default, untrained (tiny-W8A16-")
+    assert cells[1].weights.startswith("made here from the tiny default (tiny-W8A16-")
 
 
 def test_weights_that_are_not_the_model_are_refused(path: Path, base_folder: Path) -> None:

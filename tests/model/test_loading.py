@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -393,3 +394,35 @@ def test_size_is_told_from_the_configuration(base_folder: Path, edited: Edit) ->
         == "custom"
     )
     assert {default_source(VARIANTS["base"], size, "random", CPU).size for size in SIZES} == set(SIZES)
+
+
+class _Counted:
+    """A file of tensors that counts the bytes of those it gave and that still live."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.live, self.most = file, 0, 0
+        self.get_slice = file.get_slice
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        tensor = self.file.get_tensor(name).clone()
+        self.live += tensor.nbytes
+        self.most = max(self.most, self.live)
+        weakref.finalize(tensor.untyped_storage(), self._gone, tensor.nbytes)
+        return tensor
+
+    def _gone(self, size: int) -> None:
+        self.live -= size
+
+
+@pytest.mark.parametrize("format", ["base", "auto_round"])
+def test_loading_streams_to_the_device(format: str, base_folder: Path, packed: Callable[[str], Path]) -> None:
+    """With a device that is not the host, the host holds one tensor at a time."""
+    source = FolderSource(base_folder if format == "base" else packed(format))
+    (file,) = set(source.files.values())
+    counted = _Counted(file)
+    source.files = dict.fromkeys(source.files, counted)  # type: ignore[arg-type]
+    meta = torch.device("meta")
+    model, _ = loading.skeleton(source.config, source.quantization, CPU, "torch" if source.quantization else "auto")
+    loading.fill(model, source, meta)
+    assert counted.most == max(like.nbytes for like in model.state_dict().values())
+    assert counted.live == 0

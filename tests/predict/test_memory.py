@@ -20,6 +20,7 @@ from colqwen_lab.predict.memory import (
     BUFFERS,
     HOST,
     KV_CACHE,
+    OUTPUT,
     ROUNDING,
     WORKSPACE,
     Predictor,
@@ -77,7 +78,8 @@ def test_agrees_with_the_tracker_in_fast(
         predicted = memory(made.cell(batch, target=HOST))
         assert predicted.peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
         assert predicted.weights_bytes == loaded.weights_bytes
-        assert set(predicted.ledger or {}) == set(tracked.ledger or {}) | ({BUFFERS} & set(predicted.ledger or {}))
+        # A prediction names buffers and outputs, which the tracker of a run counts among activations.
+        assert set(predicted.ledger or {}) - {BUFFERS, OUTPUT} == set(tracked.ledger or {})
 
 
 @pytest.mark.parametrize("target", [A100, HOST])

@@ -53,7 +53,7 @@ def test_found_largest_batch_fits_and_the_next_does_not() -> None:
 def test_a_card_that_nothing_fits_and_one_that_holds_all() -> None:
     planner = Planner("base", "4b", "lean", "bfloat16", "tritonv2")
     small = planner.on_card(find_card("RTX 3070"))
-    assert (small.verdict, small.batch_size, small.binds) == ("does not fit", None, "weights and one item")
+    assert (small.verdict, small.batch_size, small.binds) == ("does not fit", None, "weights and one query")
     assert small.headroom_bytes < 0
     tiny = Planner("awq", "tiny", "lean", "bfloat16", "tritonv2").on_card(find_card("H200"))
     assert (tiny.verdict, tiny.batch_size, tiny.binds) == ("fits", 4096, "nothing up to batch 4096")

@@ -128,6 +128,12 @@ def test_tables_and_words(found: Fidelities) -> None:
     assert "<table" in found._repr_html_()
 
 
+def test_a_base_that_finds_nothing_is_said(found: Fidelities, record: Record) -> None:
+    assert "next to nothing" not in found.verdict()
+    blind = Fidelities((record("base", [0.01] * 50), record("awq", [0.0] * 50)))
+    assert blind.verdict().startswith("Base itself finds next to nothing here (nDCG@5 0.010)")
+
+
 def test_strings_of_a_record_are_escaped(record: Record) -> None:
     hostile = Fidelities((record("base", BASE, data="<b>"), record("<script>", BASE, data="<b>")))
     assert "<script>" not in hostile._repr_html_()
@@ -140,7 +146,7 @@ def test_worst_and_best_query_and_their_pictures(found: Fidelities) -> None:
     assert found.query("worst", "W3A16") == gain.argmin()
     assert found.query("best", "W3A16") == gain.argmax()
     titles = [axes.get_title() for axes in found.pictures("worst").axes if axes.get_title()]
-    assert titles == ["base 1: p1, answers", "base 2: p0", "W8A16 1: p1, answers", "W8A16 2: p0"]
+    assert titles == ["1: p1, answers", "2: p0", "1: p1, answers", "2: p0"]
     with pytest.raises(BadInput, match="hold no pages"):
         Fidelities(found.records).pictures()
     with pytest.raises(BadInput, match="valid: worst, best"):

@@ -83,3 +83,6 @@ def test_padding_and_pairs(task: Any) -> None:
     every = model.similarity(made, made)
     torch.testing.assert_close(model.similarity_pairwise(made, made), every.diagonal())
     torch.testing.assert_close(model.similarity(made, made[:, : made.shape[1]]), every)
+    # A page opposite to the query, and padding that would be nearer.
+    query, page = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[-1.0, 0.0], [0.0, 0.0]]])
+    assert model.similarity(query, page).item() == -1

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from colqwen_lab.errors import BadInput
+from colqwen_lab.model.loading import Loaded, load
+from colqwen_lab.model.network import ColQwen3Config
+from colqwen_lab.model.processing import TINY
+from colqwen_lab.model.quantize import RECORD
+from colqwen_lab.model.variants import VARIANTS
+from colqwen_lab.model.weights import FolderSource, default_source
+from colqwen_lab.retrieval import train
+
+CPU = torch.device("cpu")
+SHIPPED = json.loads((TINY / RECORD).read_text())
+
+
+def test_loss_is_the_share_of_right_pages() -> None:
+    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(3), 0.0, -torch.inf, -torch.inf]])
+    answers = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    assert train.contrastive_loss(scores, answers).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
+
+
+def test_batches_are_of_training_and_alike_as_asked() -> None:
+    from random import Random
+
+    from colqwen_lab.model import drawn
+
+    batch = [drawn.facts(number) for number in train._batch(Random(0), 8)]
+    assert len(batch) == train.BATCH
+    for start in range(0, train.BATCH, 8):
+        assert len({(has.kind, has.colour) for has in batch[start : start + 8]}) == 1
+        assert len(set(batch[start : start + 8])) == 8
+
+
+def test_a_short_training_learns_and_hangs_on_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "BATCH", 8)
+    monkeypatch.setattr(train, "TURNS", 1)
+    said: list[str] = []
+    record = train.train_tiny(tmp_path / "made", 1, ((64, 25, 1),), said.append)
+    assert record["loss"]["last 25"] < record["loss"]["first"]
+    assert said == [f"step 25 of 25: loss {record['loss']['last 25']:.3f}"]
+    again = train.fresh(1)
+    assert train.fit(again, 1, ((64, 25, 1),), said.append)[0] == pytest.approx(record["loss"]["first"], abs=1e-4)
+    saved = load(FolderSource(tmp_path / "made"), CPU).model.state_dict()
+    assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in again.model.state_dict().items())
+    with pytest.raises(BadInput, match="is not empty"):
+        train.train_tiny(tmp_path / "made")
+
+
+def test_the_weights_in_the_package_are_what_their_record_says(tiny: Loaded) -> None:
+    source = default_source(VARIANTS["base"], "tiny", "auto", CPU)
+    assert source.label == f"tiny default (trained, #{SHIPPED['digest']})"
+    assert source.config.to_json_string() == ColQwen3Config.of_size("tiny").to_json_string()
+    assert sum(path.stat().st_size for path in TINY.glob("*.safetensors")) <= 3_000_000
+    assert SHIPPED["stages"] == [list(stage) for stage in train.STAGES]
+    found, control = train.held_out(tiny)
+    assert found == pytest.approx(SHIPPED["ndcg_at_5"], abs=0.01)
+    assert found >= 0.8
+    assert control < 0.1
