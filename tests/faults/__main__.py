@@ -26,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     rng, quick = random.Random(asked.seed), asked.quick
     kinds = {
-        "kills": lambda: faults.kills(rng, *((4, 0, 0) if quick else (30, 25, 5))),
+        "kills": lambda: faults.kills(rng, *((4, 0, 0) if quick else (32, 20, 4))),
         "killed_workers": lambda: faults.killed_workers(rng, 1 if quick else 25),
         "torn_writes": lambda: faults.torn_writes(37 if quick else 1),
         "interleaved_writes": lambda: faults.interleaved_writes(rng, 5 if quick else 300),
