@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import colqwen_lab as lab
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model.variants import VARIANTS
+from colqwen_lab.report.fidelity import loss
 from colqwen_lab.retrieval import run
 from colqwen_lab.retrieval.record import read
 
@@ -96,3 +98,18 @@ def test_schemes_that_are_quantised_here_come_plain_too() -> None:
     assert list(map(str, asked)) == ["base", "W2A16", "W2A16 plain", "some/checkpoint"]
     assert [subject.iters for subject in asked] == [None, 5, 0, None]
     assert list(map(str, run.subjects(["awq"], "4b", 5, plain=True))) == ["base", "awq"]
+
+
+def test_two_bits_are_worse_than_four_and_eight_are_not_told_from_base(tmp_path: Path) -> None:
+    """Plain rounding of the trained tiny model, on all pages and queries held out."""
+    found = lab.fidelity("W8A16,W4A16,W2A16", size="tiny", iters=0, output=str(tmp_path / "rows.jsonl"))
+    eight, four, two = found.others
+    assert np.mean(found.base.values["nDCG@5"]) > 0.8
+    row = found.loss(eight, "nDCG@5")
+    assert row.verdict == "same within 0.01"
+    for against in (found.base, four):
+        row = loss(against, two, "nDCG@5")
+        assert row.verdict == "worse"
+        assert row.high is not None
+        assert row.high < 0
+    assert found.query("worst", two.label) != found.query("best", two.label)
