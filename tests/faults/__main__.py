@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from colqwen_lab.measure.environment import code_version
 from tests.faults import faults, parsers
 
 
@@ -47,7 +48,11 @@ def main() -> None:
     unclear = sum(figures.get(bad, 0) for figures in found.values() for bad in ("unclear", "executed"))
     used = {name: version(name) for name in ("torch", "transformers", "safetensors", "pydantic", "hypothesis")}
     record = {"seed": asked.seed, "quick": quick, "lost": lost, "unclear": unclear, "faults": found, "took_s": took_s}
-    record |= {"versions": used | {"python": platform.python_version()}, "os": platform.system()}
+    record |= {
+        "code": code_version(),
+        "versions": used | {"python": platform.python_version()},
+        "os": platform.system(),
+    }
     if asked.output:
         asked.output.parent.mkdir(parents=True, exist_ok=True)
         asked.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
