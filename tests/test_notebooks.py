@@ -68,7 +68,7 @@ def test_tells_and_does_not_define(path: Path) -> None:
 
 
 #: What a notebook asks for beside the arguments of its function.
-OWN = {"plan": ("measured",), "compare": ("ways",), "fidelity": ("schemes",)}
+OWN = {"plan": ("measured",), "compare": ("ways", "fidelity"), "fidelity": ("schemes",)}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -28,6 +28,8 @@ from colqwen_lab.records import (
     script_json,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*the last line is torn")
+
 
 def measured(batch: int = 8, variant: str = "awq", status: str = "ok", reason: str | None = None) -> Cell:
     steps = [0.010, 0.011, 0.012, 0.010, 0.011, 0.013, 0.010] if status == "ok" else []

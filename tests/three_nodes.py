@@ -24,7 +24,7 @@ from colqwen_lab.records import Cell, read_cells
 
 NODES, KILL_AT = 3, 3
 #: What two runs of one cell on one machine may differ in.
-TIMING = ("step_s", "control_s", "items_per_s", "limits", "gpu_state")
+TIMING = ("step_s", "control_s", "items_per_s", "limits", "gpu_state", "notes")
 MOMENT = ("started_at", "commit", "threads")
 SWEEP = ["sweep", "-m", "base", "-m", "awq", "--size", "tiny", "-b", "8,16,32"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from colqwen_lab.measure.environment import code_version
 from tests.faults import faults, parsers
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
     rng, quick = random.Random(asked.seed), asked.quick
     kinds = {
-        "kills": lambda: faults.kills(rng, *((4, 0, 0) if quick else (30, 25, 5))),
+        "kills": lambda: faults.kills(rng, *((4, 0, 0) if quick else (32, 20, 4))),
         "killed_workers": lambda: faults.killed_workers(rng, 1 if quick else 25),
         "torn_writes": lambda: faults.torn_writes(37 if quick else 1),
         "interleaved_writes": lambda: faults.interleaved_writes(rng, 5 if quick else 300),
@@ -47,7 +48,11 @@ def main() -> None:
     unclear = sum(figures.get(bad, 0) for figures in found.values() for bad in ("unclear", "executed"))
     used = {name: version(name) for name in ("torch", "transformers", "safetensors", "pydantic", "hypothesis")}
     record = {"seed": asked.seed, "quick": quick, "lost": lost, "unclear": unclear, "faults": found, "took_s": took_s}
-    record |= {"versions": used | {"python": platform.python_version()}, "os": platform.system()}
+    record |= {
+        "code": code_version(),
+        "versions": used | {"python": platform.python_version()},
+        "os": platform.system(),
+    }
     if asked.output:
         asked.output.parent.mkdir(parents=True, exist_ok=True)
         asked.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
