@@ -5,8 +5,8 @@ kind, its colour and its place. A query asks in words for a topic, a kind and a 
 place too; a page answers a query if all that is asked holds.
 
 Held out is a fifth of the combinations of topic, kind and colour: pages and queries of the split `held-out` have
-these and no others, those of `train` never. Every pair of facts is in both splits, so what a model meets for the
-first time in `held-out` is how they go together.
+these and no others, those of `train` never. Each pair of facts in them is in training too, so what a model meets for
+the first time in `held-out` is how the three go together.
 
 Everything hangs on the split and the number alone, drawn with PIL's own font; no torch.
 """

@@ -2,7 +2,8 @@
 
 Each step embeds a batch of queries and the pages of the same numbers, scores all against all by MaxSim, and lowers
 the cross entropy of the right ones (InfoNCE, Oord et al. 2018; only over pages, as a score's size hangs on the
-query's length). Most steps see small pages, which cost a third; the last see them as `drawn.SMALL_WIDTH` has it.
+query's length), and with it the error of naming the facts. The first steps see small pages, which cost a third; the
+others see them as `drawn.SMALL_WIDTH` has it.
 """
 
 from __future__ import annotations
