@@ -160,6 +160,6 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(quantize, "_run_auto_round", full)
-    with pytest.raises(Unmet, match=r"cannot write .*No space left on device.*the same command starts anew"):
+    with pytest.raises(Unmet, match=r"cannot write .*No space left on device.*the same command starts again"):
         quantize.quantize(source(), tmp_path / "made")
     assert not list(tmp_path.iterdir())
