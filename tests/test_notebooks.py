@@ -146,7 +146,7 @@ def test_two_sweeps_at_once_from_a_cold_cache_from_their_own_folder(tmp_path: Pa
     assert json.loads(records.with_suffix(".result.json").read_text())["complete"] is True
     assert not records.with_suffix(".superseded.jsonl").exists()
     (made,) = (folder for folder in cache.iterdir() if folder.is_dir() and folder.name.startswith("tiny-"))
-    assert rows[0]["weights"] == f"made here from the tiny default, untrained ({made.name})"
+    assert rows[0]["weights"] == f"made here from the tiny default ({made.name})"
 
 
 @pytest.mark.parametrize(
