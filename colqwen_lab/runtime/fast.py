@@ -49,7 +49,8 @@ GRAPHS_KEPT = 64
 TIMED = 5
 # A schedule whose result is further from the kernel's own choice is not taken.
 SAME_RESULT = 0.01
-# Above it the lab's own attention would norm and rotate keys too many times; PyTorch's kernels have full tiles there.
+# Up to it PyTorch's attention kernels have tiles that tokens do not fill; above it the lab's own would norm and rotate
+# keys too many times.
 MOST_TOKENS = 128
 
 
@@ -100,11 +101,23 @@ def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention; [batch, tokens, heads x size]."""
     if q.device.type == "cuda":
         found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    elif q.shape[2] <= MOST_TOKENS:
+        found = attended_short(q, k, v)
     else:
         groups = q.shape[1] // k.shape[1]  # the CPU's kernel knows no groups
         k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
         found = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return found.transpose(1, 2).flatten(2)
+
+
+def attended_short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention in two products, of all heads that share a key; few tokens leave a CPU's kernel idle."""
+    tokens, size = q.shape[2:]
+    shared = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    scores = (shared @ k.transpose(-1, -2)).float().unflatten(2, (-1, tokens)) * size**-0.5
+    later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill_(later, -torch.inf).softmax(-1).to(v.dtype)
+    return (weights.flatten(2, 3) @ v).unflatten(2, (-1, tokens)).flatten(1, 2)
 
 
 def real_first(mask: Tensor) -> Tensor:
