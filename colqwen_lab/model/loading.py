@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model.network import TEXT_LAYERS, ColQwen3, ColQwen3Config, empty_network, is_text_linear
@@ -46,7 +46,15 @@ class Loaded:
     def weights_bytes(self) -> int:
         """Bytes of all parameters and buffers, each storage once."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        return sum({key: size for _, key, size in map(storage_of, tensors)}.values())
+
+
+def storage_of(tensor: Tensor) -> tuple[Any, int, int]:
+    """`(object, key, bytes)` of what holds a tensor's values; what oneDNN has laid out its own way holds itself."""
+    if tensor.is_mkldnn:
+        return tensor, id(tensor), tensor.nbytes
+    storage = tensor.untyped_storage()
+    return storage, storage._cdata, storage.nbytes()
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from colqwen_lab.errors import Unmet
-from colqwen_lab.model.loading import Loaded, load
+from colqwen_lab.model.loading import DTYPES, Loaded, load
 from colqwen_lab.model.network import ColQwen3, ColQwen3Output, is_text_linear
 from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.model.weights import Source
@@ -40,6 +40,7 @@ from colqwen_lab.runtime.kernels import (
     Kernel,
     Product,
     compiled,
+    dense_product,
     features_of,
     pick,
 )
@@ -397,7 +398,8 @@ def load_fast(source: Source, device: torch.device, kernel: str = "auto", dtype:
             if is_text_linear(name):
                 module.sym = symmetric
     packed = chosen or PACKED_KERNELS["modules"]
-    fast = Fast(loaded.model, packed.build if chosen and asked is None else Dense, packed.build)
+    dense = dense_product(device, DTYPES[dtype]) if kernel == "auto" else Dense
+    fast = Fast(loaded.model, packed.build if chosen and asked is None else dense, packed.build)
     for product in fast.products():
         if product.kernel == "modules":
             product.kernel = " + ".join(loaded.engaged)

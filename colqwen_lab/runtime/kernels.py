@@ -76,6 +76,20 @@ class Dense(Product):
         return functional.linear(x, self.weight)
 
 
+class Prepacked(Product):
+    """16-bit weights in oneDNN's own blocked layout, which `torch.nn.Linear` would make anew at every call on a CPU."""
+
+    kernel = "mkldnn._linear_pointwise"
+
+    def __init__(self, fused: Sequence[nn.Linear]) -> None:
+        super().__init__(fused)
+        whole = torch.cat([linear.weight.detach() for linear in fused])
+        self.register_buffer("blocked", torch.ops.mkldnn._reorder_linear_weight(whole))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocked, None, "none", [], "")
+
+
 class Fp8(Product):
     """FP8 weights, a scale an output channel, and FP8 activations, a scale a token: torch's row-wise scaled product."""
 
@@ -277,6 +291,14 @@ PACKED_KERNELS = {
     "int4": Kernel(Int4Cpu, _int4_cpu),
     "modules": Kernel(AsLoaded, lambda device, scheme: "" if scheme else "multiplies packed weights"),
 }
+
+
+def dense_product(device: torch.device, dtype: torch.dtype) -> Callable[[Sequence[nn.Linear]], Product]:
+    """The best product of 16-bit weights here."""
+    blocked = device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return Prepacked if blocked and torch.ops.mkldnn._is_mkldnn_bf16_supported() else Dense
+
+
 # 8-bit activations: never a default. The first makes FP8 weights of 16-bit ones, the others multiply packed weights.
 EIGHT_BIT = {
     "fp8": Kernel(Fp8, _needs((8, 9), packed=False)),

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from colqwen_lab.model.loading import storage_of
+
 ACTIVATIONS = "activations"
 
 
@@ -101,11 +103,10 @@ class MemoryTracker(TorchDispatchMode):
         return ledger_of(self.log, self.labels, self.peak_bytes)
 
     def _see(self, tensor: Tensor, label: str = ACTIVATIONS) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        storage, key, size = storage_of(tensor)
         if key in self._numbers:
             return
-        size, number = storage.nbytes(), len(self.labels)
+        number = len(self.labels)
         self._numbers[key] = number
         self.labels.append(label)
         self.log.append((number, size))

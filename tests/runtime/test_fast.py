@@ -17,7 +17,7 @@ from colqwen_lab.model.loading import load
 from colqwen_lab.model.variants import resolve_variant
 from colqwen_lab.model.weights import FolderSource, Source, default_source
 from colqwen_lab.runtime.fast import bucket, load_fast, real_first
-from colqwen_lab.runtime.kernels import Dense
+from colqwen_lab.runtime.kernels import Dense, dense_product
 
 CPU = torch.device("cpu")
 # Batches of queries by their real lengths: mixed, one alone, one token, very long.
@@ -131,4 +131,7 @@ def test_what_it_does_not_do() -> None:
         load_fast(random_source("base"), CPU, "modules")
     with pytest.raises(BadInput, match="unknown"):
         load_fast(random_source("awq"), CPU, "nope")
-    assert all(isinstance(product, Dense) for product in loaded.model.fast.products())
+    best = dense_product(CPU, torch.bfloat16)
+    assert all(type(product) is best for product in loaded.model.fast.products())
+    as_torch = load_fast(random_source("base"), CPU, "torch")
+    assert all(isinstance(product, Dense) for product in as_torch.model.fast.products())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.measure.environment import pick_device
 from colqwen_lab.model.packing import packed, unpacked
-from colqwen_lab.runtime.kernels import EIGHT_BIT, PACKED_KERNELS, Dense, pick
+from colqwen_lab.runtime.kernels import EIGHT_BIT, PACKED_KERNELS, Dense, Prepacked, dense_product, pick
 
 DEVICE = pick_device()
 SCHEME = (4, 128)
@@ -92,6 +92,18 @@ def test_dense_keeps_one_copy_of_the_weights() -> None:
     storages = {one.weight.untyped_storage().data_ptr() for one in [*linears, product]}
     assert len(storages) == 1
     assert torch.equal(linears[1](x), nn.functional.linear(x, weight[32:]))
+
+
+@pytest.mark.skipif(dense_product(DEVICE, torch.bfloat16) is not Prepacked, reason="a CPU's kernel")
+@pytest.mark.parametrize(("size", "index"), CASES)
+def test_prepacked_against_float64(size: str, index: int) -> None:
+    outputs, inputs = SHAPES[size][index]
+    linears = [dense(one, inputs) for one in outputs]
+    weight = torch.cat([one.weight for one in linears]).double()
+    product = Prepacked(linears)
+    for rows in (1, 18, 152):
+        x = draw(rows, inputs).bfloat16()
+        assert error(product(x), x.double() @ weight.T) < 0.006
 
 
 @pytest.mark.skipif(not can("fp8", None), reason="FP8 products need an sm89 GPU")
