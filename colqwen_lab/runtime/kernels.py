@@ -198,11 +198,15 @@ class Humming(Product):
 
         config, device = self.layer.humming_config, torch.cuda.current_device()
         own = get_heuristics_config(config, rows, device=device)
-        changes: list[dict[str, Any]] = [{}, {"num_stages": 6}, {"num_ctas_per_sm": 3}]
-        if rows > FEW_ROWS:
+        once = {"evict_weights_first": True}  # a forward reads them once; what it reads again stays in the cache
+        changes: list[dict[str, Any]] = [{}, once]
+        if rows <= FEW_ROWS:
+            changes += [once | {"num_stages": 6}, once | {"num_ctas_per_sm": 3}, _low(-(-rows // 16) * 16)]
+        else:
             fewest = -(-rows // MOST_TILE_ROWS)
-            tall, low = (-(-rows // tiles // 8) * 8 for tiles in (fewest, fewest + 1))
-            changes = [{}, _tile(tall, 256, 1), _tile(tall, 128, 2), _tile(low, 128, 2)]
+            for height in (-(-rows // tiles // 8) * 8 for tiles in range(fewest, fewest + 3)):
+                changes += [once | _tile(height, 256, 1), once | _tile(height, 128, 2)]
+                changes.append(once | _tile(height, 128, 2) | {"use_stream_k": False, "wgmma_split_issue_wait": True})
         found = list(dict.fromkeys(json.dumps({**own, **change}, sort_keys=True) for change in changes))
 
         def compiles(schedule: str) -> bool:
@@ -223,6 +227,12 @@ def _tile(height: int, width: int, blocks_at_once: int) -> dict[str, Any]:
     """A change of humming's schedule: what one block multiplies, and how many blocks a multiprocessor runs at once."""
     shapes = {"block_shape": (height, width, 64), "warp_shape": (height, 32, 64)}
     return shapes | {"multi_cast_size_a": 1, "num_stages": 4, "num_ctas_per_sm": blocks_at_once}
+
+
+def _low(height: int) -> dict[str, Any]:
+    """A change of humming's schedule to the products of single warps, which load for themselves."""
+    shapes = {"block_shape": (height, 64, 128), "warp_shape": (height, 32, 64), "num_stages": 4, "num_ctas_per_sm": 2}
+    return shapes | {"mma_type": "mma", "use_stream_k": True, "use_tma": False, "use_warp_spec": False}
 
 
 def stored_less(module: Any) -> int:
