@@ -72,7 +72,7 @@ class Noticing:
         if others:
             found.append(f"{others} other process{'es' * (others > 1)} on the GPU")
         try:
-            if pynvml.nvmlDeviceGetDisplayMode(handle) or pynvml.nvmlDeviceGetDisplayActive(handle):
+            if pynvml.nvmlDeviceGetDisplayActive(handle):  # its mode says enabled on an H100 that has none
                 found.append("a display is attached to the GPU")
         except pynvml.NVMLError:
             pass

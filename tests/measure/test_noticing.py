@@ -41,8 +41,8 @@ class FakeNvml:
         monkeypatch.setattr(noticing, "gpu_handle", lambda device: "handle")
         monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: processes("Compute"))
         monkeypatch.setattr(pynvml, "nvmlDeviceGetGraphicsRunningProcesses", lambda _: processes("Graphics"))
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetDisplayMode", lambda _: tell("Display"))
-        monkeypatch.setattr(pynvml, "nvmlDeviceGetDisplayActive", lambda _: 0)
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetDisplayActive", lambda _: tell("Display"))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetDisplayMode", lambda _: 1)  # as an H100 says
 
 
 @pytest.mark.parametrize(
