@@ -199,21 +199,21 @@ def roofline(series: Sequence[Series]) -> Figure:
     figure, axes = _axes(series, f"Throughput under the roofline (limits: {' and '.join(sorted(origins))})")
     figure.set_size_inches(7.5, 6.2)
     markers = {one.variant: style["marker"] for one, style in _styles(series)}
-    for (variant, roof), dashes in zip(roofs.items(), ("-", (0, (3, 1)), ":", "-.") * len(roofs), strict=False):
+    dashes: dict[str, Any] = dict(zip(markers, ("-", (0, (3, 1)), ":", "-.") * len(markers), strict=False))
+    for variant, roof in roofs.items():
         roof_style: dict[str, Any] = {
             "color": "0.75",
             "linewidth": 5,
-            "linestyle": dashes,
+            "linestyle": dashes[variant],
             "label": f"roof of {variant}'s weights",
         }
         axes.plot(sorted(roof), [roof[batch] for batch in sorted(roof)], **roof_style)
     colours = [colour for colour, _ in (*FIXED.values(), *FREE)]
-    lines = [(colour, dashes) for dashes in ("-", "--", ":") for colour in colours] * len(series)
-    ways = dict(zip(dict.fromkeys(map(way, series)), lines, strict=False))
+    ways = dict(zip(dict.fromkeys(map(way, series)), colours * len(series), strict=False))
     for one in series:
-        colour, dashes = ways[way(one)]
         rows = list(one.rated.values())
-        style: dict[str, Any] = {"color": colour, "linestyle": dashes, "marker": markers[one.variant], "markersize": 4}
+        style: dict[str, Any] = {"color": ways[way(one)], "marker": markers[one.variant], "markersize": 4}
+        style["linestyle"] = dashes[one.variant]
         axes.plot([cell.batch_size for cell in rows], [rate(cell) for cell in rows], label=one.label, **style)
     axes.set_yscale("log", base=10)
     axes.set_ylabel(_unit(series))
