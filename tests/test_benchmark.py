@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from colqwen_lab import load
 from colqwen_lab.records import MIB
 
-ROOT = Path(__file__).parent.parent
+PROGRAM = Path(__file__).parent.parent / "benchmark.py"
 KEYS = {
     "scenario",
     "total_items",
@@ -24,15 +28,22 @@ KEYS = {
 }
 
 
-def benchmark(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmark.py"), *flags], cwd=cwd, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The program in this process, in an empty folder."""
+
+    def run(*flags: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+
+    return run
 
 
 def test_sweep_of_the_quantised_model(tmp_path: Path) -> None:
     flags = ["--only_awq", "--sweep_batch_sizes", "1,2", "--high_batch_sweep", "2,4", "--output_json", "x.json"]
-    done = benchmark(tmp_path, *flags, "--measure_steps", "4")
+    command = [sys.executable, str(PROGRAM), *flags, "--measure_steps", "4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "x.json").read_text())
     names = ["AWQ_text_queries_bs1", "AWQ_text_queries_bs2", "AWQ_high_batch_bs2", "AWQ_high_batch_bs4"]
@@ -51,19 +62,15 @@ def test_sweep_of_the_quantised_model(tmp_path: Path) -> None:
     assert [(cell.variant, cell.batch_size) for cell in read] == [("awq", 1), ("awq", 2), ("awq", 2), ("awq", 4)]
 
 
-def test_both_models_without_a_sweep(tmp_path: Path) -> None:
-    done = benchmark(
-        tmp_path, "--text_only", "--text_batch_size", "2", "--measure_steps", "2", "--output_json", "y.json"
-    )
-    assert done.returncode == 0, done.stderr
+def test_both_models_without_a_sweep(benchmark: Callable[..., None], tmp_path: Path) -> None:
+    benchmark("--text_only", "--text_batch_size", "2", "--measure_steps", "2", "--output_json", "y.json")
     assert list(json.loads((tmp_path / "y.json").read_text())["results"]) == ["BASE_text_queries", "AWQ_text_queries"]
 
 
-def test_image_documents_follow_the_queries(tmp_path: Path) -> None:
+def test_image_documents_follow_the_queries(benchmark: Callable[..., None], tmp_path: Path) -> None:
     flags = ["--only_base", "--text_batch_size", "2", "--measure_steps", "1", "--warmup_steps", "0"]
     images = ["--image_size", "64", "--image_samples", "4", "--image_batch_size", "2", "--output_json", "z.json"]
-    done = benchmark(tmp_path, *flags, *images)
-    assert done.returncode == 0, done.stderr
+    benchmark(*flags, *images)
     results = json.loads((tmp_path / "z.json").read_text())["results"]
     assert list(results) == ["BASE_text_queries", "BASE_image_documents"]
     assert results["BASE_image_documents"]["total_items"] == 2
@@ -72,12 +79,26 @@ def test_image_documents_follow_the_queries(tmp_path: Path) -> None:
     assert [cell.workload.kind for cell in load(tmp_path / "z.json")] == ["queries", "pages"]
 
 
-def test_bad_flags(tmp_path: Path) -> None:
-    bad = benchmark(tmp_path, "--sweep_batch_sizes", "1,a")
-    assert bad.returncode == 2
-    assert "valid: different whole numbers" in bad.stderr
-    for flags in (["--only_base", "--only_awq"], ["--nope"], ["--image_size", "-3"], ["--output_json", "."]):
-        bad = benchmark(tmp_path, *flags)
-        assert bad.returncode == 2
-        assert bad.stderr.count("\n") == 1, bad.stderr
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--sweep_batch_sizes", "1,a"], "valid: different whole numbers"),
+        (["--only_base", "--only_awq"], "not allowed with"),
+        (["--nope"], "--nope"),
+        (["--image_size", "-3"], "image_size"),
+        (["--output_json", "."], "valid: a file in a folder that can be written"),
+    ],
+)
+def test_bad_flags(
+    flags: list[str],
+    says: str,
+    benchmark: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmark(*flags)
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1, said
     assert not list(tmp_path.iterdir())
