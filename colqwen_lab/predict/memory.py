@@ -179,15 +179,10 @@ class _FastModel(Fast):
 
 @dataclass(frozen=True)
 class Target:
-    """The device that is predicted for. `compute_capability` None is a CPU: no allocator, no workspace.
-
-    `workspaces` is how many streams multiply by cuBLAS, each with a workspace that it keeps: two where execution
-    `fast`, which captures on a stream of its own, follows `eager` in one process.
-    """
+    """The device that is predicted for. `compute_capability` None is a CPU: no allocator, no workspace."""
 
     name: str
     compute_capability: tuple[int, int] | None
-    workspaces: int = 1
 
 
 A100 = Target("NVIDIA A100-SXM4-40GB", (8, 0))
@@ -423,13 +418,13 @@ class Predictor:
             peak = peak_of(log)
             ledger = ledger_of(log, trace.labels, peak)
             return Memory(weights_bytes=weights, peak_bytes=peak, ledger=ledger, method="predicted")
-        workspaces = [workspace_bytes(target.compute_capability)] * target.workspaces
-        allocator, parts = replay(trace, workspaces)
+        workspace = workspace_bytes(target.compute_capability)
+        allocator, parts = replay(trace, workspace)
         return Memory(
             weights_bytes=weights,
             peak_bytes=allocator.peak_allocated,
             reserved_bytes=allocator.peak_reserved,
-            least_reserved_bytes=least_reserved(trace, workspaces, allocator),
+            least_reserved_bytes=least_reserved(trace, workspace, allocator),
             ledger=parts,
             method="predicted",
         )
@@ -472,7 +467,7 @@ def _label_buffers(tracker: MemoryTracker, layer: nn.Module) -> list[Any]:
 
 
 def follow(
-    trace: Trace, workspaces: Sequence[int], cap: float = math.inf, stop_at: int | None = None
+    trace: Trace, workspace: int, cap: float = math.inf, stop_at: int | None = None
 ) -> tuple[Allocator, dict[int, tuple[Block, int]], int]:
     """`(allocator, what lives, where in the log the peak is)`: births and ends, as the CUDA allocator would meet them.
 
@@ -488,8 +483,7 @@ def follow(
     peak_at = 0
     for index, (number, size) in enumerate(trace.log):
         if index == trace.before:
-            for stream, workspace in enumerate(workspaces):
-                allocator.allocate(workspace, stream)
+            allocator.allocate(workspace)
             allocator.give_back()
             allocator.restart_peaks()
         if size:
@@ -504,18 +498,18 @@ def follow(
     return allocator, live, peak_at
 
 
-def replay(trace: Trace, workspaces: Sequence[int]) -> tuple[Allocator, dict[str, int]]:
+def replay(trace: Trace, workspace: int) -> tuple[Allocator, dict[str, int]]:
     """`(allocator, ledger at its peak)`; the ledger adds up to the peak."""
-    allocator, _, peak_at = follow(trace, workspaces)
-    _, live, _ = follow(trace, workspaces, stop_at=peak_at)
-    parts: Counter[str] = Counter({WORKSPACE: sum(workspaces), ROUNDING: 0})
+    allocator, _, peak_at = follow(trace, workspace)
+    _, live, _ = follow(trace, workspace, stop_at=peak_at)
+    parts: Counter[str] = Counter({WORKSPACE: workspace, ROUNDING: 0})
     for number, (block, size) in live.items():
         parts[trace.labels[number]] += size
         parts[ROUNDING] += block.size - size
     return allocator, dict(parts)
 
 
-def least_reserved(trace: Trace, workspaces: Sequence[int], free: Allocator) -> int:
+def least_reserved(trace: Trace, workspace: int, free: Allocator) -> int:
     """The least bytes that torch must be allowed to reserve for the run to go through, to `CAP_STEP`.
 
     More than the peak, because free memory lies in pieces; less than what an unbounded run reserves.
@@ -524,7 +518,7 @@ def least_reserved(trace: Trace, workspaces: Sequence[int], free: Allocator) -> 
     while high - low > CAP_STEP:
         middle = (low + high) // 2
         try:
-            follow(trace, workspaces, middle)
+            follow(trace, workspace, middle)
             high = middle
         except MemoryError:
             low = middle

@@ -205,10 +205,7 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
                 return None  # a folder or a repository: its network is not one of the named sizes
         capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
         on_gpu = cell.environment.gpu is not None
-        # The allocator counts the whole process, and so the workspace that an eager way of the same run left.
-        with_eager = cell.execution == "fast" and cell.timing and any(" eager/" in w for w in cell.timing.ways_in_turn)
-        workspaces = 2 if with_eager else 1
-        target = Target(cell.environment.device, (capability[0], capability[1]), workspaces) if on_gpu else HOST
+        target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
         return planners[asked].cell(cell.batch_size, target)
 
     return [like(cell) for cell in cells]
