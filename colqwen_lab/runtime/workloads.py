@@ -164,20 +164,23 @@ class Pages:
         samples: int,
         device: torch.device,
     ) -> Batches:
-        """max(`samples`, 2 x batch) pages, cut into batches, padded on the left; beyond 64, or one's own, they repeat.
+        """Whole batches, padded on the left, of all of a person's pages, or of max(`samples`, 2 x batch) drawn ones.
+
+        At most 64 are distinct; what is left of the last batch, and of two batches at least, repeats them.
 
         Raises:
             BadInput: none of the files could be read.
         """
         count = max(samples, 2 * batch_size)
-        self._make(min(count, MOST_DISTINCT), config)
-        distinct = self._made[:count]
-        rows = list(itertools.islice(itertools.cycle(distinct), count))
+        most = MOST_DISTINCT if self.files else min(count, MOST_DISTINCT)
+        self._make(most, config)
+        distinct = self._made[:most]
+        rows = itertools.cycle(distinct)
         inputs = [
-            batch_of(rows[start : start + batch_size], tokenizer, config, device)
-            for start in range(0, count - batch_size + 1, batch_size)
+            batch_of(list(itertools.islice(rows, batch_size)), tokenizer, config, device)
+            for _ in range(0, max(count, len(distinct)), batch_size)
         ]
-        sizes = [int(batch["attention_mask"].sum()) / batch_size for batch in inputs]
+        sizes = [int(mask.sum()) for batch in inputs for mask in batch["attention_mask"]][: len(distinct)]
         workload = Workload(
             kind="pages",
             batch_size=batch_size,

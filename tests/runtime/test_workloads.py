@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.model.network import ColQwen3Config
-from colqwen_lab.runtime.workloads import Batches, query_batches
+from colqwen_lab.runtime.workloads import Batches, Pages, query_batches
 
 CPU = torch.device("cpu")
 
@@ -54,3 +57,44 @@ def test_without_a_tokenizer_lengths_are_the_report_s(tiny: Loaded) -> None:
         query_batches(config, None, 8, "natural", 64, CPU)
     with pytest.raises(BadInput, match="unknown texts 'x'"):
         query_batches(config, None, 8, "x", 64, CPU)
+
+
+# ---------------------------------------------------------------- pages
+
+
+def scans(folder: Path, count: int) -> Path:
+    for number in range(count):
+        Image.new("L", (64, 64 + 32 * (number % 2)), 40 * number).save(folder / f"{number}.png")
+    return folder
+
+
+def pages_of(source: Pages, batch: int, samples: int = 0) -> Batches:
+    return source.batches(ColQwen3Config.of_size("tiny"), None, batch, samples, CPU)
+
+
+def test_every_batch_size_has_all_of_a_person_s_pages(tmp_path: Path) -> None:
+    (scans(tmp_path, 5) / "z.png").write_bytes(b"no image")
+    pages = Pages(str(tmp_path), visual_tokens=64)
+    for batch, count in ((1, 5), (2, 3), (4, 2)):
+        made = pages_of(pages, batch)
+        assert len(made.inputs) == count
+        assert {len(one["input_ids"]) for one in made.inputs} == {batch}
+        assert (made.workload.distinct, made.workload.refused) == (5, 1)
+        shades = torch.cat([one["pixel_values"] for one in made.inputs]).unique()
+        assert len(shades) == 5
+        assert made.workload.index_bytes == pages_of(pages, 5).workload.index_bytes
+        assert made.said == ("z.png is left out: no image that Pillow reads",)
+
+
+def test_of_many_pages_the_first_64_are_taken(tmp_path: Path) -> None:
+    Image.new("L", (64, 64)).save(
+        tmp_path / "scan.tiff", save_all=True, append_images=[Image.new("L", (64, 64), n) for n in range(1, 70)]
+    )
+    pages = Pages(str(tmp_path), visual_tokens=64)
+    assert [pages_of(pages, batch).workload.distinct for batch in (1, 2)] == [64, 64]
+
+
+def test_drawn_pages_are_two_batches_or_as_many_as_asked_for() -> None:
+    pages = Pages("64x64", visual_tokens=64)
+    assert [pages_of(pages, batch).workload.distinct for batch in (2, 1)] == [4, 2]
+    assert len(pages_of(pages, 2, samples=6).inputs) == 3
