@@ -39,7 +39,7 @@ class Workload(Value):
     """What one step embeds. `tokens` is the padded length of the longest batch, `padded_share` of all tokens.
 
     Of pages: the budget of `visual_tokens`, what `pages` they are, how many `distinct` ones, how many files were
-    `refused`, the bytes of index of one, and the seconds that a processor takes for one, outside the step.
+    `refused`, the bytes of index of one, and the seconds that reading and processing one take, outside the step.
     """
 
     kind: Literal["queries", "pages"]

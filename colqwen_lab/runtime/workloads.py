@@ -148,9 +148,14 @@ class Pages:
         return (drawn.page(number, width=self.size[0]).resize(self.size) for number in itertools.count())
 
     def _make(self, count: int, config: ColQwen3Config) -> None:
-        """Have the patches of `count` pages; what the processor takes for one, from pixels to patches, is timed."""
-        for image in itertools.islice(self._images, max(0, count - len(self._made))):
+        """Have the patches of `count` pages; what one takes, from a file or a drawn image to patches, is timed."""
+        for _ in range(count - len(self._made)):
             before = time.perf_counter()
+            image = next(self._images, None)
+            if image is None:
+                break
+            if not self.files:
+                before = time.perf_counter()
             self._made.append(patches(image, config, self.visual_tokens))
             self._seconds.append(time.perf_counter() - before)
         if not self._made:
@@ -189,6 +194,6 @@ class Pages:
             distinct=len(distinct),
             refused=len(self.refused),
             index_bytes=round(statistics.fmean(sizes) * config.embed_dim * INDEX_VALUE_BYTES),
-            preprocess_s=statistics.median(self._seconds),
+            preprocess_s=statistics.median(self._seconds[1:] or self._seconds),
         )
         return replace(_counted(inputs, workload), said=tuple(self.refused))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.model.network import ColQwen3Config
+from colqwen_lab.runtime import workloads as module
 from colqwen_lab.runtime.workloads import Batches, Pages, query_batches
 
 CPU = torch.device("cpu")
@@ -98,3 +101,33 @@ def test_drawn_pages_are_two_batches_or_as_many_as_asked_for() -> None:
     pages = Pages("64x64", visual_tokens=64)
     assert [pages_of(pages, batch).workload.distinct for batch in (2, 1)] == [4, 2]
     assert len(pages_of(pages, 2, samples=6).inputs) == 3
+
+
+def test_reading_and_processing_a_page_is_timed_and_drawing_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that reading moves by 100 s, drawing by 1000 s, processing by 1 s, and the first page by 50 s more."""
+    now, cold = [0.0], [50.0]
+
+    def slow(function: Any, seconds: float) -> Any:
+        def slowed(*given: Any, **options: Any) -> Any:
+            now[0] += seconds
+            return function(*given, **options)
+
+        return slowed
+
+    def first_is_cold(*given: Any) -> Any:
+        now[0] += 1 + (cold.pop() if cold else 0)
+        return patches(*given)
+
+    patches = module.patches
+    monkeypatch.setattr(module, "patches", first_is_cold)
+    monkeypatch.setattr(module.drawn, "page", slow(module.drawn.page, 1000))
+    monkeypatch.setattr(Image, "open", slow(Image.open, 100))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    mine, drawn = Pages(str(scans(tmp_path, 2)), 64), Pages("64x64", 64)
+    assert pages_of(mine, 1).workload.preprocess_s == 101
+    assert pages_of(drawn, 1).workload.preprocess_s == 1
+    cold.append(50)
+    (tmp_path / "1.png").unlink()
+    assert pages_of(Pages(str(tmp_path), 64), 1).workload.preprocess_s == 151
