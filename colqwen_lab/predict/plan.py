@@ -209,7 +209,8 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
         with_eager = cell.execution == "fast" and cell.timing and any(" eager/" in w for w in cell.timing.ways_in_turn)
         workspaces = 2 if with_eager else 1
         target = Target(cell.environment.device, (capability[0], capability[1]), workspaces) if on_gpu else HOST
-        return planners[asked].cell(cell.batch_size, target)
+        made = planners[asked].cell(cell.batch_size, target)
+        return made.model_copy(update={"workload": made.workload.model_copy(update={"pages": work.pages})})
 
     return [like(cell) for cell in cells]
 

@@ -47,6 +47,7 @@ def test_an_a4_page_of_the_4b() -> None:
     made = lab.plan("awq", 1, size="4b", workload="pages", cards="").to_dict()
     cell = made["cells"][0]
     assert cell["tokens"] == 1271
+    assert page_predictor("awq", "4b").cell(1).workload.pages == Pages().label
     assert cell["flops"] > 1271 * 7.267e9 + 2 * 5040 * 300e6
     assert cell["ledger"]["vision tower"] == pytest.approx(584.111 * MIB, rel=0.001)
 
@@ -65,11 +66,13 @@ def test_a_measured_cell_of_pages_beside_its_prediction() -> None:
             "origin": "measured",
             "backend": made.backend.model_copy(update={"engaged": {"torch.nn.Linear": 28}}),
             "memory": Memory(peak_bytes=made.memory.peak_bytes, method="tracked"),
+            "workload": made.workload.model_copy(update={"pages": "drawn, 64 x 64 pixels"}),
         }
     )
     (twin,) = predict_like([seen])
     assert twin is not None
     assert twin.memory is not None
     assert twin.memory.peak_bytes == made.memory.peak_bytes
+    assert twin.settings() == seen.settings()
     sizes = seen.model_copy(update={"workload": seen.workload.model_copy(update={"padded_share": 0.2})})
     assert predict_like([sizes]) == [None]
