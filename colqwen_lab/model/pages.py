@@ -166,14 +166,20 @@ def read_pages(files: Iterable[Path], refuse: Callable[[str], None]) -> Iterator
     pixels, or more than 200 times as long as it is wide.
     """
     for file in files:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                yield from _pdf_pages(file) if file.suffix.lower() == ".pdf" else _image_pages(file)
-        except Exception as error:  # whatever a decoder finds wrong with a file is that file's
-            unknown = isinstance(error, UnidentifiedImageError)
-            said = "no image that Pillow reads" if unknown else " ".join(str(error).split()) or type(error).__name__
-            refuse(f"{file.name} is left out: {said[:200]}")
+        pages = _pdf_pages(file) if file.suffix.lower() == ".pdf" else _image_pages(file)
+        while True:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", Image.DecompressionBombWarning)
+                    image = next(pages, None)
+            except Exception as error:  # whatever a decoder finds wrong with a file is that file's
+                unknown = isinstance(error, UnidentifiedImageError)
+                said = "no image that Pillow reads" if unknown else " ".join(str(error).split()) or type(error).__name__
+                refuse(f"{file.name} is left out: {said[:200]}")
+                break
+            if image is None:
+                break
+            yield image
 
 
 def _image_pages(file: Path) -> Iterator[Image.Image]:
