@@ -62,17 +62,18 @@ def test_a_folder_goes_on_past_files_that_cannot_be_read(path: Path, tmp_path: P
     for number in range(3):
         Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"{number}.png")
     (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
     said: list[str] = []
     cells = run(path, "base,awq", "1,2", said, pages=str(folder), backend="torch")
     assert [cell.status for cell in cells] == ["ok"] * 4
-    assert {(cell.workload.distinct, cell.workload.refused) for cell in cells} == {(3, 1)}
+    assert {(cell.workload.distinct, cell.workload.refused) for cell in cells} == {(3, 2)}
     assert len({cell.workload.pages for cell in cells}) == 1
-    assert cells[0].workload.pages.startswith("4 files ")
+    assert cells[0].workload.pages.startswith("5 files ")
     left_out = [line.split(" is left out: ")[0] for line in said if "left out" in line]
-    assert left_out == ["broken.jpg"]
+    assert left_out == ["broken.jpg", "gone.png"]
     assert str(folder) not in path.read_text()
     for file in folder.iterdir():
         file.unlink()
     (folder / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(BadInput, match="none of 1 files gives a page; broken.jpg is left out"):
+    with pytest.raises(BadInput, match=r"none of 1 files gives a page; broken\.jpg is left out"):
         run(path, pages=str(folder))

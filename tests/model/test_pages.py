@@ -76,6 +76,7 @@ def test_modes_of_an_image() -> None:
     deep = to_rgb(Image.fromarray(grey.astype(np.uint16) * 257))
     assert np.array_equal(np.asarray(deep), plain)
     assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey.astype(np.int32) * 257))), plain)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey.astype(np.int32)))), plain)
     clear = to_rgb(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (8, 8), 0)
@@ -102,14 +103,24 @@ def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path, monkeypatch: 
     frames[0].save(tmp_path / "h.tiff", save_all=True, append_images=frames[1:])
     (tmp_path / "notes.txt").write_text("no page")
     encrypted(tmp_path / "d-encrypted.pdf")
+    (tmp_path / "i-gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "j.png").mkdir()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7_000_000)
     said: list[str] = []
     found = [image.size for image in read_pages(page_files(tmp_path), said.append)]
     assert found == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
-    names = ["b-broken.png", "d-encrypted.pdf", "f-line.png", "g-bomb.png"]
+    names = ["b-broken.png", "d-encrypted.pdf", "f-line.png", "g-bomb.png", "i-gone.png"]
     assert [line.split(" is left out: ")[0] for line in said] == names
     assert all("\n" not in line for line in said)
     assert "password" in said[1].lower()
+
+
+def test_the_reader_s_filter_of_warnings_is_not_its_caller_s(tmp_path: Path) -> None:
+    frames = [Image.new("L", (8, 8)) for _ in range(2)]
+    frames[0].save(tmp_path / "two.tiff", save_all=True, append_images=frames[1:])
+    before = warnings.filters[:]
+    for _ in read_pages(page_files(tmp_path), pytest.fail):
+        assert warnings.filters == before
 
 
 def encrypted(path: Path) -> None:
