@@ -164,7 +164,7 @@ def read_pages(files: Iterable[Path], refuse: Callable[[str], None]) -> Iterator
     """Every page of the files as an RGB image; one that cannot be read costs its file's rest, and a line to `refuse`.
 
     Pages of a PDF are drawn at 150 dpi, a TIFF gives each of its frames. Images are turned as their EXIF says,
-    transparent ones laid on white, 16-bit grey ones scaled to 8 (32-bit ones hold 8 or 16, as their values say). Refused
+    transparent ones laid on white, 16-bit grey ones scaled to 8; 32-bit ones hold 8 or 16, as their values say. Refused
     is what is larger than Pillow's limit of pixels, or more than 200 times as long as it is wide.
     """
     for file in files:

@@ -75,6 +75,8 @@ class Planner:
             if execution == "fast":
                 raise BadInput("execution fast embeds queries; valid for pages: eager")
             self.predictor: Predictor = page_predictor(model, size, dtype, kernel, visual_tokens)
+        elif visual_tokens != VISUAL_TOKENS:
+            raise BadInput(f"visual_tokens are of workload pages, not {workload}; valid: workload pages")
         else:
             self.predictor = predictor(model, size, dtype, kernel, execution)
         self._known: dict[tuple[int, Target], Cell] = {}

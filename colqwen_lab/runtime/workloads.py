@@ -48,6 +48,8 @@ WORKLOADS = {"queries": Habit("8,16,32,64,128,256", 10), "pages": Habit("1,2,4",
 QUERIES = 64
 # Pages that are kept as patches, 31 MB each at 1,280 visual tokens.
 MOST_DISTINCT = 64
+# Of a drawn page, in pixels: below it no letters can be drawn; longer ones no processor takes.
+LEAST_SIDE, MOST_SIDE, MOST_TIMES = 32, 9999, 200
 # Of a stored embedding's value, in 16 bits.
 INDEX_VALUE_BYTES = 2
 # "Retrieve information about topic number " under Qwen's tokenizer; a number adds a token a digit.
@@ -122,13 +124,17 @@ class Pages:
     `label` names them in a record: for files the digest of their names and contents, and no path.
 
     Raises:
-        BadInput: neither, or a budget out of bounds.
+        BadInput: neither, or a size or a budget out of bounds.
     """
 
     def __init__(self, source: str = "", visual_tokens: int = VISUAL_TOKENS) -> None:
         self.visual_tokens = check_visual_tokens(visual_tokens)
-        size = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", source)
+        size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", source)
         self.size = (int(size[1]), int(size[2])) if size else (drawn.WIDTH, drawn.HEIGHT)
+        least, most = min(self.size), max(self.size)
+        if least < LEAST_SIDE or most > min(MOST_SIDE, MOST_TIMES * least):
+            valid = f"WIDTHxHEIGHT, each {LEAST_SIDE} to {MOST_SIDE}, one at most {MOST_TIMES} times the other"
+            raise BadInput(f"pages of {source} pixels; valid: {valid}")
         self.files = page_files(source) if source and not size else []
         self.refused: list[str] = []
         self._made: list[tuple[Tensor, tuple[int, int, int]]] = []

@@ -11,6 +11,7 @@ from PIL import Image
 import colqwen_lab as lab
 from colqwen_lab.errors import BadInput
 from colqwen_lab.measure.clock import Patience
+from colqwen_lab.measure.fleet import matrix
 from colqwen_lab.measure.sweep import request, sweep
 from colqwen_lab.records import Cell, read_cells
 from colqwen_lab.report.series import PAGE_COLUMNS, Results
@@ -77,3 +78,10 @@ def test_a_folder_goes_on_past_files_that_cannot_be_read(path: Path, tmp_path: P
     (folder / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(BadInput, match=r"none of 1 files gives a page; broken\.jpg is left out"):
         run(path, pages=str(folder))
+
+
+def test_texts_are_of_queries_alone() -> None:
+    with pytest.raises(BadInput, match="texts are of workload queries, not pages; valid: workload queries"):
+        request("base", "1", workload="pages", texts="natural")
+    queries, pages = matrix("base", "1", workload="queries,pages", texts="natural", visual_tokens=64)
+    assert (queries.texts, pages.texts, pages.visual_tokens) == ("natural", "report", 64)

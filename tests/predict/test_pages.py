@@ -56,6 +56,8 @@ def test_bad_input() -> None:
     for given in ({"workload": "page"}, {"visual_tokens": 0, "workload": "pages"}, {"tokens": 5, "workload": "pages"}):
         with pytest.raises(BadInput, match="valid"):
             lab.plan("base", 1, size="tiny", **given)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="visual_tokens are of workload pages, not queries; valid: workload pages"):
+        lab.plan("base", 1, size="tiny", visual_tokens=256)
 
 
 def test_a_measured_cell_of_pages_beside_its_prediction() -> None:

@@ -131,3 +131,15 @@ def test_reading_and_processing_a_page_is_timed_and_drawing_is_not(
     cold.append(50)
     (tmp_path / "1.png").unlink()
     assert pages_of(Pages(str(tmp_path), 64), 1).workload.preprocess_s == 151
+
+
+@pytest.mark.parametrize("size", ["1x1", "31x64", "64x31", "9999x32", "32x6401", "0x0", "10000x10000"])
+def test_sizes_that_cannot_be_drawn(size: str) -> None:
+    says = f"pages of {size} pixels; valid: WIDTHxHEIGHT, each 32 to 9999, one at most 200 times the other"
+    with pytest.raises(BadInput, match=says):
+        Pages(size)
+
+
+def test_the_smallest_and_the_narrowest_that_are_drawn() -> None:
+    for size in ("32x32", "32x6400"):
+        assert pages_of(Pages(size, visual_tokens=64), 1).workload.distinct == 2
