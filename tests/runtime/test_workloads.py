@@ -11,6 +11,7 @@ from PIL import Image
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.model.network import ColQwen3Config
+from colqwen_lab.model.processing import TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.runtime import workloads as module
 from colqwen_lab.runtime.workloads import Batches, Pages, query_batches
 
@@ -72,7 +73,7 @@ def scans(folder: Path, count: int) -> Path:
 
 
 def pages_of(source: Pages, batch: int, samples: int = 0) -> Batches:
-    return source.batches(ColQwen3Config.of_size("tiny"), None, batch, samples, CPU)
+    return source.batches(ColQwen3Config.of_size("tiny"), read_tokenizer(TINY_TOKENIZER), batch, samples, CPU)
 
 
 def test_every_batch_size_has_all_of_a_person_s_pages(tmp_path: Path) -> None:
