@@ -39,7 +39,7 @@ class Workload(Value):
     """What one step embeds. `tokens` is the padded length of the longest batch, `padded_share` of all tokens.
 
     Of pages: the budget of `visual_tokens`, what `pages` they are, how many `distinct` ones, how many files were
-    `refused`, the bytes of index of one, and the seconds that a processor takes for one, outside the step.
+    `refused`, the bytes of index of one, and the seconds that reading and processing one take, outside the step.
     """
 
     kind: Literal["queries", "pages"]
@@ -225,14 +225,15 @@ class Cell(Value):
         return self.workload.batch_size
 
     def settings(self) -> tuple[str, ...]:
-        """What two series must share to be compared at equal batch: size, workload, execution, protocol."""
-        return (self.size, self.workload.budget, self.execution, self.protocol)
+        """What two series must share to be compared at equal batch: size, workload, pages, execution, protocol."""
+        work = self.workload
+        what = f"{work.budget} ({work.pages})" if work.pages else work.budget
+        return (self.size, what, self.execution, self.protocol)
 
     def key(self) -> tuple[str, ...]:
         """What makes this cell this cell, within one environment. A sweep holds each key once."""
         work = self.workload
-        inputs = work.pages or work.texts or ""
-        asked = (self.backend.requested, self.backend.requested_dtype or "", inputs, str(work.batch_size))
+        asked = (self.backend.requested, self.backend.requested_dtype or "", work.texts or "", str(work.batch_size))
         return (self.variant, self.weights, *self.settings(), *asked, self.card.name if self.card else "")
 
     def to_line(self) -> str:

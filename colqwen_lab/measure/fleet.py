@@ -61,8 +61,13 @@ def matrix(
         BadInput: a wrong value.
     """
     axes = [list(dict.fromkeys(listed(axis))) for axis in (size, workload, execution)]
-    # What pages alone have is refused where there are only queries, and not given to those beside pages.
-    of_queries = {k: v for k, v in options.items() if "pages" not in axes[1] or k not in ("pages", "visual_tokens")}
+    # What one workload alone has is refused by the other, and where both are asked for not given to it.
+    own = {"queries": ("texts",), "pages": ("pages", "visual_tokens")}
+
+    def given(kind: str) -> dict[str, Any]:
+        others = {name for other in own if other in axes[1] and other != kind for name in own[other]}
+        return {name: value for name, value in options.items() if name not in others}
+
     return [
         request(
             model,
@@ -71,7 +76,7 @@ def matrix(
             workload=kind,
             execution=how,
             patience=patience(kind),
-            **(options if kind == "pages" else of_queries),
+            **given(kind),
         )
         for size, kind, how in product(*axes)
     ]

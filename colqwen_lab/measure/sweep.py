@@ -138,6 +138,8 @@ class Request:
             raise BadInput("execution fast embeds queries only; valid for workload pages: eager")
         if self.workload != "pages" and (self.pages or self.visual_tokens != VISUAL_TOKENS):
             raise BadInput(f"pages and visual_tokens are of workload pages, not {self.workload}; valid: workload pages")
+        if self.workload != "queries" and self.texts != "report":
+            raise BadInput(f"texts are of workload queries, not {self.workload}; valid: workload queries")
         if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
             raise BadInput("weights go with a named model; a folder or a hub id as model holds its own")
         if self.weights not in WEIGHTS and not Path(self.weights).is_dir():

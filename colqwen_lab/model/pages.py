@@ -131,7 +131,9 @@ def page_batch(
 
 
 def page_files(source: str | Path) -> list[Path]:
-    """The images and PDFs of a folder in the order of their names, or the one file.
+    """The images and PDFs that lie in a folder, known by their suffix, in the order of their names; or the one file.
+
+    Folders within it and files of other suffixes, or none, are no pages. A link that leads nowhere is refused later.
 
     Raises:
         BadInput: no such file or folder, or one that holds neither.
@@ -141,7 +143,7 @@ def page_files(source: str | Path) -> list[Path]:
     if not path.exists():
         raise BadInput(f"no pages at {path}; valid: a folder of images, an image, or a PDF")
     found = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in found if file.suffix.lower() in known and file.is_file()]
+    files = [file for file in found if file.suffix.lower() in known and (file.is_file() or not file.exists())]
     if not files:
         raise BadInput(f"{path} holds no image and no PDF; valid: a folder of images, an image, or a PDF")
     return files
@@ -162,18 +164,24 @@ def read_pages(files: Iterable[Path], refuse: Callable[[str], None]) -> Iterator
     """Every page of the files as an RGB image; one that cannot be read costs its file's rest, and a line to `refuse`.
 
     Pages of a PDF are drawn at 150 dpi, a TIFF gives each of its frames. Images are turned as their EXIF says,
-    transparent ones laid on white, 16-bit grey ones scaled to 8. Refused is what is larger than Pillow's limit of
-    pixels, or more than 200 times as long as it is wide.
+    transparent ones laid on white, 16-bit grey ones scaled to 8; 32-bit ones hold 8 or 16, as their values say. Refused
+    is what is larger than Pillow's limit of pixels, or more than 200 times as long as it is wide.
     """
     for file in files:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                yield from _pdf_pages(file) if file.suffix.lower() == ".pdf" else _image_pages(file)
-        except Exception as error:  # whatever a decoder finds wrong with a file is that file's
-            unknown = isinstance(error, UnidentifiedImageError)
-            said = "no image that Pillow reads" if unknown else " ".join(str(error).split()) or type(error).__name__
-            refuse(f"{file.name} is left out: {said[:200]}")
+        pages = _pdf_pages(file) if file.suffix.lower() == ".pdf" else _image_pages(file)
+        while True:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", Image.DecompressionBombWarning)
+                    image = next(pages, None)
+            except Exception as error:  # whatever a decoder finds wrong with a file is that file's
+                unknown = isinstance(error, UnidentifiedImageError)
+                said = "no image that Pillow reads" if unknown else " ".join(str(error).split()) or type(error).__name__
+                refuse(f"{file.name} is left out: {said[:200]}")
+                break
+            if image is None:
+                break
+            yield image
 
 
 def _image_pages(file: Path) -> Iterator[Image.Image]:
@@ -207,7 +215,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError(f"grey values of mode {image.mode} are not 16-bit ones")
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        eight_bit = image.mode == "I" and values.max() <= 255
+        image = Image.fromarray((values if eight_bit else values // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

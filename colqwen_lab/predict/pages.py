@@ -18,7 +18,7 @@ from colqwen_lab.model.pages import VISUAL_TOKENS, batch_of, check_visual_tokens
 from colqwen_lab.model.variants import Variant, resolve_variant
 from colqwen_lab.predict.memory import A100, LARGEST_BATCH, Predictor, Target, Trace
 from colqwen_lab.records import Cell, Memory, Value, Work, Workload
-from colqwen_lab.runtime.workloads import INDEX_VALUE_BYTES
+from colqwen_lab.runtime.workloads import INDEX_VALUE_BYTES, Pages
 
 # The larger is the largest batch that is run as it is; beyond, figures lie on the line through these two. How much of
 # the reserved memory lies in pieces goes up and down with the batch, and this line is on the upper side of it.
@@ -118,6 +118,7 @@ class PagePredictor(Predictor):
 
     def _workload(self, batch_size: int, tokens: int | None, padded: bool) -> tuple[Workload, bool]:
         beside = len(prompt_ids(self.tokenizer, self.config, 0))
+        pages = Pages().label if tokens is None else None
         if tokens is None:
             tokens = beside + visual_tokens_of(WIDTH, HEIGHT, self.config, self.visual_tokens)
         longest = self.config.text_config.max_position_embeddings
@@ -129,6 +130,7 @@ class PagePredictor(Predictor):
             tokens=tokens,
             padded_share=0.0,
             visual_tokens=self.visual_tokens,
+            pages=pages,
             index_bytes=tokens * self.config.embed_dim * INDEX_VALUE_BYTES,
         )
         return workload, True

@@ -75,6 +75,8 @@ class Planner:
             if execution == "fast":
                 raise BadInput("execution fast embeds queries; valid for pages: eager")
             self.predictor: Predictor = page_predictor(model, size, dtype, kernel, visual_tokens)
+        elif visual_tokens != VISUAL_TOKENS:
+            raise BadInput(f"visual_tokens are of workload pages, not {workload}; valid: workload pages")
         else:
             self.predictor = predictor(model, size, dtype, kernel, execution)
         self._known: dict[tuple[int, Target], Cell] = {}
@@ -206,7 +208,8 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
         capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
         on_gpu = cell.environment.gpu is not None
         target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
-        return planners[asked].cell(cell.batch_size, target)
+        made = planners[asked].cell(cell.batch_size, target)
+        return made.model_copy(update={"workload": made.workload.model_copy(update={"pages": work.pages})})
 
     return [like(cell) for cell in cells]
 

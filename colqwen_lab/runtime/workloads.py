@@ -48,6 +48,8 @@ WORKLOADS = {"queries": Habit("8,16,32,64,128,256", 10), "pages": Habit("1,2,4",
 QUERIES = 64
 # Pages that are kept as patches, 31 MB each at 1,280 visual tokens.
 MOST_DISTINCT = 64
+# Of a drawn page, in pixels: below it no letters can be drawn; longer ones no processor takes.
+LEAST_SIDE, MOST_SIDE, MOST_TIMES = 32, 9999, 200
 # Of a stored embedding's value, in 16 bits.
 INDEX_VALUE_BYTES = 2
 # "Retrieve information about topic number " under Qwen's tokenizer; a number adds a token a digit.
@@ -122,13 +124,17 @@ class Pages:
     `label` names them in a record: for files the digest of their names and contents, and no path.
 
     Raises:
-        BadInput: neither, or a budget out of bounds.
+        BadInput: neither, or a size or a budget out of bounds.
     """
 
     def __init__(self, source: str = "", visual_tokens: int = VISUAL_TOKENS) -> None:
         self.visual_tokens = check_visual_tokens(visual_tokens)
-        size = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", source)
+        size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", source)
         self.size = (int(size[1]), int(size[2])) if size else (drawn.WIDTH, drawn.HEIGHT)
+        least, most = min(self.size), max(self.size)
+        if least < LEAST_SIDE or most > min(MOST_SIDE, MOST_TIMES * least):
+            valid = f"WIDTHxHEIGHT, each {LEAST_SIDE} to {MOST_SIDE}, one at most {MOST_TIMES} times the other"
+            raise BadInput(f"pages of {source} pixels; valid: {valid}")
         self.files = page_files(source) if source and not size else []
         self.refused: list[str] = []
         self._made: list[tuple[Tensor, tuple[int, int, int]]] = []
@@ -148,9 +154,14 @@ class Pages:
         return (drawn.page(number, width=self.size[0]).resize(self.size) for number in itertools.count())
 
     def _make(self, count: int, config: ColQwen3Config) -> None:
-        """Have the patches of `count` pages; what the processor takes for one, from pixels to patches, is timed."""
-        for image in itertools.islice(self._images, max(0, count - len(self._made))):
+        """Have the patches of `count` pages; what one takes, from a file or a drawn image to patches, is timed."""
+        for _ in range(count - len(self._made)):
             before = time.perf_counter()
+            image = next(self._images, None)
+            if image is None:
+                break
+            if not self.files:
+                before = time.perf_counter()
             self._made.append(patches(image, config, self.visual_tokens))
             self._seconds.append(time.perf_counter() - before)
         if not self._made:
@@ -164,20 +175,23 @@ class Pages:
         samples: int,
         device: torch.device,
     ) -> Batches:
-        """max(`samples`, 2 x batch) pages, cut into batches, padded on the left; beyond 64, or one's own, they repeat.
+        """Whole batches, padded on the left, of all of a person's pages, or of max(`samples`, 2 x batch) drawn ones.
+
+        At most 64 are distinct; what is left of the last batch, and of two batches at least, repeats them.
 
         Raises:
             BadInput: none of the files could be read.
         """
         count = max(samples, 2 * batch_size)
-        self._make(min(count, MOST_DISTINCT), config)
-        distinct = self._made[:count]
-        rows = list(itertools.islice(itertools.cycle(distinct), count))
+        most = MOST_DISTINCT if self.files else min(count, MOST_DISTINCT)
+        self._make(most, config)
+        distinct = self._made[:most]
+        rows = itertools.cycle(distinct)
         inputs = [
-            batch_of(rows[start : start + batch_size], tokenizer, config, device)
-            for start in range(0, count - batch_size + 1, batch_size)
+            batch_of(list(itertools.islice(rows, batch_size)), tokenizer, config, device)
+            for _ in range(0, max(count, len(distinct)), batch_size)
         ]
-        sizes = [int(batch["attention_mask"].sum()) / batch_size for batch in inputs]
+        sizes = [int(mask.sum()) for batch in inputs for mask in batch["attention_mask"]][: len(distinct)]
         workload = Workload(
             kind="pages",
             batch_size=batch_size,
@@ -186,6 +200,6 @@ class Pages:
             distinct=len(distinct),
             refused=len(self.refused),
             index_bytes=round(statistics.fmean(sizes) * config.embed_dim * INDEX_VALUE_BYTES),
-            preprocess_s=statistics.median(self._seconds),
+            preprocess_s=statistics.median(self._seconds[1:] or self._seconds),
         )
         return replace(_counted(inputs, workload), said=tuple(self.refused))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from colqwen_lab.errors import BadInput
 from colqwen_lab.model.drawn import page
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
-from colqwen_lab.model.pages import page_batch, page_files, patches, prompt_ids, read_pages, to_rgb, visual_tokens_of
+from colqwen_lab.model.pages import (
+    digest,
+    page_batch,
+    page_files,
+    patches,
+    prompt_ids,
+    read_pages,
+    to_rgb,
+    visual_tokens_of,
+)
 from colqwen_lab.model.processing import TINY_TOKENIZER, read_tokenizer
 
 CONFIG = ColQwen3Config.of_size("tiny")
@@ -33,6 +43,28 @@ CONFIG = ColQwen3Config.of_size("tiny")
 def test_token_counts_are_the_published_ones(size: tuple[int, int], visual: int, tokens: int) -> None:
     assert visual_tokens_of(*size, CONFIG) == visual
     assert len(prompt_ids(None, ColQwen3Config.of_size("4b"), visual)) == tokens
+
+
+def test_the_prompt_is_the_published_one() -> None:
+    """Without a tokenizer its places are taken, and those of the image are known."""
+    tokenizer = read_tokenizer(TINY_TOKENIZER)
+    ids = prompt_ids(tokenizer, CONFIG, 3)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|>"
+        "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
+    )
+    assert ids[-2:] == [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    start, image, end = CONFIG.vision_start_token_id, CONFIG.image_token_id, CONFIG.vision_end_token_id
+    assert [one for one in ids if one in (start, image, end)] == [start, image, image, image, end]
+    assert prompt_ids(None, CONFIG, 3)[3:8] == [start, image, image, image, end]
+
+
+def test_the_image_s_tokens_are_told_apart() -> None:
+    images = [page(0).resize(size) for size in ((96, 96), (64, 224))]
+    batch = page_batch(images, read_tokenizer(TINY_TOKENIZER), CONFIG, 20)
+    types, grids = batch["mm_token_type_ids"], batch["image_grid_thw"]
+    assert types.sum(1).tolist() == (grids.prod(1) // 4).tolist()
+    assert types.tolist() == (batch["input_ids"] == CONFIG.image_token_id).int().tolist()
 
 
 @pytest.mark.parametrize("size", [(620, 877), (1, 1), (900, 60)])
@@ -75,6 +107,7 @@ def test_modes_of_an_image() -> None:
     deep = to_rgb(Image.fromarray(grey.astype(np.uint16) * 257))
     assert np.array_equal(np.asarray(deep), plain)
     assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey.astype(np.int32) * 257))), plain)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey.astype(np.int32)))), plain)
     clear = to_rgb(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (8, 8), 0)
@@ -101,14 +134,24 @@ def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path, monkeypatch: 
     frames[0].save(tmp_path / "h.tiff", save_all=True, append_images=frames[1:])
     (tmp_path / "notes.txt").write_text("no page")
     encrypted(tmp_path / "d-encrypted.pdf")
+    (tmp_path / "i-gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "j.png").mkdir()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7_000_000)
     said: list[str] = []
     found = [image.size for image in read_pages(page_files(tmp_path), said.append)]
     assert found == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
-    names = ["b-broken.png", "d-encrypted.pdf", "f-line.png", "g-bomb.png"]
+    names = ["b-broken.png", "d-encrypted.pdf", "f-line.png", "g-bomb.png", "i-gone.png"]
     assert [line.split(" is left out: ")[0] for line in said] == names
     assert all("\n" not in line for line in said)
     assert "password" in said[1].lower()
+
+
+def test_the_reader_s_filter_of_warnings_is_not_its_caller_s(tmp_path: Path) -> None:
+    frames = [Image.new("L", (8, 8)) for _ in range(2)]
+    frames[0].save(tmp_path / "two.tiff", save_all=True, append_images=frames[1:])
+    before = warnings.filters[:]
+    for _ in read_pages(page_files(tmp_path), pytest.fail):
+        assert warnings.filters == before
 
 
 def encrypted(path: Path) -> None:
@@ -118,6 +161,18 @@ def encrypted(path: Path) -> None:
         b"trailer<</Root 1 0 R/ID[<00><00>]/Encrypt<</Filter/Standard/V 1/R 2/P -4/O<" + b"00" * 32 + b">/U<" 
         + b"00" * 32 + b">>>>>\n%%EOF"
     )  # fmt: skip
+
+
+def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
+    def of(folder: str, **files: str) -> str:
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text)
+        return digest(sorted((tmp_path / folder).iterdir()))
+
+    same = of("a", x="1", y="2")
+    assert of("b", x="1", y="2") == same
+    assert len({same, of("c", x="1", y="3"), of("d", x="1", z="2"), of("e", x="1"), of("f", x="2", y="1")}) == 5
 
 
 def test_bad_input(tmp_path: Path) -> None:
