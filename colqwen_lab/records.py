@@ -431,8 +431,26 @@ def _append(path: Path, cells: Iterable[Cell]) -> None:
 def _replace(path: Path, cells: Iterable[Cell]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    _append(temporary, cells)
-    temporary.replace(path)
+    try:
+        _append(temporary, cells)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_cells(path: Path, cells: Iterable[Cell]) -> None:
+    """The file of these cells alone; where that fails, the file as it was.
+
+    Raises:
+        BadInput: a sweep holds the file, or it cannot be written.
+    """
+    try:
+        with FileLock(f"{path}.lock", timeout=0):
+            _replace(path, cells)
+    except Timeout:
+        raise BadInput(f"a sweep writes to {path}; wait for it or name another file") from None
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; name a file that can be written") from None
 
 
 # ---------------------------------------------------------------- figures from elsewhere
