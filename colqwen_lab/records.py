@@ -11,20 +11,22 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from colqwen_lab.errors import BadInput
+from colqwen_lab.errors import BadInput, LabError, Unmet
 from colqwen_lab.settings import DATA
 
 MIB = 2**20
 GIB = 2**30
 PUBLISHED = "published"
 HEAD = '{"schema":1,'  # how each line of a records file begins
+GOES_ON = "what was measured is on file, and the same command goes on from there"
 
 Origin = Literal["measured", "predicted", "published"]
 
@@ -347,6 +349,19 @@ def neighbour(path: Path, kind: str) -> Path:
     return path.with_suffix(f".{kind}") if path.suffix == ".jsonl" else path.with_name(f"{path.name}.{kind}")
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around each write to a records file, or beside it.
+
+    Raises:
+        Unmet: it cannot be written any more; what was measured before is on it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Unmet(f"cannot write {path}: {error.strerror or error}; {GOES_ON}") from None
+
+
 class Store:
     """The records file of one sweep: what is kept of it, and an append that survives a kill and a full disk.
 
@@ -357,6 +372,7 @@ class Store:
 
     Raises:
         BadInput: the file is not a records file, its folder cannot be written, or another sweep holds it.
+        Unmet: the disk is full; also of `add` and `set_aside`.
     """
 
     def __init__(
@@ -385,7 +401,7 @@ class Store:
         except OSError as error:
             self._lock.release()
             raise BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write") from None
-        except BadInput:
+        except LabError:
             self._lock.release()  # now: a traceback that a notebook keeps would hold it
             raise
 
@@ -398,7 +414,8 @@ class Store:
     def add(self, cells: Iterable[Cell]) -> None:
         """Append `cells`; they are on disk when this returns."""
         new = list(cells)
-        _append(self.path, new)
+        with writing(self.path):
+            _append(self.path, new)
         self.cells.extend(new)
         if self._emit:
             for cell in new:
@@ -407,10 +424,12 @@ class Store:
     def set_aside(self, gone: Callable[[Cell], bool]) -> list[Cell]:
         """Move the rows for which `gone` holds to the file beside this one; they are what is returned."""
         aside = [cell for cell in self.cells if gone(cell)]
-        if aside:
-            _append(neighbour(self.path, "superseded.jsonl"), aside)
-        self.cells = [cell for cell in self.cells if not gone(cell)]
-        _replace(self.path, self.cells)
+        kept = [cell for cell in self.cells if not gone(cell)]
+        with writing(self.path):
+            if aside:
+                _append(neighbour(self.path, "superseded.jsonl"), aside)
+            _replace(self.path, kept)
+        self.cells = kept
         return aside
 
 

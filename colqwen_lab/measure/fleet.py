@@ -170,7 +170,17 @@ class Fleet:
         self.tries = dict.fromkeys(jobs, 0)
 
     def run(self) -> list[Cell]:
-        """The cells of all jobs, in the order of the jobs. A job that cannot end leaves the others."""
+        """The cells of all jobs, in the order of the jobs. A job that cannot end leaves the others.
+
+        Raises:
+            Unmet: a job could not end, or the file cannot be written any more.
+        """
+        try:
+            return self._run()
+        finally:
+            self._take_in()  # what had arrived before Ctrl-C
+
+    def _run(self) -> list[Cell]:
         found: dict[Job, list[Cell]] = {}
         lost: dict[Job, LabError] = {}
         running = {self._start(job): job for job in self.jobs}
@@ -204,14 +214,15 @@ class Fleet:
 
     def _take_in(self) -> None:
         """Rows to the file, each in place of an earlier one of the same cell on the same machine; lines to progress."""
-        for one in self.arrivals.get_nowait_batch(self.arrivals.qsize()):
-            if not isinstance(one, Cell):
-                self.progress(one)
-                continue
-            old = [cell for cell in self.store.cells if _same(cell, one)]
-            self.store.add([one])
-            if old:
-                self.store.set_aside(lambda cell, old=old: cell in old)  # type: ignore[misc]
+        arrived = self.arrivals.get_nowait_batch(self.arrivals.qsize())
+        rows = [one for one in arrived if isinstance(one, Cell)]
+        old = [cell for cell in self.store.cells if any(_same(cell, row) for row in rows)]
+        if rows:
+            self.store.add(rows)
+        if old:
+            self.store.set_aside(lambda cell: any(cell is one for one in old))
+        for line in (one for one in arrived if not isinstance(one, Cell)):
+            self.progress(line)
 
 
 def _measure(asked: Request, known: list[Cell], code: str, job: str, arrivals: Any) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
@@ -208,6 +209,50 @@ def test_another_version_on_the_nodes_is_refused(path: Path, monkeypatch: pytest
     monkeypatch.setattr(fleet, "code_version", lambda: next(versions))
     with pytest.raises(Unmet, match="another version of colqwen-lab"):
         PlayedRay().run(path, jobs_of(path, ""))
+
+
+def test_a_disk_that_fills_up_ends_the_fleet_in_one_line_and_loses_no_row_before(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    first = PlayedRay().run(path, jobs_of(path, ""))
+    ray, wait = PlayedRay(), PlayedRay.wait
+
+    def then_full(self: PlayedRay, tasks: list[Any], timeout: float) -> Any:
+        done = wait(self, tasks, timeout)
+        monkeypatch.setattr(os, "fsync", full)
+        return done
+
+    monkeypatch.setattr(PlayedRay, "wait", then_full)
+    with pytest.raises(Unmet, match=r"cannot write .*: No space left on device; .*the same command goes on from there"):
+        ray.run(path, jobs_of(path, "", fresh=True))
+    assert read_cells(path) == first
+
+
+def test_rows_that_arrive_together_are_written_in_one_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = PlayedRay().run(path, jobs_of(path, ""))
+    added: list[int] = []
+    really = Store.add
+    monkeypatch.setattr(Store, "add", lambda store, cells: added.append(len(cells)) or really(store, cells))
+    monkeypatch.setattr(fleet, "_measure", lambda *asked: [asked[-1].put(one) or one for one in first])
+    PlayedRay().run(path, jobs_of(path, "", fresh=True))
+    assert added == [3]
+    assert read_cells(path) == first
+
+
+def test_interrupted_it_takes_in_what_had_arrived(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = PlayedRay.wait
+
+    def interrupt(self: PlayedRay, tasks: list[Any], timeout: float) -> Any:
+        wait(self, tasks, timeout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PlayedRay, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        PlayedRay().run(path, jobs_of(path, ""))
+    assert [c.batch_size for c in read_cells(path)] == [1, 2, 4]
 
 
 # ---------------------------------------------------------------- three nodes, one killed
