@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from colqwen_lab.records import (
     listed,
     neighbour,
     rate_of,
+    writing,
 )
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS
 from colqwen_lab.runtime.fast import bucket
@@ -174,12 +176,16 @@ def request(
 
 
 class Sweep:
-    """One run of a request on a device."""
+    """One run of a request on a device. It leaves the mark that it ended, unless it is a `part` of more."""
 
     def __init__(
-        self, asked: Request, progress: Callable[[str], None], emit: Callable[[Cell], object] | None = None
+        self,
+        asked: Request,
+        progress: Callable[[str], None],
+        emit: Callable[[Cell], object] | None = None,
+        part: bool = False,
     ) -> None:
-        self.asked, self.progress, self.emit = asked, progress, emit
+        self.asked, self.progress, self.emit, self.part = asked, progress, emit, part
         self.started = time.perf_counter()
         self.device = pick_device()
         self.size = resolve_size(asked.size, self.device.type == "cuda")
@@ -228,9 +234,8 @@ class Sweep:
             self._end()
 
     def _run(self) -> list[Cell]:
-        done_mark = neighbour(self.path, "result.json")
         with Store(self.path, self._keeps, self.emit, self.progress) as store:
-            done_mark.unlink(missing_ok=True)
+            unmark(self.path)
             if store.superseded:
                 self.progress(f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl")
             for cell in (found := self._found(store.cells)).values():
@@ -252,7 +257,8 @@ class Sweep:
                 "timed_s": round(sum(sum(cell.step_s) + sum(cell.control_s) for cell in fresh), 1),
             }
             self.progress(f"{spent['wall_s']} s in all, {spent['timed_s']} s of them in timed steps")
-            write_result(done_mark, self.path, cells, spent)
+            if not self.part:
+                mark(self.path, cells, spent)
         return cells
 
     def _on_card(self, entry: Entry, card: Card, store: Store) -> Cell:
@@ -603,13 +609,20 @@ def _line(cell: Cell, prefix: str = "") -> str:
     return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
 
 
-def write_result(path: Path, records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
+def mark(records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
     """The mark of a sweep that ended: its counts and its file, written last and whole."""
     counts = {status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")}
     text = json.dumps({"complete": True, "records": records.name, "cells": len(cells), **counts, **spent}, indent=1)
+    path = neighbour(records, "result.json")
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def unmark(records: Path) -> None:
+    with writing(records), suppress(FileNotFoundError, NotADirectoryError):
+        neighbour(records, "result.json").unlink()
 
 
 def to_stderr(line: str) -> None:
@@ -617,14 +630,17 @@ def to_stderr(line: str) -> None:
 
 
 def sweep(
-    asked: Request, progress: Callable[[str], None] = to_stderr, emit: Callable[[Cell], object] | None = None
+    asked: Request,
+    progress: Callable[[str], None] = to_stderr,
+    emit: Callable[[Cell], object] | None = None,
+    part: bool = False,
 ) -> list[Cell]:
     """The cells of `asked`, measured on this machine's device; those in its file already are kept.
 
-    `emit` is called with each new cell as soon as it is on file.
+    `emit` is called with each new cell as soon as it is on file. A `part` of more leaves the mark to who runs them all.
 
     Raises:
         BadInput: a wrong value, or a file that cannot be written.
         Unmet: no weights, or no kernel for them.
     """
-    return Sweep(asked, progress, emit).run()
+    return Sweep(asked, progress, emit, part).run()

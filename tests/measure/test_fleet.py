@@ -27,6 +27,11 @@ QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
 OPTIONS: dict[str, Any] = {"size": "tiny", "weights": "random", "patience": lambda workload: QUICK}
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "rows.jsonl"
+
+
 def keys(cells: list[Cell]) -> list[tuple[str, ...]]:
     return [cell.key() for cell in cells]
 
@@ -60,10 +65,10 @@ def test_in_turn_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     requests = matrix("base", "1,2", **OPTIONS | {"execution": "eager,fast", "output": path})
     really = fleet.sweep
 
-    def no_fast(asked: Any, *more: Any) -> list[Cell]:
+    def no_fast(asked: Any, *more: Any, **options: Any) -> list[Cell]:
         if asked.ways[0].execution == "fast":
             raise Unmet("no kernel here")
-        return really(asked, *more)
+        return really(asked, *more, **options)
 
     requests.reverse()
     monkeypatch.setattr(fleet, "sweep", no_fast)
@@ -75,6 +80,32 @@ def test_in_turn_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert Counter(keys(cells)) == Counter(keys(read_cells(path)))
     assert [cell.execution for cell in cells] == ["fast", "fast", "eager", "eager"]
     assert json.loads(path.with_suffix(".result.json").read_text())["cells"] == 4
+
+
+def test_the_mark_stands_only_where_all_sweeps_ended(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while a later one runs, and where one did not end after a run that did."""
+    mark = path.with_suffix(".result.json")
+    requests = matrix("base", "1", **OPTIONS | {"execution": "eager,fast", "output": path})
+    really, there = fleet.sweep, []
+
+    def watched(*asked: Any, **options: Any) -> list[Cell]:
+        there.append(mark.exists())
+        return really(*asked, **options)
+
+    def lost(*asked: Any, **options: Any) -> list[Cell]:
+        raise Unmet("no weights here")
+
+    monkeypatch.setattr(fleet, "sweep", watched)
+    in_turn(requests, print)
+    assert (there, mark.exists()) == ([False, False], True)
+    monkeypatch.setattr(fleet, "sweep", lost)
+    with pytest.raises(Unmet, match="2 of 2 sweeps did not end"):
+        in_turn(requests, print)
+    assert not mark.exists()
+    mark.write_text("{}")
+    with pytest.raises(Unmet, match="no weights here"):
+        PlayedRay().run(path, jobs_of(path, ""))
+    assert not mark.exists()
 
 
 # ---------------------------------------------------------------- a cluster that is played
@@ -154,11 +185,6 @@ class PlayedRay:
         )
         with Store(path, lambda cell: True) as store:
             return Fleet(self, jobs, store, (lines if lines is not None else []).append, arrivals, gpus=1).run()
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "rows.jsonl"
 
 
 def jobs_of(path: Path, *accelerators: str, **options: Any) -> list[Job]:
