@@ -346,7 +346,20 @@ def _line_cells(text: str, path: Path, say: Callable[[str], Any]) -> list[Cell]:
 
 def neighbour(path: Path, kind: str) -> Path:
     """The file of this kind beside a records file: beside `rows.jsonl`, `rows.result.json`."""
+    path = Path(os.path.realpath(path))
     return path.with_suffix(f".{kind}") if path.suffix == ".jsonl" else path.with_name(f"{path.name}.{kind}")
+
+
+def _own_file(path: Path) -> Path:
+    """The file behind `path`, which is locked and replaced under its own name.
+
+    Raises:
+        BadInput: the name of what lies beside another records file.
+    """
+    found = Path(os.path.realpath(path))
+    if found.name.endswith((".superseded.jsonl", ".result.json", ".lock", ".tmp")):
+        raise BadInput(f"{path} is named as what lies beside a records file; valid: another name, such as rows.jsonl")
+    return found
 
 
 @contextmanager
@@ -371,7 +384,8 @@ class Store:
     called with each new row once it is on disk.
 
     Raises:
-        BadInput: the file is not a records file, its folder cannot be written, or another sweep holds it.
+        BadInput: the file is not a records file or not named as one, its folder cannot be written, or another sweep
+            holds it.
         Unmet: the disk is full; also of `add` and `set_aside`.
     """
 
@@ -382,8 +396,8 @@ class Store:
         emit: Callable[[Cell], object] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.path, self._emit = path, emit
-        self._lock = FileLock(f"{path}.lock")
+        self.path, self._emit = _own_file(path), emit
+        self._lock = FileLock(f"{self.path}.lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -461,11 +475,12 @@ def write_cells(path: Path, cells: Iterable[Cell]) -> None:
     """The file of these cells alone; where that fails, the file as it was.
 
     Raises:
-        BadInput: a sweep holds the file, or it cannot be written.
+        BadInput: a sweep holds the file, it cannot be written, or it is named as what lies beside one.
     """
+    own = _own_file(path)
     try:
-        with FileLock(f"{path}.lock", timeout=0):
-            _replace(path, cells)
+        with FileLock(f"{own}.lock", timeout=0):
+            _replace(own, cells)
     except Timeout:
         raise BadInput(f"a sweep writes to {path}; wait for it or name another file") from None
     except OSError as error:

@@ -138,7 +138,7 @@ def on_ray(
         types = accelerators_of(resources, [name for name in listed(accelerators) if name])
         requests = matrix(model, batch_sizes, device="cuda" if resources.get("GPU") else "cpu", **options)
         jobs = [Job(asked, one) for one in types for asked in into_one_file(requests, "fleet")]
-        with Store(_file_of(jobs), lambda cell: cell.environment.code == code_version()) as store:
+        with Store(_file_of(jobs), lambda cell: cell.environment.code == code_version(), say=progress) as store:
             return Fleet(ray, jobs, store, progress, _queue(ray), gpus=1 if resources.get("GPU") else 0).run()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -148,6 +149,10 @@ class PlayedRay:
 
     def __init__(self, dies: Callable[[int, Cell], bool] = lambda task, cell: False) -> None:
         self.dies, self.options, self.known, self.rows = dies, [], [], SimpleQueue()
+        self.arrivals = SimpleNamespace(
+            qsize=self.rows.qsize, get_nowait_batch=lambda count: [self.rows.get() for _ in range(count)]
+        )
+        self.cluster_resources = dict
 
     def remote(self, **options: Any) -> Callable[..., Any]:
         return lambda function: SimpleNamespace(remote=lambda *args: self.started(options, function, *args))
@@ -180,11 +185,8 @@ class PlayedRay:
         return self.ended
 
     def run(self, path: Path, jobs: list[Job], lines: list[str] | None = None) -> list[Cell]:
-        arrivals = SimpleNamespace(
-            qsize=self.rows.qsize, get_nowait_batch=lambda count: [self.rows.get() for _ in range(count)]
-        )
         with Store(path, lambda cell: True) as store:
-            return Fleet(self, jobs, store, (lines if lines is not None else []).append, arrivals, gpus=1).run()
+            return Fleet(self, jobs, store, (lines if lines is not None else []).append, self.arrivals, gpus=1).run()
 
 
 def jobs_of(path: Path, *accelerators: str, **options: Any) -> list[Job]:
@@ -266,6 +268,21 @@ def test_rows_that_arrive_together_are_written_in_one_go(path: Path, monkeypatch
     PlayedRay().run(path, jobs_of(path, "", fresh=True))
     assert added == [3]
     assert read_cells(path) == first
+
+
+def test_a_fleet_waits_for_a_file_that_another_sweep_holds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = PlayedRay()
+    held, said = Store(path, lambda cell: True), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        held.__exit__()
+
+    monkeypatch.setattr(fleet, "_cluster", lambda address: nullcontext(ray))
+    monkeypatch.setattr(fleet, "_queue", lambda ray: ray.arrivals)
+    cells = on_ray("base", "1", progress=say, **OPTIONS | {"output": path})
+    assert said[0] == f"another sweep writes to {path}; waiting for it, then going on from its rows"
+    assert cells == read_cells(path)
 
 
 def test_interrupted_it_takes_in_what_had_arrived(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
