@@ -29,6 +29,7 @@ from colqwen_lab.model.texts import TEXTS
 from colqwen_lab.model.variants import Variant, resolve_variant
 from colqwen_lab.model.weights import WEIGHTS, Source
 from colqwen_lab.records import (
+    GOES_ON,
     MIB,
     Backend,
     CardRun,
@@ -223,13 +224,13 @@ class Sweep:
         """The cells of the request, those already in the file among them, in the order asked.
 
         Raises:
-            Unmet: the file cannot be written any more; what was measured before is on it.
+            Unmet: the file cannot be written any more, or the system refuses something else outside a cell; what was
+                measured before is on file.
         """
         try:
             return self._run()
         except OSError as error:
-            again = "what was measured is on file, and the same command goes on from there"
-            raise Unmet(f"cannot write {self.path}: {error.strerror or error}; {again}") from None
+            raise Unmet(f"the sweep ended: {error}; {GOES_ON}") from None
         finally:
             self._end()
 
@@ -359,7 +360,9 @@ class Sweep:
         setting = Setting(
             self.sources[entry.variant], self.device, way.execution, way.backend, asked.dtype, self._batches()
         )
-        worker: Any = Remote(setting) if asked.isolated else Worker(setting)
+        worker: Any = attempt(lambda: (Remote if asked.isolated else Worker)(setting), self.device)
+        if isinstance(worker, Failure):
+            return worker
         try:
             self.capped = worker.cap(asked.card) if asked.card else None
             about = attempt(worker.load, self.device)

@@ -435,22 +435,26 @@ def test_a_kernel_that_this_machine_cannot_run_says_which_can(path: Path) -> Non
 
 
 def test_a_disk_that_fills_up_ends_the_sweep_in_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really, written = Store.add, [0]
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def add(store: Store, cells: Any) -> None:
-        new = list(cells)
-        written[0] += len(new)
-        if written[0] > 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        really(store, new)
-
-    monkeypatch.setattr(Store, "add", add)
+    asked = request("base", "1,2,4", output=path, patience=QUICK, weights="random", isolated=False)
     with pytest.raises(Unmet, match=r"cannot write .*: No space left on device; what was measured is on file"):
-        run(path)
+        sweep(asked, lambda line: None, lambda cell: monkeypatch.setattr(os, "fsync", full))
     monkeypatch.undo()
     (kept,) = read_cells(path)
     assert not path.with_suffix(".result.json").exists()
     assert run(path)[0] == kept
+
+
+def test_what_else_the_system_refuses_is_not_laid_on_the_file(path: Path) -> None:
+    def emit(cell: Cell) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    asked = request("base", "1", output=path, patience=QUICK, weights="random", isolated=False)
+    with pytest.raises(Unmet, match=r"^the sweep ended: \[Errno 32\] Broken pipe; what was measured is on file"):
+        sweep(asked, lambda line: None, emit)
+    assert len(read_cells(path)) == 1
 
 
 def test_what_was_noticed_stands_in_the_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
