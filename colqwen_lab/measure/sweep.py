@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -349,7 +349,8 @@ class Sweep:
                 lost[model] = failure
         for batch, wanted in todo.items():
             store.add(self._lost_cell(entry, batch, lost[entry.model]) for entry in wanted if entry.model in lost)
-            store.add(self._cells([entry for entry in wanted if entry.model not in lost], batch))
+            for cell in self._cells([entry for entry in wanted if entry.model not in lost], batch):
+                store.add([cell])
 
     def _load(self, entry: Entry) -> Failure | None:
         """Have the model of `entry` in a worker that lives; the failure, where it does not load."""
@@ -423,8 +424,11 @@ class Sweep:
     def _turn(self, entry: Entry, control: bool = False) -> Turn:
         return partial(self._worker(entry).turn, entry.way.protocol, control)
 
-    def _cells(self, entries: list[Entry], batch: int) -> list[Cell]:
-        """The row of each model at this batch size: memory first, then all that fit timed in turn."""
+    def _cells(self, entries: list[Entry], batch: int) -> Iterator[Cell]:
+        """The row of each model at this batch size: memory first, then all that fit timed in turn.
+
+        Those that come once more, alone, come last: the others are on file by then.
+        """
         before = gpu_state(self.device)
         memories = {entry: self._load(entry) or self._memory(entry, batch) for entry in entries}
         prepared = self._prepare([e for e, memory in memories.items() if isinstance(memory, Memory)], batch)
@@ -442,26 +446,26 @@ class Sweep:
         in_turn = [entry for entry in workloads if samples[entry].error is None]
         more = {entry: self._more(entry, in_turn) for entry in in_turn}
         self._rest()
-        for entry in [entry for entry in workloads if entry not in in_turn and len(samples) > 1]:
-            if not _failure(samples[entry]).ended:
-                # It may be the others that took the room, or its process: once more, alone.
+        # It may be the others that took the room, or its process.
+        again = [e for e in workloads if e not in in_turn and len(samples) > 1 and not _failure(samples[e]).ended]
+        failed = []
+        for entry in [*(entry for entry in entries if entry not in again), *again]:
+            if entry in again:
                 if not self._load(entry) and isinstance(self._prepare([entry], batch)[entry], Workload):
                     samples |= time_in_turn({entry: self._turn(entry)}, self.asked.patience)
                     more[entry] = self._more(entry, [entry])
                 self._rest()
-        cells = []
-        for entry in entries:
             workload = workloads.get(entry, self._plain_workload(batch))
             control = samples.get(_control(entry))
             cell = self._cell(entry, workload, memories[entry], samples.get(entry), in_turn, states, notes)
             if cell.status == "ok":
                 cell = cell.model_copy(update={"control_s": control.step_s if control else [], **more[entry]})
+            elif cell.status == "failed" and self.asked.isolated:
+                failed.append(entry.model)
             self.progress(_line(cell))
-            cells.append(cell)
-        for cell, entry in zip(cells, entries, strict=True):
-            if cell.status == "failed" and self.asked.isolated:
-                self._end(entry.model)  # a CUDA context that crashed fails whatever comes after
-        return cells
+            yield cell
+        for model in failed:
+            self._end(model)  # a CUDA context that crashed fails whatever comes after
 
     def _rest(self) -> None:
         for worker, _ in self.workers.values():

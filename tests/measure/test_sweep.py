@@ -173,9 +173,10 @@ def test_models_that_do_not_fit_together_are_timed_alone(path: Path, monkeypatch
 
 
 def test_out_of_memory_beside_another_is_tried_again_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really = module.time_in_turn
+    really, on_file = module.time_in_turn, []
 
     def crowded(steps: Any, *args: Any) -> Any:
+        on_file.append([cell.variant for cell in read_cells(path)] if path.exists() and path.stat().st_size else [])
         samples = really(steps, *args)
         if len(steps) > 1:
             samples[next(iter(samples))].error = torch.OutOfMemoryError("the other one took the room")
@@ -185,6 +186,7 @@ def test_out_of_memory_beside_another_is_tried_again_alone(path: Path, monkeypat
     cells = {c.variant: c for c in run(path, "base,awq", "2")}
     assert (cells["base"].status, cells["awq"].status) == ("ok", "ok")
     assert cells["base"].timing.in_turn_with == cells["awq"].timing.in_turn_with == []
+    assert on_file == [[], ["awq"]], "what had ended is on file before the other is tried again"
 
 
 def test_peak_is_that_of_the_longest_batch(path: Path) -> None:
