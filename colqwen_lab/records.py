@@ -11,20 +11,22 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from colqwen_lab.errors import BadInput
+from colqwen_lab.errors import BadInput, LabError, Unmet
 from colqwen_lab.settings import DATA
 
 MIB = 2**20
 GIB = 2**30
 PUBLISHED = "published"
 HEAD = '{"schema":1,'  # how each line of a records file begins
+GOES_ON = "what was measured is on file, and the same command goes on from there"
 
 Origin = Literal["measured", "predicted", "published"]
 
@@ -345,7 +347,33 @@ def _line_cells(text: str, path: Path, say: Callable[[str], Any]) -> list[Cell]:
 
 def neighbour(path: Path, kind: str) -> Path:
     """The file of this kind beside a records file: beside `rows.jsonl`, `rows.result.json`."""
+    path = Path(os.path.realpath(path))
     return path.with_suffix(f".{kind}") if path.suffix == ".jsonl" else path.with_name(f"{path.name}.{kind}")
+
+
+def _own_file(path: Path) -> Path:
+    """The file behind `path`, which is locked and replaced under its own name.
+
+    Raises:
+        BadInput: the name of what lies beside another records file.
+    """
+    found = Path(os.path.realpath(path))
+    if found.name.endswith((".superseded.jsonl", ".result.json", ".lock", ".tmp")):
+        raise BadInput(f"{path} is named as what lies beside a records file; valid: another name, such as rows.jsonl")
+    return found
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around each write to a records file, or beside it.
+
+    Raises:
+        Unmet: it cannot be written any more; what was measured before is on it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Unmet(f"cannot write {path}: {error.strerror or error}; {GOES_ON}") from None
 
 
 class Store:
@@ -357,7 +385,9 @@ class Store:
     called with each new row once it is on disk.
 
     Raises:
-        BadInput: the file is not a records file, its folder cannot be written, or another sweep holds it.
+        BadInput: the file is not a records file or not named as one, its folder cannot be written, or another sweep
+            holds it.
+        Unmet: the disk is full; also of `add` and `set_aside`.
     """
 
     def __init__(
@@ -367,8 +397,8 @@ class Store:
         emit: Callable[[Cell], object] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.path, self._emit = path, emit
-        self._lock = FileLock(f"{path}.lock")
+        self.path, self._emit = _own_file(path), emit
+        self._lock = FileLock(f"{self.path}.lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -386,7 +416,7 @@ class Store:
         except OSError as error:
             self._lock.release()
             raise BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write") from None
-        except BadInput:
+        except LabError:
             self._lock.release()  # now: a traceback that a notebook keeps would hold it
             raise
 
@@ -399,7 +429,8 @@ class Store:
     def add(self, cells: Iterable[Cell]) -> None:
         """Append `cells`; they are on disk when this returns."""
         new = list(cells)
-        _append(self.path, new)
+        with writing(self.path):
+            _append(self.path, new)
         self.cells.extend(new)
         if self._emit:
             for cell in new:
@@ -408,10 +439,12 @@ class Store:
     def set_aside(self, gone: Callable[[Cell], bool]) -> list[Cell]:
         """Move the rows for which `gone` holds to the file beside this one; they are what is returned."""
         aside = [cell for cell in self.cells if gone(cell)]
-        if aside:
-            _append(neighbour(self.path, "superseded.jsonl"), aside)
-        self.cells = [cell for cell in self.cells if not gone(cell)]
-        _replace(self.path, self.cells)
+        kept = [cell for cell in self.cells if not gone(cell)]
+        with writing(self.path):
+            if aside:
+                _append(neighbour(self.path, "superseded.jsonl"), aside)
+            _replace(self.path, kept)
+        self.cells = kept
         return aside
 
 
@@ -432,8 +465,27 @@ def _append(path: Path, cells: Iterable[Cell]) -> None:
 def _replace(path: Path, cells: Iterable[Cell]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    _append(temporary, cells)
-    temporary.replace(path)
+    try:
+        _append(temporary, cells)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_cells(path: Path, cells: Iterable[Cell]) -> None:
+    """The file of these cells alone; where that fails, the file as it was.
+
+    Raises:
+        BadInput: a sweep holds the file, it cannot be written, or it is named as what lies beside one.
+    """
+    own = _own_file(path)
+    try:
+        with FileLock(f"{own}.lock", timeout=0):
+            _replace(own, cells)
+    except Timeout:
+        raise BadInput(f"a sweep writes to {path}; wait for it or name another file") from None
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}; name a file that can be written") from None
 
 
 # ---------------------------------------------------------------- figures from elsewhere

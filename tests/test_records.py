@@ -13,7 +13,7 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colqwen_lab.errors import BadInput
+from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.records import (
     MIB,
     Backend,
@@ -26,6 +26,7 @@ from colqwen_lab.records import (
     rate_of,
     read_cells,
     script_json,
+    write_cells,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the last line is torn")
@@ -244,7 +245,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     path = file_of(tmp_path, measured(8))
     with Store(path, keep=lambda cell: True) as store:
         monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Full(path, "ab"))
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(Unmet, match=r"cannot write .*: No space left on device; what was measured is on file"):
             store.add([measured(16)])
         monkeypatch.undo()
         assert read_cells(path) == [measured(8)] == store.cells
@@ -287,6 +288,32 @@ def test_store_is_held_by_one_sweep_and_released_after(tmp_path: Path) -> None:
         Store(path, keep=lambda cell: True)
     with Store(path, keep=lambda cell: True) as store:
         assert store.cells == []
+
+
+def test_a_link_to_a_file_is_held_as_the_file(tmp_path: Path) -> None:
+    path, link = tmp_path / "cells.jsonl", tmp_path / "deep" / "link.jsonl"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    with Store(path, keep=lambda cell: True) as store:
+        store.add([measured(8)])
+        with pytest.raises(BadInput, match="another sweep writes"):
+            Store(link, keep=lambda cell: True)
+        with pytest.raises(BadInput, match="a sweep writes"):
+            write_cells(link, [])
+    with Store(link, keep=lambda cell: False) as store:
+        store.add([measured(16)])
+    assert link.is_symlink()
+    assert read_cells(path) == [measured(16)]
+    assert read_cells(tmp_path / "cells.superseded.jsonl") == [measured(8)]
+
+
+@pytest.mark.parametrize("kind", ["superseded.jsonl", "result.json", "jsonl.lock", "jsonl.tmp"])
+def test_what_lies_beside_a_records_file_is_no_records_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    for write in (lambda: Store(path, keep=lambda cell: True), lambda: write_cells(path, [])):
+        with pytest.raises(BadInput, match=r"lies beside a records file; valid: .*such as rows\.jsonl"):
+            write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_refused_file_is_untouched_and_not_held(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from typing import Any
 from colqwen_lab.errors import BadInput, LabError, Unmet
 from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.environment import code_version
-from colqwen_lab.measure.sweep import Request, request, sweep, to_stderr, write_result
-from colqwen_lab.records import Cell, Store, listed, neighbour
+from colqwen_lab.measure.sweep import Request, mark, request, sweep, to_stderr, unmark
+from colqwen_lab.records import Cell, Store, listed
 from colqwen_lab.settings import outputs_folder
 
 #: How often a job is started before it is given up because its nodes died.
@@ -103,11 +103,12 @@ def in_turn(requests: Sequence[Request], progress: Progress = to_stderr) -> list
     if len(requests) == 1:
         return sweep(requests[0], progress)
     jobs = [Job(asked) for asked in into_one_file(requests, "sweep")]
+    unmark(_file_of(jobs))
     found: dict[Job, list[Cell]] = {}
     lost: dict[Job, LabError] = {}
     for job in jobs:
         try:
-            found[job] = sweep(job.asked, progress)
+            found[job] = sweep(job.asked, progress, part=True)
         except LabError as error:
             lost[job] = error
     return _ended(jobs, found, lost)
@@ -142,9 +143,7 @@ def on_ray(
         types = accelerators_of(resources, [name for name in listed(accelerators) if name])
         requests = matrix(model, batch_sizes, device="cuda" if resources.get("GPU") else "cpu", **options)
         jobs = [Job(asked, one) for one in types for asked in into_one_file(requests, "fleet")]
-        path = jobs[0].asked.output
-        assert path is not None
-        with Store(path, lambda cell: cell.environment.code == code_version()) as store:
+        with Store(_file_of(jobs), lambda cell: cell.environment.code == code_version(), say=progress) as store:
             return Fleet(ray, jobs, store, progress, _queue(ray), gpus=1 if resources.get("GPU") else 0).run()
 
 
@@ -175,7 +174,18 @@ class Fleet:
         self.tries = dict.fromkeys(jobs, 0)
 
     def run(self) -> list[Cell]:
-        """The cells of all jobs, in the order of the jobs. A job that cannot end leaves the others."""
+        """The cells of all jobs, in the order of the jobs. A job that cannot end leaves the others.
+
+        Raises:
+            Unmet: a job could not end, or the file cannot be written any more.
+        """
+        unmark(self.store.path)
+        try:
+            return self._run()
+        finally:
+            self._take_in()  # what had arrived before Ctrl-C
+
+    def _run(self) -> list[Cell]:
         found: dict[Job, list[Cell]] = {}
         lost: dict[Job, LabError] = {}
         running = {self._start(job): job for job in self.jobs}
@@ -209,14 +219,15 @@ class Fleet:
 
     def _take_in(self) -> None:
         """Rows to the file, each in place of an earlier one of the same cell on the same machine; lines to progress."""
-        for one in self.arrivals.get_nowait_batch(self.arrivals.qsize()):
-            if not isinstance(one, Cell):
-                self.progress(one)
-                continue
-            old = [cell for cell in self.store.cells if _same(cell, one)]
-            self.store.add([one])
-            if old:
-                self.store.set_aside(lambda cell, old=old: cell in old)  # type: ignore[misc]
+        arrived = self.arrivals.get_nowait_batch(self.arrivals.qsize())
+        rows = [one for one in arrived if isinstance(one, Cell)]
+        old = [cell for cell in self.store.cells if any(_same(cell, row) for row in rows)]
+        if rows:
+            self.store.add(rows)
+        if old:
+            self.store.set_aside(lambda cell: any(cell is one for one in old))
+        for line in (one for one in arrived if not isinstance(one, Cell)):
+            self.progress(line)
 
 
 def _measure(asked: Request, known: list[Cell], code: str, job: str, arrivals: Any) -> list[Cell]:
@@ -255,10 +266,14 @@ def _ended(jobs: Sequence[Job], found: Mapping[Job, list[Cell]], lost: Mapping[J
         said = "; ".join(f"{job}: {error}" for job, error in lost.items())
         raise Unmet(f"{len(lost)} of {len(jobs)} sweeps did not end, the rows of the others are on file: {said}")
     cells = [cell for job in jobs for cell in found[job]]
+    mark(_file_of(jobs), cells, {})
+    return cells
+
+
+def _file_of(jobs: Sequence[Job]) -> Path:
     path = jobs[0].asked.output
     assert path is not None
-    write_result(neighbour(path, "result.json"), path, cells, {})
-    return cells
+    return path
 
 
 @contextmanager

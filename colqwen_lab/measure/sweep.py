@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from colqwen_lab.model.texts import TEXTS
 from colqwen_lab.model.variants import Variant, resolve_variant
 from colqwen_lab.model.weights import WEIGHTS, Source
 from colqwen_lab.records import (
+    GOES_ON,
     MIB,
     Backend,
     CardRun,
@@ -43,6 +45,7 @@ from colqwen_lab.records import (
     listed,
     neighbour,
     rate_of,
+    writing,
 )
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS
 from colqwen_lab.runtime.fast import bucket
@@ -176,12 +179,16 @@ def request(
 
 
 class Sweep:
-    """One run of a request on a device."""
+    """One run of a request on a device. It leaves the mark that it ended, unless it is a `part` of more."""
 
     def __init__(
-        self, asked: Request, progress: Callable[[str], None], emit: Callable[[Cell], object] | None = None
+        self,
+        asked: Request,
+        progress: Callable[[str], None],
+        emit: Callable[[Cell], object] | None = None,
+        part: bool = False,
     ) -> None:
-        self.asked, self.progress, self.emit = asked, progress, emit
+        self.asked, self.progress, self.emit, self.part = asked, progress, emit, part
         self.started = time.perf_counter()
         self.device = pick_device()
         self.size = resolve_size(asked.size, self.device.type == "cuda")
@@ -219,20 +226,19 @@ class Sweep:
         """The cells of the request, those already in the file among them, in the order asked.
 
         Raises:
-            Unmet: the file cannot be written any more; what was measured before is on it.
+            Unmet: the file cannot be written any more, or the system refuses something else outside a cell; what was
+                measured before is on file.
         """
         try:
             return self._run()
         except OSError as error:
-            again = "what was measured is on file, and the same command goes on from there"
-            raise Unmet(f"cannot write {self.path}: {error.strerror or error}; {again}") from None
+            raise Unmet(f"the sweep ended: {error}; {GOES_ON}") from None
         finally:
             self._end()
 
     def _run(self) -> list[Cell]:
-        done_mark = neighbour(self.path, "result.json")
         with Store(self.path, self._keeps, self.emit, self.progress) as store:
-            done_mark.unlink(missing_ok=True)
+            unmark(self.path)
             if store.superseded:
                 self.progress(f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl")
             for cell in (found := self._found(store.cells)).values():
@@ -254,7 +260,8 @@ class Sweep:
                 "timed_s": round(sum(sum(cell.step_s) + sum(cell.control_s) for cell in fresh), 1),
             }
             self.progress(f"{spent['wall_s']} s in all, {spent['timed_s']} s of them in timed steps")
-            write_result(done_mark, self.path, cells, spent)
+            if not self.part:
+                mark(self.path, cells, spent)
         return cells
 
     def _on_card(self, entry: Entry, card: Card, store: Store) -> Cell:
@@ -344,7 +351,8 @@ class Sweep:
                 lost[model] = failure
         for batch, wanted in todo.items():
             store.add(self._lost_cell(entry, batch, lost[entry.model]) for entry in wanted if entry.model in lost)
-            store.add(self._cells([entry for entry in wanted if entry.model not in lost], batch))
+            for cell in self._cells([entry for entry in wanted if entry.model not in lost], batch):
+                store.add([cell])
 
     def _load(self, entry: Entry) -> Failure | None:
         """Have the model of `entry` in a worker that lives; the failure, where it does not load."""
@@ -355,7 +363,9 @@ class Sweep:
         setting = Setting(
             self.sources[entry.variant], self.device, way.execution, way.backend, asked.dtype, self._batches()
         )
-        worker: Any = Remote(setting) if asked.isolated else Worker(setting)
+        worker: Any = attempt(lambda: (Remote if asked.isolated else Worker)(setting), self.device)
+        if isinstance(worker, Failure):
+            return worker
         try:
             self.capped = worker.cap(asked.card) if asked.card else None
             about = attempt(worker.load, self.device)
@@ -416,8 +426,11 @@ class Sweep:
     def _turn(self, entry: Entry, control: bool = False) -> Turn:
         return partial(self._worker(entry).turn, entry.way.protocol, control)
 
-    def _cells(self, entries: list[Entry], batch: int) -> list[Cell]:
-        """The row of each model at this batch size: memory first, then all that fit timed in turn."""
+    def _cells(self, entries: list[Entry], batch: int) -> Iterator[Cell]:
+        """The row of each model at this batch size: memory first, then all that fit timed in turn.
+
+        Those that come once more, alone, come last: the others are on file by then.
+        """
         before = gpu_state(self.device)
         memories = {entry: self._load(entry) or self._memory(entry, batch) for entry in entries}
         prepared = self._prepare([e for e, memory in memories.items() if isinstance(memory, Memory)], batch)
@@ -435,26 +448,26 @@ class Sweep:
         in_turn = [entry for entry in workloads if samples[entry].error is None]
         more = {entry: self._more(entry, in_turn) for entry in in_turn}
         self._rest()
-        for entry in [entry for entry in workloads if entry not in in_turn and len(samples) > 1]:
-            if not _failure(samples[entry]).ended:
-                # It may be the others that took the room, or its process: once more, alone.
+        # It may be the others that took the room, or its process.
+        again = [e for e in workloads if e not in in_turn and len(samples) > 1 and not _failure(samples[e]).ended]
+        failed = []
+        for entry in [*(entry for entry in entries if entry not in again), *again]:
+            if entry in again:
                 if not self._load(entry) and isinstance(self._prepare([entry], batch)[entry], Workload):
                     samples |= time_in_turn({entry: self._turn(entry)}, self.asked.patience)
                     more[entry] = self._more(entry, [entry])
                 self._rest()
-        cells = []
-        for entry in entries:
             workload = workloads.get(entry, self._plain_workload(batch))
             control = samples.get(_control(entry))
             cell = self._cell(entry, workload, memories[entry], samples.get(entry), in_turn, states, notes)
             if cell.status == "ok":
                 cell = cell.model_copy(update={"control_s": control.step_s if control else [], **more[entry]})
+            elif cell.status == "failed" and self.asked.isolated:
+                failed.append(entry.model)
             self.progress(_line(cell))
-            cells.append(cell)
-        for cell, entry in zip(cells, entries, strict=True):
-            if cell.status == "failed" and self.asked.isolated:
-                self._end(entry.model)  # a CUDA context that crashed fails whatever comes after
-        return cells
+            yield cell
+        for model in failed:
+            self._end(model)  # a CUDA context that crashed fails whatever comes after
 
     def _rest(self) -> None:
         for worker, _ in self.workers.values():
@@ -605,13 +618,20 @@ def _line(cell: Cell, prefix: str = "") -> str:
     return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
 
 
-def write_result(path: Path, records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
+def mark(records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
     """The mark of a sweep that ended: its counts and its file, written last and whole."""
     counts = {status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")}
     text = json.dumps({"complete": True, "records": records.name, "cells": len(cells), **counts, **spent}, indent=1)
+    path = neighbour(records, "result.json")
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def unmark(records: Path) -> None:
+    with writing(records), suppress(FileNotFoundError, NotADirectoryError):
+        neighbour(records, "result.json").unlink()
 
 
 def to_stderr(line: str) -> None:
@@ -619,14 +639,17 @@ def to_stderr(line: str) -> None:
 
 
 def sweep(
-    asked: Request, progress: Callable[[str], None] = to_stderr, emit: Callable[[Cell], object] | None = None
+    asked: Request,
+    progress: Callable[[str], None] = to_stderr,
+    emit: Callable[[Cell], object] | None = None,
+    part: bool = False,
 ) -> list[Cell]:
     """The cells of `asked`, measured on this machine's device; those in its file already are kept.
 
-    `emit` is called with each new cell as soon as it is on file.
+    `emit` is called with each new cell as soon as it is on file. A `part` of more leaves the mark to who runs them all.
 
     Raises:
         BadInput: a wrong value, or a file that cannot be written.
         Unmet: no weights, or no kernel for them.
     """
-    return Sweep(asked, progress, emit).run()
+    return Sweep(asked, progress, emit, part).run()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -78,22 +78,23 @@ def quantize(
         replace: make a folder that holds a record of this function again.
 
     Raises:
-        BadInput: the folder is in use, or the texts are too few for samples x seqlen tokens.
+        BadInput: the folder is in use, now or by the end, or the texts are too few for samples x seqlen tokens.
         Unmet: the source is quantised already, the result would be incomplete, or it cannot be written.
     """
     recipe, device = recipe or Recipe(), device or torch.device("cpu")
     if source.quantization is not None:
         raise Unmet(f"{source.label} is quantised already; quantise the 16-bit weights")
-    replaceable = replace and (folder / RECORD).exists()
-    if folder.exists() and not replaceable and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder} is not empty; name a new folder")
+    _check_free(folder, replace)
     writable_folder(folder.parent)
     loaded = loading.load(source, device)
     samples = _samples(loaded, recipe, calibration)
     before = {name: tensor.to("cpu", copy=True) for name, tensor in loaded.model.state_dict().items()}
     started = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+        with (
+            FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0),
+            tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work,
+        ):
             made = _run_auto_round(loaded, recipe, samples, Path(work))
             _give_types_back(made, before)
             if source.tokenizer is not None:
@@ -111,14 +112,24 @@ def quantize(
                 "relative_error": {name: round(error, 6) for name, error in errors.items()},
             }
             (made / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            _check_free(folder, replace)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(made, folder)
+    except Timeout:
+        raise BadInput(f"another quantisation writes to {folder}; wait for it or name another folder") from None
     except (OSError, SafetensorError) as error:
         raise Unmet(
             f"cannot write {folder}: {error}; nothing is left there, and the same command starts again"
         ) from None
     return record
+
+
+def _check_free(folder: Path, replace: bool) -> None:
+    """Raise BadInput unless `folder` is not there, or empty, or with `replace` made here."""
+    made_here = replace and (folder / RECORD).exists()
+    if folder.exists() and not made_here and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} is not empty; name a new folder")
 
 
 def calibration_file(path: str) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.records import MIB, Cell, read_cells
+from colqwen_lab.records import MIB, Cell, read_cells, write_cells
 from colqwen_lab.settings import writable_folder
 
 if TYPE_CHECKING:
@@ -112,17 +112,14 @@ class Results:
         return cls(tuple(read_cells(source)))
 
     def save(self, path: str | Path) -> Path:
-        """Write the cells as JSON lines; the file's path.
+        """Write the cells as JSON lines, in place of what the file held; the file's path.
 
         Raises:
-            BadInput: the file cannot be written.
+            BadInput: the file cannot be written, or a sweep holds it.
         """
         path = Path(path)
         writable_folder(path.parent)
-        try:
-            path.write_text("".join(cell.to_line() for cell in self.cells), encoding="utf-8")
-        except OSError as error:
-            raise BadInput(f"cannot write {path}: {error.strerror}; name a file that can be written") from None
+        write_cells(path, self.cells)
         return path
 
     def __len__(self) -> int:

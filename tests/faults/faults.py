@@ -234,7 +234,7 @@ def full_disk(every: int) -> dict[str, Any]:
                     for cell in cells:
                         store.add([cell])
                         written += 1
-            except OSError:
+            except LabError:
                 pass
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

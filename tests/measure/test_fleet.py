@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,11 @@ from tests.three_nodes import kill_the_measuring_node, three_nodes, untimed
 
 QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
 OPTIONS: dict[str, Any] = {"size": "tiny", "weights": "random", "patience": lambda workload: QUICK}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "rows.jsonl"
 
 
 def keys(cells: list[Cell]) -> list[tuple[str, ...]]:
@@ -59,10 +66,10 @@ def test_in_turn_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     requests = matrix("base", "1,2", **OPTIONS | {"execution": "eager,fast", "output": path})
     really = fleet.sweep
 
-    def no_fast(asked: Any, *more: Any) -> list[Cell]:
+    def no_fast(asked: Any, *more: Any, **options: Any) -> list[Cell]:
         if asked.ways[0].execution == "fast":
             raise Unmet("no kernel here")
-        return really(asked, *more)
+        return really(asked, *more, **options)
 
     requests.reverse()
     monkeypatch.setattr(fleet, "sweep", no_fast)
@@ -74,6 +81,32 @@ def test_in_turn_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert Counter(keys(cells)) == Counter(keys(read_cells(path)))
     assert [cell.execution for cell in cells] == ["fast", "fast", "eager", "eager"]
     assert json.loads(path.with_suffix(".result.json").read_text())["cells"] == 4
+
+
+def test_the_mark_stands_only_where_all_sweeps_ended(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while a later one runs, and where one did not end after a run that did."""
+    mark = path.with_suffix(".result.json")
+    requests = matrix("base", "1", **OPTIONS | {"execution": "eager,fast", "output": path})
+    really, there = fleet.sweep, []
+
+    def watched(*asked: Any, **options: Any) -> list[Cell]:
+        there.append(mark.exists())
+        return really(*asked, **options)
+
+    def lost(*asked: Any, **options: Any) -> list[Cell]:
+        raise Unmet("no weights here")
+
+    monkeypatch.setattr(fleet, "sweep", watched)
+    in_turn(requests, print)
+    assert (there, mark.exists()) == ([False, False], True)
+    monkeypatch.setattr(fleet, "sweep", lost)
+    with pytest.raises(Unmet, match="2 of 2 sweeps did not end"):
+        in_turn(requests, print)
+    assert not mark.exists()
+    mark.write_text("{}")
+    with pytest.raises(Unmet, match="no weights here"):
+        PlayedRay().run(path, jobs_of(path, ""))
+    assert not mark.exists()
 
 
 # ---------------------------------------------------------------- a cluster that is played
@@ -116,6 +149,10 @@ class PlayedRay:
 
     def __init__(self, dies: Callable[[int, Cell], bool] = lambda task, cell: False) -> None:
         self.dies, self.options, self.known, self.rows = dies, [], [], SimpleQueue()
+        self.arrivals = SimpleNamespace(
+            qsize=self.rows.qsize, get_nowait_batch=lambda count: [self.rows.get() for _ in range(count)]
+        )
+        self.cluster_resources = dict
 
     def remote(self, **options: Any) -> Callable[..., Any]:
         return lambda function: SimpleNamespace(remote=lambda *args: self.started(options, function, *args))
@@ -148,16 +185,8 @@ class PlayedRay:
         return self.ended
 
     def run(self, path: Path, jobs: list[Job], lines: list[str] | None = None) -> list[Cell]:
-        arrivals = SimpleNamespace(
-            qsize=self.rows.qsize, get_nowait_batch=lambda count: [self.rows.get() for _ in range(count)]
-        )
         with Store(path, lambda cell: True) as store:
-            return Fleet(self, jobs, store, (lines if lines is not None else []).append, arrivals, gpus=1).run()
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "rows.jsonl"
+            return Fleet(self, jobs, store, (lines if lines is not None else []).append, self.arrivals, gpus=1).run()
 
 
 def jobs_of(path: Path, *accelerators: str, **options: Any) -> list[Job]:
@@ -208,6 +237,65 @@ def test_another_version_on_the_nodes_is_refused(path: Path, monkeypatch: pytest
     monkeypatch.setattr(fleet, "code_version", lambda: next(versions))
     with pytest.raises(Unmet, match="another version of colqwen-lab"):
         PlayedRay().run(path, jobs_of(path, ""))
+
+
+def test_a_disk_that_fills_up_ends_the_fleet_in_one_line_and_loses_no_row_before(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    first = PlayedRay().run(path, jobs_of(path, ""))
+    ray, wait = PlayedRay(), PlayedRay.wait
+
+    def then_full(self: PlayedRay, tasks: list[Any], timeout: float) -> Any:
+        done = wait(self, tasks, timeout)
+        monkeypatch.setattr(os, "fsync", full)
+        return done
+
+    monkeypatch.setattr(PlayedRay, "wait", then_full)
+    with pytest.raises(Unmet, match=r"cannot write .*: No space left on device; .*the same command goes on from there"):
+        ray.run(path, jobs_of(path, "", fresh=True))
+    assert read_cells(path) == first
+
+
+def test_rows_that_arrive_together_are_written_in_one_go(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = PlayedRay().run(path, jobs_of(path, ""))
+    added: list[int] = []
+    really = Store.add
+    monkeypatch.setattr(Store, "add", lambda store, cells: added.append(len(cells)) or really(store, cells))
+    monkeypatch.setattr(fleet, "_measure", lambda *asked: [asked[-1].put(one) or one for one in first])
+    PlayedRay().run(path, jobs_of(path, "", fresh=True))
+    assert added == [3]
+    assert read_cells(path) == first
+
+
+def test_a_fleet_waits_for_a_file_that_another_sweep_holds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = PlayedRay()
+    held, said = Store(path, lambda cell: True), []
+
+    def say(line: str) -> None:
+        said.append(line)
+        held.__exit__()
+
+    monkeypatch.setattr(fleet, "_cluster", lambda address: nullcontext(ray))
+    monkeypatch.setattr(fleet, "_queue", lambda ray: ray.arrivals)
+    cells = on_ray("base", "1", progress=say, **OPTIONS | {"output": path})
+    assert said[0] == f"another sweep writes to {path}; waiting for it, then going on from its rows"
+    assert cells == read_cells(path)
+
+
+def test_interrupted_it_takes_in_what_had_arrived(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = PlayedRay.wait
+
+    def interrupt(self: PlayedRay, tasks: list[Any], timeout: float) -> Any:
+        wait(self, tasks, timeout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PlayedRay, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        PlayedRay().run(path, jobs_of(path, ""))
+    assert [c.batch_size for c in read_cells(path)] == [1, 2, 4]
 
 
 # ---------------------------------------------------------------- three nodes, one killed

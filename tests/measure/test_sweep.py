@@ -173,9 +173,10 @@ def test_models_that_do_not_fit_together_are_timed_alone(path: Path, monkeypatch
 
 
 def test_out_of_memory_beside_another_is_tried_again_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really = module.time_in_turn
+    really, on_file = module.time_in_turn, []
 
     def crowded(steps: Any, *args: Any) -> Any:
+        on_file.append([cell.variant for cell in read_cells(path)] if path.exists() and path.stat().st_size else [])
         samples = really(steps, *args)
         if len(steps) > 1:
             samples[next(iter(samples))].error = torch.OutOfMemoryError("the other one took the room")
@@ -185,6 +186,7 @@ def test_out_of_memory_beside_another_is_tried_again_alone(path: Path, monkeypat
     cells = {c.variant: c for c in run(path, "base,awq", "2")}
     assert (cells["base"].status, cells["awq"].status) == ("ok", "ok")
     assert cells["base"].timing.in_turn_with == cells["awq"].timing.in_turn_with == []
+    assert on_file == [[], ["awq"]], "what had ended is on file before the other is tried again"
 
 
 def test_peak_is_that_of_the_longest_batch(path: Path) -> None:
@@ -435,22 +437,26 @@ def test_a_kernel_that_this_machine_cannot_run_says_which_can(path: Path) -> Non
 
 
 def test_a_disk_that_fills_up_ends_the_sweep_in_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    really, written = Store.add, [0]
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def add(store: Store, cells: Any) -> None:
-        new = list(cells)
-        written[0] += len(new)
-        if written[0] > 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        really(store, new)
-
-    monkeypatch.setattr(Store, "add", add)
+    asked = request("base", "1,2,4", output=path, patience=QUICK, weights="random", isolated=False)
     with pytest.raises(Unmet, match=r"cannot write .*: No space left on device; what was measured is on file"):
-        run(path)
+        sweep(asked, lambda line: None, lambda cell: monkeypatch.setattr(os, "fsync", full))
     monkeypatch.undo()
     (kept,) = read_cells(path)
     assert not path.with_suffix(".result.json").exists()
     assert run(path)[0] == kept
+
+
+def test_what_else_the_system_refuses_is_not_laid_on_the_file(path: Path) -> None:
+    def emit(cell: Cell) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    asked = request("base", "1", output=path, patience=QUICK, weights="random", isolated=False)
+    with pytest.raises(Unmet, match=r"^the sweep ended: \[Errno 32\] Broken pipe; what was measured is on file"):
+        sweep(asked, lambda line: None, emit)
+    assert len(read_cells(path)) == 1
 
 
 def test_what_was_noticed_stands_in_the_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -87,6 +88,18 @@ def test_ways_that_share_a_killed_process_are_timed_in_another(
     before["turn", 5] = send(signal.SIGKILL)
     cells = run(tmp_path / "rows.jsonl", "base", "1", ways="eager/lean,eager/published", backend="auto")
     assert sorted(cell.status for cell in cells) == ["failed", "ok"]
+
+
+def test_a_process_that_cannot_start_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
+    cells = run(tmp_path / "rows.jsonl", "base")
+    assert [cell.status for cell in cells] == ["failed", "failed"]
+    assert cells[0].reason == "BlockingIOError: [Errno 11] Resource temporarily unavailable"
+    monkeypatch.undo()
+    assert [cell.status for cell in run(tmp_path / "rows.jsonl", "base")] == ["ok", "ok"]
 
 
 def test_a_process_that_hangs_is_ended(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def test_a_lost_or_changed_tensor_is_an_error(
         losing(lambda tensors: tensors["embedding_proj_layer.bias"].add_(1))
     with pytest.raises(Unmet, match=r"lacks 1 tensors .*q_proj"):
         losing(lambda tensors: tensors.pop("vlm.model.language_model.layers.0.self_attn.q_proj.qweight"))
-    assert list(tmp_path.iterdir()) == []
+    assert [one.name for one in tmp_path.iterdir()] == [".made.lock"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +111,41 @@ def test_bad_request(tmp_path: Path, packed: Callable[[str], Path]) -> None:
     empty.write_text("\n")
     with pytest.raises(BadInput, match="holds no text"):
         quantize.calibration_file(str(empty))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_came_into_the_folder_meanwhile_stays(
+    tmp_path: Path, packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+
+    def run(loaded: Any, recipe: Any, samples: Any, work: Path) -> Path:
+        (folder / "mine.txt").write_text("my notes")
+        return Path(shutil.copytree(packed("auto_round"), work / "done"))
+
+    monkeypatch.setattr(quantize, "_run_auto_round", run)
+    with pytest.raises(BadInput, match="is not empty; name a new folder"):
+        quantize.quantize(source(), folder, Recipe(samples=2, seqlen=8), replace=replace)
+    assert [one.name for one in folder.iterdir()] == ["mine.txt"]
+
+
+def test_a_second_one_into_the_same_folder_is_refused(
+    tmp_path: Path, packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = tmp_path / "made", Recipe(samples=2, seqlen=8)
+
+    def run(loaded: Any, recipe: Any, samples: Any, work: Path) -> Path:
+        with pytest.raises(BadInput, match=r"another quantisation writes to .*made; wait for it or name another"):
+            quantize.quantize(source(), folder, asked, replace=True)
+        return Path(shutil.copytree(packed("auto_round"), work / "done"))
+
+    monkeypatch.setattr(quantize, "_run_auto_round", run)
+    quantize.quantize(source(), folder, asked)
+    assert (folder / RECORD).exists()
+    quantize.quantize(source(), folder, asked, replace=True)
+    with pytest.raises(BadInput, match="is not empty; name a new folder"):
+        quantize.quantize(source(), folder, asked)
 
 
 def test_cached_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,4 +198,4 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(quantize, "_run_auto_round", full)
     with pytest.raises(Unmet, match=r"cannot write .*No space left on device.*the same command starts again"):
         quantize.quantize(source(), tmp_path / "made")
-    assert not list(tmp_path.iterdir())
+    assert [one.name for one in tmp_path.iterdir()] == [".made.lock"]

@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.records import MIB, Backend, Cell, Environment, Memory, Rate, Workload, published_cells, rate_of
+from colqwen_lab.records import (
+    MIB,
+    Backend,
+    Cell,
+    Environment,
+    Memory,
+    Rate,
+    Store,
+    Workload,
+    published_cells,
+    rate_of,
+)
 from colqwen_lab.report.series import Results, conditions, mib, pick, repeated, rounded, short
 
 FIRST = published_cells()[0]
@@ -37,6 +50,29 @@ def test_save_where_it_cannot_is_bad_input(published: Results, tmp_path: Path) -
     for path in (tmp_path / "file" / "cells.jsonl", tmp_path):
         with pytest.raises(BadInput, match="can be written"):
             published.save(path)
+
+
+def test_saving_onto_a_file_leaves_it_whole_when_the_disk_fills(
+    published: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = published.save(tmp_path / "cells.jsonl")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BadInput, match="No space left on device; name a file that can be written"):
+        published.select(variant="awq").save(path)
+    assert Results.load(path) == published
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["cells.jsonl", "cells.jsonl.lock"]
+
+
+def test_a_file_that_a_sweep_holds_is_not_saved_over(published: Results, tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    with Store(path, lambda cell: True) as store:
+        store.add(published)
+        with pytest.raises(BadInput, match=r"a sweep writes to .*; wait for it or name another file"):
+            published.select(variant="awq").save(path)
+    assert Results.load(path) == published
 
 
 def test_select_narrows_by_every_criterion(published: Results) -> None:
