@@ -22,6 +22,8 @@ MARGIN = 0.05
 
 # The model of each kernel, by what stands in its name.
 MODELLED = {
+    "torch.nn.Linear": "tritonv2",
+    "_linear_pointwise": "tritonv2",
     "tritonv2": "tritonv2",
     "auto_round:torch": "torch",
     "marlin": "fused",
@@ -217,6 +219,6 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
 def kernel_model(cell: Cell) -> str | None:
     """The model of the kernel that a cell ran on; None where there is none. The report ran the Triton fallback."""
     engaged = " ".join(cell.backend.engaged)
-    if "torch.nn.Linear" in engaged or cell.origin == "published":
+    if cell.origin == "published":
         return "tritonv2"
     return next((kernel for name, kernel in MODELLED.items() if name in engaged), None)

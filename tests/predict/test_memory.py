@@ -217,3 +217,12 @@ def test_bad_input() -> None:
         predictor("W3A16")
     with pytest.raises(BadInput, match="owner/name is not predicted by its name; valid: base, awq"):
         predictor("owner/name")
+
+
+def test_peaks_of_fast_that_a_cpu_tracked() -> None:
+    every = read_cells(OUTPUTS / "cpu" / "mid.jsonl")
+    cells = [cell for cell in every if cell.execution == "fast" and cell.batch_size in (1, 32)]
+    assert {cell.variant for cell in cells} == {"base", "awq"}
+    for cell, twin in zip(cells, predict_like(cells), strict=True):
+        assert twin is not None
+        assert memory(twin).peak_bytes == pytest.approx(memory(cell).peak_bytes, rel=0.01)
