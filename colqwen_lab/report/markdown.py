@@ -18,9 +18,9 @@ USES = {"awq": "Use {awq} when", "base": "Use {base} when", "either": "It does n
 
 def report(comparison: Comparison) -> str:
     """The whole report, as Markdown. Strings from records are escaped."""
-    base, awq = comparison.base, comparison.awq
+    base, awq, said = comparison.base, comparison.awq, escape(comparison.verdict())
     sections = {
-        "Overview": [table(["Model", "Variant", "Weights", "Kernels"], map(_model, (base, awq))), comparison.verdict()],
+        "Overview": [table(["Model", "Variant", "Weights", "Kernels"], map(_model, (base, awq))), said],
         "Test environment": [table(["Parameter", base.label, awq.label], _environment(base, awq))],
         "Batch size sweep": [table(*_sweep(base, awq))],
         "Memory-constrained scenarios": list(_cards(comparison)),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,9 @@ from colqwen_lab.records import Environment, published_cells
 from colqwen_lab.report.compare import compare
 from colqwen_lab.report.markdown import escape, table
 from colqwen_lab.report.series import Results
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+ODD = "<script>alert(1)</script>[x](javascript:alert(2))"
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +75,10 @@ def test_lost_cell_is_in_the_sweep_with_its_reason() -> None:
 
 def test_strings_from_records_are_escaped() -> None:
     odd = Environment(gpu="a|b <img src=x>\n# title", cuda="[x](javascript:y) `z` **w**")
-    changes = {"environment": odd, "variant": "base", "weights": "<script>"}
+    changes = {"environment": odd, "variant": ODD, "weights": "<script>"}
     results = Results(tuple(cell.model_copy(update=changes) for cell in published_cells()[:6]))
     text = compare(results, results).markdown()
-    assert not re.search(r"<(script|img)", text)
+    assert not re.search(r"<(script|img)|\[x\]\(", text)
     assert "\n# title" not in text
     assert r"a\|b &lt;img src=x&gt; # title" in text
     assert r"\[x\](javascript:y) \`z\` \*\*w\*\*" in text
@@ -82,3 +87,19 @@ def test_strings_from_records_are_escaped() -> None:
 def test_table_shows_gaps_as_a_dash_and_keeps_zero() -> None:
     assert table(["a", "b"], [[None, 0], ["", "**no**"]]) == "| a | b |\n| --- | --- |\n| - | 0 |\n| - | **no** |"
     assert escape("a\\|b") == r"a\\\|b"
+
+
+def test_notebooks_escape_what_a_record_says() -> None:
+    """Their Markdown is made of the lab's words, figures and what goes through `lab.escape`."""
+    sources = [
+        "".join(cell["source"])
+        for path in NOTEBOOKS.glob("*.ipynb")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ]
+    shown = [source for source in sources if "Markdown(" in source]
+    assert len(shown) >= 10
+    for source in shown:
+        raw = re.sub(r"lab\.escape\((?:[^()]|\([^()]*\))*\)", "", source)
+        assert not re.search(
+            r"\.(verdict\(|variant\}|label|device|sentence|derived|card\}|card\.name\})|caveat\}|rows\.variant", raw
+        ), raw
