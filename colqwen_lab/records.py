@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from colqwen_lab.errors import BadInput
+from colqwen_lab.errors import BadInput, shown
 from colqwen_lab.settings import DATA
 
 MIB = 2**20
@@ -333,7 +333,7 @@ def _line_cells(text: str, path: Path, say: Callable[[str], Any]) -> list[Cell]:
             cells.append(Cell.model_validate_json(line))
         except ValidationError as error:
             if number > len(complete) and (cells or last.startswith(HEAD) or HEAD.startswith(last)):
-                say(f"{path}: the last line is torn and left out; a sweep was killed while it wrote it")
+                say(shown(f"{path}: the last line is torn and left out; a sweep was killed while it wrote it"))
                 break
             first = error.errors()[0]
             where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100] or "the line"

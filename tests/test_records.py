@@ -319,3 +319,9 @@ def test_key_tells_cells_apart_and_identity_forgets_the_hour() -> None:
     early, late = Environment(gpu="A", started_at="1", commit="a"), Environment(gpu="A", started_at="2", commit="b")
     assert early.identity() == late.identity()
     assert early.identity() != Environment(gpu="B").identity()
+
+
+def test_a_torn_line_s_warning_names_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match=r"^~/cells\.jsonl: the last line is torn"):
+        read_cells(file_of(tmp_path, measured(), tail='{"schema":1,'))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from colqwen_lab.cards import Card
-from colqwen_lab.errors import BadInput, Unmet, one_of
+from colqwen_lab.errors import BadInput, Unmet, one_of, shown
 from colqwen_lab.measure.cap import MARGIN, METHOD, VERIFIED_RUNS, largest_running
 from colqwen_lab.measure.clock import CLOCK, Patience, Samples, Turn, time_in_turn
 from colqwen_lab.measure.environment import environment, gpu_state, pick_device
@@ -613,7 +613,7 @@ def write_result(path: Path, records: Path, cells: list[Cell], spent: dict[str, 
 
 
 def to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(shown(line), file=sys.stderr, flush=True)
 
 
 def sweep(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from colqwen_lab.errors import plain
 from colqwen_lab.records import Cell
 from colqwen_lab.report.series import Series, conditions, kernels, mib, short, unit
 
@@ -64,8 +65,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def escape(text: str) -> str:
     """`text` with what Markdown or HTML would take as markup made plain, on one line, without control characters."""
-    plain = re.sub(r"[\x00-\x1f\x7f-\x9f]", "", " ".join(text.split()))
-    marked = MARKUP.sub(r"\\\g<0>", html.escape(plain, quote=False))
+    marked = MARKUP.sub(r"\\\g<0>", html.escape(plain(text), quote=False))
     return re.sub(r"^(\d+)(?=[.)](?:\s|$))", r"\1\\", marked)
 
 
