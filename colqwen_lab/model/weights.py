@@ -36,7 +36,7 @@ WEIGHTS = ("auto", "hub", "random")
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "*_config.json"]
 # Qwen's tokenizer has 11 MB; the other JSON of a checkpoint is small, and a parser takes seventy times its bytes.
 TOKENIZER_BYTES = 64 * 2**20
-JSON_BYTES = 2 * 2**20
+JSON_BYTES = 2**20
 SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
