@@ -48,7 +48,7 @@ from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS
 from colqwen_lab.runtime.fast import bucket
 from colqwen_lab.runtime.kernels import EIGHT_BIT
 from colqwen_lab.runtime.workloads import WORKLOADS, Batches, Pages, query_batches
-from colqwen_lab.settings import outputs_folder
+from colqwen_lab.settings import is_folder, outputs_folder
 
 # The report's way with its fallback kernel, by device, and the best there is.
 REPORT_WAY = {"cuda": "eager/published/tritonv2", "cpu": "eager/published/torch"}
@@ -140,7 +140,7 @@ class Request:
             raise BadInput(f"pages and visual_tokens are of workload pages, not {self.workload}; valid: workload pages")
         if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
             raise BadInput("weights go with a named model; a folder or a hub id as model holds its own")
-        if self.weights not in WEIGHTS and not Path(self.weights).is_dir():
+        if self.weights not in WEIGHTS and not is_folder(self.weights):
             raise BadInput(f"unknown weights {self.weights!r}; valid: {', '.join(WEIGHTS)}, or a checkpoint folder")
         if self.weights not in WEIGHTS and len(self.variants) > 1:
             raise BadInput("a weights folder goes with one model; name folders as models instead: -m DIR1 -m DIR2")

@@ -30,7 +30,7 @@ from colqwen_lab.model.network import ColQwen3, is_text_linear
 from colqwen_lab.model.processing import PAD, pad_id
 from colqwen_lab.model.variants import VARIANTS, Variant, scheme_parts
 from colqwen_lab.model.weights import FolderSource, Source, default_source
-from colqwen_lab.settings import cache_folder, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, is_file, writable_folder
 
 FORMATS = ("auto_round", "auto_gptq", "auto_awq")
 RECORD = "colqwen_lab.json"
@@ -84,8 +84,8 @@ def quantize(
     recipe, device = recipe or Recipe(), device or torch.device("cpu")
     if source.quantization is not None:
         raise Unmet(f"{source.label} is quantised already; quantise the 16-bit weights")
-    replaceable = replace and (folder / RECORD).exists()
-    if folder.exists() and not replaceable and (not folder.is_dir() or any(folder.iterdir())):
+    replaceable = replace and is_file(folder / RECORD)
+    if in_use(folder) and not replaceable:
         raise BadInput(f"{folder} is not empty; name a new folder")
     writable_folder(folder.parent)
     loaded = loading.load(source, device)
@@ -125,7 +125,7 @@ def calibration_file(path: str) -> list[str]:
     """The texts of a file, one a line. Raises BadInput if it cannot be read or holds none."""
     try:
         lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"calibration texts {path} cannot be read: {error}") from None
     if not lines:
         raise BadInput(f"calibration texts {path} holds no text; valid: one a line")
