@@ -39,6 +39,7 @@ __all__ = [
     "Unmet",
     "beside",
     "compare",
+    "escape",
     "explain",
     "fidelity",
     "load",
@@ -388,6 +389,13 @@ def __getattr__(name: str) -> Any:
 
         return Results
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def escape(text: str) -> str:
+    """What a record says, for `Markdown`: shown as it is, on one line, neither markup nor HTML."""
+    from colqwen_lab.report.markdown import escape as run
+
+    return run(text)
 
 
 def save(figure: Any, name: str) -> list[Path]:

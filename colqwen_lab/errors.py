@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import signature
@@ -14,10 +16,43 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+SECRETS = {
+    r"(?<=//)[^/@\s]+@": "...@",
+    r"\b(Bearer|Basic) \S+": r"\1 ...",
+    r"\b((?:hf|api_org|gh[oprsu]|github_pat)_|(?:sk|glpat|xox[abprs])-|A[KS]IA)[\w-]{16,}": r"\1...",
+    # Names hold spaces where a separator follows.
+    r"[A-Za-z]:[\\/]+Users[\\/]+(?:[^\\/:*?\"<>|\n]+(?=[\\/])|[^\\/\s'\":]+)": "~",
+    r"(?:/home|/Users)/[^/\\\s'\":]+(?:(?: [^/\\\s'\":]+)?(?=/))?": "~",
+}
+
+
+def scrubbed(text: str) -> str:
+    """`text` without home folders, user names in paths, passwords and tokens: a record and a notebook travel."""
+    if home := os.path.expanduser("~").rstrip("/\\"):
+        text = re.sub(rf"(?<![\w.~-]){re.escape(home)}(?![\w-]|\.\w)", "~", text)
+    for pattern, shown in SECRETS.items():
+        text = re.sub(pattern, shown, text)
+    return text
+
+
+def plain(text: str) -> str:
+    """`text` on one line, without what a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "", " ".join(text.split()))
+
+
+def shown(text: str) -> str:
+    """A line for a person: plain, scrubbed, and cut in its middle where it is very long."""
+    line = scrubbed(plain(text))
+    return line if len(line) <= 2000 else f"{line[:1500]} ... {line[-400:]}"
+
+
 class LabError(Exception):
     """A request that cannot be served. The message is one line that says what to do."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
     def _render_traceback_(self) -> list[str]:
         """IPython's hook: a notebook shows the line, not a traceback."""

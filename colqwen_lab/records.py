@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from colqwen_lab.errors import BadInput, LabError, Unmet
+from colqwen_lab.errors import BadInput, LabError, Unmet, shown
 from colqwen_lab.settings import DATA
 
 MIB = 2**20
@@ -28,6 +28,13 @@ PUBLISHED = "published"
 HEAD = '{"schema":1,'  # how each line of a records file begins
 GOES_ON = "what was measured is on file, and the same command goes on from there"
 
+# Bounds within which every figure that a report derives is finite, and a table can hold it.
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(gt=0, lt=2**63)]
+Figure = Annotated[float, Field(ge=-1e9, lt=1e9)]
+Measured = Annotated[float, Field(gt=1e-9, lt=1e9)]  # seconds, or items a second
+Speed = Annotated[float, Field(ge=1, lt=1e21)]
 Origin = Literal["measured", "predicted", "published"]
 
 
@@ -45,16 +52,16 @@ class Workload(Value):
     """
 
     kind: Literal["queries", "pages"]
-    batch_size: int = Field(gt=0)
-    tokens: int | None = Field(default=None, gt=0)
+    batch_size: Positive
+    tokens: Positive | None = None
     texts: str | None = None
     padded_share: float | None = Field(default=None, ge=0, le=1)
-    visual_tokens: int | None = Field(default=None, gt=0)
+    visual_tokens: Positive | None = None
     pages: str | None = None
-    distinct: int | None = None
-    refused: int | None = None
-    index_bytes: int | None = None
-    preprocess_s: float | None = None
+    distinct: Count | None = None
+    refused: Count | None = None
+    index_bytes: Count | None = None
+    preprocess_s: Figure | None = None
 
     @property
     def budget(self) -> str:
@@ -69,19 +76,19 @@ class Backend(Value):
     """
 
     requested: str
-    engaged: dict[str, int] = {}
+    engaged: dict[str, Count] = {}
     dtype: str | None = None
     requested_dtype: str | None = None
-    kept_16bit: dict[str, int] = {}
+    kept_16bit: dict[str, Count] = {}
     schedules: dict[str, str] = {}
 
 
 class Rate(Value):
     """Items per second: the median, with a 95 % interval of it where samples allow one."""
 
-    median: float = Field(gt=0)
-    low: float | None = None
-    high: float | None = None
+    median: Measured
+    low: Measured | None = None
+    high: Measured | None = None
 
 
 class Memory(Value):
@@ -91,62 +98,62 @@ class Memory(Value):
     allowed to reserve for the run to go through: the peak, and the free pieces between.
     """
 
-    weights_bytes: int | None = None
-    resident_bytes: int | None = None
-    peak_bytes: int = Field(gt=0)
-    reserved_bytes: int | None = None
-    least_reserved_bytes: int | None = None
-    device_bytes: int | None = None
-    allocation_retries: int | None = None
-    ledger: dict[str, int] | None = None
+    weights_bytes: Count | None = None
+    resident_bytes: Count | None = None
+    peak_bytes: Positive
+    reserved_bytes: Count | None = None
+    least_reserved_bytes: Count | None = None
+    device_bytes: Count | None = None
+    allocation_retries: Count | None = None
+    ledger: dict[str, Whole] | None = None
     method: Literal["cuda", "tracked", "published", "predicted"]
 
 
 class Work(Value):
     """What one step computes and the fewest bytes it can move, counted on the prediction's own run."""
 
-    flops: int
-    least_bytes: int
+    flops: Count
+    least_bytes: Positive
 
 
 class Limits(Value):
     """What the device reached in the same run: a large 16-bit product, and a copy, counting bytes read and written."""
 
-    flops_per_s: float
-    bytes_per_s: float
+    flops_per_s: Speed
+    bytes_per_s: Speed
 
 
 class Towers(Value):
     """Seconds of a step within the vision tower, and in all the rest; measured in a pass of its own."""
 
-    vision_s: float
-    decoder_s: float
+    vision_s: Figure
+    decoder_s: Figure
 
 
 class Difference(Value):
     """Cosine of the token embeddings to those of the same weights at 16-bit activations, on one batch."""
 
     against: str
-    cosine_mean: float
-    cosine_least: float
+    cosine_mean: Figure
+    cosine_least: Figure
 
 
 class CardRun(Value):
     """A cell measured under the cap of a smaller card: which, the bytes torch might take, and what was tried."""
 
     name: str
-    nominal_bytes: int
-    cap_bytes: int
-    outside_bytes: int
+    nominal_bytes: Count
+    cap_bytes: Count
+    outside_bytes: Count
     method: str
-    tried: dict[int, str]
-    verified_runs: int
+    tried: dict[Count, str]
+    verified_runs: Count
 
 
 class Timing(Value):
     """How the samples were taken: steps thrown away first, why it stopped, and who was timed in turn with it."""
 
-    warmup_steps: int
+    warmup_steps: Count
     steady: bool
     stopped: str
     in_turn_with: list[str] = []
@@ -158,14 +165,14 @@ class Environment(Value):
     """The machine and the versions. No host, user or folder names."""
 
     gpu: str | None = None
-    gpu_memory_bytes: int | None = None
+    gpu_memory_bytes: Count | None = None
     compute_capability: str | None = None
     driver: str | None = None
     cuda: str | None = None
-    power_limit_w: float | None = None
+    power_limit_w: Figure | None = None
     cpu: str | None = None
-    threads: int | None = None
-    host_memory_bytes: int | None = None
+    threads: Count | None = None
+    host_memory_bytes: Count | None = None
     os: str | None = None
     python: str | None = None
     torch: str | None = None
@@ -208,8 +215,8 @@ class Cell(Value):
     backend: Backend
     status: Literal["ok", "oom", "failed"]
     reason: str | None = None
-    step_s: list[float] = []
-    control_s: list[float] = []
+    step_s: list[Measured] = []
+    control_s: list[Measured] = []
     items_per_s: Rate | None = None
     memory: Memory | None = None
     work: Work | None = None
@@ -311,7 +318,7 @@ def _cells_of(path: Path, say: Callable[[str], None] | None = None, own: bool = 
         text = (complete + newline).decode() + last.decode(errors="replace")  # torn within a character, perhaps
     except FileNotFoundError:
         raise BadInput(f"no records file {path}; name one that a sweep wrote, or the word {PUBLISHED}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read as a records file: {error}") from None
     document = _json(text)
     if own and isinstance(document, dict) and "results" in document:
@@ -324,7 +331,7 @@ def _cells_of(path: Path, say: Callable[[str], None] | None = None, own: bool = 
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -336,7 +343,7 @@ def _line_cells(text: str, path: Path, say: Callable[[str], Any]) -> list[Cell]:
             cells.append(Cell.model_validate_json(line))
         except ValidationError as error:
             if number > len(complete) and (cells or last.startswith(HEAD) or HEAD.startswith(last)):
-                say(f"{path}: the last line is torn and left out; a sweep was killed while it wrote it")
+                say(shown(f"{path}: the last line is torn and left out; a sweep was killed while it wrote it"))
                 break
             first = error.errors()[0]
             where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100] or "the line"
@@ -581,6 +588,6 @@ def _script_cells(document: dict[str, Any]) -> list[Cell]:
                     ),
                 )
             )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadInput(f"not a document of the report's script: {type(error).__name__}: {str(error)[:80]}") from None
     return cells

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -31,6 +33,41 @@ def outputs_folder() -> Path:
     return writable_folder(Path(os.environ.get("COLQWEN_LAB_OUTPUTS") or root / "outputs"))
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; no where the name is none that a file can have."""
+    return _is(Path.is_file, path)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder; no where the name is none that a folder can have."""
+    return _is(Path.is_dir, path)
+
+
+def _is(kind: Callable[[Path], bool], path: str | Path) -> bool:
+    try:
+        return kind(Path(path))
+    except (OSError, ValueError):
+        return False
+
+
+def in_use(folder: Path) -> bool:
+    """Whether there is a file, or a folder that holds something.
+
+    Raises:
+        BadInput: no folder can have this name, or it cannot be looked into.
+    """
+    try:
+        return not stat.S_ISDIR(os.stat(folder).st_mode) or any(folder.iterdir())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot make the folder {folder}: {_why(error)}; name one that can be written") from None
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
 def writable_folder(folder: Path) -> Path:
     """`folder`, made if need be.
 
@@ -39,8 +76,8 @@ def writable_folder(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot make the folder {folder}: {error.strerror}; name one that can be written") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot make the folder {folder}: {_why(error)}; name one that can be written") from None
     if not os.access(folder, os.W_OK):
         raise BadInput(f"cannot write to the folder {folder}; name one that can be written")
     return folder

@@ -29,6 +29,7 @@ from colqwen_lab.records import (
     write_cells,
 )
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:.*the last line is torn")
 
 
@@ -346,3 +347,60 @@ def test_key_tells_cells_apart_and_identity_forgets_the_hour() -> None:
     early, late = Environment(gpu="A", started_at="1", commit="a"), Environment(gpu="A", started_at="2", commit="b")
     assert early.identity() == late.identity()
     assert early.identity() != Environment(gpu="B").identity()
+
+
+def test_a_torn_line_s_warning_names_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match=r"^~/cells\.jsonl: the last line is torn"):
+        read_cells(file_of(tmp_path, measured(), tail='{"schema":1,'))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"results": ' + "[" * 100_000, '{"schema":1,' + '"a":[' * 50_000])
+def test_deep_nesting_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "deep.jsonl").write_text(text + "\n")
+    with pytest.raises(BadInput, match="line 1 is not a record"):
+        read_cells(tmp_path / "deep.jsonl")
+
+
+@pytest.mark.parametrize("name", ["\0", "x" * 5000, "\ud800"])
+def test_a_name_that_no_file_can_have_is_bad_input(name: str) -> None:
+    with pytest.raises(BadInput, match=r"^.{,2000}$"):
+        read_cells(name)
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "1" + "0" * 400, "1" + "0" * 5000, "1e400", "-1", "0"])
+@pytest.mark.parametrize("field", ["throughput_items_per_s", "cuda_max_memory_allocated_MB"])
+def test_odd_figures_of_the_script_are_bad_input(tmp_path: Path, field: str, value: str) -> None:
+    row = {"throughput_items_per_s": "1.5", "cuda_max_memory_allocated_MB": "10"} | {field: value}
+    content = ", ".join(f'"{name}": {figure}' for name, figure in row.items())
+    (tmp_path / "script.json").write_text(f'{{"metadata": {{}}, "results": {{"BASE_bs8": {{{content}}}}}}}')
+    with pytest.raises(BadInput):
+        read_cells(tmp_path / "script.json")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("memory", "peak_bytes", 10**400),
+        ("memory", "resident_bytes", -1),
+        ("workload", "tokens", 2**63),
+        ("workload", "batch_size", 10**400),
+        ("workload", "index_bytes", 10**400),
+        ("items_per_s", "median", 5e-324),
+        ("items_per_s", "high", 1e308),
+        ("environment", "threads", 10**30),
+    ],
+)
+def test_figures_out_of_bounds_are_refused(tmp_path: Path, part: str, field: str, value: float) -> None:
+    row = json.loads(measured().to_line())
+    row[part][field] = value
+    (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(BadInput, match=f"line 1 is not a record: {part}.{field}"):
+        read_cells(tmp_path / "row.jsonl")
+
+
+def test_every_committed_record_is_within_the_bounds() -> None:
+    committed = [path for path in (ROOT / "outputs").rglob("*.jsonl") if '"workload":' in path.read_text()[:2000]]
+    assert len(committed) > 5
+    for path in committed:
+        assert read_cells(path)

@@ -11,14 +11,12 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -26,7 +24,7 @@ import numpy as np
 import torch
 
 from colqwen_lab.cards import Card
-from colqwen_lab.errors import LabError
+from colqwen_lab.errors import LabError, scrubbed
 from colqwen_lab.measure.cap import set_cap
 from colqwen_lab.measure.clock import time_towers, timed
 from colqwen_lab.measure.limits import measured_limits
@@ -66,13 +64,6 @@ def failure_of(error: BaseException) -> Failure:
     text = scrubbed(" ".join(str(error).split()))[:300]
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
     return Failure("oom" if memory else "failed", f"{type(error).__name__}: {text}")
-
-
-def scrubbed(text: str) -> str:
-    """`text` without home folders, user names in paths, and tokens of the hub: a record travels."""
-    text = text.replace(str(Path.home()), "~")
-    text = re.sub(r"(/home/|/Users/|[A-Za-z]:\\+Users\\+)[^/\\\s'\":]+", "~", text)
-    return re.sub(r"\b(hf|api_org)_\w{16,}", r"\1_...", text)
 
 
 def attempt(work: Callable[[], Any], device: torch.device) -> Any:

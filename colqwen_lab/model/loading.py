@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
@@ -16,10 +17,14 @@ from accelerate.utils import set_module_tensor_to_device
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.errors import BadInput, LabError, Unmet
 from colqwen_lab.model.network import TEXT_LAYERS, ColQwen3, ColQwen3Config, empty_network, is_text_linear
 from colqwen_lab.model.weights import Source
 
+# What AutoRound takes as regular expressions of a checkpoint; one with groups or many stars could run for ever.
+PATTERNS = ("extra_config", "dynamic", "modules_to_not_convert", "modules_in_block_to_quantize")
+LAYER_NAME = re.compile(r"(?:[-+]:)?\^?(?:\.\*)?(?:[\w.-]|\\\.)*(?:\.\*)?\$?")
+MOST_NAMES = 2000
 FAKE = "auto_round:fake"
 DENSE = "torch.nn.Linear"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -90,11 +95,17 @@ def skeleton(
         return model, []
     from auto_round.inference.convert_model import convert_hf_model
 
-    asked = _auto_round_config(quantization, backend)
-    model.config.quantization_config = asked
-    _require_kernel(model, asked, device)
-    with quiet(), torch.device("meta"):
-        model, used = convert_hf_model(model, target_device=device.type)
+    try:
+        asked = _auto_round_config(quantization, backend)
+        model.config.quantization_config = asked
+        _require_kernel(model, asked, device)
+        with quiet(), torch.device("meta"):
+            model, used = convert_hf_model(model, target_device=device.type)
+    except LabError:
+        raise
+    except Exception as error:  # AutoRound trusts what a checkpoint says, and fails on the rest in many ways
+        why = f"{type(error).__name__}: {error}"
+        raise Unmet(f"this quantisation cannot be loaded: {why:.300}; valid packings: auto-round, gptq, awq") from None
     return model.requires_grad_(False), used
 
 
@@ -104,14 +115,26 @@ def _auto_round_config(quantization: dict[str, Any], backend: str) -> Any:
 
     if quantization.get("checkpoint_format") == "gptq_v2" or quantization.get("desc_act"):
         raise Unmet("this quantisation cannot be loaded: gptq_v2 or desc_act; valid packings: auto-round, gptq, awq")
+    for key in PATTERNS:
+        names = list(_names(quantization.get(key)))
+        odd = [name for name in names if not LAYER_NAME.fullmatch(name)]
+        if odd or len(names) > MOST_NAMES:
+            what = f"{odd[0]!r:.100}" if odd else f"{len(names)} names"
+            raise Unmet(f"this quantisation cannot be loaded: {key} holds {what}; valid: up to {MOST_NAMES} layers")
     given = {name: value for name, value in quantization.items() if value is not None}
     # AutoAWQ says zero_point where AutoRound says sym; without either AutoRound would take symmetric for granted.
     symmetric = {"sym": not given["zero_point"]} if "zero_point" in given else {}
-    try:
-        asked = {"block_name_to_quantize": TEXT_LAYERS, **symmetric, **given, "backend": backend}
-        return AutoRoundConfig.from_dict(asked)
-    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError) as error:
-        raise Unmet(f"this quantisation cannot be loaded: {error}; valid packings: auto-round, gptq, awq") from None
+    asked = {"block_name_to_quantize": TEXT_LAYERS, **symmetric, **given, "backend": backend}
+    return AutoRoundConfig.from_dict(asked)
+
+
+def _names(value: Any) -> Iterator[str]:
+    """All names in `value`: a name, a list of names or of lists, or an object by name. Raises TypeError."""
+    if isinstance(value, str):
+        yield value
+    elif value is not None:
+        for one in value:
+            yield from _names(one)
 
 
 def _packing(config: Any) -> str:

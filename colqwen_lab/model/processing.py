@@ -39,13 +39,18 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`.
 
     Raises:
-        Unmet: the file cannot be read, or its pad token is missing.
+        Unmet: the file cannot be read, its pad token is missing, or it rewrites texts.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise Unmet(f"{path} is not a tokenizer.json: {error}") from None
     pad_id(tokenizer)
+    if not isinstance(tokenizer.normalizer, normalizers.NFC | None):
+        raise Unmet(f"{path} has a normalizer {tokenizer.normalizer!r:.100}; valid: NFC, or none")
+    # Texts are padded and cut here, never as a file says.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     return tokenizer
 
 

@@ -30,7 +30,7 @@ from colqwen_lab.model.network import ColQwen3, is_text_linear
 from colqwen_lab.model.processing import PAD, pad_id
 from colqwen_lab.model.variants import VARIANTS, Variant, scheme_parts
 from colqwen_lab.model.weights import FolderSource, Source, default_source
-from colqwen_lab.settings import cache_folder, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, is_file, writable_folder
 
 FORMATS = ("auto_round", "auto_gptq", "auto_awq")
 RECORD = "colqwen_lab.json"
@@ -127,8 +127,7 @@ def quantize(
 
 def _check_free(folder: Path, replace: bool) -> None:
     """Raise BadInput unless `folder` is not there, or empty, or with `replace` made here."""
-    made_here = replace and (folder / RECORD).exists()
-    if folder.exists() and not made_here and (not folder.is_dir() or any(folder.iterdir())):
+    if in_use(folder) and not (replace and is_file(folder / RECORD)):
         raise BadInput(f"{folder} is not empty; name a new folder")
 
 
@@ -136,7 +135,7 @@ def calibration_file(path: str) -> list[str]:
     """The texts of a file, one a line. Raises BadInput if it cannot be read or holds none."""
     try:
         lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"calibration texts {path} cannot be read: {error}") from None
     if not lines:
         raise BadInput(f"calibration texts {path} holds no text; valid: one a line")

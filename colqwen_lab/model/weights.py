@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import zlib
 from abc import ABC, abstractmethod
 from copy import deepcopy
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colqwen_lab.errors import Unmet
+from colqwen_lab.errors import Unmet, plain
 from colqwen_lab.model.architecture import SIZES
 from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
 from colqwen_lab.model.processing import TINY, TINY_TOKENIZER, read_tokenizer
@@ -33,8 +34,9 @@ from colqwen_lab.model.variants import Repository, Variant, scheme_parts
 
 WEIGHTS = ("auto", "hub", "random")
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json", "*_config.json"]
-# The largest JSON of a checkpoint is a tokenizer; Qwen's has 11 MB.
-JSON_BYTES = 64 * 2**20
+# Qwen's tokenizer has 11 MB; the other JSON of a checkpoint is small, and a parser takes seventy times its bytes.
+TOKENIZER_BYTES = 64 * 2**20
+JSON_BYTES = 2**20
 SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -156,7 +158,7 @@ class FolderSource(Source):
         self.folder = folder
         raw = self._json("config.json")
         if raw.get("model_type") != ColQwen3Config.model_type:
-            raise Unmet(f"{folder}/config.json: model_type is {raw.get('model_type')!r}, not 'colqwen3'")
+            raise Unmet(f"{folder}/config.json: model_type is {raw.get('model_type')!r:.100}, not 'colqwen3'")
         self._quantization = raw.pop("quantization_config", None)
         if not isinstance(self._quantization, dict | None):
             raise Unmet(f"{folder}/config.json: quantization_config is not an object")
@@ -169,7 +171,7 @@ class FolderSource(Source):
         self.files = self._index()
         self._check_dimensions()
         tokenizer = folder / "tokenizer.json"
-        self.tokenizer = read_tokenizer(self._own(tokenizer, JSON_BYTES)) if tokenizer.exists() else None
+        self.tokenizer = read_tokenizer(self._own(tokenizer, TOKENIZER_BYTES)) if tokenizer.exists() else None
         self.label = label or f"folder:{folder.resolve().name}#{self.digest}"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -182,10 +184,12 @@ class FolderSource(Source):
 
     def _own(self, path: Path, most_bytes: int | None = None) -> Path:
         """`path`, if it lies in this folder, or as a link of the hub's cache among its blobs, and is not too large."""
-        home = self.folder.resolve()
+        home = Path(os.path.realpath(self.folder))
         homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-        if path.resolve().parent not in homes:
+        if Path(os.path.realpath(path)).parent not in homes:
             raise Unmet(f"{path} points outside its folder")
+        if path.exists() and not path.is_file():
+            raise Unmet(f"{path} is not a file")
         if most_bytes and path.exists() and path.stat().st_size > most_bytes:
             raise Unmet(f"{path} has {path.stat().st_size} bytes; valid: up to {most_bytes}")
         return path
@@ -208,9 +212,9 @@ class FolderSource(Source):
         if not isinstance(weight_map, dict):
             raise Unmet(f"{index} has no weight_map")
         names = set(map(str, weight_map.values()))
-        outside = sorted(name for name in names if Path(name).name != name)
+        outside = sorted(name for name in names if Path(name).name != name or not name.isprintable() or len(name) > 200)
         if outside:
-            raise Unmet(f"{index} points outside its folder: {outside[0]!r}")
+            raise Unmet(f"{index} points outside its folder, or at what names no file: {outside[0]!r:.200}")
         self.paths = [self.folder / name for name in sorted(names)]
         files: dict[str, Any] = {}
         for path in self.paths:
@@ -227,18 +231,17 @@ class FolderSource(Source):
 
         Checked on a network of one layer a tower, on the meta device. Weights have two bits or more.
         """
-        config: Any = deepcopy(self.config)
         where = self.folder / "config.json"
-        layers = (config.text_config.num_hidden_layers, config.vision_config.depth)
-        config.text_config.num_hidden_layers = config.vision_config.depth = 1
         try:
-            fits = min(layers) > 0 and sum(layers) <= len(self.files)
+            config: Any = deepcopy(self.config)
+            layers = (config.text_config.num_hidden_layers, config.vision_config.depth)
+            config.text_config.num_hidden_layers = config.vision_config.depth = 1
+            tapped = config.vision_config.deepstack_visual_indexes
+            fits = min(layers) > 0 and sum(layers) <= len(self.files) and len(set(tapped)) == len(tapped) <= layers[1]
             with torch.device("meta"):
                 least = sum(tensor.numel() for tensor in ColQwen3(config).parameters()) // 4 if fits else 0
         except Exception as error:  # torch, transformers and Python each say it in their own way
-            raise Unmet(
-                f"{self.folder}/config.json is not the configuration of a ColQwen3: {_one_line(error)}"
-            ) from None
+            raise Unmet(f"{where} is not the configuration of a ColQwen3: {_one_line(error)}") from None
         held = sum(path.stat().st_size for path in self.paths)
         if not fits or least > held:
             raise Unmet(
@@ -278,10 +281,12 @@ class FolderSource(Source):
                     problems.append(f"{name} is {view.get_dtype()}; valid: {', '.join(SAFETENSORS_DTYPES)}")
                 elif SAFETENSORS_DTYPES[view.get_dtype()].is_floating_point != like.is_floating_point():
                     problems.append(f"{name} is {view.get_dtype()}, not {like.dtype}")
-        problems += [f"{name} holds zero points, but the codes are symmetric" for name in self._odd_zeros(expected)]
+        odd = [] if problems else self._odd_zeros(expected)
+        problems += [f"{name} holds zero points, but the codes are symmetric" for name in odd]
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise Unmet(f"{self.folder} does not fit the network: {'; '.join(problems[:5])}{more}")
+            listed = "; ".join(f"{problem:.300}" for problem in problems[:5])
+            raise Unmet(f"{self.folder} does not fit the network: {listed}{more}")
 
     def _odd_zeros(self, expected: dict[str, Tensor]) -> list[str]:
         """Packed zero points other than the middle one in a checkpoint that says it is symmetric.
@@ -298,10 +303,11 @@ class FolderSource(Source):
 
     def _is_plain_group_index(self, name: str) -> bool:
         """Whether this is a GPTQ group index in its plain order, which says nothing; a re-ordered one matters."""
-        if not name.endswith(".g_idx") or self.quantization is None:
+        group = (self.quantization or {}).get("group_size")
+        if not name.endswith(".g_idx") or not isinstance(group, int) or group < 1:
             return False
         index = self.files[name].get_tensor(name)
-        return torch.equal(index, torch.arange(len(index), dtype=index.dtype) // self.quantization["group_size"])
+        return index.ndim == 1 and torch.equal(index.long(), torch.arange(len(index)) // group)
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
         return self.files[name].get_tensor(name).to(device=device, dtype=like.dtype)
@@ -366,4 +372,4 @@ def default_source(variant: Variant, size: str, weights: str, device: torch.devi
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return plain(str(error))[:200]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from colqwen_lab.errors import plain
 from colqwen_lab.records import Cell
 from colqwen_lab.report.series import Series, conditions, kernels, mib, short, unit
 
@@ -13,14 +15,19 @@ if TYPE_CHECKING:
     from colqwen_lab.report.compare import CardFit, Comparison, SideBySide
 
 SHOWN = ("gpu", "driver", "cuda", "cpu", "threads", "attention", "torch", "transformers", "auto_round", "python", "os")
+# Also a link's `](`, `_` at a word's edge, an address that would become a link, and what begins a block.
+MARKUP = re.compile(
+    r"[\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|:(?=//)|(?<=www)\.|^(?:[-+](?=[\s-]|$)|[#=])",
+    re.IGNORECASE,
+)
 USES = {"awq": "Use {awq} when", "base": "Use {base} when", "either": "It does not matter when"}
 
 
 def report(comparison: Comparison) -> str:
     """The whole report, as Markdown. Strings from records are escaped."""
-    base, awq = comparison.base, comparison.awq
+    base, awq, said = comparison.base, comparison.awq, escape(comparison.verdict())
     sections = {
-        "Overview": [table(["Model", "Variant", "Weights", "Kernels"], map(_model, (base, awq))), comparison.verdict()],
+        "Overview": [table(["Model", "Variant", "Weights", "Kernels"], map(_model, (base, awq))), said],
         "Test environment": [table(["Parameter", base.label, awq.label], _environment(base, awq))],
         "Batch size sweep": [table(*_sweep(base, awq))],
         "Memory-constrained scenarios": list(_cards(comparison)),
@@ -52,14 +59,14 @@ def side_by_side(found: SideBySide) -> str:
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table, every string in it escaped; None is a dash. Only a cell that is wholly `**...**` stays bold."""
-    lines = [list(headers), ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(_shown(value) for value in line) + " |" for line in lines)
+    head, *body = ("| " + " | ".join(map(_shown, line)) + " |" for line in (headers, *rows))
+    return "\n".join([head, "|" + " --- |" * len(headers), *body])
 
 
 def escape(text: str) -> str:
-    """`text` with what Markdown or HTML would take as markup made plain, on one line."""
-    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*|\[\]])", r"\\\1", plain)
+    """`text` with what Markdown or HTML would take as markup made plain, on one line, without control characters."""
+    marked = MARKUP.sub(r"\\\g<0>", html.escape(plain(text), quote=False))
+    return re.sub(r"^(\d+)(?=[.)](?:\s|$))", r"\1\\", marked)
 
 
 def _shown(value: Any) -> str:

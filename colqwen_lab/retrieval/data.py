@@ -16,6 +16,7 @@ from PIL import Image
 
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model import drawn
+from colqwen_lab.settings import is_folder
 
 GENERATED, VIDORE = "generated", "vidore:"
 #: Pages held out whose facts all differ; from there on they come back.
@@ -57,7 +58,7 @@ def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH
         found = _generated(pages or HELD_OUT, queries or HELD_OUT, width)
     elif source.startswith(VIDORE):
         found = _vidore(source.removeprefix(VIDORE))
-    elif Path(source).is_dir():
+    elif is_folder(source):
         found = _folder(Path(source))
     else:
         raise BadInput(
@@ -164,7 +165,7 @@ def _vidore(name: str) -> Corpus:
         import datasets
     except ImportError:
         raise Unmet('ViDoRe needs the package datasets: `pip install -e ".[data]"`') from None
-    folder = Path(name).is_dir()
+    folder = is_folder(name)
     repository = name if folder or "/" in name else f"vidore/{name}"
     if folder:
         revision, label = None, f"folder {Path(name).resolve().name}"

@@ -32,7 +32,7 @@ from colqwen_lab.model.weights import FolderSource
 from colqwen_lab.retrieval import data, metrics
 from colqwen_lab.retrieval.embed import blocks, embed, page_inputs, query_inputs
 from colqwen_lab.retrieval.maxsim import maxsim, unpadded
-from colqwen_lab.settings import writable_folder
+from colqwen_lab.settings import in_use, writable_folder
 
 # (pixels that a page is wide, steps, how many pages in a row of a batch agree in kind and colour). Where they do, only
 # the topic and the place tell them apart: else a net that cannot read is right too often to learn it. But a net that
@@ -165,7 +165,7 @@ def train_tiny(
     Raises:
         BadInput: the folder is not empty, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if in_use(folder):
         raise BadInput(f"{folder} is not empty; name a new folder")
     writable_folder(folder)
     started, cpu_started = time.perf_counter(), time.process_time()

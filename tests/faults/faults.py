@@ -42,6 +42,8 @@ from colqwen_lab.model import loading
 from colqwen_lab.model.variants import VARIANTS
 from colqwen_lab.model.weights import FolderSource, default_source
 from colqwen_lab.records import Cell, Store, read_cells
+from colqwen_lab.report.compare import by_place as compare
+from colqwen_lab.report.series import Results
 from colqwen_lab.runtime import execution
 
 CPU = torch.device("cpu")
@@ -438,6 +440,10 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
+# Of the right kind, and at its ends.
+extremes = st.sampled_from(
+    [0, 1, 2**62, 10**400, 1e-300, 1e-8, 1e8, 1e300, "", "$\\frac{", "<b>|", "\x1b[2J\n", "base"]
+)
 
 
 def _fuzzed(strategy: st.SearchStrategy[Any], body: Callable[[Any], None], examples: int) -> None:
@@ -453,12 +459,12 @@ def _fuzzed(strategy: st.SearchStrategy[Any], body: Callable[[Any], None], examp
 
 
 def fuzzed_records(examples: int) -> dict[str, Any]:
-    """Records with a value of another kind anywhere, and files of any bytes: read, or refused in one line."""
-    figures = Counter(tried=0, read=0, refused=0, lost=0, unclear=0)
+    """Records with another value anywhere, and files of any bytes: read and compared, or refused in one line."""
+    figures = Counter(tried=0, read=0, compared=0, refused=0, lost=0, unclear=0)
     with scratch() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run(folder / "whole.jsonl", (1,))
-        row = json.loads(lines(folder / "whole.jsonl")[0])
+        row, other = map(json.loads, lines(folder / "whole.jsonl")[:2])
         paths = list(_leaves(row))
         path = folder / "fuzzed.jsonl"
 
@@ -466,16 +472,19 @@ def fuzzed_records(examples: int) -> dict[str, Any]:
             figures["tried"] += 1
             path.write_bytes(content)
             try:
-                for cell in read_cells(path):
-                    cell.to_line()
+                results = Results.load(path)
                 figures["read"] += 1
+                results.table(), repr(results)
+                compared = compare(results, results)
+                figures["compared"] += 1
+                compared.markdown(), json.dumps(compared.to_dict(), allow_nan=False)
             except Exception as error:
                 figures["refused" if is_one_line(error) else "unclear"] += 1
                 if not is_one_line(error):
                     print(f"{content[:200]!r}: {type(error).__name__}: {error}", file=sys.stderr)
 
-        changed = st.tuples(st.sampled_from(paths), json_values).map(
-            lambda one: (json.dumps(_changed(row, *one)) + "\n").encode()
+        changed = st.tuples(st.sampled_from(paths), json_values | extremes).map(
+            lambda one: f"{json.dumps(_changed(row, *one))}\n{json.dumps(other)}\n".encode()
         )
         schema = st.integers(-5, 5).map(lambda number: (json.dumps(row | {"schema": number}) + "\n").encode())
         document = json_values.map(lambda value: json.dumps({"results": value, "metadata": value}).encode())

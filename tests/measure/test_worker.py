@@ -19,7 +19,7 @@ from colqwen_lab.errors import Unmet
 from colqwen_lab.measure import worker
 from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.sweep import request, sweep
-from colqwen_lab.measure.worker import Remote, failure_of, scrubbed
+from colqwen_lab.measure.worker import Remote, failure_of
 from colqwen_lab.records import Cell, read_cells
 
 QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
@@ -150,5 +150,4 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
 
 def test_reasons_hold_no_home_user_or_token() -> None:
     text = f"no {Path.home()}/x, /home/anna/y, /Users/Anna/z, C:\\Users\\anna\\w; hf_{'a' * 30}"
-    assert scrubbed(text) == "no ~/x, ~/y, ~/z, ~\\w; hf_..."
     assert "anna" not in failure_of(RuntimeError(text)).reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from colqwen_lab.model import loading
 from colqwen_lab.model import weights as loading_weights
 from colqwen_lab.model.architecture import SIZES
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
+from colqwen_lab.model.processing import encode_queries, read_tokenizer
 from colqwen_lab.model.variants import VARIANTS, resolve_variant
 from colqwen_lab.model.weights import FolderSource, default_source
 
@@ -101,6 +103,7 @@ def test_awq_checkpoint_is_the_same_codes_in_another_packing(packed: Callable[[s
         (lambda t: t.pop(f"{LAYER}.weight"), f"missing {LAYER}.weight"),
         (lambda t: t.pop("embedding_proj_layer.bias"), "missing embedding_proj_layer.bias"),
         (lambda t: t.update({"vlm.extra": torch.zeros(2)}), "unexpected vlm.extra"),
+        (lambda t: t.update({"vlm\nx\x1b[2J" + "y" * 10**5: torch.zeros(2)}), r"unexpected vlm x\[2Jy{50,300}$"),
         (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 64)}), rf"{LAYER}.weight has shape \[256, 64\]"),
         (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128, dtype=torch.int32)}), "is I32, not"),
         (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128).double()}), "is F64; valid: BF16"),
@@ -166,9 +169,63 @@ def test_a_header_that_claims_too_much_is_named(base_folder: Path, edited: Edit)
     file.write_bytes((10**15).to_bytes(8, "little") + file.read_bytes()[8:])
     with pytest.raises(Unmet, match=r"model\.safetensors is missing, truncated or not safetensors"):
         load(folder)
+    with (folder / "tokenizer.json").open("ab") as grown:
+        grown.truncate(loading_weights.TOKENIZER_BYTES + 1)
+    file.write_bytes((base_folder / file.name).read_bytes())
+    with pytest.raises(Unmet, match=r"tokenizer\.json has \d+ bytes; valid: up to"):
+        load(folder)
     (folder / "config.json").write_bytes(b" " * (loading_weights.JSON_BYTES + 1))
     with pytest.raises(Unmet, match=r"config\.json has \d+ bytes; valid: up to"):
         load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+def test_only_files_are_read(name: str, base_folder: Path, edited: Edit) -> None:
+    """A pipe would be waited for."""
+    folder = edited(base_folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(Unmet, match=f"{name} is not a file"):
+        load(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    if name in ("config.json", "model.safetensors"):
+        with pytest.raises(Unmet, match=name):
+            load(folder)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x" * 5000, "", "a\nb"])
+def test_an_index_names_files(name: str, base_folder: Path, edited: Edit) -> None:
+    folder = edited(base_folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(Unmet, match=r"^.{,400}$"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({"padding": {"strategy": {"Fixed": 20_000_000}, "direction": "Right", "pad_to_multiple_of": None}}, True),
+        ({"truncation": {"max_length": 1, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}}, True),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}}, False),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}, False),
+        ({"normalizer": None}, True),
+    ],
+)
+def test_a_tokenizer_neither_pads_nor_cuts_nor_rewrites(
+    change: dict[str, Any], taken: bool, base_folder: Path, edited: Edit
+) -> None:
+    folder = edited(base_folder)
+    own = json.loads((folder / "tokenizer.json").read_text())
+    pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "x"} if "padding" in change else {}
+    changed = own | {key: value and value | pad for key, value in change.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(changed))
+    if taken:
+        tokenizer, plain = (read_tokenizer(one / "tokenizer.json") for one in (folder, base_folder))
+        assert encode_queries(tokenizer, ["where is the tree?"]) == encode_queries(plain, ["where is the tree?"])
+    else:
+        with pytest.raises(Unmet, match=r"has a normalizer .*; valid: NFC, or none"):
+            load(folder)
 
 
 def test_pickled_weights_are_never_read(base_folder: Path, edited: Edit) -> None:
@@ -182,6 +239,9 @@ def test_pickled_weights_are_never_read(base_folder: Path, edited: Edit) -> None
     ("change", "says"),
     [
         (lambda c: c.update(model_type="qwen3_vl"), "model_type is 'qwen3_vl'"),
+        (lambda c: c.update(model_type="x" * 10**6), "^.{,300}model_type is 'x{,100}, not 'colqwen3'$"),
+        (lambda c: c["vision_config"].update(deepstack_visual_indexes=[0] * 80_000), "files do not hold"),
+        (lambda c: c["vision_config"].update(deepstack_visual_indexes=list(range(80_000))), "files do not hold"),
         (lambda c: c["text_config"].update(hidden_size="wide"), "not the configuration of a ColQwen3"),
         (lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "bits": 4}), "valid packings"),
     ],
@@ -252,6 +312,18 @@ def test_autoawq_s_zero_point_is_asymmetric(packed: Callable[[str], Path], edite
         lambda q: q.update(checkpoint_format="gptq_v2"),
         lambda q: q.update(bits="four"),
         lambda q: q.update(quant_method=None),
+        lambda q: q.update(bits="x", packing_format="auto_round:auto_gptq", quant_method="auto-round"),
+        lambda q: q.update(extra_config={"(": {"bits": 16}}),
+        lambda q: q.update(extra_config={"(a+)+$": {"bits": 16}}),
+        lambda q: q.update(extra_config={"a.*b.*c.*d.*": {"bits": 16}}),
+        lambda q: q.update(extra_config={f"layer{number}": {} for number in range(3000)}),
+        lambda q: q.update(extra_config={LAYER: [1]}),
+        lambda q: q.update(extra_config=[1]),
+        lambda q: q.update(dynamic={"-:(a+)+$": {}}),
+        lambda q: q.update(block_name_to_quantize=5),
+        lambda q: q.update(modules_to_not_convert=5),
+        lambda q: q.update(modules_to_not_convert=["(a+)+$"]),
+        lambda q: q.update(modules_in_block_to_quantize=[["(a+)+$"]]),
     ],
 )
 def test_a_quantisation_that_cannot_be_loaded_is_one_line(
@@ -260,6 +332,29 @@ def test_a_quantisation_that_cannot_be_loaded_is_one_line(
     with pytest.raises(Unmet) as caught:
         load(edited(packed("auto_gptq"), config=lambda c: change(c["quantization_config"])))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("extra_config", {LAYER: {"bits": 16}}),
+        ("dynamic", {r"-:.*layers\.1\.mlp\.up_proj$": {}}),
+        ("modules_to_not_convert", ["layers.1.mlp.up_proj"]),
+    ],
+)
+def test_layers_that_a_quantisation_keeps_are_kept(
+    key: str, value: Any, packed: Callable[[str], Path], edited: Edit
+) -> None:
+    """By name, and by the patterns that GPTQ and AWQ checkpoints hold."""
+    parts = [f"{LAYER}.{part}" for part in ("qweight", "scales", "qzeros", "g_idx")]
+
+    def unpack(tensors: dict[str, torch.Tensor]) -> None:
+        for part in parts:
+            tensors.pop(part, None)
+        tensors[f"{LAYER}.weight"] = torch.zeros(256, 128)
+
+    folder = edited(packed("auto_gptq"), tensors=unpack, config=lambda c: c["quantization_config"].update({key: value}))
+    assert load(folder, backend="torch").engaged["torch.nn.Linear"] == 1
 
 
 def test_quantization_config_must_be_an_object(packed: Callable[[str], Path], edited: Edit) -> None:
@@ -305,6 +400,27 @@ def test_a_reordered_group_index_is_not_ignored(packed: Callable[[str], Path], e
         packed("auto_gptq"), tensors=lambda t: t.update({f"{LAYER}.g_idx": t[f"{LAYER}.g_idx"].flip(0) + 1})
     )
     with pytest.raises(Unmet, match=f"unexpected {LAYER}.g_idx"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "config"),
+    [
+        (torch.tensor(3), {}),
+        (torch.zeros(128, dtype=torch.int32), {"group_size": None}),
+        (torch.zeros(128, dtype=torch.int32), {"group_size": 0}),
+        (torch.zeros(128, 1, dtype=torch.int32), {}),
+    ],
+)
+def test_an_odd_group_index_is_unexpected(
+    index: torch.Tensor, config: dict[str, Any], packed: Callable[[str], Path], edited: Edit
+) -> None:
+    folder = edited(
+        packed("auto_gptq"),
+        tensors=lambda t: t.update({f"{LAYER}.g_idx": index}),
+        config=lambda c: c["quantization_config"].update(config),
+    )
+    with pytest.raises(Unmet, match=r"unexpected .*g_idx|cannot be loaded"):
         load(folder)
 
 

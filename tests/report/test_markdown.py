@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import html
+import json
 import re
+from pathlib import Path
 
 import pytest
+from nbconvert.filters.markdown_mistune import markdown2html_mistune as markdown2html
 
 from colqwen_lab.records import Environment, published_cells
 from colqwen_lab.report.compare import compare
 from colqwen_lab.report.markdown import escape, table
 from colqwen_lab.report.series import Results
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+ODD = "<script>alert(1)</script>[x](javascript:alert(2))"
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +77,54 @@ def test_lost_cell_is_in_the_sweep_with_its_reason() -> None:
 
 def test_strings_from_records_are_escaped() -> None:
     odd = Environment(gpu="a|b <img src=x>\n# title", cuda="[x](javascript:y) `z` **w**")
-    changes = {"environment": odd, "variant": "base", "weights": "<script>"}
+    changes = {"environment": odd, "variant": ODD, "weights": "<script>"}
     results = Results(tuple(cell.model_copy(update=changes) for cell in published_cells()[:6]))
     text = compare(results, results).markdown()
-    assert not re.search(r"<(script|img)", text)
+    assert not re.search(r"<(script|img)|\[x\]\(", text)
     assert "\n# title" not in text
     assert r"a\|b &lt;img src=x&gt; # title" in text
-    assert r"\[x\](javascript:y) \`z\` \*\*w\*\*" in text
+    assert r"[x\](javascript:y) \`z\` \*\*w\*\*" in text
 
 
 def test_table_shows_gaps_as_a_dash_and_keeps_zero() -> None:
     assert table(["a", "b"], [[None, 0], ["", "**no**"]]) == "| a | b |\n| --- | --- |\n| - | 0 |\n| - | **no** |"
     assert escape("a\\|b") == r"a\\\|b"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "_em_ __b__ *a* **b** ~~x~~ ~x~ `c` a_b_ _a_b snake_case auto_round:torch_zp",
+        "<https://evil> https://evil www.evil.com <b>b</b> &lt; &amp;",
+        "![x](javascript:y) [x](y) [x][y] [x]: y [a [b](c)](d) \\[x](y) [x\\](y) [-0.5 to 0.4], [^1]",
+        "[x]: javascript:y",
+        *("# title", "- item", "+ item", "---", "- - -", "===", "1. item", "12) item", "> quote", "-0.4 %", "$x$ | y"),
+    ],
+)
+def test_escaped_text_is_shown_as_it_is(text: str) -> None:
+    shown = markdown2html(escape(text)).strip()
+    assert re.fullmatch(r"<p>[^<]*</p>", shown)
+    assert html.unescape(shown)[3:-4] == text
+    assert not re.search(r"(?<!\\)://|www\.|(?<!\\)\]\(", escape(text))
+
+
+def test_control_characters_are_dropped_and_the_lab_s_own_words_are_left() -> None:
+    assert escape("a\x1b[2Jb\x00\x9b31m\r\nc\x7f") == "a[2Jb31m c"
+    plain = "W4A16 at batch 8 (-0.000 [-0.005 to +0.004]), 94 % of base's pages; auto_round:torch_zp x 28: hub:a/b@c1"
+    assert escape(plain) == plain
+
+
+def test_notebooks_escape_what_a_record_says() -> None:
+    """Their Markdown is made of the lab's words, figures and what goes through `lab.escape`."""
+    sources = [
+        "".join(cell["source"])
+        for path in NOTEBOOKS.glob("*.ipynb")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ]
+    shown = [source for source in sources if "Markdown(" in source]
+    assert len(shown) >= 10
+    for source in shown:
+        raw = re.sub(r"lab\.escape\((?:[^()]|\([^()]*\))*\)", "", source)
+        assert not re.search(
+            r"\.(verdict\(|variant\}|label|device|sentence|derived|card\}|card\.name\})|caveat\}|rows\.variant", raw
+        ), raw
