@@ -24,7 +24,7 @@ from colqwen_lab.model.weights import Source, default_source
 from colqwen_lab.records import Backend
 from colqwen_lab.retrieval import metrics
 from colqwen_lab.retrieval.data import Corpus
-from colqwen_lab.retrieval.embed import blocks, embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.embed import blocks, embed, embed_pages, query_inputs
 from colqwen_lab.retrieval.maxsim import maxsim
 from colqwen_lab.retrieval.record import Cosines, Fidelity, write
 
@@ -126,7 +126,7 @@ def _one(
     pages: list[Tensor] = []
     cosines, steps = [], []
     for part in blocks(count, PAGE_BATCH):
-        made, elapsed = embed(loaded, page_inputs(loaded, [corpus.page(i) for i in part], visual_tokens))
+        made, elapsed = embed_pages(loaded, [corpus.page(i) for i in part], visual_tokens)
         scores[:, part.start : part.stop] = maxsim([q.to(loaded.device) for q in queries], made).cpu()
         steps += [elapsed] if len(part) == PAGE_BATCH else []
         theirs = base.pages[part.start : part.stop] if base else made
