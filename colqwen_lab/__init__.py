@@ -355,7 +355,7 @@ def fidelity(
     device = pick_device()
     size = resolve_size(size, device.type == "cuda")
     asked = run.subjects(listed(model), size, iters, plain)
-    corpus = sets.load(data, queries, pages, SMALL_WIDTH if size == "tiny" else WIDTH)
+    corpus = sets.load(data, queries, pages, SMALL_WIDTH if size == "tiny" else WIDTH, to_stderr)
     names = "-".join(dict.fromkeys(one.variant.name for one in asked[1:])) or "base"
     stem = f"fidelity-{names}-{size}-{data}".replace("/", "-").replace(":", "-")
     path = Path(output) if output else outputs_folder() / f"{stem}.jsonl"

@@ -7,6 +7,7 @@ out, as a metric has nothing to say of them.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,10 @@ Page = Image.Image | str
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data set. `label` names it with its revision; `relevance` is by query and page, above 0 where it answers."""
+    """A data set. `label` names it with its revision; `relevance` is by query and page, above 0 where it answers.
+
+    `refused` pages could not be read, and are not among the others.
+    """
 
     label: str
     page_ids: list[str]
@@ -33,10 +37,17 @@ class Corpus:
     query_ids: list[str]
     queries: list[str]
     relevance: dict[str, dict[str, int]]
+    refused: int = 0
 
 
-def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH) -> Corpus:
-    """The data set of this name, or the first of its queries and pages.
+def load(
+    source: str,
+    queries: int = 0,
+    pages: int = 0,
+    width: int = drawn.WIDTH,
+    say: Callable[[str], object] = warnings.warn,
+) -> Corpus:
+    """The data set of this name, or the first of its queries and pages; of those what can be read.
 
     Args:
         source: `generated` (drawn pages held out of the tiny model's training), `vidore:NAME` (a ViDoRe benchmark of
@@ -46,6 +57,7 @@ def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH
         queries: how many at most; 0 means all.
         pages: how many at most; 0 means all.
         width: pixels that a generated page is wide.
+        say: takes a line for each page that is left out.
 
     Raises:
         BadInput: no such data set, or one that cannot be read.
@@ -63,11 +75,17 @@ def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH
         raise BadInput(
             f"unknown data {source!r}; valid: {GENERATED}, {VIDORE}NAME, or a folder that holds corpus.jsonl"
         )
-    return _cut(found, queries, pages)
+    return _cut(found, queries, pages, None if source == GENERATED else say)
 
 
-def _cut(corpus: Corpus, queries: int, pages: int) -> Corpus:
-    page_ids = corpus.page_ids[: pages or None]
+def _cut(corpus: Corpus, queries: int, pages: int, say: Callable[[str], object] | None) -> Corpus:
+    """The first pages, without those that cannot be read if there is a `say`, and the queries that they answer."""
+    numbers = range(len(corpus.page_ids[: pages or None]))
+    legible = [number for number in numbers if say is None or _legible(corpus, number, say)]
+    page_ids = [corpus.page_ids[number] for number in legible]
+    refused = len(numbers) - len(legible)
+    if say and refused:
+        say(f"{corpus.label}: {refused} of {len(numbers)} pages are left out")
     known = set(page_ids)
     judged = {
         query: {page: score for page, score in corpus.relevance.get(query, {}).items() if page in known}
@@ -79,7 +97,17 @@ def _cut(corpus: Corpus, queries: int, pages: int) -> Corpus:
         raise BadInput(f"{corpus.label}: none of {len(page_ids)} pages answers a query")
     ids = [corpus.query_ids[place] for place in kept]
     texts = [corpus.queries[place] for place in kept]
-    return Corpus(corpus.label, page_ids, corpus.page, ids, texts, {query: judged[query] for query in ids})
+    relevance = {query: judged[query] for query in ids}
+    return Corpus(corpus.label, page_ids, lambda at: corpus.page(legible[at]), ids, texts, relevance, refused)
+
+
+def _legible(corpus: Corpus, number: int, say: Callable[[str], object]) -> bool:
+    try:
+        corpus.page(number)
+    except BadInput as error:
+        say(str(error))
+        return False
+    return True
 
 
 def _generated(pages: int, queries: int, width: int) -> Corpus:
@@ -97,6 +125,8 @@ def _generated(pages: int, queries: int, width: int) -> Corpus:
 
 
 def _folder(folder: Path) -> Corpus:
+    from colqwen_lab.model.pages import decoding, to_rgb
+
     corpus = list(_json_lines(folder / "corpus.jsonl", "_id"))
     queries = list(_json_lines(folder / "queries.jsonl", "_id", "text"))
     relevance: dict[str, dict[str, int]] = {}
@@ -114,7 +144,8 @@ def _folder(folder: Path) -> Corpus:
     def page(number: int) -> Page:
         row = corpus[number]
         if "image" in row:
-            return _image(folder / str(row["image"]))
+            with decoding(f"page {row['_id']}, {row['image']},"), Image.open(folder / str(row["image"])) as image:
+                return to_rgb(image)
         return " ".join(str(row[name]) for name in ("title", "text") if row.get(name))
 
     return Corpus(
@@ -125,16 +156,6 @@ def _folder(folder: Path) -> Corpus:
         [str(row["text"]) for row in queries],
         relevance,
     )
-
-
-def _image(path: Path) -> Image.Image:
-    from colqwen_lab.model.pages import to_rgb
-
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except Exception as error:  # whatever a decoder finds wrong with a file is that file's
-        raise BadInput(f"{path} is no image that can be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _lines(path: Path) -> list[str]:
@@ -210,16 +231,30 @@ def _with(table: Any, *columns: str) -> Any:
     return table
 
 
+def _content(page_id: str, rows: Any, number: int) -> Page:
+    """The text of a row, or its image. Raises BadInput where that is missing, or cannot be read."""
+    from colqwen_lab.model.pages import decoding, to_rgb
+
+    name = "image" if "image" in rows.column_names else "text"
+    with decoding(f"page {page_id}"):
+        content = rows[number][name]
+        if content is None:
+            raise ValueError(f"its {name} is null")
+        return content if isinstance(content, str) else to_rgb(content)
+
+
 def _beir(label: str, corpus: Any, queries: Any, qrels: Any) -> Corpus:
     corpus, queries = _with(corpus, "corpus-id"), _with(queries, "query-id", "query")
+    if not {"image", "text"} & set(corpus.column_names):
+        corpus = _with(corpus, "image")
     relevance: dict[str, dict[str, int]] = {}
     for row in _with(qrels, "query-id", "corpus-id", "score"):
         relevance.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
-    texts = "image" not in corpus.column_names
+    pages = [str(page) for page in corpus["corpus-id"]]
     return Corpus(
         label,
-        [str(page) for page in corpus["corpus-id"]],
-        lambda number: str(corpus[number]["text"]) if texts else corpus[number]["image"].convert("RGB"),
+        pages,
+        lambda number: _content(pages[number], corpus, number),
         [str(query) for query in queries["query-id"]],
         list(queries["query"]),
         relevance,
@@ -242,7 +277,7 @@ def _questions(label: str, rows: Any) -> Corpus:
     return Corpus(
         label,
         pages,
-        lambda number: rows[first[pages[number]]]["image"].convert("RGB"),
+        lambda number: _content(pages[number], rows, first[pages[number]]),
         list(ids.values()),
         list(ids),
         {ids[question]: answers for question, answers in relevance.items()},

@@ -21,7 +21,7 @@ from colqwen_lab.errors import BadInput
 from colqwen_lab.measure.environment import pick_device
 from colqwen_lab.model.architecture import EMBED_DIM, resolve_size
 from colqwen_lab.model.loading import load
-from colqwen_lab.model.pages import VISUAL_TOKENS
+from colqwen_lab.model.pages import VISUAL_TOKENS, decoding, to_rgb
 from colqwen_lab.model.quantize import source_of
 from colqwen_lab.model.variants import resolve_variant
 from colqwen_lab.retrieval.data import Page
@@ -68,7 +68,7 @@ class MtebModel:
         """Embeddings [items, longest, 320] of a loader's batches: of an item with both a query's text, else the image.
 
         Raises:
-            BadInput: an item with neither.
+            BadInput: an item with neither, or an image that cannot be read.
         """
         order = ("text", "image") if prompt_type == PromptType.query else ("image", "text")
         found: list[Tensor] = []
@@ -93,7 +93,8 @@ def _page(row: Sequence[Any]) -> Page:
         if isinstance(item, str):
             return item
         if item is not None:
-            return item.convert("RGB")
+            with decoding("an image"):
+                return to_rgb(item)
     raise BadInput("an item has neither text nor image; valid: a task of texts, images, or both")
 
 

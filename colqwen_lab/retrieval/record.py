@@ -32,8 +32,8 @@ class Fidelity(Value):
     """One variant on one data set.
 
     `values` holds by metric one figure a query, in the order of `query_ids`; `top` each query's best pages. `iters` is
-    of variants that were quantised here. `page_step_s` are the times of forwards over `page_batch` pages, the first
-    one thrown away; variants are not timed in turn.
+    of variants that were quantised here. `refused` pages could not be read. `page_step_s` are the times of forwards
+    over `page_batch` pages, the first one thrown away; variants are not timed in turn.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -44,6 +44,7 @@ class Fidelity(Value):
     iters: int | None = None
     data: str
     pages: int = Field(gt=0)
+    refused: int = Field(default=0, ge=0)
     visual_tokens: int
     backend: Backend
     weights_bytes: int

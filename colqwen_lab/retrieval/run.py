@@ -141,6 +141,7 @@ def _one(
         iters=subject.iters,
         data=corpus.label,
         pages=count,
+        refused=corpus.refused,
         visual_tokens=visual_tokens,
         backend=Backend(
             requested=loaded.requested_backend,

@@ -12,6 +12,7 @@ import torch
 
 import colqwen_lab as lab
 from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.model import drawn
 from colqwen_lab.model.variants import VARIANTS
 from colqwen_lab.report.fidelity import loss
 from colqwen_lab.retrieval import run
@@ -57,6 +58,28 @@ def test_a_checkpoint_folder_on_texts(texts: Path, tmp_path: Path, packed: Any) 
     assert sum(record.backend.engaged.values()) == 28
     assert all(value > 0 for value in record.values["score error"])
     assert [loss.metric for loss in found.all_losses(record)] == list(found.base.values)
+
+
+def test_images_among_texts_and_one_that_is_broken(
+    texts: Path, tmp_path: Path, packed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts keep their scores beside the image in their batch, which takes one page's place."""
+    rows, model = (texts / "corpus.jsonl").read_text().splitlines(), str(packed("auto_round"))
+    before = lab.fidelity(model, str(texts), size="tiny", output=str(tmp_path / "rows.jsonl"))
+    rows[3], rows[5] = ('{"_id": "d3", "image": "a.png"}', '{"_id": "d5", "image": "b.png"}')
+    (texts / "corpus.jsonl").write_text("\n".join(rows))
+    drawn.page(0, width=128).save(texts / "a.png")
+    (texts / "b.png").write_text("no image")
+    found = lab.fidelity(model, str(texts), size="tiny", output=str(tmp_path / "mixed.jsonl"))
+    assert (found.base.pages, found.base.refused, len(found.base.query_ids)) == (11, 1, 11)
+    assert "page d5, b.png, is left out" in capsys.readouterr().err
+    assert "1 pages left out" in found.conditions()
+    first = dict(zip(before.base.query_ids, (row[0] for row in before.base.top), strict=True))
+    assert all(
+        row[0] == first[query]
+        for query, row in zip(found.base.query_ids, found.base.top, strict=True)
+        if first[query] not in ("d3", "d5")
+    )
 
 
 def test_cosines_and_scores_are_of_the_same_inputs(texts: Path, tmp_path: Path, edited: Any, packed: Any) -> None:
