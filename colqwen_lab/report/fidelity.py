@@ -225,7 +225,7 @@ class Fidelities:
         device = first.environment.device
         parts = [device if first.environment.gpu or "CPU" in device else f"CPU {device}", first.size, first.data]
         parts += [f"{len(first.query_ids)} queries, {first.pages} pages"]
-        parts += [f"{first.refused} pages left out"] if first.refused else []
+        parts += [f"{first.refused} left out"] if first.refused else []
         parts += ["untrained weights"] if "untrained" in first.weights else []
         return " · ".join(parts)
 

@@ -5,14 +5,17 @@ A file is JSON lines, BASE's first. Values are kept by query, so every interval 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.records import Backend, Environment, Rate, Value, rate_of
+from colqwen_lab.records import Backend, Environment, Rate, Value, neighbour, rate_of
 from colqwen_lab.settings import writable_folder
 
 
@@ -67,20 +70,51 @@ class Fidelity(Value):
         return rate_of(self.page_step_s, self.page_batch) if self.page_step_s else None
 
 
-def write(path: Path, records: Iterable[Fidelity]) -> Path:
-    """Write the records, by a rename, so that the file is whole at any moment; its path.
+@contextmanager
+def writing(path: Path, say: Callable[[str], object]) -> Iterator[Callable[[Sequence[Fidelity]], None]]:
+    """The function that writes a run's records so far to a file, which is whole at any moment and this run's alone.
+
+    Its first call moves what was in the file to `NAME.superseded.jsonl` beside it; `say` hears of waiting for another.
 
     Raises:
-        BadInput: the file cannot be written.
+        BadInput: the file is of something else, or cannot be written.
     """
     writable_folder(path.parent)
-    part = path.with_name(path.name + ".tmp")
-    try:
-        part.write_text("".join(one.model_dump_json(by_alias=True) + "\n" for one in records), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write") from None
-    return path
+    with ExitStack() as held:
+        try:
+            lock = FileLock(f"{path}.lock")
+            try:
+                held.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                say(f"another run writes to {path}; waiting for it")
+                held.enter_context(lock.acquire())
+            old = [read(path)] if path.exists() and path.stat().st_size else []
+        except OSError as error:
+            raise _unwritable(path, error) from None
+
+        def write(records: Sequence[Fidelity]) -> None:
+            part = path.with_name(f"{path.name}.tmp")
+            try:
+                if old:
+                    _put(neighbour(path, "superseded.jsonl"), old[0], "a")
+                _put(part, records, "w")
+                part.replace(path)
+            except OSError as error:
+                raise _unwritable(path, error) from None
+            old.clear()
+
+        yield write
+
+
+def _put(path: Path, records: Iterable[Fidelity], mode: Literal["a", "w"]) -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(one.model_dump_json(by_alias=True) + "\n" for one in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _unwritable(path: Path, error: OSError) -> BadInput:
+    return BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write")
 
 
 def read(path: str | Path) -> list[Fidelity]:

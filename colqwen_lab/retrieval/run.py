@@ -26,7 +26,7 @@ from colqwen_lab.retrieval import metrics
 from colqwen_lab.retrieval.data import Corpus
 from colqwen_lab.retrieval.embed import blocks, embed, embed_pages, query_inputs
 from colqwen_lab.retrieval.maxsim import maxsim
-from colqwen_lab.retrieval.record import Cosines, Fidelity, write
+from colqwen_lab.retrieval.record import Cosines, Fidelity, writing
 
 QUERY_BATCH, PAGE_BATCH, TOP = 32, 8, 10
 DIGITS = 6  # after the point, of what a record keeps by query
@@ -90,28 +90,29 @@ def run(
     path: Path,
     progress: Callable[[str], None],
 ) -> list[Fidelity]:
-    """A record for each of `asked`, BASE first; the file holds what there is after each.
+    """A record for each of `asked`, BASE first; the file holds what there is after each, and what it held is set aside.
 
     Raises:
-        BadInput: random weights, or weights that a scheme cannot be made from.
+        BadInput: random weights, weights that a scheme cannot be made from, or a file that is of something else.
         Unmet: no weights, no kernel, no tokenizer.
     """
     if weights == "random":
         raise BadInput("random weights say nothing of retrieval; valid: auto, hub, or a checkpoint folder")
     records: list[Fidelity] = []
     base: _Embedded | None = None
-    for subject in asked:
-        source = _source(subject, size, weights, device)
-        if source.size != size:
-            raise Unmet(f"{source.label} is of size {source.size}, not {size}; name its size")
-        record, embedded = _one(subject, load(source, device), corpus, size, visual_tokens, base)
-        base = base or embedded
-        records.append(record)
-        write(path, records)
-        mean = np.mean(record.values["nDCG@5"])
-        progress(f"{record.label} {size}: nDCG@5 {mean:.4f} on {corpus.label}, {record.weights}")
-        if device.type == "cuda":
-            gc.collect()  # before the next model needs the memory
+    with writing(path, progress) as write:
+        for subject in asked:
+            source = _source(subject, size, weights, device)
+            if source.size != size:
+                raise Unmet(f"{source.label} is of size {source.size}, not {size}; name its size")
+            record, embedded = _one(subject, load(source, device), corpus, size, visual_tokens, base)
+            base = base or embedded
+            records.append(record)
+            write(records)
+            mean = np.mean(record.values["nDCG@5"])
+            progress(f"{record.label} {size}: nDCG@5 {mean:.4f} on {corpus.label}, {record.weights}")
+            if device.type == "cuda":
+                gc.collect()  # before the next model needs the memory
     return records
 
 

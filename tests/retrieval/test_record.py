@@ -4,21 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 
 import pytest
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.retrieval.record import Fidelity, read, write
+from colqwen_lab.retrieval.record import Fidelity, read, writing
 
 
 def test_there_and_back(record: Callable[..., Fidelity], tmp_path: Path) -> None:
     records = [record("base", [1.0, 0.5]), record("W4A16", [1.0, 0.25], iters=0)]
-    assert read(write(tmp_path / "new" / "rows.jsonl", records)) == records
+    path = tmp_path / "new" / "rows.jsonl"
+    with writing(path, print) as write:
+        write(records)
+    assert read(path) == records
     assert [one.label for one in records] == ["base", "W4A16 plain"]
     rate = records[0].pages_per_s
     assert rate is not None
     assert rate.median == pytest.approx(80)
     assert record("base", [1.0], page_step_s=[]).pages_per_s is None
+
+
+def test_what_was_in_the_file_is_set_aside_once_there_is_another_row(
+    record: Callable[..., Fidelity], tmp_path: Path
+) -> None:
+    path, aside = tmp_path / "rows.jsonl", tmp_path / "rows.superseded.jsonl"
+    old, new = [record("base", [1.0])], [record("base", [0.5]), record("awq", [0.5])]
+    path.touch()  # an empty file is nobody's
+    for rows, before in ((old, []), (new, old), (old, old + new)):
+        with writing(path, print) as write:
+            for count in range(1, len(rows) + 1):
+                write(rows[:count])
+                assert read(path) == rows[:count]
+        assert (read(aside) if aside.exists() else []) == before
+
+
+@pytest.mark.parametrize("text", ["notes\n", '{"schema": 1, "origin": "measured"}\n'])
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="line 1 is no fidelity record"), writing(path, print):
+        pytest.fail("must not start")
+    assert path.read_text() == text
+
+
+def test_two_runs_into_one_file_wait_for_each_other(record: Callable[..., Fidelity], tmp_path: Path) -> None:
+    path, said, order = tmp_path / "rows.jsonl", Queue[str](), []
+
+    def other() -> None:
+        with writing(path, said.put) as write:
+            order.append("second")
+            write([record("base", [0.5])])
+
+    with writing(path, print) as write:
+        thread = Thread(target=other)
+        thread.start()
+        assert "another run writes to" in said.get(timeout=10)
+        write([record("base", [1.0])])
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert [len(read(one)) for one in (path, tmp_path / "rows.superseded.jsonl")] == [1, 1]
 
 
 @pytest.mark.parametrize(

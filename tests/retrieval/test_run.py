@@ -73,7 +73,7 @@ def test_images_among_texts_and_one_that_is_broken(
     found = lab.fidelity(model, str(texts), size="tiny", output=str(tmp_path / "mixed.jsonl"))
     assert (found.base.pages, found.base.refused, len(found.base.query_ids)) == (11, 1, 11)
     assert "page d5, b.png, is left out" in capsys.readouterr().err
-    assert "1 pages left out" in found.conditions()
+    assert "11 pages · 1 left out" in found.conditions()
     first = dict(zip(before.base.query_ids, (row[0] for row in before.base.top), strict=True))
     assert all(
         row[0] == first[query]
