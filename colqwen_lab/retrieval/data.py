@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def load(
         raise BadInput(f"queries {queries}, pages {pages}; valid: 0 for all, or 1 or more")
     if source == GENERATED:
         found = _generated(pages or HELD_OUT, queries or HELD_OUT, width)
-    elif source.startswith(VIDORE):
+    elif source.startswith(VIDORE) and source != VIDORE:
         found = _vidore(source.removeprefix(VIDORE))
     elif Path(source).is_dir():
         found = _folder(Path(source))
@@ -75,6 +76,12 @@ def load(
         raise BadInput(
             f"unknown data {source!r}; valid: {GENERATED}, {VIDORE}NAME, or a folder that holds corpus.jsonl"
         )
+    for what, ids in (("page", found.page_ids), ("query", found.query_ids)):
+        if twice := [one for one, count in Counter(ids).items() if count > 1]:
+            raise BadInput(f"{found.label}: the {what} id {twice[0]!r} stands twice; valid: each once")
+    for query, text in zip(found.query_ids, found.queries, strict=True):
+        if not isinstance(text, str):
+            raise BadInput(f"{found.label}: the text of query {query!r} is {text!r}; valid: a text")
     return _cut(found, queries, pages, None if source == GENERATED else say)
 
 
@@ -125,13 +132,13 @@ def _generated(pages: int, queries: int, width: int) -> Corpus:
 
 
 def _folder(folder: Path) -> Corpus:
-    from colqwen_lab.model.pages import decoding, to_rgb
+    from colqwen_lab.model.pages import decoding, digest, to_rgb
 
-    corpus = list(_json_lines(folder / "corpus.jsonl", "_id"))
-    queries = list(_json_lines(folder / "queries.jsonl", "_id", "text"))
+    names = [folder / name for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")]
+    corpus, path = [_page_row(names[0], *numbered) for numbered in _json_lines(names[0], "_id")], names[2]
+    queries = [row for _, row in _json_lines(names[1], "_id", "text")]
     relevance: dict[str, dict[str, int]] = {}
-    path = folder / "qrels" / "test.tsv"
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in _lines(path):
         parts = line.split("\t")
         if number == 1 and parts[-1] == "score":
             continue
@@ -143,37 +150,52 @@ def _folder(folder: Path) -> Corpus:
 
     def page(number: int) -> Page:
         row = corpus[number]
-        if "image" in row:
-            with decoding(f"page {row['_id']}, {row['image']},"), Image.open(folder / str(row["image"])) as image:
+        if row.get("image"):
+            with decoding(f"page {row['_id']}, {row['image']},"), Image.open(folder / row["image"]) as image:
                 return to_rgb(image)
         return " ".join(str(row[name]) for name in ("title", "text") if row.get(name))
 
+    images = [folder / row["image"] for row in corpus if row.get("image")]
     return Corpus(
-        f"folder {folder.resolve().name}",
+        f"folder {folder.resolve().name} #{digest([*names, *images])}",
         [str(row["_id"]) for row in corpus],
         page,
         [str(row["_id"]) for row in queries],
-        [str(row["text"]) for row in queries],
+        [row["text"] for row in queries],
         relevance,
     )
 
 
-def _lines(path: Path) -> list[str]:
+def _page_row(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """`row`, if it is a page. Raises BadInput."""
+    if image := row.get("image"):
+        if not isinstance(image, str) or Path(image).is_absolute() or ".." in Path(image).parts:
+            raise BadInput(f"{path} line {number}: image {image!r}; valid: the path of a file within {path.parent}")
+    elif not isinstance(row.get("text"), str):
+        raise BadInput(f"{path} line {number} has neither a text nor the path of an image")
+    return row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read: {error}; a BEIR folder holds it") from None
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _json_lines(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_lines(path), 1):
+def _json_lines(path: Path, *needed: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not row.keys() >= set(needed):
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(name), (str, int) if name == "_id" else str) for name in needed
+        ):
             raise BadInput(f"{path} line {number} is not a JSON object with {', '.join(needed)}")
-        yield row
+        yield number, row
 
 
 # ---------------------------------------------------------------- ViDoRe, in both of its layouts
@@ -185,10 +207,13 @@ def _vidore(name: str) -> Corpus:
         import datasets
     except ImportError:
         raise Unmet('ViDoRe needs the package datasets: `pip install -e ".[data]"`') from None
+    from colqwen_lab.model.pages import digest
+
     folder = Path(name).is_dir()
     repository = name if folder or "/" in name else f"vidore/{name}"
     if folder:
-        revision, label = None, f"folder {Path(name).resolve().name}"
+        files = sorted(path for path in Path(name).rglob("*") if path.is_file())
+        revision, label = None, f"folder {Path(name).resolve().name} #{digest(files)}"
     else:
         revision = _commit(repository)
         label = f"{repository}@{revision or 'cached'}"
@@ -197,10 +222,12 @@ def _vidore(name: str) -> Corpus:
         return datasets.load_dataset(repository, config, split="test", revision=revision)
 
     try:
-        configs = set(datasets.get_dataset_config_names(repository, revision=revision))
-        if configs >= {"corpus", "queries", "qrels"}:
+        configs = datasets.get_dataset_config_names(repository, revision=revision)
+        if set(configs) >= {"corpus", "queries", "qrels"}:
             return _beir(label, subset("corpus"), subset("queries"), subset("qrels"))
-        return _questions(label, subset(next(iter(configs))))
+        if len(configs) > 1:
+            raise BadInput(f"{repository} has the subsets {', '.join(configs)}; valid: one, or corpus, queries, qrels")
+        return _questions(label, subset(configs[0]))
     except BadInput:
         raise
     except Exception as error:  # the library raises those of the hub, of its builders and of pyarrow

@@ -124,7 +124,7 @@ def read(path: str | Path) -> list[Fidelity]:
         BadInput: no such file, or a line that is no such record; it is named.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as fidelity records: {error}") from None
     found = []
@@ -138,6 +138,4 @@ def read(path: str | Path) -> list[Fidelity]:
                 f"{path} line {number} is no fidelity record: {where}: {first['msg']}; valid: JSON lines by "
                 "`colqwen-lab fidelity`"
             ) from None
-    if not found:
-        raise BadInput(f"{path} holds no record; valid: JSON lines by `colqwen-lab fidelity`")
     return found

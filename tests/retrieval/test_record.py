@@ -19,6 +19,11 @@ def test_there_and_back(record: Callable[..., Fidelity], tmp_path: Path) -> None
     with writing(path, print) as write:
         write(records)
     assert read(path) == records
+    unbroken = [record("base", [1.0], data="one\u2028set\x85")]
+    with writing(path, print) as write:
+        write(unbroken)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read(path) == unbroken
     assert [one.label for one in records] == ["base", "W4A16 plain"]
     rate = records[0].pages_per_s
     assert rate is not None
@@ -71,7 +76,7 @@ def test_two_runs_into_one_file_wait_for_each_other(record: Callable[..., Fideli
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "holds no record"),
+        ("", "line 1 is no fidelity record"),
         ("{}\n", "line 1 is no fidelity record: variant"),
         ("torn", "line 1 is no fidelity record"),
         (None, "cannot be read as fidelity records"),
