@@ -19,6 +19,7 @@ from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import MIB
 from colqwen_lab.report.compare import RESAMPLES, SEED, peak, rate
 from colqwen_lab.report.series import Results, html_table, rounded
+from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.retrieval.record import Fidelity, read
 
 if TYPE_CHECKING:
@@ -70,10 +71,19 @@ def check_margin(margin: float) -> None:
         raise BadInput(f"margin {margin}; valid: above 0 and below 1, such as {MARGIN}")
 
 
+def check_inputs(base: Fidelity, record: Fidelity) -> None:
+    """Raise BadInput if the two are of other queries or pages, another size or another budget."""
+    if base.inputs != record.inputs:
+        of, than = (
+            f"{one.data} ({len(one.query_ids)} queries, {one.pages} pages), {one.size}, budget {one.visual_tokens}"
+            for one in (record, base)
+        )
+        raise BadInput(f"{record.label} is of {of}; {base.label} of {than}: not the same inputs")
+
+
 def loss(base: Fidelity, record: Fidelity, metric: str, margin: float = MARGIN) -> Loss:
-    """The loss of one metric. Raises BadInput if the two are of different queries or pages."""
-    if (base.data, base.pages, base.query_ids) != (record.data, record.pages, record.query_ids):
-        raise BadInput(f"{record.label} was run on {record.data}, {base.label} on {base.data}: not the same inputs")
+    """The loss of one metric. Raises BadInput if the two are not of the same inputs."""
+    check_inputs(base, record)
     before, after = (np.array(one.values[metric]) for one in (base, record))
     differences = after - before
     count, mean = len(differences), float(differences.mean())
@@ -111,6 +121,8 @@ class Fidelities:
         if self.records[0].variant != "base":
             raise BadInput(f"fidelity is held against base, and the first record is of {self.records[0].label}")
         check_margin(self.margin)
+        for record in self.records:
+            check_inputs(self.base, record)
 
     @classmethod
     def load(cls, source: str | Path, margin: float = MARGIN) -> Self:
@@ -132,11 +144,11 @@ class Fidelities:
 
     def loss(self, record: Fidelity, metric: str) -> Loss:
         """What `record` loses in one metric, against BASE. Raises BadInput for an unknown one."""
-        return loss(self.base, record, one_of("metric", metric, self.base.values), self.margin)
+        return loss(self.base, record, one_of("metric", metric, NAMES), self.margin)
 
     def all_losses(self, record: Fidelity) -> list[Loss]:
         """What it loses in every metric."""
-        return [self.loss(record, metric) for metric in self.base.values]
+        return [self.loss(record, metric) for metric in NAMES]
 
     def table(self) -> pd.DataFrame:
         """One row a variant: bytes, nDCG@5 and what it loses with its verdict, nearness to BASE's scores, speed."""

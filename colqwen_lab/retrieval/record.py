@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 from filelock import FileLock, Timeout
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import Backend, Environment, Rate, Value, neighbour, rate_of
+from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.settings import writable_folder
 
 
@@ -50,15 +51,30 @@ class Fidelity(Value):
     refused: int = Field(default=0, ge=0)
     visual_tokens: int
     backend: Backend
-    weights_bytes: int
+    weights_bytes: int = Field(gt=0)
     query_cosine: Cosines
     page_cosine: Cosines
-    page_batch: int
-    page_step_s: list[float]
-    query_ids: list[str]
+    page_batch: int = Field(gt=0)
+    page_step_s: list[Annotated[float, Field(gt=0)]]
+    query_ids: list[str] = Field(min_length=1)
     values: dict[str, list[float]]
     top: list[list[str]]
     environment: Environment
+
+    @model_validator(mode="after")
+    def _by_query(self) -> Self:
+        if missing := set(NAMES) - self.values.keys():
+            raise ValueError(f"no values of {', '.join(sorted(missing))}")
+        lengths = {"top": len(self.top)} | {name: len(values) for name, values in self.values.items()}
+        for name, length in lengths.items():
+            if length != len(self.query_ids):
+                raise ValueError(f"{name} of {length} queries, and there are {len(self.query_ids)}")
+        return self
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        """What two records must share to be compared: what was embedded, at which size and budget."""
+        return self.data, self.pages, self.query_ids, self.size, self.visual_tokens
 
     @property
     def label(self) -> str:

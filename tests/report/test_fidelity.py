@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,9 +118,18 @@ def test_more_error_is_worse(record: Record) -> None:
     assert loss(record("base", BASE), wrong, "score error").verdict == "worse"
 
 
-def test_other_inputs_are_not_compared(record: Record) -> None:
+@pytest.mark.parametrize(
+    "other", [{"data": "another"}, {"pages": 6}, {"size": "4b"}, {"visual_tokens": 1280}, {"query_ids": ["x"] * 200}]
+)
+def test_other_inputs_are_not_compared(record: Record, other: dict[str, Any]) -> None:
+    records = record("base", BASE), record("awq", BASE, **other)
     with pytest.raises(BadInput, match="not the same inputs"):
-        loss(record("base", BASE), record("awq", BASE, data="another"), "nDCG@5")
+        loss(*records, "nDCG@5")
+    with pytest.raises(BadInput, match="not the same inputs"):
+        Fidelities(records)
+
+
+def test_no_base_and_no_margin(record: Record) -> None:
     with pytest.raises(BadInput, match="held against base"):
         Fidelities((record("awq", BASE),))
     with pytest.raises(BadInput, match="margin 2"):

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
 from threading import Thread
+from typing import Any
 
 import pytest
 
 from colqwen_lab.errors import BadInput
+from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.retrieval.record import Fidelity, read, writing
 
 
@@ -88,6 +90,25 @@ def test_a_file_that_is_none(tmp_path: Path, text: str | None, says: str) -> Non
         path.write_text(text)
     with pytest.raises(BadInput, match=says):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"values": {"nDCG@5": [1.0, 1.0]}}, "no values of Kendall's tau, nDCG@10"),
+        ({"values": {key: [1.0] for key in NAMES}}, "nDCG@5 of 1 queries, and there are 2"),
+        ({"top": [["p1"]]}, "top of 1 queries, and there are 2"),
+        ({"weights_bytes": 0}, "weights_bytes"),
+        ({"page_batch": 0}, "page_batch"),
+        ({"page_step_s": [0.0]}, "page_step_s"),
+        ({"query_ids": [], "top": [], "values": {key: [] for key in NAMES}}, "query_ids"),
+    ],
+)
+def test_a_record_that_gives_no_verdict_is_refused(
+    record: Callable[..., Fidelity], changed: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        record("base", [1.0, 1.0], **changed)
 
 
 def test_a_figure_that_is_none_is_refused(record: Callable[..., Fidelity]) -> None:
