@@ -67,6 +67,11 @@ def test_the_interval_covers(record: Record) -> None:
     assert 180 <= held <= 199
 
 
+def test_the_same_records_give_the_same_interval(record: Record) -> None:
+    first, second = (loss(record("base", BASE), record("awq", BASE[::-1]), "nDCG@5") for _ in range(2))
+    assert first == second
+
+
 def test_too_few_queries_tell_nothing(record: Record) -> None:
     few = loss(record("base", BASE[:29]), record("awq", changed(-0.3, 0.1, 29)), "nDCG@5")
     assert (few.low, few.high, few.interval) == (None, None, "")

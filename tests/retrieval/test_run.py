@@ -16,6 +16,7 @@ from colqwen_lab.model import drawn
 from colqwen_lab.model.variants import VARIANTS
 from colqwen_lab.report.fidelity import loss
 from colqwen_lab.retrieval import run
+from colqwen_lab.retrieval.data import Corpus
 from colqwen_lab.retrieval.record import read
 
 
@@ -59,6 +60,21 @@ def test_a_checkpoint_folder_on_texts(texts: Path, tmp_path: Path, packed: Any) 
     assert sum(record.backend.engaged.values()) == 28
     assert all(value > 0 for value in record.values["score error"])
     assert [loss.metric for loss in found.all_losses(record)] == list(found.base.values)
+
+
+def test_values_are_of_the_variant_s_scores_against_base_s() -> None:
+    pages = [f"p{number}" for number in range(6)]
+    corpus = Corpus("made", pages, str, ["q0", "q1"], ["", ""], {"q0": {"p0": 1}, "q1": {"p5": 1}})
+    base = np.array([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
+    scores = np.array([[1.0, 5, 4, 3, 2, 6], [1, 2, 3, 4, 5, 9]])
+    made = run._values(scores, base, [torch.ones(2), torch.tensor([0.5, 1.0])], corpus)
+    values = made["values"]
+    assert values["recall@5"] == [0, 1]
+    assert values["overlap@5"] == [0.8, 1]
+    assert values["Kendall's tau"] == [-0.2, 1]
+    assert values["score error"] == pytest.approx([(5 / 6 + 5) / 6, 0.5 / 6], abs=1e-6)
+    assert values["query cosine"] == [1, 0.75]
+    assert made["top"] == [["p5", "p1", "p2", "p3", "p4", "p0"], pages[::-1]]
 
 
 def test_images_among_texts_and_one_that_is_broken(
