@@ -163,8 +163,10 @@ def train_tiny(
     """Train the tiny model into a checkpoint folder (BF16), evaluate what was saved, and write the record beside it.
 
     Raises:
-        BadInput: the folder is not empty, or cannot be written.
+        BadInput: the folder is not empty, or cannot be written; or no such seed.
     """
+    if not 0 <= seed < 2**64:
+        raise BadInput(f"seed {seed}; valid: 0 to {2**64 - 1}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder} is not empty; name a new folder")
     writable_folder(folder)

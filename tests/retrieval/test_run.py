@@ -125,10 +125,25 @@ def test_cosines_and_scores_are_of_the_same_inputs(texts: Path, tmp_path: Path, 
         ({"model": "W5A16"}, BadInput, "unknown model 'W5A16'"),
         ({"size": "4b", "queries": 1}, Unmet, "cannot get TomoroAI"),
         ({"visual_tokens": 0}, BadInput, "visual_tokens 0"),
+        ({"data": "TEXTS", "visual_tokens": 64}, BadInput, "visual_tokens 64, and no page of folder beir #.* is an"),
+        ({"iters": -1}, BadInput, "iters -1; valid: 0 for plain rounding, to 1000"),
+        ({"iters": 1001}, BadInput, "iters 1001"),
+        ({"model": "base"}, BadInput, "base is what models are held against"),
+        ({"model": "awq,AWQ"}, BadInput, "two models are called awq"),
     ],
 )
-def test_wrong_values(given: dict[str, Any], error: type, says: str, base_folder: Path, tmp_path: Path) -> None:
-    given = {name: str(base_folder) if value == "DIR" else value for name, value in given.items()}
+def test_wrong_values(
+    given: dict[str, Any],
+    error: type,
+    says: str,
+    base_folder: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folders = {"DIR": str(base_folder), "TEXTS": str(texts)}
+    given = {name: folders.get(value, value) for name, value in given.items()}
+    monkeypatch.setattr(run, "_one", lambda *_: pytest.fail("must be refused before anything is embedded"))
     with pytest.raises(error, match=says):
         lab.fidelity(**{"size": "tiny", "pages": 2, "output": str(tmp_path / "rows.jsonl")} | given)
 

@@ -55,6 +55,11 @@ def test_a_short_training_learns_and_hangs_on_the_seed(tmp_path: Path, monkeypat
     assert losses[-1] < losses[0] / 4
     saved = load(FolderSource(tmp_path / "made"), CPU).model.state_dict()
     assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in again.model.state_dict().items())
+    with pytest.raises(BadInput, match="seed -1; valid: 0 to 18446744073709551615"):
+        train.train_tiny(tmp_path / "another", -1)
+    with pytest.raises(BadInput, match="seed 18446744073709551616"):
+        train.train_tiny(tmp_path / "another", 2**64)
+    assert not (tmp_path / "another").exists()
     with pytest.raises(BadInput, match="is not empty"):
         train.train_tiny(tmp_path / "made")
 
