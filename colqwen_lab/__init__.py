@@ -331,7 +331,7 @@ def fidelity(
         data: generated (pages drawn by the lab, held out of training), vidore:NAME, or a folder in BEIR layout.
         size: auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b.
         weights: BASE's: auto (tiny: its default; else the hub), hub, or a checkpoint folder.
-        iters: tuning steps a layer of the schemes that are quantised here; 0 is plain rounding.
+        iters: tuning steps a layer of the schemes that are quantised here, to 1000; 0 is plain rounding.
         plain: each of these also without tuning.
         margin: a difference below this is none; nDCG, recall, overlap, tau and cosine end at 1.
         queries: how many at most; 0 means all.
@@ -356,7 +356,7 @@ def fidelity(
     device = pick_device()
     size = resolve_size(size, device.type == "cuda")
     asked = run.subjects(listed(model), size, iters, plain)
-    corpus = sets.load(data, queries, pages, SMALL_WIDTH if size == "tiny" else WIDTH)
+    corpus = sets.load(data, queries, pages, SMALL_WIDTH if size == "tiny" else WIDTH, to_stderr)
     names = "-".join(dict.fromkeys(one.variant.name for one in asked[1:])) or "base"
     stem = f"fidelity-{names}-{size}-{data}".replace("/", "-").replace(":", "-")
     path = Path(output) if output else outputs_folder() / f"{stem}.jsonl"

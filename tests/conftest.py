@@ -17,6 +17,7 @@ from colqwen_lab.model.processing import TINY_TOKENIZER
 from colqwen_lab.model.variants import VARIANTS
 from colqwen_lab.model.weights import FolderSource, default_source
 from colqwen_lab.records import Backend, Environment
+from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.retrieval.record import Cosines, Fidelity
 
 CPU = torch.device("cpu")
@@ -98,7 +99,7 @@ def record() -> Callable[..., Fidelity]:
 
     def of(variant: str, ndcg: list[float], **changed: Any) -> Fidelity:
         count = len(ndcg)
-        values = {name: [1.0] * count for name in ("overlap@5", "Kendall's tau")}
+        values = dict.fromkeys(NAMES, [1.0] * count)
         given: dict[str, Any] = {
             "variant": variant,
             "size": "tiny",
@@ -113,7 +114,7 @@ def record() -> Callable[..., Fidelity]:
             "page_batch": 8,
             "page_step_s": [0.1] * 8,
             "query_ids": [f"q{number}" for number in range(count)],
-            "values": {"nDCG@5": ndcg, **values, "score error": [0.0] * count},
+            "values": values | {"nDCG@5": ndcg, "score error": [0.0] * count},
             "top": [["p1", "p0"]] * count,
             "environment": Environment(cpu="a CPU"),
         }

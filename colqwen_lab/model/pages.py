@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -172,23 +173,33 @@ def read_pages(files: Iterable[Path], refuse: Callable[[str], None]) -> Iterator
         pages = _pdf_pages(file) if file.suffix.lower() == ".pdf" else _image_pages(file)
         while True:
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with decoding(file.name):
                     image = next(pages, None)
-            except Exception as error:  # whatever a decoder finds wrong with a file is that file's
-                unknown = isinstance(error, UnidentifiedImageError)
-                said = "no image that Pillow reads" if unknown else " ".join(str(error).split()) or type(error).__name__
-                refuse(f"{file.name} is left out: {said[:200]}")
+            except BadInput as error:
+                refuse(str(error))
                 break
             if image is None:
                 break
             yield image
 
 
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Whatever goes wrong inside, with the image `name`, as a BadInput of one line; so is Pillow's limit of pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except Exception as error:  # whatever a decoder finds wrong with a file is that file's
+        unknown = isinstance(error, UnidentifiedImageError)
+        said = "no image that Pillow reads" if unknown else " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"{name} is left out: {said[:200]}") from None
+
+
 def _image_pages(file: Path) -> Iterator[Image.Image]:
     with Image.open(file) as image:
         for frame in ImageSequence.Iterator(image) if image.format == "TIFF" else (image,):
-            yield _proportionate(to_rgb(frame))
+            yield to_rgb(frame)
 
 
 def _pdf_pages(file: Path) -> Iterator[Image.Image]:
@@ -209,7 +220,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any of Pillow's modes as upright RGB, on white where it is transparent.
 
     Raises:
-        ValueError: grey values of more than 16 bits.
+        ValueError: grey values of more than 16 bits, or more than 200 times as long as it is wide.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
@@ -221,7 +232,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return _proportionate(image.convert("RGB"))
 
 
 def _proportionate(image: Image.Image) -> Image.Image:

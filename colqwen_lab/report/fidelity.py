@@ -1,8 +1,9 @@
 """What a variant's retrieval loses against BASE, from fidelity records: intervals, verdicts, tables, figures.
 
 A difference is the variant's mean over queries less BASE's. Its 95 % interval is a paired bootstrap over the queries:
-the same queries are drawn on both sides, so what makes a query hard falls out. Against itself BASE has overlap, tau and
-cosine 1 and no score error, so these are losses like any other.
+the same queries are drawn on both sides, so what makes a query hard falls out. Where all differences are equal that
+would be [0, 0] however few they are: there it is the rule of three's, 3/n on either side (Hanley and Lippman-Hand
+1983). Against itself BASE has overlap, tau and cosine 1 and no score error, so these are losses like any other.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import numpy as np
 
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import MIB
-from colqwen_lab.report.compare import FEWEST_SAMPLES, RESAMPLES, SEED, peak, rate
+from colqwen_lab.report.compare import RESAMPLES, SEED, peak, rate
 from colqwen_lab.report.series import Results, html_table, rounded
+from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.retrieval.record import Fidelity, read
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 #: A difference below this is none, in the metrics' own unit.
 MARGIN = 0.01
+#: Below this many queries a bootstrap interval of differences that are mostly zero covers far less than 95 %.
+FEWEST_QUERIES = 30
 LOWER_IS_BETTER = ("score error",)
 #: Where BASE's mean nDCG@5 is below this, there is next to nothing to lose.
 LITTLE = 0.1
@@ -38,7 +42,7 @@ class Loss:
     """One metric of a variant beside BASE's; `difference` is variant - BASE, with its 95 % interval.
 
     `worse` or `better`: at least the margin, and the interval on one side of zero. `same within x`: all of the
-    interval is within the margin x. Else, and below six queries, `cannot tell`.
+    interval is within the margin x. Else `cannot tell`, for the `reason` if there is one beside the interval's width.
     """
 
     metric: str
@@ -48,6 +52,12 @@ class Loss:
     low: float | None
     high: float | None
     verdict: str
+    reason: str = ""
+
+    @property
+    def told(self) -> str:
+        """The verdict with its reason."""
+        return f"{self.verdict}: {self.reason}" if self.reason else self.verdict
 
     @property
     def interval(self) -> str:
@@ -61,23 +71,39 @@ def check_margin(margin: float) -> None:
         raise BadInput(f"margin {margin}; valid: above 0 and below 1, such as {MARGIN}")
 
 
+def check_inputs(base: Fidelity, record: Fidelity) -> None:
+    """Raise BadInput if the two are of other queries or pages, another size or another budget."""
+    if base.inputs != record.inputs:
+        of, than = (
+            f"{one.data} ({len(one.query_ids)} queries, {one.pages} pages), {one.size}, budget {one.visual_tokens}"
+            for one in (record, base)
+        )
+        raise BadInput(f"{record.label} is of {of}; {base.label} of {than}: not the same inputs")
+
+
 def loss(base: Fidelity, record: Fidelity, metric: str, margin: float = MARGIN) -> Loss:
-    """The loss of one metric. Raises BadInput if the two are of different queries or pages."""
-    if (base.data, base.pages, base.query_ids) != (record.data, record.pages, record.query_ids):
-        raise BadInput(f"{record.label} was run on {record.data}, {base.label} on {base.data}: not the same inputs")
+    """The loss of one metric. Raises BadInput if the two are not of the same inputs."""
+    check_inputs(base, record)
     before, after = (np.array(one.values[metric]) for one in (base, record))
     differences = after - before
-    mean, low, high = float(differences.mean()), None, None
-    if len(differences) >= FEWEST_SAMPLES:
-        drawn = np.random.default_rng(SEED).integers(len(differences), size=(RESAMPLES, len(differences)))
+    count, mean = len(differences), float(differences.mean())
+    means = float(before.mean()), float(after.mean()), mean
+    if record is base:
+        return Loss(metric, *means, 0.0, 0.0, f"same within {margin:g}")
+    if count < FEWEST_QUERIES:
+        return Loss(metric, *means, None, None, "cannot tell", f"{count} queries, {FEWEST_QUERIES} needed")
+    if alike := float(np.ptp(differences)) < 1e-9:
+        low, high = mean - 3 / count, mean + 3 / count
+    else:
+        drawn = np.random.default_rng(SEED).integers(count, size=(RESAMPLES, count))
         low, high = (float(end) for end in np.percentile(differences[drawn].mean(axis=1), [2.5, 97.5]))
-    verdict = "cannot tell"
-    if low is not None and high is not None:
-        if -margin <= low and high <= margin:
-            verdict = f"same within {margin:g}"
-        elif abs(mean) >= margin and low * high > 0:
-            verdict = "better" if (mean > 0) != (metric in LOWER_IS_BETTER) else "worse"
-    return Loss(metric, float(before.mean()), float(after.mean()), mean, low, high, verdict)
+    if -margin <= low and high <= margin:
+        return Loss(metric, *means, low, high, f"same within {margin:g}")
+    if abs(mean) >= margin and low * high > 0:
+        better = (mean > 0) != (metric in LOWER_IS_BETTER)
+        return Loss(metric, *means, low, high, "better" if better else "worse")
+    reason = f"all {count} queries alike, so within 3/{count}" if alike else ""
+    return Loss(metric, *means, low, high, "cannot tell", reason)
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,6 +121,8 @@ class Fidelities:
         if self.records[0].variant != "base":
             raise BadInput(f"fidelity is held against base, and the first record is of {self.records[0].label}")
         check_margin(self.margin)
+        for record in self.records:
+            check_inputs(self.base, record)
 
     @classmethod
     def load(cls, source: str | Path, margin: float = MARGIN) -> Self:
@@ -116,11 +144,11 @@ class Fidelities:
 
     def loss(self, record: Fidelity, metric: str) -> Loss:
         """What `record` loses in one metric, against BASE. Raises BadInput for an unknown one."""
-        return loss(self.base, record, one_of("metric", metric, self.base.values), self.margin)
+        return loss(self.base, record, one_of("metric", metric, NAMES), self.margin)
 
     def all_losses(self, record: Fidelity) -> list[Loss]:
         """What it loses in every metric."""
-        return [self.loss(record, metric) for metric in self.base.values]
+        return [self.loss(record, metric) for metric in NAMES]
 
     def table(self) -> pd.DataFrame:
         """One row a variant: bytes, nDCG@5 and what it loses with its verdict, nearness to BASE's scores, speed."""
@@ -137,7 +165,7 @@ class Fidelities:
             "nDCG@5": round(ndcg.variant, 4),
             "difference": round(ndcg.difference, 4) if record is not self.base else None,
             "95 % interval": ndcg.interval if record is not self.base else "",
-            "verdict": ndcg.verdict if record is not self.base else "",
+            "verdict": ndcg.told if record is not self.base else "",
             "overlap@5": round(means["overlap@5"], 3),
             "Kendall's tau": round(means["Kendall's tau"], 3),
             "score error %": round(100 * means["score error"], 2),
@@ -159,7 +187,7 @@ class Fidelities:
                 self.pick(label).label: [round(row.variant, 4) for row in rows],
                 "difference": [round(row.difference, 4) for row in rows],
                 "95 % interval": [row.interval for row in rows],
-                "verdict": [row.verdict for row in rows],
+                "verdict": [row.told for row in rows],
             }
         )
 
@@ -225,6 +253,7 @@ class Fidelities:
         device = first.environment.device
         parts = [device if first.environment.gpu or "CPU" in device else f"CPU {device}", first.size, first.data]
         parts += [f"{len(first.query_ids)} queries, {first.pages} pages"]
+        parts += [f"{first.refused} left out"] if first.refused else []
         parts += ["untrained weights"] if "untrained" in first.weights else []
         return " · ".join(parts)
 
@@ -239,9 +268,10 @@ class Fidelities:
         said = {"worse": "retrieves worse than base", "better": "retrieves better than base"}
         said |= {"cannot tell": "cannot be told from base, nor said to be the same"}
         what = said.get(ndcg.verdict, f"retrieves as base does, within {self.margin:g}")
+        lost = " ".join(part for part in (f"{ndcg.difference:+.3f}", ndcg.interval, ndcg.reason) if part)
         return (
-            f"{record.label} {what}: nDCG@5 {ndcg.base:.3f} to {ndcg.variant:.3f} ({ndcg.difference:+.3f} "
-            f"{ndcg.interval}), {100 * overlap.variant:.0f} % of base's first five pages kept, weights "
+            f"{record.label} {what}: nDCG@5 {ndcg.base:.3f} to {ndcg.variant:.3f} ({lost}), "
+            f"{100 * overlap.variant:.0f} % of base's first five pages kept, weights "
             f"{record.weights_bytes / self.base.weights_bytes - 1:+.0%}."
         )
 
@@ -283,7 +313,7 @@ def one_row(results: Results, found: Fidelities) -> pd.DataFrame:
         row |= {"peak MiB": round(peak(cell) / MIB, 2)}
         if record := records.get((cell.variant, cell.size)):
             ndcg = found.loss(record, "nDCG@5")
-            row |= {"nDCG@5": round(ndcg.variant, 4), "95 % interval": ndcg.interval, "verdict": ndcg.verdict}
+            row |= {"nDCG@5": round(ndcg.variant, 4), "95 % interval": ndcg.interval, "verdict": ndcg.told}
             row |= {"weights": "the same" if cell.weights == record.weights else "others"}
         rows.append(row)
     return pd.DataFrame(rows)

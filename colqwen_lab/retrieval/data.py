@@ -7,6 +7,8 @@ out, as a metric has nothing to say of them.
 from __future__ import annotations
 
 import json
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,10 @@ Page = Image.Image | str
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data set. `label` names it with its revision; `relevance` is by query and page, above 0 where it answers."""
+    """A data set. `label` names it with its revision; `relevance` is by query and page, above 0 where it answers.
+
+    `refused` pages could not be read, and are not among the others.
+    """
 
     label: str
     page_ids: list[str]
@@ -34,10 +39,17 @@ class Corpus:
     query_ids: list[str]
     queries: list[str]
     relevance: dict[str, dict[str, int]]
+    refused: int = 0
 
 
-def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH) -> Corpus:
-    """The data set of this name, or the first of its queries and pages.
+def load(
+    source: str,
+    queries: int = 0,
+    pages: int = 0,
+    width: int = drawn.WIDTH,
+    say: Callable[[str], object] = warnings.warn,
+) -> Corpus:
+    """The data set of this name, or the first of its queries and pages; of those what can be read.
 
     Args:
         source: `generated` (drawn pages held out of the tiny model's training), `vidore:NAME` (a ViDoRe benchmark of
@@ -47,6 +59,7 @@ def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH
         queries: how many at most; 0 means all.
         pages: how many at most; 0 means all.
         width: pixels that a generated page is wide.
+        say: takes a line for each page that is left out.
 
     Raises:
         BadInput: no such data set, or one that cannot be read.
@@ -56,7 +69,7 @@ def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH
         raise BadInput(f"queries {queries}, pages {pages}; valid: 0 for all, or 1 or more")
     if source == GENERATED:
         found = _generated(pages or HELD_OUT, queries or HELD_OUT, width)
-    elif source.startswith(VIDORE):
+    elif source.startswith(VIDORE) and source != VIDORE:
         found = _vidore(source.removeprefix(VIDORE))
     elif is_folder(source):
         found = _folder(Path(source))
@@ -64,11 +77,23 @@ def load(source: str, queries: int = 0, pages: int = 0, width: int = drawn.WIDTH
         raise BadInput(
             f"unknown data {source!r}; valid: {GENERATED}, {VIDORE}NAME, or a folder that holds corpus.jsonl"
         )
-    return _cut(found, queries, pages)
+    for what, ids in (("page", found.page_ids), ("query", found.query_ids)):
+        if twice := [one for one, count in Counter(ids).items() if count > 1]:
+            raise BadInput(f"{found.label}: the {what} id {twice[0]!r} stands twice; valid: each once")
+    for query, text in zip(found.query_ids, found.queries, strict=True):
+        if not isinstance(text, str):
+            raise BadInput(f"{found.label}: the text of query {query!r} is {text!r}; valid: a text")
+    return _cut(found, queries, pages, None if source == GENERATED else say)
 
 
-def _cut(corpus: Corpus, queries: int, pages: int) -> Corpus:
-    page_ids = corpus.page_ids[: pages or None]
+def _cut(corpus: Corpus, queries: int, pages: int, say: Callable[[str], object] | None) -> Corpus:
+    """The first pages, without those that cannot be read if there is a `say`, and the queries that they answer."""
+    numbers = range(len(corpus.page_ids[: pages or None]))
+    legible = [number for number in numbers if say is None or _legible(corpus, number, say)]
+    page_ids = [corpus.page_ids[number] for number in legible]
+    refused = len(numbers) - len(legible)
+    if say and refused:
+        say(f"{corpus.label}: {refused} of {len(numbers)} pages are left out")
     known = set(page_ids)
     judged = {
         query: {page: score for page, score in corpus.relevance.get(query, {}).items() if page in known}
@@ -80,7 +105,17 @@ def _cut(corpus: Corpus, queries: int, pages: int) -> Corpus:
         raise BadInput(f"{corpus.label}: none of {len(page_ids)} pages answers a query")
     ids = [corpus.query_ids[place] for place in kept]
     texts = [corpus.queries[place] for place in kept]
-    return Corpus(corpus.label, page_ids, corpus.page, ids, texts, {query: judged[query] for query in ids})
+    relevance = {query: judged[query] for query in ids}
+    return Corpus(corpus.label, page_ids, lambda at: corpus.page(legible[at]), ids, texts, relevance, refused)
+
+
+def _legible(corpus: Corpus, number: int, say: Callable[[str], object]) -> bool:
+    try:
+        corpus.page(number)
+    except BadInput as error:
+        say(str(error))
+        return False
+    return True
 
 
 def _generated(pages: int, queries: int, width: int) -> Corpus:
@@ -98,11 +133,13 @@ def _generated(pages: int, queries: int, width: int) -> Corpus:
 
 
 def _folder(folder: Path) -> Corpus:
-    corpus = list(_json_lines(folder / "corpus.jsonl", "_id"))
-    queries = list(_json_lines(folder / "queries.jsonl", "_id", "text"))
+    from colqwen_lab.model.pages import decoding, digest, to_rgb
+
+    names = [folder / name for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")]
+    corpus, path = [_page_row(names[0], *numbered) for numbered in _json_lines(names[0], "_id")], names[2]
+    queries = [row for _, row in _json_lines(names[1], "_id", "text")]
     relevance: dict[str, dict[str, int]] = {}
-    path = folder / "qrels" / "test.tsv"
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in _lines(path):
         parts = line.split("\t")
         if number == 1 and parts[-1] == "score":
             continue
@@ -114,46 +151,52 @@ def _folder(folder: Path) -> Corpus:
 
     def page(number: int) -> Page:
         row = corpus[number]
-        if "image" in row:
-            return _image(folder / str(row["image"]))
+        if row.get("image"):
+            with decoding(f"page {row['_id']}, {row['image']},"), Image.open(folder / row["image"]) as image:
+                return to_rgb(image)
         return " ".join(str(row[name]) for name in ("title", "text") if row.get(name))
 
+    images = [folder / row["image"] for row in corpus if row.get("image")]
     return Corpus(
-        f"folder {folder.resolve().name}",
+        f"folder {folder.resolve().name} #{digest([*names, *images])}",
         [str(row["_id"]) for row in corpus],
         page,
         [str(row["_id"]) for row in queries],
-        [str(row["text"]) for row in queries],
+        [row["text"] for row in queries],
         relevance,
     )
 
 
-def _image(path: Path) -> Image.Image:
-    from colqwen_lab.model.pages import to_rgb
+def _page_row(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """`row`, if it is a page. Raises BadInput."""
+    if image := row.get("image"):
+        if not isinstance(image, str) or Path(image).is_absolute() or ".." in Path(image).parts:
+            raise BadInput(f"{path} line {number}: image {image!r}; valid: the path of a file within {path.parent}")
+    elif not isinstance(row.get("text"), str):
+        raise BadInput(f"{path} line {number} has neither a text nor the path of an image")
+    return row
 
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except Exception as error:  # whatever a decoder finds wrong with a file is that file's
-        raise BadInput(f"{path} is no image that can be read: {' '.join(str(error).split())[:200]}") from None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read: {error}; a BEIR folder holds it") from None
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _json_lines(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_lines(path), 1):
+def _json_lines(path: Path, *needed: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict) or not row.keys() >= set(needed):
+        if not isinstance(row, dict) or not all(
+            isinstance(row.get(name), (str, int) if name == "_id" else str) for name in needed
+        ):
             raise BadInput(f"{path} line {number} is not a JSON object with {', '.join(needed)}")
-        yield row
+        yield number, row
 
 
 # ---------------------------------------------------------------- ViDoRe, in both of its layouts
@@ -165,10 +208,13 @@ def _vidore(name: str) -> Corpus:
         import datasets
     except ImportError:
         raise Unmet('ViDoRe needs the package datasets: `pip install -e ".[data]"`') from None
+    from colqwen_lab.model.pages import digest
+
     folder = is_folder(name)
     repository = name if folder or "/" in name else f"vidore/{name}"
     if folder:
-        revision, label = None, f"folder {Path(name).resolve().name}"
+        files = sorted(path for path in Path(name).rglob("*") if path.is_file())
+        revision, label = None, f"folder {Path(name).resolve().name} #{digest(files)}"
     else:
         revision = _commit(repository)
         label = f"{repository}@{revision or 'cached'}"
@@ -177,10 +223,12 @@ def _vidore(name: str) -> Corpus:
         return datasets.load_dataset(repository, config, split="test", revision=revision)
 
     try:
-        configs = set(datasets.get_dataset_config_names(repository, revision=revision))
-        if configs >= {"corpus", "queries", "qrels"}:
+        configs = datasets.get_dataset_config_names(repository, revision=revision)
+        if set(configs) >= {"corpus", "queries", "qrels"}:
             return _beir(label, subset("corpus"), subset("queries"), subset("qrels"))
-        return _questions(label, subset(next(iter(configs))))
+        if len(configs) > 1:
+            raise BadInput(f"{repository} has the subsets {', '.join(configs)}; valid: one, or corpus, queries, qrels")
+        return _questions(label, subset(configs[0]))
     except BadInput:
         raise
     except Exception as error:  # the library raises those of the hub, of its builders and of pyarrow
@@ -211,16 +259,30 @@ def _with(table: Any, *columns: str) -> Any:
     return table
 
 
+def _content(page_id: str, rows: Any, number: int) -> Page:
+    """The text of a row, or its image. Raises BadInput where that is missing, or cannot be read."""
+    from colqwen_lab.model.pages import decoding, to_rgb
+
+    name = "image" if "image" in rows.column_names else "text"
+    with decoding(f"page {page_id}"):
+        content = rows[number][name]
+        if content is None:
+            raise ValueError(f"its {name} is null")
+        return content if isinstance(content, str) else to_rgb(content)
+
+
 def _beir(label: str, corpus: Any, queries: Any, qrels: Any) -> Corpus:
     corpus, queries = _with(corpus, "corpus-id"), _with(queries, "query-id", "query")
+    if not {"image", "text"} & set(corpus.column_names):
+        corpus = _with(corpus, "image")
     relevance: dict[str, dict[str, int]] = {}
     for row in _with(qrels, "query-id", "corpus-id", "score"):
         relevance.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
-    texts = "image" not in corpus.column_names
+    pages = [str(page) for page in corpus["corpus-id"]]
     return Corpus(
         label,
-        [str(page) for page in corpus["corpus-id"]],
-        lambda number: str(corpus[number]["text"]) if texts else corpus[number]["image"].convert("RGB"),
+        pages,
+        lambda number: _content(pages[number], corpus, number),
         [str(query) for query in queries["query-id"]],
         list(queries["query"]),
         relevance,
@@ -243,7 +305,7 @@ def _questions(label: str, rows: Any) -> Corpus:
     return Corpus(
         label,
         pages,
-        lambda number: rows[first[pages[number]]]["image"].convert("RGB"),
+        lambda number: _content(pages[number], rows, first[pages[number]]),
         list(ids.values()),
         list(ids),
         {ids[question]: answers for question, answers in relevance.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -29,13 +29,6 @@ def query_inputs(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
     return {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
 
 
-def page_inputs(loaded: Loaded, pages: Sequence[Page], visual_tokens: int) -> dict[str, Tensor]:
-    """The same for pages, all images or all texts; a text is embedded as a query is. Raises Unmet as above."""
-    if images := [page for page in pages if isinstance(page, Image.Image)]:
-        return page_batch(images, loaded.tokenizer, loaded.model.config, visual_tokens, loaded.device)
-    return query_inputs(loaded, [page for page in pages if isinstance(page, str)])
-
-
 @torch.no_grad()
 def embed(loaded: Loaded, inputs: dict[str, Tensor]) -> tuple[list[Tensor], float]:
     """`(embeddings, seconds)`: [tokens, 320] each, on the host and without padding, and the time of the forward."""
@@ -48,6 +41,25 @@ def embed(loaded: Loaded, inputs: dict[str, Tensor]) -> tuple[list[Tensor], floa
         torch.cuda.synchronize(loaded.device)
     elapsed = time.perf_counter() - started
     return [row.cpu() for row in unpadded(padded, inputs["attention_mask"])], elapsed
+
+
+def embed_pages(loaded: Loaded, pages: Sequence[Page], visual_tokens: int) -> tuple[list[Tensor], float]:
+    """The same for pages, in their order: the images in one forward, the texts, as queries are, in another."""
+    images = {place: page for place, page in enumerate(pages) if isinstance(page, Image.Image)}
+    texts = {place: page for place, page in enumerate(pages) if isinstance(page, str)}
+    batches: list[tuple[Iterable[int], dict[str, Tensor]]] = []
+    if images:
+        shown = page_batch(images.values(), loaded.tokenizer, loaded.model.config, visual_tokens, loaded.device)
+        batches.append((images, shown))
+    if texts:
+        batches.append((texts, query_inputs(loaded, list(texts.values()))))
+    found: dict[int, Tensor] = {}
+    total = 0.0
+    for places, inputs in batches:
+        made, elapsed = embed(loaded, inputs)
+        found.update(zip(places, made, strict=True))
+        total += elapsed
+    return [found[place] for place in range(len(pages))], total
 
 
 def blocks(count: int, batch: int) -> Iterator[range]:

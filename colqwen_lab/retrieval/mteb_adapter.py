@@ -7,6 +7,7 @@ mteb.evaluate(MtebModel("awq"), mteb.get_tasks(tasks=["VidoreDocVQARetrieval"]))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from mteb.types import PromptType
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from colqwen_lab.errors import BadInput
 from colqwen_lab.measure.environment import pick_device
 from colqwen_lab.model.architecture import EMBED_DIM, resolve_size
 from colqwen_lab.model.loading import load
-from colqwen_lab.model.pages import VISUAL_TOKENS
+from colqwen_lab.model.pages import VISUAL_TOKENS, decoding, to_rgb
 from colqwen_lab.model.quantize import source_of
 from colqwen_lab.model.variants import resolve_variant
-from colqwen_lab.retrieval.embed import embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.data import Page
+from colqwen_lab.retrieval.embed import embed_pages
 from colqwen_lab.retrieval.maxsim import maxsim, unpadded
 
 
@@ -62,15 +65,16 @@ class MtebModel:
         self.mteb_model_meta = ModelMeta.create_empty(named | known)
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **_: Any) -> Tensor:
-        """Embeddings [items, longest, 320] of a loader's batches: the texts of queries, of documents the images."""
+        """Embeddings [items, longest, 320] of a loader's batches: of an item with both a query's text, else the image.
+
+        Raises:
+            BadInput: an item with neither, or an image that cannot be read.
+        """
+        order = ("text", "image") if prompt_type == PromptType.query else ("image", "text")
         found: list[Tensor] = []
         for batch in inputs:
-            if prompt_type != PromptType.query and "image" in batch:
-                pages = [image.convert("RGB") for image in batch["image"]]
-                made = page_inputs(self.loaded, pages, self.visual_tokens)
-            else:
-                made = query_inputs(self.loaded, batch["text"])
-            found += embed(self.loaded, made)[0]
+            rows = zip(*(batch[name] for name in order if name in batch), strict=True)
+            found += embed_pages(self.loaded, [_page(row) for row in rows], self.visual_tokens)[0]
         return pad_sequence(found, batch_first=True)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
@@ -82,6 +86,16 @@ class MtebModel:
         """MaxSim [items] of each item of the first with the same of the second."""
         pairs = zip(_ragged(embeddings1), _ragged(embeddings2), strict=True)
         return torch.cat([maxsim([ours], [theirs])[0] for ours, theirs in pairs])
+
+
+def _page(row: Sequence[Any]) -> Page:
+    for item in row:
+        if isinstance(item, str):
+            return item
+        if item is not None:
+            with decoding("an image"):
+                return to_rgb(item)
+    raise BadInput("an item has neither text nor image; valid: a task of texts, images, or both")
 
 
 def _ragged(embeddings: Any) -> list[Tensor]:

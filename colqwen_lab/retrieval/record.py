@@ -5,14 +5,18 @@ A file is JSON lines, BASE's first. Values are kept by query, so every interval 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from filelock import FileLock, Timeout
+from pydantic import Field, ValidationError, model_validator
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.records import Backend, Environment, Rate, Value, rate_of
+from colqwen_lab.records import Backend, Environment, Rate, Value, neighbour, rate_of
+from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.settings import writable_folder
 
 
@@ -32,8 +36,8 @@ class Fidelity(Value):
     """One variant on one data set.
 
     `values` holds by metric one figure a query, in the order of `query_ids`; `top` each query's best pages. `iters` is
-    of variants that were quantised here. `page_step_s` are the times of forwards over `page_batch` pages, the first
-    one thrown away; variants are not timed in turn.
+    of variants that were quantised here. `refused` pages could not be read. `page_step_s` are the times of forwards
+    over `page_batch` pages, the first one thrown away; variants are not timed in turn.
     """
 
     schema_: Literal[1] = Field(default=1, alias="schema")
@@ -44,17 +48,33 @@ class Fidelity(Value):
     iters: int | None = None
     data: str
     pages: int = Field(gt=0)
+    refused: int = Field(default=0, ge=0)
     visual_tokens: int
     backend: Backend
-    weights_bytes: int
+    weights_bytes: int = Field(gt=0)
     query_cosine: Cosines
     page_cosine: Cosines
-    page_batch: int
-    page_step_s: list[float]
-    query_ids: list[str]
+    page_batch: int = Field(gt=0)
+    page_step_s: list[Annotated[float, Field(gt=0)]]
+    query_ids: list[str] = Field(min_length=1)
     values: dict[str, list[float]]
     top: list[list[str]]
     environment: Environment
+
+    @model_validator(mode="after")
+    def _by_query(self) -> Self:
+        if missing := set(NAMES) - self.values.keys():
+            raise ValueError(f"no values of {', '.join(sorted(missing))}")
+        lengths = {"top": len(self.top)} | {name: len(values) for name, values in self.values.items()}
+        for name, length in lengths.items():
+            if length != len(self.query_ids):
+                raise ValueError(f"{name} of {length} queries, and there are {len(self.query_ids)}")
+        return self
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        """What two records must share to be compared: what was embedded, at which size and budget."""
+        return self.data, self.pages, self.query_ids, self.size, self.visual_tokens
 
     @property
     def label(self) -> str:
@@ -66,20 +86,51 @@ class Fidelity(Value):
         return rate_of(self.page_step_s, self.page_batch) if self.page_step_s else None
 
 
-def write(path: Path, records: Iterable[Fidelity]) -> Path:
-    """Write the records, by a rename, so that the file is whole at any moment; its path.
+@contextmanager
+def writing(path: Path, say: Callable[[str], object]) -> Iterator[Callable[[Sequence[Fidelity]], None]]:
+    """The function that writes a run's records so far to a file, which is whole at any moment and this run's alone.
+
+    Its first call moves what was in the file to `NAME.superseded.jsonl` beside it; `say` hears of waiting for another.
 
     Raises:
-        BadInput: the file cannot be written.
+        BadInput: the file is of something else, or cannot be written.
     """
     writable_folder(path.parent)
-    part = path.with_name(path.name + ".tmp")
-    try:
-        part.write_text("".join(one.model_dump_json(by_alias=True) + "\n" for one in records), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write") from None
-    return path
+    with ExitStack() as held:
+        try:
+            lock = FileLock(f"{path}.lock")
+            try:
+                held.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                say(f"another run writes to {path}; waiting for it")
+                held.enter_context(lock.acquire())
+            old = [read(path)] if path.exists() and path.stat().st_size else []
+        except OSError as error:
+            raise _unwritable(path, error) from None
+
+        def write(records: Sequence[Fidelity]) -> None:
+            part = path.with_name(f"{path.name}.tmp")
+            try:
+                if old:
+                    _put(neighbour(path, "superseded.jsonl"), old[0], "a")
+                _put(part, records, "w")
+                part.replace(path)
+            except OSError as error:
+                raise _unwritable(path, error) from None
+            old.clear()
+
+        yield write
+
+
+def _put(path: Path, records: Iterable[Fidelity], mode: Literal["a", "w"]) -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(one.model_dump_json(by_alias=True) + "\n" for one in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _unwritable(path: Path, error: OSError) -> BadInput:
+    return BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write")
 
 
 def read(path: str | Path) -> list[Fidelity]:
@@ -89,7 +140,7 @@ def read(path: str | Path) -> list[Fidelity]:
         BadInput: no such file, or a line that is no such record; it is named.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as fidelity records: {error}") from None
     found = []
@@ -103,6 +154,4 @@ def read(path: str | Path) -> list[Fidelity]:
                 f"{path} line {number} is no fidelity record: {where}: {first['msg']}; valid: JSON lines by "
                 "`colqwen-lab fidelity`"
             ) from None
-    if not found:
-        raise BadInput(f"{path} holds no record; valid: JSON lines by `colqwen-lab fidelity`")
     return found

@@ -13,21 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.measure.environment import environment
 from colqwen_lab.model.loading import Loaded, load
+from colqwen_lab.model.pages import VISUAL_TOKENS, check_visual_tokens
 from colqwen_lab.model.quantize import Recipe, source_of
 from colqwen_lab.model.variants import VARIANTS, Variant, resolve_variant
 from colqwen_lab.model.weights import Source, default_source
 from colqwen_lab.records import Backend
 from colqwen_lab.retrieval import metrics
 from colqwen_lab.retrieval.data import Corpus
-from colqwen_lab.retrieval.embed import blocks, embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.embed import blocks, embed, embed_pages, query_inputs
 from colqwen_lab.retrieval.maxsim import maxsim
-from colqwen_lab.retrieval.record import Cosines, Fidelity, write
+from colqwen_lab.retrieval.record import Cosines, Fidelity, writing
 
+MOST_ITERS = 1000
 QUERY_BATCH, PAGE_BATCH, TOP = 32, 8, 10
 DIGITS = 6  # after the point, of what a record keeps by query
 
@@ -47,10 +50,17 @@ def subjects(models: Sequence[str], size: str, iters: int, plain: bool) -> list[
     """BASE and the others; with `plain` each scheme that is quantised here also without tuning.
 
     Raises:
-        BadInput: an unknown model.
+        BadInput: an unknown model, none beside BASE, or two of one name; or tuning steps out of bounds.
     """
-    found = [Subject(VARIANTS["base"])]
-    for variant in map(resolve_variant, models):
+    if not 0 <= iters <= MOST_ITERS:
+        raise BadInput(f"iters {iters}; valid: 0 for plain rounding, to {MOST_ITERS}")
+    found, variants = [Subject(VARIANTS["base"])], [resolve_variant(name) for name in models]
+    names = [variant.name for variant in variants]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise BadInput(f"two models are called {twice}; valid: different ones")
+    if names == ["base"]:
+        raise BadInput("base is what models are held against; valid: awq, an AutoRound scheme, a folder or a hub id")
+    for variant in variants:
         if variant.name == "base":
             continue
         if variant.scheme and size not in variant.hub:
@@ -63,11 +73,6 @@ def subjects(models: Sequence[str], size: str, iters: int, plain: bool) -> list[
 def _source(subject: Subject, size: str, weights: str, device: torch.device) -> Source:
     if subject.iters is None:
         return default_source(subject.variant, size, weights if subject.variant.name == "base" else "auto", device)
-    if weights not in ("auto", "hub"):
-        raise BadInput(
-            f"{subject} is quantised from the default weights, not from {weights}; make one with `colqwen-lab quantize "
-            f"--weights {weights} --scheme {subject.variant.scheme} -o DIR` and name DIR as the model"
-        )
     return source_of(subject.variant, size, "auto", device, Recipe(subject.variant.scheme or "", subject.iters))
 
 
@@ -90,28 +95,40 @@ def run(
     path: Path,
     progress: Callable[[str], None],
 ) -> list[Fidelity]:
-    """A record for each of `asked`, BASE first; the file holds what there is after each.
+    """A record for each of `asked`, BASE first; the file holds what there is after each, and what it held is set aside.
 
     Raises:
-        BadInput: random weights, or weights that a scheme cannot be made from.
+        BadInput: random weights, weights that a scheme cannot be made from, a budget of images where there is none, or
+            a file that is of something else.
         Unmet: no weights, no kernel, no tokenizer.
     """
     if weights == "random":
         raise BadInput("random weights say nothing of retrieval; valid: auto, hub, or a checkpoint folder")
+    made_here = [subject for subject in asked if subject.iters is not None]
+    if made_here and weights not in ("auto", "hub"):
+        raise BadInput(
+            f"{made_here[0]} is quantised from the default weights, not from {weights}; make one with `colqwen-lab "
+            f"quantize --weights {weights} --scheme {made_here[0].variant.scheme} -o DIR` and name DIR as the model"
+        )
+    if check_visual_tokens(visual_tokens) != VISUAL_TOKENS and not any(
+        isinstance(corpus.page(number), Image.Image) for number in range(len(corpus.page_ids))
+    ):
+        raise BadInput(f"visual_tokens {visual_tokens}, and no page of {corpus.label} is an image; leave it out")
     records: list[Fidelity] = []
     base: _Embedded | None = None
-    for subject in asked:
-        source = _source(subject, size, weights, device)
-        if source.size != size:
-            raise Unmet(f"{source.label} is of size {source.size}, not {size}; name its size")
-        record, embedded = _one(subject, load(source, device), corpus, size, visual_tokens, base)
-        base = base or embedded
-        records.append(record)
-        write(path, records)
-        mean = np.mean(record.values["nDCG@5"])
-        progress(f"{record.label} {size}: nDCG@5 {mean:.4f} on {corpus.label}, {record.weights}")
-        if device.type == "cuda":
-            gc.collect()  # before the next model needs the memory
+    with writing(path, progress) as write:
+        for subject in asked:
+            source = _source(subject, size, weights, device)
+            if source.size != size:
+                raise Unmet(f"{source.label} is of size {source.size}, not {size}; name its size")
+            record, embedded = _one(subject, load(source, device), corpus, size, visual_tokens, base)
+            base = base or embedded
+            records.append(record)
+            write(records)
+            mean = np.mean(record.values["nDCG@5"])
+            progress(f"{record.label} {size}: nDCG@5 {mean:.4f} on {corpus.label}, {record.weights}")
+            if device.type == "cuda":
+                gc.collect()  # before the next model needs the memory
     return records
 
 
@@ -126,7 +143,7 @@ def _one(
     pages: list[Tensor] = []
     cosines, steps = [], []
     for part in blocks(count, PAGE_BATCH):
-        made, elapsed = embed(loaded, page_inputs(loaded, [corpus.page(i) for i in part], visual_tokens))
+        made, elapsed = embed_pages(loaded, [corpus.page(i) for i in part], visual_tokens)
         scores[:, part.start : part.stop] = maxsim([q.to(loaded.device) for q in queries], made).cpu()
         steps += [elapsed] if len(part) == PAGE_BATCH else []
         theirs = base.pages[part.start : part.stop] if base else made
@@ -141,6 +158,7 @@ def _one(
         iters=subject.iters,
         data=corpus.label,
         pages=count,
+        refused=corpus.refused,
         visual_tokens=visual_tokens,
         backend=Backend(
             requested=loaded.requested_backend,

@@ -25,12 +25,12 @@ from colqwen_lab.errors import BadInput
 from colqwen_lab.model import drawn
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
-from colqwen_lab.model.pages import VISUAL_TOKENS
+from colqwen_lab.model.pages import VISUAL_TOKENS, page_batch
 from colqwen_lab.model.processing import TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.model.quantize import RECORD
 from colqwen_lab.model.weights import FolderSource
 from colqwen_lab.retrieval import data, metrics
-from colqwen_lab.retrieval.embed import blocks, embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.embed import blocks, embed, embed_pages, query_inputs
 from colqwen_lab.retrieval.maxsim import maxsim, unpadded
 from colqwen_lab.settings import in_use, writable_folder
 
@@ -97,7 +97,7 @@ def fit(
             batch = _batch(random, alike)
             pages = [page(number) for number in batch]
             queries = _embedded(model, query_inputs(loaded, [drawn.query(number) for number in batch]))
-            shown = _embedded(model, page_inputs(loaded, pages, _visual_tokens(width)))
+            shown = _embedded(model, page_batch(pages, loaded.tokenizer, model.config, _visual_tokens(width)))
             described, asked = [drawn.facts(number) for number in batch], [drawn.asked(number) for number in batch]
             answers = torch.tensor([[has[: len(wanted)] == wanted for has in described] for wanted in asked])
             loss = contrastive_loss(maxsim(queries, shown) / TEMPERATURE, answers)
@@ -148,7 +148,7 @@ def held_out(loaded: Loaded) -> tuple[float, float]:
     queries, _ = embed(loaded, query_inputs(loaded, corpus.queries))
     pages: list[Tensor] = []
     for part in blocks(len(corpus.page_ids), BATCH):
-        pages += embed(loaded, page_inputs(loaded, [corpus.page(number) for number in part], VISUAL_TOKENS))[0]
+        pages += embed_pages(loaded, [corpus.page(number) for number in part], VISUAL_TOKENS)[0]
     ranked = metrics.ranking(maxsim(queries, pages).numpy())
     ids, half = corpus.query_ids, len(corpus.query_ids) // 2
     others = dict(zip(ids, (corpus.relevance[query] for query in ids[half:] + ids[:half]), strict=True))
@@ -163,8 +163,10 @@ def train_tiny(
     """Train the tiny model into a checkpoint folder (BF16), evaluate what was saved, and write the record beside it.
 
     Raises:
-        BadInput: the folder is not empty, or cannot be written.
+        BadInput: the folder is not empty, or cannot be written; or no such seed.
     """
+    if not 0 <= seed < 2**64:
+        raise BadInput(f"seed {seed}; valid: 0 to {2**64 - 1}")
     if in_use(folder):
         raise BadInput(f"{folder} is not empty; name a new folder")
     writable_folder(folder)

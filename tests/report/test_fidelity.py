@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from colqwen_lab.report.series import Results
 from colqwen_lab.retrieval.data import Corpus
 from colqwen_lab.retrieval.record import Fidelity
 
+OUTPUTS = Path(__file__).parents[2] / "outputs"
 Record = Callable[..., Fidelity]
 FIRST = published_cells()[0]
 DRAW = np.random.default_rng(1)
@@ -29,8 +32,7 @@ def changed(mean: float, spread: float = 0.0, count: int = 200) -> list[float]:
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
-        (BASE, "same within 0.01"),
-        (changed(-0.002), "same within 0.01"),  # lower for sure, by less than counts
+        (changed(-0.002, 0.001), "same within 0.01"),  # lower for sure, by less than counts
         (changed(-0.05, 0.1), "worse"),
         (changed(0.05, 0.1), "better"),
         (changed(0.0, 0.5), "cannot tell"),
@@ -65,10 +67,54 @@ def test_the_interval_covers(record: Record) -> None:
     assert 180 <= held <= 199
 
 
+def test_the_same_records_give_the_same_interval(record: Record) -> None:
+    first, second = (loss(record("base", BASE), record("awq", BASE[::-1]), "nDCG@5") for _ in range(2))
+    assert first == second
+
+
 def test_too_few_queries_tell_nothing(record: Record) -> None:
-    row = loss(record("base", [1.0] * 5), record("awq", [0.0] * 5), "nDCG@5")
-    assert (row.low, row.high, row.verdict) == (None, None, "cannot tell")
-    assert row.interval == ""
+    few = loss(record("base", BASE[:29]), record("awq", changed(-0.3, 0.1, 29)), "nDCG@5")
+    assert (few.low, few.high, few.interval) == (None, None, "")
+    assert few.told == "cannot tell: 29 queries, 30 needed"
+    enough = loss(record("base", BASE[:30]), record("awq", changed(-0.3, 0.1, 30)), "nDCG@5")
+    assert enough.verdict == "worse"
+
+
+@pytest.mark.parametrize(
+    ("count", "lost", "told"),
+    [
+        (96, 0.0, "cannot tell: all 96 queries alike, so within 3/96"),
+        (96, 0.5, "worse"),
+        (200, 0.01, "cannot tell: all 200 queries alike, so within 3/200"),
+        (400, 0.0, "same within 0.01"),
+    ],
+)
+def test_no_query_that_differs_is_no_proof_that_none_would(record: Record, count: int, lost: float, told: str) -> None:
+    row = loss(record("base", [1.0] * count), record("awq", [1.0 - lost] * count), "nDCG@5")
+    assert (row.low, row.high) == pytest.approx((-lost - 3 / count, -lost + 3 / count))
+    assert row.told == told
+
+
+def test_base_is_itself(record: Record) -> None:
+    base = record("base", [1.0] * 5)
+    row = loss(base, base, "nDCG@5")
+    assert (row.low, row.high, row.verdict) == (0, 0, "same within 0.01")
+
+
+def test_the_committed_schemes() -> None:
+    """What the shipped records of 96 queries say, by their intervals."""
+    found = Fidelities.load(OUTPUTS / "fidelity" / "schemes-tiny.jsonl")
+    rows = {record.label: found.loss(record, "nDCG@5") for record in found.others}
+    eight, two = rows["W8A16"], rows["W2A16"]
+    assert eight.told == "cannot tell: all 96 queries alike, so within 3/96"
+    assert "W8A16 cannot be told from base, nor said to be the same" in found.verdict()
+    assert "(+0.000 [-0.031 to +0.031] all 96 queries alike, so within 3/96)" in found.verdict()
+    assert eight.low == -3 / 96
+    assert two.verdict == "worse"
+    against = loss(found.pick("W4A16"), found.pick("W2A16"), "nDCG@5")
+    for row in (two, against):
+        assert row.high is not None
+        assert row.high < 0
 
 
 def test_more_error_is_worse(record: Record) -> None:
@@ -77,9 +123,18 @@ def test_more_error_is_worse(record: Record) -> None:
     assert loss(record("base", BASE), wrong, "score error").verdict == "worse"
 
 
-def test_other_inputs_are_not_compared(record: Record) -> None:
+@pytest.mark.parametrize(
+    "other", [{"data": "another"}, {"pages": 6}, {"size": "4b"}, {"visual_tokens": 1280}, {"query_ids": ["x"] * 200}]
+)
+def test_other_inputs_are_not_compared(record: Record, other: dict[str, Any]) -> None:
+    records = record("base", BASE), record("awq", BASE, **other)
     with pytest.raises(BadInput, match="not the same inputs"):
-        loss(record("base", BASE), record("awq", BASE, data="another"), "nDCG@5")
+        loss(*records, "nDCG@5")
+    with pytest.raises(BadInput, match="not the same inputs"):
+        Fidelities(records)
+
+
+def test_no_base_and_no_margin(record: Record) -> None:
     with pytest.raises(BadInput, match="held against base"):
         Fidelities((record("awq", BASE),))
     with pytest.raises(BadInput, match="margin 2"):

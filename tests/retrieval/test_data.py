@@ -48,7 +48,12 @@ def beir(tmp_path: Path) -> Path:
 
 
 def test_a_beir_folder_of_texts_and_images(beir: Path) -> None:
-    corpus = data.load(str(beir))
+    said: list[str] = []
+    corpus = data.load(str(beir), say=said.append)
+    assert corpus.page_ids == ["d1", "d2", "d3"]
+    assert corpus.refused == 1
+    assert said[0] == "page d4, broken.png, is left out: no image that Pillow reads"
+    assert said[1].endswith(": 1 of 4 pages are left out")
     assert corpus.query_ids == ["1", "2"]  # no page here answers the third
     assert corpus.relevance == {"1": {"d1": 2}, "2": {"d2": 1, "d1": 0}}
     assert corpus.page(0) == "Wheat prices rose"
@@ -56,18 +61,27 @@ def test_a_beir_folder_of_texts_and_images(beir: Path) -> None:
     image = corpus.page(2)
     assert isinstance(image, Image.Image)
     assert image.mode == "RGB"
-    with pytest.raises(BadInput, match=r"broken\.png is no image"):
-        corpus.page(3)
-    assert data.load(str(beir), pages=1).query_ids == ["1"]
-    assert data.load(str(beir), queries=1).query_ids == ["1"]
+    assert data.load(str(beir), pages=1, say=list).query_ids == ["1"]
+    assert data.load(str(beir), queries=1, say=list).query_ids == ["1"]
 
 
 @pytest.mark.parametrize(
     ("file", "text", "says"),
     [
-        ("qrels/test.tsv", "1\td9\t1\n", "none of 4 pages answers a query"),
+        ("qrels/test.tsv", "1\td9\t1\n", "none of 3 pages answers a query"),
         ("qrels/test.tsv", "1\td1\n", r"test\.tsv line 1 is not QUERY-ID"),
         ("queries.jsonl", '{"_id": "1"}\n', r"queries\.jsonl line 1 is not a JSON object with _id, text"),
+        ("queries.jsonl", '\n{"_id": "1", "text": null}', r"queries\.jsonl line 2 is not a JSON object with _id, text"),
+        ("queries.jsonl", '{"_id": "1", "text": "a"}\n{"_id": 1, "text": "b"}', "the query id '1' stands twice"),
+        ("corpus.jsonl", '{"_id": "1", "text": "a"}\n{"_id": 1, "text": "b"}', "the page id '1' stands twice"),
+        ("corpus.jsonl", '{"_id": "d1", "title": "a"}', r"corpus\.jsonl line 1 has neither a text nor the path"),
+        (
+            "corpus.jsonl",
+            '{"_id": "d1", "image": "a/../../b.png"}',
+            r"line 1: image 'a/\.\./\.\./b\.png'; valid: the path",
+        ),
+        ("corpus.jsonl", '{"_id": "d1", "image": "/b.png"}', r"line 1: image '/b\.png'; valid: the path"),
+        ("corpus.jsonl", '{"_id": "d1", "image": [1]}', r"line 1: image \[1\]; valid: the path"),
         ("corpus.jsonl", "[1]\n", r"corpus\.jsonl line 1 is not a JSON object"),
         ("corpus.jsonl", None, r"corpus\.jsonl cannot be read"),
     ],
@@ -75,12 +89,42 @@ def test_a_beir_folder_of_texts_and_images(beir: Path) -> None:
 def test_a_folder_that_is_none(beir: Path, file: str, text: str | None, says: str) -> None:
     (beir / file).unlink() if text is None else (beir / file).write_text(text)
     with pytest.raises(BadInput, match=says):
-        data.load(str(beir))
+        data.load(str(beir), say=list)
+
+
+def test_lines_end_at_newlines_only_and_a_byte_order_mark_is_none(beir: Path) -> None:
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        path = beir / name
+        path.write_bytes(
+            b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n").replace(b"melt", "m\u2028e\x85lt".encode())
+        )
+    corpus = data.load(str(beir), say=list)
+    assert corpus.page(1) == "glaciers m\u2028e\x85lt"
+    assert corpus.query_ids == ["1", "2"]
+
+
+def test_the_label_hangs_on_the_contents(beir: Path) -> None:
+    labels = [data.load(str(beir), say=list).label]
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "three.png"):
+        (beir / name).write_bytes((beir / name).read_bytes() + b"\n")
+        labels.append(data.load(str(beir), say=list).label)
+    assert len(set(labels)) == 5
+    assert all(label.startswith(f"folder {beir.name} #") for label in labels)
+
+
+def test_a_page_too_long_is_left_out_and_a_transparent_one_is_on_white(beir: Path) -> None:
+    Image.new("RGB", (20_000, 10)).save(beir / "broken.png")
+    Image.new("RGBA", (40, 56), (255, 0, 0, 0)).save(beir / "three.png")
+    said: list[str] = []
+    corpus = data.load(str(beir), say=said.append)
+    assert "20000 x 10 pixels are more than 200 times as long as wide" in said[0]
+    assert corpus.page(2).getpixel((0, 0)) == (255, 255, 255)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        ({"source": "vidore:"}, "unknown data 'vidore:'; valid: generated"),
         ({"source": "vidre:x"}, "unknown data 'vidre:x'; valid: generated"),
         ({"source": "generated", "pages": -1}, "pages -1"),
     ],
@@ -128,6 +172,27 @@ def test_vidore_in_three_subsets(tmp_path: Path, dash: str) -> None:
     assert corpus.page(1).getpixel((0, 0)) == (100, 0, 155)  # type: ignore[union-attr]
 
 
+def test_vidore_goes_on_past_images_that_cannot_be_read(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (40, 56), (255, 0, 0, 0))
+    images = [None, {"bytes": b"no image", "path": None}, encoded(clear), encoded(Image.new("RGB", (20_000, 10)))]
+    subsets: dict[str, dict[str, list[Any]]] = {
+        "corpus": {"corpus-id": [0, 1, 2, 3], "image": images},
+        "queries": {"query-id": [0, 1], "query": ["red?", "none?"]},
+        "qrels": {"query-id": [0, 1], "corpus-id": [2, 0], "score": [1, 1]},
+    }
+    said: list[str] = []
+    corpus = data.load(f"vidore:{parquet(tmp_path / 'set', subsets)}", say=said.append)
+    assert (corpus.page_ids, corpus.queries, corpus.refused) == (["2"], ["red?"], 3)
+    assert corpus.page(0).getpixel((0, 0)) == (255, 255, 255)  # type: ignore[union-attr]
+    assert [line.split(" is left out: ")[0] for line in said[:3]] == ["page 0", "page 1", "page 3"]
+    subsets["queries"]["query"][1] = None
+    with pytest.raises(BadInput, match="the text of query '1' is None"):
+        data.load(f"vidore:{parquet(tmp_path / 'null', subsets)}", say=list)
+    subsets["corpus"] = {"corpus-id": [0, 1], "title": ["", ""]}
+    with pytest.raises(BadInput, match="no column image among corpus-id, title"):
+        data.load(f"vidore:{parquet(tmp_path / 'other', subsets)}")
+
+
 def test_vidore_of_questions(tmp_path: Path) -> None:
     """A page with two questions, and one without any, which is there to distract."""
     rows = {
@@ -144,6 +209,9 @@ def test_vidore_of_questions(tmp_path: Path) -> None:
 
 
 def test_vidore_of_other_columns_or_not_here(tmp_path: Path) -> None:
+    two = {name: {"query": ["?"], "image": [encoded(0)]} for name in ("english", "french")}
+    with pytest.raises(BadInput, match="has the subsets english, french; valid: one, or corpus, queries, qrels"):
+        data.load(f"vidore:{parquet(tmp_path / 'two', two)}")
     folder = parquet(tmp_path / "set", {"default": {"question": ["?"]}})
     with pytest.raises(BadInput, match="no column image among question; valid: query, image"):
         data.load(f"vidore:{folder}")
@@ -151,9 +219,9 @@ def test_vidore_of_other_columns_or_not_here(tmp_path: Path) -> None:
         data.load("vidore:none")
 
 
-def encoded(shade: int) -> dict[str, Any]:
+def encoded(shown: int | Image.Image) -> dict[str, Any]:
     from io import BytesIO
 
     made = BytesIO()
-    picture(shade).save(made, format="png")
+    (picture(shown) if isinstance(shown, int) else shown).save(made, format="png")
     return {"bytes": made.getvalue(), "path": None}

@@ -9,7 +9,7 @@ import torch
 
 from colqwen_lab.model import drawn
 from colqwen_lab.retrieval import data
-from colqwen_lab.retrieval.embed import embed, page_inputs, query_inputs
+from colqwen_lab.retrieval.embed import embed, embed_pages, query_inputs
 from colqwen_lab.retrieval.maxsim import maxsim
 
 mteb = pytest.importorskip("mteb")
@@ -66,11 +66,24 @@ def test_mteb_scores_with_the_lab_s_scores(task: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(model, "similarity", lambda *both: seen.append(similarity(*both)) or seen[-1])
     result = mteb.evaluate(model, made, cache=None, show_progress_bar=False).task_results[0]
     queries, _ = embed(model.loaded, query_inputs(model.loaded, corpus.queries))
-    pages, _ = embed(model.loaded, page_inputs(model.loaded, [corpus.page(number) for number in range(6)], 1280))
+    pages, _ = embed_pages(model.loaded, [corpus.page(number) for number in range(6)], 1280)
     (scores,) = seen
     torch.testing.assert_close(scores, maxsim(queries, pages))
     assert 0 <= result.scores["test"][0]["ndcg_at_5"] <= 1
     assert result.task_name == "ColQwenLabDrawn"
+
+
+def test_documents_of_texts_and_of_images(task: Any) -> None:
+    from colqwen_lab.errors import BadInput
+    from colqwen_lab.retrieval.mteb_adapter import MtebModel
+
+    model, image = MtebModel("base", size="tiny"), task[1].page(0)
+    both = model.encode([{"text": ["wheat", None, "ice"], "image": [None, image, None]}])
+    apart = [model.encode([{"text": ["wheat"]}]), model.encode([{"image": [image]}]), model.encode([{"text": ["ice"]}])]
+    scores = torch.cat([model.similarity(one, both[:1])[0] for one in apart])
+    torch.testing.assert_close(model.similarity(both, both[:1])[:, 0], scores, atol=0.05, rtol=0)
+    with pytest.raises(BadInput, match="neither text nor image"):
+        model.encode([{"text": ["wheat", None]}])
 
 
 def test_padding_and_pairs(task: Any) -> None:

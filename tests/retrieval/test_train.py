@@ -37,16 +37,29 @@ def test_batches_are_of_training_and_alike_as_asked() -> None:
 
 
 def test_a_short_training_learns_and_hangs_on_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_batch", lambda *_: list(range(6)))
+    draws: list[float] = []
+    splits: set[str] = set()
+    facts = drawn._facts
+    monkeypatch.setattr(train, "_batch", lambda random, _: draws.append(random.random()) or list(range(6)))
+    monkeypatch.setattr(drawn, "_facts", lambda split: splits.add(split) or facts(split))
     said: list[str] = []
     record = train.train_tiny(tmp_path / "made", 1, ((64, 20, 1),), said.append)
     assert said == [f"step 20 of 20: loss {record['loss']['last 25']:.3f}"]
     again = train.fresh(1)
+    splits.clear()
     losses = train.fit(again, 1, ((64, 20, 1),), said.append)
+    assert splits == {"train"}
+    expected = Random(1)
+    assert draws == 2 * [expected.random() for _ in range(20)]
     assert losses[0] == pytest.approx(record["loss"]["first"], abs=1e-4)
     assert losses[-1] < losses[0] / 4
     saved = load(FolderSource(tmp_path / "made"), CPU).model.state_dict()
     assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in again.model.state_dict().items())
+    with pytest.raises(BadInput, match="seed -1; valid: 0 to 18446744073709551615"):
+        train.train_tiny(tmp_path / "another", -1)
+    with pytest.raises(BadInput, match="seed 18446744073709551616"):
+        train.train_tiny(tmp_path / "another", 2**64)
+    assert not (tmp_path / "another").exists()
     with pytest.raises(BadInput, match="is not empty"):
         train.train_tiny(tmp_path / "made")
 
@@ -61,4 +74,5 @@ def test_the_weights_in_the_package_are_what_their_record_says(tiny: Loaded) -> 
     found, control = train.held_out(tiny)
     assert found == pytest.approx(SHIPPED["ndcg_at_5"], abs=0.01)
     assert found >= 0.8
-    assert control < 0.1
+    assert 0 < control < 0.1
+    assert control == pytest.approx(SHIPPED["shuffled_control"], abs=0.01)
