@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from colqwen_lab.cards import Card
 from colqwen_lab.errors import Unmet
 from colqwen_lab.measure.clock import synchronise
+from colqwen_lab.measure.noticing import others_on
 
 # Runs near the edge fail later by fragmentation, so the batch that is reported stays this share below the edge.
 MARGIN = 0.05
@@ -23,10 +25,12 @@ def set_cap(card: Card, device: torch.device) -> tuple[int, int]:
     Set before the model loads. Outside torch is measured after a first product, which loads the libraries.
 
     Raises:
-        Unmet: no CUDA GPU, or one smaller than the card.
+        Unmet: no CUDA GPU, one smaller than the card, or one that others use, whose memory would count as outside.
     """
     if device.type != "cuda":
         raise Unmet("a card's memory is a cap on a CUDA GPU, and there is none here; `colqwen-lab plan` predicts it")
+    if others_on(device, {os.getpid()}):
+        raise Unmet("other processes are on this GPU, and their memory would count as this one's; end them first")
     square = torch.ones(256, 256, device=device)
     (square @ square).sum().item()
     synchronise(device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from colqwen_lab.measure.clock import synchronise
-from colqwen_lab.measure.noticing import own_bytes
+from colqwen_lab.measure.noticing import others_on, own_bytes
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.records import Memory
 from colqwen_lab.runtime.components import resident
@@ -61,7 +62,7 @@ def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], 
         resident_bytes=resident_bytes,
         peak_bytes=torch.cuda.max_memory_allocated(device),
         reserved_bytes=torch.cuda.max_memory_reserved(device),
-        device_bytes=own_bytes(device) or (total - unused if alone else None),
+        device_bytes=own_bytes(device) or (total - unused if alone and not others_on(device, {os.getpid()}) else None),
         allocation_retries=torch.cuda.memory_stats(device)["num_alloc_retries"] - retries,
         method="cuda",
     )

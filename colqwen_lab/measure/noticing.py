@@ -64,13 +64,8 @@ class Noticing:
             return []
         import pynvml
 
-        found = []
-        there = {process.pid for process in _processes(handle)}
-        # A container's process ids are not the driver's: then only the number tells, and the parent of isolated models
-        # holds no memory of the GPU.
-        others = len(there - self.own) if there & self.own else max(0, len(there) - max(1, len(self.own) - 1))
-        if others:
-            found.append(f"{others} other process{'es' * (others > 1)} on the GPU")
+        others = others_on(self.device, self.own)
+        found = [f"{others} other process{'es' * (others > 1)} on the GPU"] if others else []
         try:
             if pynvml.nvmlDeviceGetDisplayActive(handle):  # its mode says enabled on an H100 that has none
                 found.append("a display is attached to the GPU")
@@ -85,6 +80,15 @@ def spilled(memory: Memory | None, gpu_memory_bytes: int | None) -> list[str]:
     if not held or not gpu_memory_bytes or held <= gpu_memory_bytes:
         return []
     return [f"{held / GIB:.1f} GiB held on a GPU of {gpu_memory_bytes / GIB:.1f} GiB: the host's memory is used"]
+
+
+def others_on(device: torch.device, own: set[int]) -> int:
+    """How many processes the driver counts on the GPU that are not `own`."""
+    handle = gpu_handle(device)
+    there = {process.pid for process in _processes(handle)} if handle else set()
+    # A container's process ids are not the driver's: then only the number tells, and the parent of isolated models
+    # holds no memory of the GPU.
+    return len(there - own) if there & own else max(0, len(there) - max(1, len(own) - 1))
 
 
 def own_bytes(device: torch.device) -> int | None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from colqwen_lab.cards import find_card
 from colqwen_lab.errors import Unmet
+from colqwen_lab.measure import cap, worker
 from colqwen_lab.measure import sweep as module
-from colqwen_lab.measure import worker
 from colqwen_lab.measure.cap import MARGIN, largest_running, set_cap
 from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.environment import pick_device
@@ -45,6 +45,12 @@ def test_search_finds_the_edge_to_its_margin(edge: int, limit: int) -> None:
 def test_a_cap_needs_a_gpu() -> None:
     with pytest.raises(Unmet, match="there is none here; `colqwen-lab plan` predicts it"):
         set_cap(find_card("8"), torch.device("cpu"))
+
+
+def test_a_cap_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cap, "others_on", lambda device, own: 2)
+    with pytest.raises(Unmet, match="other processes are on this GPU"):
+        set_cap(find_card("8"), torch.device("cuda", 0))
 
 
 def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
