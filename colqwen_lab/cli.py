@@ -147,9 +147,7 @@ def plan(
 def compare(
     base: Annotated[str, typer.Argument(help="A records file that holds BASE, or the word published.")],
     awq: Annotated[str, typer.Argument(help="A records file that holds the quantised model, or published.")],
-    card: Annotated[list[str], typer.Option("--card", help="Memory in GB, or a GPU's name; several times.")] = [
-        "8,12,16,24"
-    ],  # noqa: B006
+    card: Annotated[list[str], typer.Option("--card", help="GB, or a GPU's name; several times.")] = ["8,12,16,24"],  # noqa: B006
     markdown: Annotated[str, typer.Option(help="Write the report to this file.")] = "",
     as_json: Json = False,
 ) -> None:
