@@ -43,6 +43,9 @@ class Value(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
 
+    def to_line(self) -> str:
+        return self.model_dump_json(by_alias=True) + "\n"
+
 
 class Workload(Value):
     """What one step embeds. `tokens` is the padded length of the longest batch, `padded_share` of all tokens.
@@ -245,9 +248,6 @@ class Cell(Value):
         asked = (self.backend.requested, self.backend.requested_dtype or "", work.texts or "", str(work.batch_size))
         return (self.variant, self.weights, *self.settings(), *asked, self.card.name if self.card else "")
 
-    def to_line(self) -> str:
-        return self.model_dump_json(by_alias=True) + "\n"
-
 
 def rate_of(step_s: Sequence[float], items: int) -> Rate:
     """Items per second of `items` a step from the step times: the median and its 95 % interval.
@@ -437,7 +437,7 @@ class Store:
         """Append `cells`; they are on disk when this returns."""
         new = list(cells)
         with writing(self.path):
-            _append(self.path, new)
+            append(self.path, new)
         self.cells.extend(new)
         if self._emit:
             for cell in new:
@@ -449,15 +449,15 @@ class Store:
         kept = [cell for cell in self.cells if not gone(cell)]
         with writing(self.path):
             if aside:
-                _append(neighbour(self.path, "superseded.jsonl"), aside)
-            _replace(self.path, kept)
+                append(neighbour(self.path, "superseded.jsonl"), aside)
+            replace(self.path, kept)
         self.cells = kept
         return aside
 
 
-def _append(path: Path, cells: Iterable[Cell]) -> None:
+def append(path: Path, records: Iterable[Value]) -> None:
     """Append whole lines, on disk when this returns; where that fails, none of them."""
-    left = "".join(cell.to_line() for cell in cells).encode()
+    left = "".join(one.to_line() for one in records).encode()
     with path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:
@@ -469,11 +469,12 @@ def _append(path: Path, cells: Iterable[Cell]) -> None:
             raise
 
 
-def _replace(path: Path, cells: Iterable[Cell]) -> None:
+def replace(path: Path, records: Iterable[Value]) -> None:
+    """The file of these lines alone, on disk when this returns; where that fails, the file as it was."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
-        _append(temporary, cells)
+        append(temporary, records)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -488,7 +489,7 @@ def write_cells(path: Path, cells: Iterable[Cell]) -> None:
     own = _own_file(path)
     try:
         with FileLock(f"{own}.lock", timeout=0):
-            _replace(own, cells)
+            replace(own, cells)
     except Timeout:
         raise BadInput(f"a sweep writes to {path}; wait for it or name another file") from None
     except OSError as error:

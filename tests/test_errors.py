@@ -34,7 +34,7 @@ def test_text_holds_no_home_user_password_or_token(text: str, says: str) -> None
     ("home", "text", "says"),
     [
         ("/", "/opt/x/y.so", "/opt/x/y.so"),
-        ("/root", "/rootfs /root/x /root /root.bak /mnt/root/x", "/rootfs ~/x ~ /root.bak /mnt/root/x"),
+        ("/ann", "/annfs /ann/x /ann /ann.bak /mnt/ann/x", "/annfs ~/x ~ /ann.bak /mnt/ann/x"),
         ("/srv/anna", "'/srv/anna' is missing; in /srv/anna.", "'~' is missing; in ~."),
     ],
 )

@@ -29,6 +29,8 @@ from colqwen_lab.settings import is_file, is_folder
 
 VISUAL_TOKENS = 1280
 DPI = 150
+# How many times as long as it is wide an image may be; the processor takes no longer one.
+MOST_TIMES = 200
 BEFORE, AFTER = "<|im_start|>user\n<|vision_start|>", "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 # How many tokens these are under Qwen's tokenizer.
 QWEN_BEFORE, QWEN_AFTER = 4, 7
@@ -236,6 +238,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _proportionate(image: Image.Image) -> Image.Image:
-    if max(image.size) > 200 * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels are more than 200 times as long as wide")
+    if max(image.size) > MOST_TIMES * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_TIMES} times as long as wide")
     return image

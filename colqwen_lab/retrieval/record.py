@@ -5,8 +5,7 @@ A file is JSON lines, BASE's first. Values are kept by query, so every interval 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -15,7 +14,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError, model_validator
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.records import Backend, Environment, Rate, Value, neighbour, rate_of
+from colqwen_lab.records import Backend, Environment, Rate, Value, append, neighbour, rate_of, replace
 from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.settings import writable_folder
 
@@ -109,24 +108,15 @@ def writing(path: Path, say: Callable[[str], object]) -> Iterator[Callable[[Sequ
             raise _unwritable(path, error) from None
 
         def write(records: Sequence[Fidelity]) -> None:
-            part = path.with_name(f"{path.name}.tmp")
             try:
                 if old:
-                    _put(neighbour(path, "superseded.jsonl"), old[0], "a")
-                _put(part, records, "w")
-                part.replace(path)
+                    append(neighbour(path, "superseded.jsonl"), old[0])
+                replace(path, records)
             except OSError as error:
                 raise _unwritable(path, error) from None
             old.clear()
 
         yield write
-
-
-def _put(path: Path, records: Iterable[Fidelity], mode: Literal["a", "w"]) -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(one.model_dump_json(by_alias=True) + "\n" for one in records)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _unwritable(path: Path, error: OSError) -> BadInput:

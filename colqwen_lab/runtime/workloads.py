@@ -21,6 +21,7 @@ from colqwen_lab.model import drawn
 from colqwen_lab.model import texts as package_texts
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.model.pages import (
+    MOST_TIMES,
     QWEN_PAD_ID,
     VISUAL_TOKENS,
     batch_of,
@@ -48,8 +49,8 @@ WORKLOADS = {"queries": Habit("8,16,32,64,128,256", 10), "pages": Habit("1,2,4",
 QUERIES = 64
 # Pages that are kept as patches, 31 MB each at 1,280 visual tokens.
 MOST_DISTINCT = 64
-# Of a drawn page, in pixels: below it no letters can be drawn; longer ones no processor takes.
-LEAST_SIDE, MOST_SIDE, MOST_TIMES = 32, 9999, 200
+# Of a drawn page, in pixels: below it no letters can be drawn.
+LEAST_SIDE, MOST_SIDE = 32, 9999
 # Of a stored embedding's value, in 16 bits.
 INDEX_VALUE_BYTES = 2
 # "Retrieve information about topic number " under Qwen's tokenizer; a number adds a token a digit.
