@@ -527,7 +527,8 @@ class Sweep:
         others = [other for other in in_turn if other != entry and entry in in_turn]
         worker, loaded = self.workers.get(entry.model, (None, None))
         rows = workload.batch_size * bucket(workload.tokens or 1)
-        schedules = attempt(lambda: worker.schedules(rows), self.device) if worker and timed else {}
+        chosen = attempt(lambda: worker.chosen(rows), self.device) if worker and timed else None
+        engaged, schedules = chosen if isinstance(chosen, tuple) else (loaded.engaged if loaded else {}, {})
         found = memory if isinstance(memory, Memory) else None
         return Cell(
             origin="measured",
@@ -539,11 +540,11 @@ class Sweep:
             protocol=entry.way.protocol,
             backend=Backend(
                 requested=entry.way.backend,
-                engaged=loaded.engaged if loaded else {},
+                engaged=engaged,
                 dtype=loaded.dtype if loaded else None,
                 requested_dtype=self.asked.dtype,
                 kept_16bit=loaded.kept_16bit if loaded else {},
-                schedules=schedules if isinstance(schedules, dict) else {},
+                schedules=schedules,
             ),
             status=outcome.status if outcome else "ok",  # type: ignore[arg-type]
             reason=outcome.reason if outcome else None,

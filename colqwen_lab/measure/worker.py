@@ -171,10 +171,12 @@ class Worker:
         step()
         return step.output.embeddings[inputs["attention_mask"].bool()].float().cpu().numpy()
 
-    def schedules(self, rows: int) -> dict[str, str]:
-        """The schedule that serves best at so many rows, by product, where the execution chose one."""
-        chosen = getattr(getattr(self.model.model, "fast", None), "chosen", {})
-        return {name: one for name, one in chosen.items() if name.endswith(f" x {rows}")}
+    def chosen(self, rows: int) -> tuple[dict[str, int], dict[str, str]]:
+        """What multiplies so many rows: the text linears of each kernel, and the schedules chosen among, by product."""
+        fast = getattr(self.model.model, "fast", None)
+        if fast is None:
+            return self.model.engaged, {}
+        return fast.engaged(rows), {name: one for name, one in fast.chosen.items() if name.endswith(f" x {rows}")}
 
     def limits(self) -> Limits | None:
         return measured_limits(self.device)

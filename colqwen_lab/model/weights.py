@@ -104,12 +104,14 @@ class RandomSource(Source):
         """Nothing to check: every tensor is drawn as the network asks for it."""
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        """Weights are normal with deviation 0.02, as is a dequantised weight; norms are one, biases zero."""
+        """Weights are normal with deviation 0.02, as is a dequantised weight; norms are one, biases zero.
+
+        Codes are uniform over all their values and scales of either sign, as AutoRound makes them: with one sign alone
+        weights have a mean, and every token of a deep network ends in the same direction.
+        """
         bits = scheme_parts(self.scheme)[0] if self.scheme else 0
         if name.endswith(".qzeros"):
             return torch.full(like.shape, _zero_word(bits), dtype=like.dtype, device=device)
-        if name.endswith(".scales"):
-            return torch.full(like.shape, 0.02 / _deviation(bits), dtype=like.dtype, device=device)
         if name.endswith(".bias"):
             return torch.zeros(like.shape, dtype=like.dtype, device=device)
         if "norm" in name.split(".")[-2]:
@@ -117,30 +119,12 @@ class RandomSource(Source):
         generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
         values = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         if name.endswith(".qweight"):
-            values = _centred(values.random_(-(2**31), 2**31 - 1, generator=generator), bits)
+            values.random_(-(2**31), 2**31 - 1, generator=generator)
+        elif name.endswith(".scales"):
+            values.random_(2, generator=generator).mul_(2).sub_(1).mul_(0.02 / math.sqrt((4**bits + 2) / 12))
         else:
             values.normal_(std=0.02, generator=generator)
         return values.to(device)
-
-
-def _centred(words: Tensor, bits: int) -> Tensor:
-    """Codes of 2, 4 or 8 bits in `words` with 0 put on the zero point, 2^(bits-1), so that their mean is that.
-
-    Else weights have a mean below zero, and every token of a deep network ends in the same direction.
-    """
-    if 32 % bits:
-        return words
-    lowest = sum(1 << shift for shift in range(0, 32, bits))
-    used = words.clone()
-    for shift in range(1, bits):
-        used |= words >> shift
-    return words | ((~used & lowest) << (bits - 1))
-
-
-def _deviation(bits: int) -> float:
-    """The standard deviation of random codes: uniform over 2^bits values, centred where `_centred` does it."""
-    values = 2**bits
-    return math.sqrt((values**2 - 1 if 32 % bits else (values - 1) * (values - 2)) / 12)
 
 
 def _zero_word(bits: int, stored_less: int = 1) -> int:

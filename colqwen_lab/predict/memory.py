@@ -29,7 +29,7 @@ from colqwen_lab.predict.allocator import Allocator, Block
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Work, Workload
 from colqwen_lab.runtime.components import resident
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, STEPS, Steps
-from colqwen_lab.runtime.fast import MOST_TOKENS, Fast, attended, bucket, heads_of
+from colqwen_lab.runtime.fast import FEWEST_AHEAD, KINDS, MOST_TOKENS, Ahead, Fast, attended, bucket, heads_of
 from colqwen_lab.runtime.kernels import FP8, AsLoaded, Dense, Fp8, Int4Cpu, Product, features_of, gptq
 from colqwen_lab.runtime.tracking import ACTIVATIONS, MemoryTracker, ledger_of
 from colqwen_lab.runtime.workloads import query_batches
@@ -123,6 +123,13 @@ FAST_KERNELS: dict[str, Callable[[Sequence[Any]], Product]] = {
 }
 
 
+class _Ahead(Ahead):
+    """Weights dequantised ahead, of which memory sees where they go."""
+
+    def _make(self, index: int) -> None:
+        """Nothing is written: fake tensors hold no values."""
+
+
 class _FastModel(Fast):
     """Execution `fast` on fake tensors, which lie on no GPU: what it does there is told here.
 
@@ -153,6 +160,11 @@ class _FastModel(Fast):
             self.graph = ids, mask, self.embed(ids, mask)
             self.captured, self.flops = (first, len(tracker.labels)), tracker.flops - flops
         return ColQwen3Output(embeddings=self.graph[-1][:, :tokens].clone())
+
+    def dequantised(self, kinds: Sequence[str]) -> Ahead:
+        ahead = _Ahead(self.layers, kinds)
+        self.tracker.label([weight for both in ahead.buffers for weight in both.values()], BUFFERS)
+        return ahead
 
     def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return self._results_of(function) if self.on_gpu else function
@@ -272,7 +284,7 @@ class Predictor:
         self.tokenizer = source.tokenizer
         self.dtype = dtype
         self.mode = self.fake_mode()
-        self._traces: dict[tuple[int, bool, str, str, bool], list[Trace]] = {}
+        self._traces: dict[tuple[int, bool, str, str, bool, tuple[str, ...]], list[Trace]] = {}
         self._fake()
         # What multiplies packed weights; execution `fast` lets go of the linears that it took over.
         self.packed = [m for n, m in self.model.named_modules() if is_text_linear(n) and quantized]
@@ -327,14 +339,22 @@ class Predictor:
         target: Target = A100,
         tokens: int | None = None,
         padded: bool = False,
+        ahead: Sequence[str] | None = None,
     ) -> Cell:
-        """The predicted cell of `batch_size` queries: the report's, or of `tokens` tokens, some of them `padded`."""
+        """The predicted cell of `batch_size` queries: the report's, or of `tokens` tokens, some of them `padded`.
+
+        `ahead` are the products whose weights `fast` dequantises ahead, which a run chooses by timing; None, all that
+        it may.
+        """
         workload, masked = self._workload(batch_size, tokens, padded)
         assert workload.tokens is not None
         if self.execution == "fast" and PROTOCOLS[protocol].use_cache:
             raise BadInput(f"protocol {protocol!r} keeps a KV cache, which execution fast has not; valid: lean")
         on_gpu = target.compute_capability is not None
-        trace = self._trace(batch_size, workload.tokens, masked, self.execution, protocol, on_gpu)
+        if ahead is None:
+            may = self.kernel == "fused" and self.execution == "fast" and (target.compute_capability or (0,))[0] == 9
+            ahead = KINDS if may and batch_size * bucket(workload.tokens) >= FEWEST_AHEAD else ()
+        trace = self._trace(batch_size, workload.tokens, masked, self.execution, protocol, on_gpu, tuple(ahead))
         memory = self._memory(trace, target)
         work = Work(flops=trace.flops // STEPS, least_bytes=self._least_bytes(workload))
         return Cell(
@@ -370,13 +390,20 @@ class Predictor:
         return Workload(kind="queries", batch_size=batch_size, tokens=tokens, padded_share=0.0), padded
 
     def _trace(
-        self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str, on_gpu: bool = True
+        self,
+        batch_size: int,
+        tokens: int,
+        masked: bool,
+        execution: str,
+        protocol: str,
+        on_gpu: bool = True,
+        ahead: tuple[str, ...] = (),
     ) -> Trace:
         """What two steps of this batch do to memory: run at two small batches, from which every other follows.
 
         At one length every tensor is as large as a + b x batch. A batch whose run has another shape is run itself.
         """
-        asked = tokens, masked, execution, protocol, on_gpu
+        asked = tokens, masked, execution, protocol, on_gpu, ahead
         if asked not in self._traces:
             self._traces[asked] = [self._run(size, *asked) for size in ANCHORS]
         first, second = self._traces[asked]
@@ -390,11 +417,19 @@ class Predictor:
             return {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if masked else {})
 
     def _run(
-        self, batch_size: int, tokens: int, masked: bool, execution: str, protocol: str, on_gpu: bool = True
+        self,
+        batch_size: int,
+        tokens: int,
+        masked: bool,
+        execution: str,
+        protocol: str,
+        on_gpu: bool = True,
+        ahead: tuple[str, ...] = (),
     ) -> Trace:
         tracker, fast = self.tracker, getattr(self.model, "fast", None)
         if fast:
             fast.on_gpu, fast.graph, fast.captured = on_gpu, (), (0, 0)
+            fast.ahead = {batch_size * bucket(tokens): ahead}
         tracker.rewind(*self.made)
         inputs = self._inputs(batch_size, tokens, masked)
         with self.mode, tracker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -88,6 +89,7 @@ class PagePredictor(Predictor):
         target: Target = A100,
         tokens: int | None = None,
         padded: bool = False,
+        ahead: Sequence[str] | None = None,
     ) -> Cell:
         """The predicted cell of `batch_size` pages of `tokens` tokens, or A4 ones.
 

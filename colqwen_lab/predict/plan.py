@@ -13,6 +13,7 @@ from colqwen_lab.predict.memory import A100, HOST, Predictor, Target, predictor
 from colqwen_lab.predict.pages import page_predictor
 from colqwen_lab.records import Cell, Memory
 from colqwen_lab.runtime.execution import PROTOCOLS
+from colqwen_lab.runtime.fast import KINDS
 from colqwen_lab.runtime.workloads import WORKLOADS
 
 SEARCHED_TO = 4096
@@ -28,6 +29,8 @@ MODELLED = {
     "auto_round:torch": "torch",
     "marlin": "fused",
     "humming": "fused",
+    "few_rows": "fused",
+    "dequantised ahead": "fused",
     "exllama": "fused",
     "_scaled_mm": "fp8",
     "_weight_int4pack_mm_for_cpu": "int4",
@@ -81,12 +84,13 @@ class Planner:
             raise BadInput(f"visual_tokens are of workload pages, not {workload}; valid: workload pages")
         else:
             self.predictor = predictor(model, size, dtype, kernel, execution)
-        self._known: dict[tuple[int, Target], Cell] = {}
+        self._known: dict[tuple[int, Target, tuple[str, ...] | None], Cell] = {}
 
-    def cell(self, batch_size: int, target: Target = A100) -> Cell:
-        key = batch_size, target
+    def cell(self, batch_size: int, target: Target = A100, ahead: tuple[str, ...] | None = None) -> Cell:
+        key = batch_size, target, ahead
         if key not in self._known:
-            self._known[key] = self.predictor.cell(batch_size, self.protocol, target, self.tokens, padded=self.padded)
+            made = self.predictor.cell(batch_size, self.protocol, target, self.tokens, self.padded, ahead)
+            self._known[key] = made
         return self._known[key]
 
     def on_card(self, card: Card) -> CardPlan:
@@ -210,10 +214,16 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
         capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
         on_gpu = cell.environment.gpu is not None
         target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
-        made = planners[asked].cell(cell.batch_size, target)
+        made = planners[asked].cell(cell.batch_size, target, ahead_of(cell))
         return made.model_copy(update={"workload": made.workload.model_copy(update={"pages": work.pages})})
 
     return [like(cell) for cell in cells]
+
+
+def ahead_of(cell: Cell) -> tuple[str, ...]:
+    """The products whose weights a measured run dequantised ahead."""
+    chosen = (what for name, what in cell.backend.schedules.items() if name.startswith("dequantised ahead"))
+    return tuple(kind for kind in KINDS if kind in next(chosen, "").split("+"))
 
 
 def kernel_model(cell: Cell) -> str | None:

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,18 @@ from colqwen_lab.runtime.kernels import (
 from colqwen_lab.settings import cache_folder, writable_folder
 
 GRAPHS_KEPT = 64
+# Which set of schedules is chosen among: another one is timed anew.
+CANDIDATES = 2
 TIMED = 5
 # A schedule whose result is further from the kernel's own choice is not taken.
 SAME_RESULT = 0.01
 # Up to it PyTorch's attention kernels have tiles that tokens do not fill; above it the lab's own would norm and rotate
 # keys too many times.
 MOST_TOKENS = 128
+KINDS = ("qkv", "o", "gate_up", "down")
+# From how many rows on weights may be dequantised ahead, and of which products: by the memory that they take.
+FEWEST_AHEAD = 512
+AHEAD = ((), ("o",), ("qkv",), ("down",), ("qkv", "o", "down"), ("gate_up",), ("gate_up", "down"), KINDS)
 
 
 def bucket(tokens: int) -> int:
@@ -153,13 +160,19 @@ class Layer(nn.Module):
         self.qkv = product(attention, "q_proj", "k_proj", "v_proj")
         self.o = product(attention, "o_proj")
         self.gate_up = product(mlp, "gate_proj", "up_proj")
+        self.gate_up.gates = True
         self.down = product(mlp, "down_proj")
+
+    def opened(self, both: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+        """What goes into `down`; a kernel may have opened the gate already."""
+        return both if both.shape[-1] == self.down.in_features else gate(both)
 
 
 class Fast(nn.Module):
     """The forward of a ColQwen3 for queries. Takes its linears over; the model's own forward is not to be called again.
 
-    `chosen` says which schedule multiplies, by product and rows, where a kernel has several.
+    `chosen` says which schedule multiplies, by product and rows, where a kernel has several; `ahead`, by rows, the
+    kinds of products whose weights are dequantised ahead and multiplied by cuBLAS.
     """
 
     def __init__(self, model: ColQwen3, dense: Callable[..., Product], packed: Callable[..., Product]) -> None:
@@ -170,16 +183,20 @@ class Fast(nn.Module):
         self.graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
         self.pool: Any = None
         self.chosen: dict[str, str] = {}
+        self.ahead: dict[int, tuple[str, ...]] = {}
 
-    def engaged(self) -> dict[str, int]:
-        """How many text linears each kernel multiplies."""
+    def engaged(self, rows: int = 0) -> dict[str, int]:
+        """How many text linears each kernel multiplies; of so many rows, or as loaded."""
         found: Counter[str] = Counter()
-        for product in self.products():
-            found[product.kernel] += product.linears
+        for layer in self.layers:
+            for kind in KINDS:
+                product = getattr(layer, kind)
+                dense = kind in self.ahead.get(rows, ())
+                found["cuBLAS, dequantised ahead" if dense else product.kernel_for(rows)] += product.linears
         return dict(found)
 
     def products(self) -> list[Product]:
-        return [product for layer in self.layers for product in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return [getattr(layer, kind) for layer in self.layers for kind in KINDS]
 
     def forward(self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False) -> ColQwen3Output:
         """Unit vectors [batch, tokens, 320] of `input_ids` and `attention_mask`, zero at padding.
@@ -209,14 +226,22 @@ class Fast(nn.Module):
         first_norm, then_norm, gate = (self.small(function) for function in (normed, add_normed, gated))
         y = first_norm(x, self.layers[0].norms[0], self.layers[0].eps)
         following = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
-        for layer, next_norm in zip(self.layers, following, strict=True):
-            qkv = _multiply(layer.qkv, y)
-            attention = self.attention(layer, qkv, cos, sin)
-            x, y = then_norm(x, _multiply(layer.o, attention), layer.norms[1], layer.eps)
-            x, y = then_norm(x, _multiply(layer.down, gate(_multiply(layer.gate_up, y))), next_norm, layer.eps)
+        ahead = self.dequantised(self.ahead.get(ids.numel(), ()))
+        for index, (layer, next_norm) in enumerate(zip(self.layers, following, strict=True)):
+            with ahead.layer(index) as weights:
+                qkv = multiply(layer, "qkv", y, weights)
+                attention = self.attention(layer, qkv, cos, sin)
+                x, y = then_norm(x, multiply(layer, "o", attention, weights), layer.norms[1], layer.eps)
+                mlp = multiply(layer, "down", layer.opened(multiply(layer, "gate_up", y, weights), gate), weights)
+                x, y = then_norm(x, mlp, next_norm, layer.eps)
+                del mlp
         vectors = functional.normalize(head(y), dim=-1)
         back = vectors.gather(1, goes_to.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
         return back * mask.unsqueeze(-1)
+
+    def dequantised(self, kinds: Sequence[str]) -> Ahead:
+        """The weights of these kinds of products, layer by layer."""
+        return Ahead(self.layers, kinds)
 
     def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One of the small functions as the device runs it: fused on a GPU."""
@@ -252,7 +277,7 @@ class Fast(nn.Module):
         The choice is kept in the cache folder for this GPU, and taken from there the next time.
         """
         first = self.layers[0]
-        kinds = {kind: getattr(first, kind) for kind in ("qkv", "o", "gate_up", "down") if getattr(first, kind).tunable}
+        kinds = {kind: getattr(first, kind) for kind in KINDS if getattr(first, kind).tunable}
         keys = {kind: _key(one, rows) for kind, one in kinds.items() if rows not in one.chosen}
         remembered = _remembered() if keys else {}
         found = {kind: remembered[key] for kind, key in keys.items() if key in remembered}
@@ -261,20 +286,63 @@ class Fast(nn.Module):
             schedules = dict(zip(new, pool.map(lambda kind: kinds[kind].schedules(rows), new), strict=True))
         for kind in keys:
             products = [getattr(layer, kind) for layer in self.layers]
-            best = found.get(kind) or _fastest(products, rows, schedules[kind], self.parts[0].weight)
+            gate = self.small(gated) if kinds[kind].gates else None
+            best = found.get(kind) or _fastest(products, rows, schedules[kind], self.parts[0].weight, gate)
             for product in products:
                 product.chosen[rows] = best
             self.chosen[f"{kind} x {rows}"] = best
         _remember({keys[kind]: self.chosen[f"{kind} x {rows}"] for kind in new})
+        if rows >= FEWEST_AHEAD and rows not in self.ahead and all(one.dequantises for one in self.products()):
+            self._tune_ahead(rows)
+
+    def _tune_ahead(self, rows: int) -> None:
+        """Time which weights to dequantise ahead, in turn; of those within 1 % of the soonest, keep the fewest bytes.
+
+        Under a cap of memory none: it stands for a card that has not this GPU's kernels.
+        """
+        key = f"ahead {_key(self.layers[0].gate_up, rows)}"
+        known = "" if torch.cuda.get_per_process_memory_fraction() < 1 else _remembered().get(key)
+        if known is None:
+            like = self.parts[0].weight
+            x = {kind: like.new_empty(1, rows, getattr(self.layers[0], kind).in_features).normal_() for kind in KINDS}
+
+            def products_of(kinds: Sequence[str]) -> None:
+                ahead = Ahead(self.layers, kinds)
+                for index, layer in enumerate(self.layers):
+                    with ahead.layer(index) as weights:
+                        for kind in KINDS:
+                            multiply(layer, kind, x[kind], weights)
+
+            pool = torch.cuda.graph_pool_handle()
+            graphs = {kinds: _captured(partial(products_of, kinds), pool)[0] for kinds in AHEAD}
+            times: dict[tuple[str, ...], list[float]] = {kinds: [] for kinds in AHEAD}
+            for _ in range(TIMED):
+                for kinds, graph in graphs.items():
+                    times[kinds].append(_replayed_ms(graph))
+            medians = {kinds: sorted(each)[TIMED // 2] for kinds, each in times.items()}
+            known = "+".join(next(kinds for kinds in AHEAD if medians[kinds] <= 1.01 * min(medians.values())))
+            _remember({key: known})
+        self.ahead[rows] = tuple(known.split("+")) if known else ()
+        self.chosen[f"dequantised ahead x {rows}"] = known or "none"
 
 
-def _fastest(products: Sequence[Product], rows: int, schedules: Sequence[str], like: Tensor) -> str:
-    """The schedule that multiplies `rows` rows by all products soonest."""
+def _fastest(
+    products: Sequence[Product],
+    rows: int,
+    schedules: Sequence[str],
+    like: Tensor,
+    gate: Callable[[Tensor], Tensor] | None = None,
+) -> str:
+    """The schedule that multiplies `rows` rows by all products soonest; with a `gate`, and opens it."""
     x = torch.randn(rows, products[0].in_features, device=like.device, dtype=like.dtype)
+
+    def result_of(product: Product) -> Tensor:
+        found = product(x)
+        return gate(found) if gate and found.shape[-1] == product.out_features else found
 
     def all_layers() -> None:
         for product in products:
-            product(x)
+            result_of(product)
 
     times: dict[str, float] = {}
     expected = None
@@ -282,7 +350,7 @@ def _fastest(products: Sequence[Product], rows: int, schedules: Sequence[str], l
         for product in products:
             product.chosen[rows] = schedule
         try:
-            found = products[0](x)
+            found = result_of(products[0])
             expected = found if expected is None else expected
             if (found - expected).norm() < SAME_RESULT * expected.norm():
                 times[schedule] = _time_of(all_layers)
@@ -297,7 +365,7 @@ def _key(product: Product, rows: int) -> str:
 
 def _cache() -> Path:
     name = torch.cuda.get_device_name().replace(" ", "_").replace("/", "_")
-    return writable_folder(cache_folder()) / f"schedules-{name}.json"
+    return writable_folder(cache_folder()) / f"schedules-{name}-{CANDIDATES}.json"
 
 
 def _remembered() -> dict[str, str]:
@@ -315,14 +383,53 @@ def _remember(found: dict[str, str]) -> None:
             temporary.replace(path)
 
 
-def _multiply(product: Product, x: Tensor) -> Tensor:
-    return product(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+def multiply(layer: Any, kind: str, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """The product `kind` of a layer, of x [batch, tokens, in]: by its kernel, or by cuBLAS where `weights` has it."""
+    rows = x.flatten(0, 1)
+    found = functional.linear(rows, weights[kind]) if kind in weights else getattr(layer, kind)(rows)
+    return found.unflatten(0, x.shape[:2])
+
+
+class Ahead:
+    """16-bit weights of some kinds of products: each layer's are made while the layer before it multiplies.
+
+    They take two layers' worth of memory. The stream that makes them has less priority than the one that multiplies:
+    it fills the multiprocessors that a product leaves idle at its end.
+    """
+
+    def __init__(self, layers: Sequence[Any], kinds: Sequence[str]) -> None:
+        self.layers, self.kinds = layers, kinds
+        products = [getattr(layers[0], kind) for kind in kinds]
+        like = layers[0].norms[0]
+        self.buffers = [
+            {kind: like.new_empty(one.out_features, one.in_features) for kind, one in zip(kinds, products, strict=True)}
+            for _ in range(2)
+        ]
+        self.ready: Any = self._make(0) if kinds else None
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[dict[str, Tensor]]:
+        """The weights of a layer, by kind; from here on those of the next one are made."""
+        ready = self.ready
+        if ready and index + 1 < len(self.layers):
+            self.ready = self._make(index + 1)
+        if ready:
+            torch.cuda.current_stream().wait_event(ready)
+        yield self.buffers[index % 2]
+
+    def _make(self, index: int) -> Any:
+        stream = _side_stream(torch.cuda.current_device(), priority=0)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for kind, weight in self.buffers[index % 2].items():
+                getattr(self.layers[index], kind).dequantise(weight)
+        return stream.record_event()
 
 
 @cache
-def _side_stream(device: int) -> torch.cuda.Stream:
+def _side_stream(device: int, priority: int = -1) -> torch.cuda.Stream:
     """One stream for all that is captured: each new one would get a cuBLAS workspace of its own, and keep it."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=priority)
 
 
 def _captured(work: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -341,15 +448,16 @@ def _captured(work: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUD
 def _time_of(work: Callable[[], Any]) -> float:
     """Milliseconds of a captured run: the median of some."""
     graph, _ = _captured(work)
-    times = []
-    for _ in range(TIMED):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[TIMED // 2]
+    return sorted(_replayed_ms(graph) for _ in range(TIMED))[TIMED // 2]
+
+
+def _replayed_ms(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 class Graph:

@@ -46,17 +46,28 @@ class Product(nn.Module):
 
     kernel = "torch.nn.Linear"
     tunable = False
+    dequantises = False
 
     def __init__(self, fused: Sequence[Any]) -> None:
         super().__init__()
         self.linears = len(fused)
         self.in_features = features_of(fused[0])[0]
         self.out_features = sum(features_of(one)[1] for one in fused)
+        # Its outputs are a gate and what that opens: a kernel may give SiLU of the one times the other, half as wide.
+        self.gates = False
         self.chosen: dict[int, str] = {}
 
     def schedules(self, rows: int) -> list[str]:
         """What may be chosen among for this many rows, where a kernel is `tunable`."""
         return []
+
+    def kernel_for(self, rows: int) -> str:
+        """The name of what multiplies this many rows."""
+        return self.kernel
+
+    def dequantise(self, weight: Tensor) -> None:
+        """Write the weight [out, in] in 16 bits, where `dequantises`."""
+        raise NotImplementedError
 
 
 class Dense(Product):
@@ -190,9 +201,13 @@ class Humming(Product):
         ).to(qweight.device)
         self.layer.load_from_tensors({"qweight": qweight, "qzeros": qzeros, "scales": scales.to(torch.bfloat16)})
         self.layer.transform()
+        # The lab's own kernels read this layout: unsigned codes, symmetric, groups of 128, whole tiles, on Hopper.
+        whole = qweight.shape[1] % 128 == 0 and first.infeatures % 128 == 0 and first.group_size == 128
+        alike = str(self.layer.humming_config.b_dtype) == "uint4" and first.sym and not activations
+        self.dequantises = whole and alike and _capability(qweight.device)[0] == 9
 
     def schedules(self, rows: int) -> list[str]:
-        """humming's own schedule for this many rows, and it with one thing changed; those that compile here."""
+        """humming's own for this many rows, it with one thing changed, and `few_rows`: those that compile here."""
         from humming.kernel.humming import HummingKernel
         from humming.tune import get_heuristics_config
 
@@ -209,8 +224,15 @@ class Humming(Product):
                 changes.append(once | _tile(height, 128, 2) | {"use_stream_k": False, "wgmma_split_issue_wait": True})
         found = list(dict.fromkeys(json.dumps({**own, **change}, sort_keys=True) for change in changes))
 
+        if self.dequantises:
+            from colqwen_lab.runtime import w4
+
+            found += w4.few_rows_schedules(self.in_features, self.out_features, rows, self.gates)
+
         def compiles(schedule: str) -> bool:
             try:
+                if self._own(schedule):
+                    return True
                 HummingKernel.prepare_kernels(config.to_str(), None, schedule, device)
             except Exception:  # this shape or this GPU does not take it, which humming says in several ways
                 return schedule == found[0]
@@ -220,7 +242,25 @@ class Humming(Product):
             return [one for one, good in zip(found, pool.map(compiles, found), strict=True) if good]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.contiguous(), tuning_config=self.chosen.get(x.shape[0]))
+        schedule = self.chosen.get(x.shape[0])
+        if own := self._own(schedule):
+            return own(x.contiguous(), self.layer.weight, self.layer.weight_scale)
+        return self.layer(x.contiguous(), tuning_config=schedule)
+
+    def _own(self, schedule: str | None) -> Any:
+        if not schedule or not self.dequantises:
+            return None
+        from colqwen_lab.runtime import w4
+
+        return w4.few_rows_of(schedule)
+
+    def kernel_for(self, rows: int) -> str:
+        return "few_rows (W4A16)" if self._own(self.chosen.get(rows)) else self.kernel
+
+    def dequantise(self, weight: Tensor) -> None:
+        from colqwen_lab.runtime import w4
+
+        w4.Dequantise()(self.layer.weight, self.layer.weight_scale, weight)
 
 
 def _tile(height: int, width: int, blocks_at_once: int) -> dict[str, Any]:

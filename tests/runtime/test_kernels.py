@@ -70,6 +70,34 @@ def test_packed_kernel_against_float64(name: str, size: str, index: int) -> None
         assert error(product(x), x.double() @ weight.T) < LARGEST_ERROR.get(name, 0.006)
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_the_lab_s_own_kernels_on_hopper_against_float64(index: int) -> None:
+    """Every cut of `few_rows`, one row to the most, gated where two outputs are; and weights dequantised."""
+    if not can("humming", SCHEME) or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("kernels for Hopper, and humming's layout of weights")
+    outputs, inputs = SHAPES["4b"][index]
+    made = [quantised(one, inputs, symmetric=True) for one in outputs]
+    product = pick("humming", DEVICE, SCHEME).build([module for module, _ in made])
+    product.gates = len(outputs) == 2
+    expected = torch.cat([one for _, one in made])
+    weight = torch.full(expected.shape, torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    product.dequantise(weight)
+    assert error(weight, expected) < 0.003
+    for rows in (1, 8, 18, 40):
+        own = [one for one in product.schedules(rows) if "few_rows" in one]
+        assert own
+        for schedule in own:
+            product.chosen[rows] = schedule
+            x = draw(rows, inputs).bfloat16()
+            want = x.double() @ expected.T
+            if product.gates:
+                gate, up = want.chunk(2, -1)
+                want = torch.nn.functional.silu(gate) * up
+            assert error(product(x), want) < 0.004
+            assert product.kernel_for(rows) == "few_rows (W4A16)"
+        assert product.kernel_for(rows + 1) == product.kernel
+
+
 def test_int4_on_a_cpu_takes_zero_points() -> None:
     if DEVICE.type != "cpu":
         pytest.skip("a CPU's kernel")

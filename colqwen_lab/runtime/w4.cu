@@ -1,0 +1,221 @@
+// 4-bit weights in the layout of humming-kernels (symmetric, groups of 128): products of few rows, and dequantising.
+//
+// codes  [in/16][out/64][32 lanes][4 words]: a lane's word j holds its fragment of the 16 x 16 tile j of mma.m16n8k16;
+//        nibbles i and i + 4 are the two columns of the fragment's register {0, 2, 1, 3}[i].
+// scales [in/128][out/64][8][8] bf16: of a lane's row r = lane / 4, of rows r, r + 8, ... of the 64.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+__device__ inline u32 shared_of(const void *at) { return (u32)__cvta_generic_to_shared(at); }
+
+// Copies by the copy engine: `bytes` arrive at `barrier`.
+__device__ inline void copy(void *to, const void *from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_of(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+__device__ inline uint4 read_once(const uint4 *from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
+// The codes at bits 4 * PLACE of both halves of a word, as bf16: (128 + code) - 136, times the scale of their row.
+template <int PLACE>
+__device__ inline u32 weights_of(u32 word, u32 scale) {
+  u32 whole, value, found;
+  asm("lop3.b32 %0, %1, 0x000f000f, 0x43004300, 0xea;" : "=r"(whole) : "r"(word >> (4 * PLACE)));
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(value) : "r"(whole), "r"(0x43084308));
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(value), "r"(scale));
+  return found;
+}
+
+__device__ inline void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline u32 rounded(float low, float high) {
+  u32 found;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(high), "f"(low));
+  return found;
+}
+
+// out [rows, out] = x [rows, in] times the weights. A cluster of SPLIT blocks multiplies 64 outputs, each a part of the
+// inputs, and each warp STEPS times 16 of that part: every code is read once, straight into registers. With GATED the
+// first half of the outputs is a gate, the second what it opens: out [rows, out / 2] is SiLU of one times the other.
+template <int INS, int OUTS, int TILES, int WARPS, int SPLIT, int AHEAD, int GATED, int AT_ONCE>
+__global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(WARPS * 32, AT_ONCE)
+few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const char *__restrict__ x,
+         u32 *__restrict__ out, int rows) {
+  constexpr int BLOCKS = GATED ? 2 : 1, ALL = OUTS / 64, APART = ALL / 2;
+  constexpr int STEPS = INS / 16 / WARPS / SPLIT;
+  constexpr int SAME = STEPS % 8 == 0 ? 8 : STEPS % 4 == 0 ? 4 : STEPS % 2 == 0 ? 2 : 1;  // steps of one scale at least
+  constexpr int GROUPS = SAME == 8 ? STEPS / 8 : (STEPS + 7 - SAME) / 8 + 1;
+  constexpr int STRIDE = STEPS * 32 + 16;  // bytes of a row of x in a warp's share
+  constexpr int LINE = 68;                 // floats between two tokens of partial sums
+  extern __shared__ __align__(128) char memory[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int rank = blockIdx.x % SPLIT, block = blockIdx.x / SPLIT;
+  const int first = (rank * WARPS + warp) * STEPS, group = first / 8;
+
+  const uint4 *from = codes + ((long long)first * ALL + block) * 32 + lane;
+  uint4 ahead[AHEAD][BLOCKS];
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) ahead[i][b] = read_once(from + (i * ALL + b * APART) * 32);
+
+  // A warp's own memory: a barrier, scales, then its rows of x and later its sums.
+  const int share = max(rows * STRIDE, BLOCKS * rows * LINE * 4) + 127 & ~127;
+  char *mine = memory + warp * (128 + BLOCKS * GROUPS * 128 + share);
+  char *scale_lines = mine + 128, *tokens_at = scale_lines + BLOCKS * GROUPS * 128;
+  const u32 barrier = shared_of(mine);
+  if (lane == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 ::"r"(barrier), "r"(rows * STEPS * 32 + BLOCKS * GROUPS * 128) : "memory");
+  }
+  __syncwarp();
+  if (SPLIT > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  if (lane < BLOCKS * GROUPS) {
+    const int line = min(group + lane % GROUPS, INS / 128 - 1);
+    copy(scale_lines + lane * 128, scales + (line * ALL + block + lane / GROUPS * APART) * 8, 128, barrier);
+  }
+  for (int row = lane; row < rows; row += 32)
+    copy(tokens_at + row * STRIDE, x + ((long long)row * INS + first * 16) * 2, STEPS * 32, barrier);
+
+  u32 at[TILES];
+#pragma unroll
+  for (int t = 0; t < TILES; t++)
+    at[t] = shared_of(tokens_at) + lane / 8 % 2 * 16 + min(t * 8 + lane % 8, rows - 1) * STRIDE;
+  float sums[TILES][BLOCKS][4][4];
+#pragma unroll
+  for (int i = 0; i < TILES * BLOCKS * 16; i++) ((float *)sums)[i] = 0.f;
+  asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;\n}"
+               ::"r"(barrier) : "memory");
+
+  u32 scale[BLOCKS][4][2];
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) {
+    if (i % SAME == 0) {
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) {
+        const uint4 line = *(const uint4 *)(scale_lines + (b * GROUPS + (first + i) / 8 - group) * 128 + lane / 4 * 16);
+        const u32 both[4] = {line.x, line.y, line.z, line.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          scale[b][j][0] = __byte_perm(both[j], 0, 0x1010), scale[b][j][1] = __byte_perm(both[j], 0, 0x3232);
+      }
+    }
+    u32 tokens[TILES][2];
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+      asm("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+          : "=r"(tokens[t][0]), "=r"(tokens[t][1]) : "r"(at[t] + i * 32) : "memory");
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const uint4 now = ahead[i % AHEAD][b];
+      if (i + AHEAD < STEPS) ahead[i % AHEAD][b] = read_once(from + ((i + AHEAD) * ALL + b * APART) * 32);
+      const u32 words[4] = {now.x, now.y, now.z, now.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const u32 a[4] = {weights_of<0>(words[j], scale[b][j][0]), weights_of<2>(words[j], scale[b][j][1]),
+                          weights_of<1>(words[j], scale[b][j][0]), weights_of<3>(words[j], scale[b][j][1])};
+#pragma unroll
+        for (int t = 0; t < TILES; t++) multiply_add(sums[t][b][j], a, tokens[t][0], tokens[t][1]);
+      }
+    }
+  }
+  __syncwarp();
+  float *partial = (float *)tokens_at;
+#pragma unroll
+  for (int t = 0; t < TILES; t++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const int token = t * 8 + lane % 4 * 2 + c % 2;
+      if (token < rows)
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+          for (int j = 0; j < 4; j++)
+            partial[(b * rows + token) * LINE + j * 16 + c / 2 * 8 + lane / 4] = sums[t][b][j][c];
+    }
+  if (SPLIT > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+  __syncthreads();
+
+  // A warp sums a token over the warps, then, with SPLIT, the token's own block over the cluster.
+  const int apart = (128 + BLOCKS * GROUPS * 128 + share) / 8;
+  float2 *gathered = (float2 *)(memory + WARPS * apart * 8);  // [SPLIT][tokens of this block][BLOCKS][32]
+  const int own = (rows + SPLIT - 1) / SPLIT;
+  const auto finish = [&](int token, const float2(&sum)[BLOCKS]) {
+    const float2 one = sum[0], other = sum[BLOCKS - 1];
+    const float low = GATED ? one.x / (1.f + __expf(-one.x)) * other.x : one.x;
+    const float high = GATED ? one.y / (1.f + __expf(-one.y)) * other.y : one.y;
+    out[(long long)token * (OUTS / BLOCKS / 2) + block * 32 + lane] = rounded(low, high);
+  };
+  for (int token = warp; token < rows; token += WARPS) {
+    float2 found[BLOCKS];
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const float2 *place = (const float2 *)((const float *)(memory + 128 + BLOCKS * GROUPS * 128) + (b * rows + token) * LINE) + lane;
+      found[b] = place[0];
+#pragma unroll
+      for (int w = 1; w < WARPS; w++) found[b].x += place[w * apart].x, found[b].y += place[w * apart].y;
+      if (SPLIT > 1) {
+        u32 there;
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there)
+            : "r"(shared_of(gathered + ((rank * own + token / SPLIT) * BLOCKS + b) * 32 + lane)), "r"(token % SPLIT));
+        asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(found[b].x), "f"(found[b].y) : "memory");
+      }
+    }
+    if (SPLIT == 1) finish(token, found);
+  }
+  if (SPLIT > 1) {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    for (int token = rank + warp * SPLIT; token < rows; token += WARPS * SPLIT) {
+      float2 found[BLOCKS];
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) {
+        const float2 *place = gathered + (token / SPLIT * BLOCKS + b) * 32 + lane;
+        found[b] = place[0];
+#pragma unroll
+        for (int r = 1; r < SPLIT; r++) found[b].x += place[r * own * BLOCKS * 32].x, found[b].y += place[r * own * BLOCKS * 32].y;
+      }
+      finish(token, found);
+    }
+  }
+}
+
+// weights [out, in] bf16 of the codes. A block of 8 warps makes 64 x 128 of them, a warp 16 columns.
+__global__ void __launch_bounds__(256)
+dequantise(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, uint4 *__restrict__ weights, int ins, int outs) {
+  __shared__ __align__(16) u32 tile[64][64 + 4];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int blocks = outs / 64, groups = ins / 128;
+  for (int part = blockIdx.x; part < blocks * groups; part += gridDim.x) {
+    const int block = part / groups, group = part % groups;
+    const uint4 now = read_once(codes + ((long long)(group * 8 + warp) * blocks + block) * 32 + lane);
+    const uint4 scale = scales[((long long)group * blocks + block) * 8 + lane / 4];
+    const u32 words[4] = {now.x, now.y, now.z, now.w}, both[4] = {scale.x, scale.y, scale.z, scale.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const u32 upper = __byte_perm(both[j], 0, 0x1010), lower = __byte_perm(both[j], 0, 0x3232);
+      u32 *line = &tile[j * 16 + lane / 4][warp * 8 + lane % 4];
+      line[0] = weights_of<0>(words[j], upper);
+      line[4] = weights_of<1>(words[j], upper);
+      line[8 * 68] = weights_of<2>(words[j], lower);
+      line[8 * 68 + 4] = weights_of<3>(words[j], lower);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = i * 16 + threadIdx.x / 16, column = threadIdx.x % 16;
+      weights[((long long)(block * 64 + row) * ins + group * 128) / 8 + column] = *(const uint4 *)&tile[row][column * 4];
+    }
+    __syncthreads();
+  }
+}
