@@ -29,7 +29,7 @@ from colqwen_lab.predict.allocator import Allocator, Block
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Work, Workload
 from colqwen_lab.runtime.components import resident
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS, STEPS, Steps
-from colqwen_lab.runtime.fast import FEWEST_AHEAD, KINDS, MOST_TOKENS, Ahead, Fast, attended, bucket, heads_of
+from colqwen_lab.runtime.fast import FEWEST_AHEAD, KINDS, MOST_TOKENS, Fast, Multiply, attended, bucket, heads_of
 from colqwen_lab.runtime.kernels import FP8, AsLoaded, Dense, Fp8, Int4Cpu, Product, features_of, gptq
 from colqwen_lab.runtime.tracking import ACTIVATIONS, MemoryTracker, ledger_of
 from colqwen_lab.runtime.workloads import query_batches
@@ -123,10 +123,10 @@ FAST_KERNELS: dict[str, Callable[[Sequence[Any]], Product]] = {
 }
 
 
-class _Ahead(Ahead):
-    """Weights dequantised ahead, of which memory sees where they go."""
+class _Multiply(Multiply):
+    """Of weights dequantised ahead memory sees where they go."""
 
-    def _make(self, index: int) -> None:
+    def _make(self, index: int, kind: str) -> None:
         """Nothing is written: fake tensors hold no values."""
 
 
@@ -161,10 +161,10 @@ class _FastModel(Fast):
             self.captured, self.flops = (first, len(tracker.labels)), tracker.flops - flops
         return ColQwen3Output(embeddings=self.graph[-1][:, :tokens].clone())
 
-    def dequantised(self, kinds: Sequence[str]) -> Ahead:
-        ahead = _Ahead(self.layers, kinds)
-        self.tracker.label([weight for both in ahead.buffers for weight in both.values()], BUFFERS)
-        return ahead
+    def multiply(self, kinds: Sequence[str]) -> Multiply:
+        made = _Multiply(self.layers, kinds)
+        self.tracker.label([*made.weights.values()], BUFFERS)
+        return made
 
     def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return self._results_of(function) if self.on_gpu else function

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -59,7 +58,7 @@ MOST_TOKENS = 128
 KINDS = ("qkv", "o", "gate_up", "down")
 # From how many rows on weights may be dequantised ahead, and of which products: by the memory that they take.
 FEWEST_AHEAD = 512
-AHEAD = ((), ("o",), ("qkv",), ("down",), ("qkv", "o", "down"), ("gate_up",), ("gate_up", "down"), KINDS)
+AHEAD = ((), ("o",), ("qkv",), ("down",), ("qkv", "o"), ("gate_up",), ("qkv", "o", "down"), ("gate_up", "down"), KINDS)
 
 
 def bucket(tokens: int) -> int:
@@ -226,22 +225,21 @@ class Fast(nn.Module):
         first_norm, then_norm, gate = (self.small(function) for function in (normed, add_normed, gated))
         y = first_norm(x, self.layers[0].norms[0], self.layers[0].eps)
         following = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
-        ahead = self.dequantised(self.ahead.get(ids.numel(), ()))
+        multiply = self.multiply(self.ahead.get(ids.numel(), ()))
         for index, (layer, next_norm) in enumerate(zip(self.layers, following, strict=True)):
-            with ahead.layer(index) as weights:
-                qkv = multiply(layer, "qkv", y, weights)
-                attention = self.attention(layer, qkv, cos, sin)
-                x, y = then_norm(x, multiply(layer, "o", attention, weights), layer.norms[1], layer.eps)
-                mlp = multiply(layer, "down", layer.opened(multiply(layer, "gate_up", y, weights), gate), weights)
-                x, y = then_norm(x, mlp, next_norm, layer.eps)
-                del mlp
+            qkv = multiply(index, "qkv", y)
+            attention = self.attention(layer, qkv, cos, sin)
+            x, y = then_norm(x, multiply(index, "o", attention), layer.norms[1], layer.eps)
+            mlp = multiply(index, "down", layer.opened(multiply(index, "gate_up", y), gate))
+            x, y = then_norm(x, mlp, next_norm, layer.eps)
+            del mlp
         vectors = functional.normalize(head(y), dim=-1)
         back = vectors.gather(1, goes_to.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
         return back * mask.unsqueeze(-1)
 
-    def dequantised(self, kinds: Sequence[str]) -> Ahead:
-        """The weights of these kinds of products, layer by layer."""
-        return Ahead(self.layers, kinds)
+    def multiply(self, kinds: Sequence[str]) -> Multiply:
+        """The products of a forward, with the weights of `kinds` dequantised ahead."""
+        return Multiply(self.layers, kinds)
 
     def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One of the small functions as the device runs it: fused on a GPU."""
@@ -307,11 +305,10 @@ class Fast(nn.Module):
             x = {kind: like.new_empty(1, rows, getattr(self.layers[0], kind).in_features).normal_() for kind in KINDS}
 
             def products_of(kinds: Sequence[str]) -> None:
-                ahead = Ahead(self.layers, kinds)
-                for index, layer in enumerate(self.layers):
-                    with ahead.layer(index) as weights:
-                        for kind in KINDS:
-                            multiply(layer, kind, x[kind], weights)
+                multiply = self.multiply(kinds)
+                for index in range(len(self.layers)):
+                    for kind in KINDS:
+                        multiply(index, kind, x[kind])
 
             pool = torch.cuda.graph_pool_handle()
             graphs = {kinds: _captured(partial(products_of, kinds), pool)[0] for kinds in AHEAD}
@@ -383,46 +380,36 @@ def _remember(found: dict[str, str]) -> None:
             temporary.replace(path)
 
 
-def multiply(layer: Any, kind: str, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """The product `kind` of a layer, of x [batch, tokens, in]: by its kernel, or by cuBLAS where `weights` has it."""
-    rows = x.flatten(0, 1)
-    found = functional.linear(rows, weights[kind]) if kind in weights else getattr(layer, kind)(rows)
-    return found.unflatten(0, x.shape[:2])
+class Multiply:
+    """The products of all layers, one at a time: of `kinds` by cuBLAS, over 16-bit weights made ahead.
 
-
-class Ahead:
-    """16-bit weights of some kinds of products: each layer's are made while the layer before it multiplies.
-
-    They take two layers' worth of memory. The stream that makes them has less priority than the one that multiplies:
-    it fills the multiprocessors that a product leaves idle at its end.
+    Each kind has memory for one weight. As soon as a layer's is multiplied by, the next layer's is written there, on a
+    stream with less priority than the one that multiplies: it fills what a product leaves idle as it ends.
     """
 
     def __init__(self, layers: Sequence[Any], kinds: Sequence[str]) -> None:
-        self.layers, self.kinds = layers, kinds
-        products = [getattr(layers[0], kind) for kind in kinds]
-        like = layers[0].norms[0]
-        self.buffers = [
-            {kind: like.new_empty(one.out_features, one.in_features) for kind, one in zip(kinds, products, strict=True)}
-            for _ in range(2)
-        ]
-        self.ready: Any = self._make(0) if kinds else None
+        self.layers = layers
+        like, products = layers[0].norms[0], {kind: getattr(layers[0], kind) for kind in kinds}
+        self.weights = {kind: like.new_empty(one.out_features, one.in_features) for kind, one in products.items()}
+        self.ready = {kind: self._make(0, kind) for kind in kinds}
 
-    @contextmanager
-    def layer(self, index: int) -> Iterator[dict[str, Tensor]]:
-        """The weights of a layer, by kind; from here on those of the next one are made."""
-        ready = self.ready
-        if ready and index + 1 < len(self.layers):
-            self.ready = self._make(index + 1)
-        if ready:
-            torch.cuda.current_stream().wait_event(ready)
-        yield self.buffers[index % 2]
+    def __call__(self, index: int, kind: str, x: Tensor) -> Tensor:
+        """The product `kind` of layer `index`, of x [batch, tokens, in]."""
+        rows = x.flatten(0, 1)
+        if kind in self.weights:
+            if self.ready[kind]:
+                torch.cuda.current_stream().wait_event(self.ready[kind])
+            found = functional.linear(rows, self.weights[kind])
+            self.ready[kind] = self._make(index + 1, kind) if index + 1 < len(self.layers) else None
+        else:
+            found = getattr(self.layers[index], kind)(rows)
+        return found.unflatten(0, x.shape[:2])
 
-    def _make(self, index: int) -> Any:
+    def _make(self, index: int, kind: str) -> Any:
         stream = _side_stream(torch.cuda.current_device(), priority=0)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for kind, weight in self.buffers[index % 2].items():
-                getattr(self.layers[index], kind).dequantise(weight)
+            getattr(self.layers[index], kind).dequantise(self.weights[kind])
         return stream.record_event()
 
 

@@ -26,6 +26,8 @@ FP8_MAX = 448.0
 # Below it a product of packed weights waits for the weights; above it tiles that rows fill are worth a try.
 FEW_ROWS = 64
 MOST_TILE_ROWS = 192
+# Of more tiles of rows than these, wide ones are soonest.
+FEW_TILES = 4
 
 
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,8 +222,8 @@ class Humming(Product):
         else:
             fewest = -(-rows // MOST_TILE_ROWS)
             for height in (-(-rows // tiles // 8) * 8 for tiles in range(fewest, fewest + 3)):
-                changes += [once | _tile(height, 256, 1), once | _tile(height, 128, 2)]
-                changes.append(once | _tile(height, 128, 2) | {"use_stream_k": False, "wgmma_split_issue_wait": True})
+                changes.append(once | _tile(height, 256, 1))
+                changes += [once | _tile(height, 128, 2)] if fewest <= FEW_TILES else []
         found = list(dict.fromkeys(json.dumps({**own, **change}, sort_keys=True) for change in changes))
 
         if self.dequantises:

@@ -49,7 +49,8 @@ class FewRows(KernelRuntime):
     """x [rows, in] times weights [out, in]: [rows, out]; of `gated`, [rows, out / 2], SiLU of one half times the other.
 
     A cluster of `split` blocks of `warps` warps multiplies 64 outputs (of `gated`, 64 of each half); a warp reads
-    `ahead` steps of 16 inputs ahead, and registers are shared out so that `at_once` blocks run on a multiprocessor.
+    `ahead` steps of 16 inputs ahead, with `prefetch` out of the L2 cache, into which all are asked at the start;
+    registers are shared out so that `at_once` blocks run on a multiprocessor.
     """
 
     name: ClassVar[str] = "few_rows"
@@ -59,12 +60,13 @@ class FewRows(KernelRuntime):
     warps: int
     split: int
     ahead: int
+    prefetch: bool
     gated: bool
     at_once: int
 
     def init_kernel(self) -> None:
         self.code = SOURCE
-        sizes = (self.ins, self.outs, self.tiles, self.warps, self.split, self.ahead, int(self.gated), self.at_once)
+        sizes = [int(getattr(self, field.name)) for field in dataclasses.fields(self)]
         self.kernel_expr = f"few_rows<{', '.join(map(str, sizes))}>"
         self.prepare()
 
@@ -115,21 +117,13 @@ def shared_bytes(rows: int, ins: int, warps: int, split: int, gated: bool, **oth
 def few_rows_schedules(ins: int, outs: int, rows: int, gated: bool) -> Iterator[str]:
     """Ways to cut a product of so many rows, each to be timed."""
     tiles = -(-rows // 8)
-    for warps, split in product((4, 8), (1, 2, 4, 8)):
+    for warps, split, ahead, prefetch in product((4, 8), (1, 2, 4, 8), (4, 8), (False, True)):
         blocks = outs // 64 // (2 if gated else 1) * split
-        if rows > MOST_ROWS or ins // 16 % (warps * split) or not FEWEST_BLOCKS <= blocks <= MOST_BLOCKS:
-            continue
-        at_once = 12 // warps if tiles < 4 else 1
-        cut: dict[str, Any] = {
-            "tiles": tiles,
-            "warps": warps,
-            "split": split,
-            "ahead": 4,
-            "gated": gated,
-            "at_once": at_once,
-        }
-        kernel = {"ins": ins, "outs": outs} | cut
-        if ins // 16 // warps // split >= cut["ahead"] and shared_bytes(rows, **kernel) <= SHARED_BYTES:
+        steps, rest = divmod(ins // 16, warps * split)
+        cut = {"tiles": tiles, "warps": warps, "split": split, "ahead": ahead, "prefetch": prefetch, "gated": gated}
+        kernel: dict[str, Any] = {"ins": ins, "outs": outs, **cut, "at_once": 12 // warps if tiles < 4 else 1}
+        possible = rows <= MOST_ROWS and not rest and ahead <= steps and shared_bytes(rows, **kernel) <= SHARED_BYTES
+        if possible and FEWEST_BLOCKS <= blocks <= MOST_BLOCKS and not (gated and ahead == 8):
             yield json.dumps({"few_rows": kernel})
 
 

@@ -90,6 +90,21 @@ def test_parts_add_up_in_fast(variant: str, kernel: str, target: Target) -> None
     assert (found.least_reserved_bytes or found.peak_bytes) >= found.peak_bytes
 
 
+def test_weights_dequantised_ahead_are_counted_where_a_run_may_make_them() -> None:
+    made = cached("awq", "tiny", "bfloat16", "fused", execution="fast")
+    hopper = Target("H100", (9, 0))
+    text = made.config.text_config
+    o = text.hidden_size * text.num_attention_heads * text.head_dim * 2
+
+    def buffers(batch: int, target: Target, ahead: tuple[str, ...] | None) -> int:
+        return (memory(made.cell(batch, target=target, ahead=ahead)).ledger or {}).get(BUFFERS, 0)
+
+    assert buffers(64, hopper, ()) == 0
+    assert buffers(64, hopper, ("o",)) == o
+    assert buffers(64, hopper, None) > o
+    assert buffers(8, hopper, None) == buffers(64, A100, None) == 0
+
+
 def test_peaks_of_fast_that_an_h100_measured() -> None:
     """Nothing is fitted to them: base, FP8 weights, the Triton fallback (18 MiB of its own, not found) and humming."""
     every = read_cells(OUTPUTS / "h100" / "ways.jsonl")
