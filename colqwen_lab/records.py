@@ -477,6 +477,15 @@ def append(path: Path, records: Iterable[Value]) -> None:
             raise
 
 
+def sync(path: Path) -> None:
+    """What a file or a folder holds, on disk when this returns; of a folder the names."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def replace(path: Path, records: Iterable[Value]) -> None:
     """The file of these lines alone, on disk when this returns; where that fails, the file as it was."""
     temporary = path.with_name(path.name + ".tmp")
