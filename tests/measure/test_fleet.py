@@ -373,9 +373,10 @@ def test_a_node_killed_in_the_middle(
 
     monkeypatch.setattr(Store, "add", add)
     slow = replace(QUICK, max_steps=10**6, min_s=2, max_s=2)  # so that the node is alive at the second row
-    options = OPTIONS | {"output": tmp_path / "fleet.jsonl", "backend": "torch", "patience": lambda workload: slow}
-    cells = on_ray("base,awq", "1,2", progress=lines.append, **options)
-    alone = in_turn(matrix("base,awq", "1,2", **options | {"output": tmp_path / "alone.jsonl"}), lambda line: None)
+    options = OPTIONS | {"output": tmp_path / "fleet.jsonl", "backend": "torch"}
+    cells = on_ray("base,awq", "1,2", progress=lines.append, **options | {"patience": lambda workload: slow})
+    here = {"output": tmp_path / "alone.jsonl", "isolated": False}
+    alone = in_turn(matrix("base,awq", "1,2", **options | here), lambda line: None)
     assert sum("it goes on elsewhere" in line for line in lines) == 1
     assert sum("kept" in line for line in lines) == 2
     assert Counter(keys(read_cells(tmp_path / "fleet.jsonl"))) == Counter(keys(alone)) == Counter(keys(cells))
