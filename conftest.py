@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,25 @@ os.environ["COLQWEN_LAB_SIZE"] = "tiny"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All of it, notebooks included, runs in two to four processes where there is xdist; a file stays together."""
+    option = config.option
+    whole = getattr(option, "nbval", False) and config.args_source is config.ArgsSource.TESTPATHS
+    apart = getattr(option, "numprocesses", 0) is None and "PYTEST_XDIST_WORKER" not in os.environ
+    if whole and apart and not option.usepdb:
+        option.numprocesses, option.dist = max(2, min(4, os.cpu_count() or 1)), "loadfile"
+        option.loadscopereorder = False
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In several processes files of few tests come first: they are the long ones, and one at the end holds all up."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: tests[item.path])
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -354,17 +354,25 @@ def _line_cells(text: str, path: Path, say: Callable[[str], Any]) -> list[Cell]:
 
 def neighbour(path: Path, kind: str) -> Path:
     """The file of this kind beside a records file: beside `rows.jsonl`, `rows.result.json`."""
-    path = Path(os.path.realpath(path))
+    path = _real(path)
     return path.with_suffix(f".{kind}") if path.suffix == ".jsonl" else path.with_name(f"{path.name}.{kind}")
 
 
-def _own_file(path: Path) -> Path:
+def _real(path: Path) -> Path:
+    """`path` without links. Raises BadInput where no file can have this name."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise BadInput(f"{path} is no name of a file: {error}; valid: another name, such as rows.jsonl") from None
+
+
+def own_file(path: Path) -> Path:
     """The file behind `path`, which is locked and replaced under its own name.
 
     Raises:
-        BadInput: the name of what lies beside another records file.
+        BadInput: the name of what lies beside another records file, or that no file can have.
     """
-    found = Path(os.path.realpath(path))
+    found = _real(path)
     if found.name.endswith((".superseded.jsonl", ".result.json", ".lock", ".tmp")):
         raise BadInput(f"{path} is named as what lies beside a records file; valid: another name, such as rows.jsonl")
     return found
@@ -404,7 +412,7 @@ class Store:
         emit: Callable[[Cell], object] | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self.path, self._emit = _own_file(path), emit
+        self.path, self._emit = own_file(path), emit
         self._lock = FileLock(f"{self.path}.lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -469,6 +477,15 @@ def append(path: Path, records: Iterable[Value]) -> None:
             raise
 
 
+def sync(path: Path) -> None:
+    """What a file or a folder holds, on disk when this returns; of a folder the names."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def replace(path: Path, records: Iterable[Value]) -> None:
     """The file of these lines alone, on disk when this returns; where that fails, the file as it was."""
     temporary = path.with_name(path.name + ".tmp")
@@ -486,7 +503,7 @@ def write_cells(path: Path, cells: Iterable[Cell]) -> None:
     Raises:
         BadInput: a sweep holds the file, it cannot be written, or it is named as what lies beside one.
     """
-    own = _own_file(path)
+    own = own_file(path)
     try:
         with FileLock(f"{own}.lock", timeout=0):
             replace(own, cells)

@@ -30,6 +30,9 @@ ODD = ["x" * 5000, f"/{'x' * 5000}/x", "\0", "\ud800"]
         lambda name, at: lab.quantize(weights=name, output=at),
         lambda name, at: lab.quantize(texts=name, output=at),
         lambda name, at: lab.load(name),
+        lambda name, at: lab.sweep("base", 1, output=name, weights="random"),
+        lambda name, at: lab.sweep("base", 1, output=name, weights="random", size="tiny,mid"),
+        lambda name, at: lab.fidelity("awq", output=name),
     ],
 )
 def test_it_is_one_line(

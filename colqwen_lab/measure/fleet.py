@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -24,11 +25,13 @@ from colqwen_lab.errors import BadInput, LabError, Unmet
 from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.environment import code_version
 from colqwen_lab.measure.sweep import Request, mark, request, sweep, to_stderr, unmark
-from colqwen_lab.records import Cell, Store, listed
+from colqwen_lab.records import GOES_ON, Cell, Store, listed
 from colqwen_lab.settings import outputs_folder
 
 #: How often a job is started before it is given up because its nodes died.
 TRIES = 4
+#: Seconds that a job waits for a node of its kind to be there.
+WAIT_S = 600.0
 TYPE = "accelerator_type:"  # how Ray names the resource of a type
 Progress = Callable[[str], None]
 
@@ -121,6 +124,7 @@ def on_ray(
     accelerators: str = "",
     address: str = "",
     progress: Progress = to_stderr,
+    wait_s: float = WAIT_S,
     **options: Any,
 ) -> list[Cell]:
     """The cells of a matrix, measured over a Ray cluster, a task a job; those on file already are kept.
@@ -131,6 +135,7 @@ def on_ray(
         accelerators: types to measure on, "A100,L4", each all of the matrix; by default the only one there is.
         address: of the cluster: auto, HOST:PORT or ray://HOST:PORT; by default RAY_ADDRESS, else auto.
         progress: takes each line of progress.
+        wait_s: seconds after which a job is given up if no node of its type is there.
         **options: as of `matrix`.
 
     Raises:
@@ -144,7 +149,8 @@ def on_ray(
         requests = matrix(model, batch_sizes, device="cuda" if resources.get("GPU") else "cpu", **options)
         jobs = [Job(asked, one) for one in types for asked in into_one_file(requests, "fleet")]
         with Store(_file_of(jobs), lambda cell: cell.environment.code == code_version(), say=progress) as store:
-            return Fleet(ray, jobs, store, progress, _queue(ray), gpus=1 if resources.get("GPU") else 0).run()
+            gpus = 1 if resources.get("GPU") else 0
+            return Fleet(ray, jobs, store, progress, _queue(ray), gpus, wait_s).run()
 
 
 def accelerators_of(resources: Mapping[str, float], asked: Sequence[str]) -> list[str]:
@@ -166,10 +172,18 @@ class Fleet:
     """The jobs of one run, their tasks on a cluster, and the driver's file that takes their rows."""
 
     def __init__(
-        self, ray: Any, jobs: Sequence[Job], store: Store, progress: Progress, arrivals: Any, gpus: int = 0
+        self,
+        ray: Any,
+        jobs: Sequence[Job],
+        store: Store,
+        progress: Progress,
+        arrivals: Any,
+        gpus: int = 0,
+        wait_s: float = WAIT_S,
     ) -> None:
         self.ray, self.jobs, self.store, self.progress = ray, jobs, store, progress
-        self.arrivals, self.gpus = arrivals, gpus
+        self.arrivals, self.gpus, self.wait_s = arrivals, gpus, wait_s
+        self.absent: dict[str, float] = {}  # what no node has, and since when
         self.earlier = list(store.cells)
         self.tries = dict.fromkeys(jobs, 0)
 
@@ -204,7 +218,21 @@ class Fleet:
                     else:
                         self.progress(f"{job}: lost its node ({type(error).__name__}); it goes on elsewhere")
                         running[self._start(job)] = job
+            lost |= self._given_up(running)
         return _ended(self.jobs, found, lost)
+
+    def _given_up(self, running: dict[Any, Job]) -> dict[Job, LabError]:
+        """The jobs that no node has been there for; they are not `running` any more."""
+        there, now = self.ray.cluster_resources(), time.monotonic()
+        gone: dict[Job, LabError] = {}
+        for task, job in list(running.items()):
+            needed = TYPE + job.accelerator if job.accelerator else "GPU" if self.gpus else "CPU"
+            if there.get(needed):
+                self.absent.pop(needed, None)
+            elif now - self.absent.setdefault(needed, now) >= self.wait_s:
+                self.ray.cancel(task, force=True)
+                gone[running.pop(task)] = Unmet(f"no node with {needed} for {self.wait_s:g} s; start one, {GOES_ON}")
+        return gone
 
     def _start(self, job: Job) -> Any:
         self.tries[job] += 1

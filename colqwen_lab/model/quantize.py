@@ -30,6 +30,7 @@ from colqwen_lab.model.network import ColQwen3, is_text_linear
 from colqwen_lab.model.processing import PAD, pad_id
 from colqwen_lab.model.variants import VARIANTS, Variant, scheme_parts
 from colqwen_lab.model.weights import FolderSource, Source, default_source
+from colqwen_lab.records import sync
 from colqwen_lab.settings import cache_folder, in_use, is_file, writable_folder
 
 FORMATS = ("auto_round", "auto_gptq", "auto_awq")
@@ -112,10 +113,13 @@ def quantize(
                 "relative_error": {name: round(error, 6) for name, error in errors.items()},
             }
             (made / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            for path in (*made.rglob("*"), made):
+                sync(path)
             _check_free(folder, replace)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(made, folder)
+            sync(folder.parent)
     except Timeout:
         raise BadInput(f"another quantisation writes to {folder}; wait for it or name another folder") from None
     except (OSError, SafetensorError) as error:

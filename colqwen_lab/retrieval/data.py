@@ -208,6 +208,8 @@ def _vidore(name: str) -> Corpus:
         import datasets
     except ImportError:
         raise Unmet('ViDoRe needs the package datasets: `pip install -e ".[data]"`') from None
+    from huggingface_hub.utils import logging
+
     from colqwen_lab.model.pages import digest
 
     folder = is_folder(name)
@@ -222,6 +224,8 @@ def _vidore(name: str) -> Corpus:
     def subset(config: str) -> Any:
         return datasets.load_dataset(repository, config, split="test", revision=revision)
 
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # no line for each of its retries
     try:
         configs = datasets.get_dataset_config_names(repository, revision=revision)
         if set(configs) >= {"corpus", "queries", "qrels"}:
@@ -236,6 +240,8 @@ def _vidore(name: str) -> Corpus:
         raise Unmet(
             f"cannot get {repository}: {said}; where there is a network: `hf download --repo-type dataset {repository}`"
         ) from None
+    finally:
+        logging.set_verbosity(told)
 
 
 def _commit(repository: str) -> str | None:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError, model_validator
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.records import Backend, Environment, Rate, Value, append, neighbour, rate_of, replace
+from colqwen_lab.records import Backend, Environment, Rate, Value, append, neighbour, own_file, rate_of, replace
 from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.settings import writable_folder
 
@@ -94,6 +94,7 @@ def writing(path: Path, say: Callable[[str], object]) -> Iterator[Callable[[Sequ
     Raises:
         BadInput: the file is of something else, or cannot be written.
     """
+    path = own_file(path)
     writable_folder(path.parent)
     with ExitStack() as held:
         try:

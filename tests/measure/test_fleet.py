@@ -184,9 +184,10 @@ class PlayedRay:
             raise self.ended
         return self.ended
 
-    def run(self, path: Path, jobs: list[Job], lines: list[str] | None = None) -> list[Cell]:
+    def run(self, path: Path, jobs: list[Job], lines: list[str] | None = None, **options: Any) -> list[Cell]:
+        progress = (lines if lines is not None else []).append
         with Store(path, lambda cell: True) as store:
-            return Fleet(self, jobs, store, (lines if lines is not None else []).append, self.arrivals, gpus=1).run()
+            return Fleet(self, jobs, store, progress, self.arrivals, gpus=1, **options).run()
 
 
 def jobs_of(path: Path, *accelerators: str, **options: Any) -> list[Job]:
@@ -212,6 +213,31 @@ def test_a_job_whose_nodes_all_die_leaves_the_others(path: Path) -> None:
     with pytest.raises(Unmet, match=r"1 of 2 sweeps .*given up after 4 tries, the last ended by NodeDied"):
         ray.run(path, jobs_of(path, "", execution="fast,eager"))
     assert [(c.execution, c.batch_size) for c in read_cells(path)] == [("eager", 1), ("eager", 2), ("eager", 4)]
+
+
+def test_a_type_whose_only_node_stays_away_is_given_up_after_a_while(path: Path) -> None:
+    class Ray(PlayedRay):
+        """An A100 that is gone before its task starts; its tasks wait."""
+
+        cancelled: Any = None
+
+        def wait(self, tasks: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+            ready = [task for task in tasks if self.options[task.args[0] - 1]["accelerator_type"] == "L4"]
+            return super().wait(ready, timeout) if ready else ([], tasks)
+
+        def cancel(self, task: Any, force: bool) -> None:
+            self.cancelled = self.options[task.args[0] - 1]["accelerator_type"]
+
+    ray, lines = Ray(), []
+    ray.cluster_resources = lambda: {"CPU": 4.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
+    said = (
+        "1 of 2 sweeps .* A100 .*: no node with accelerator_type:A100 for 0.1 s; start one, .*the same command goes on"
+    )
+    with pytest.raises(Unmet, match=said) as error:
+        ray.run(path, jobs_of(path, "A100", "L4"), lines, wait_s=0.1)
+    assert "\n" not in str(error.value)
+    assert ray.cancelled == "A100"
+    assert [c.batch_size for c in read_cells(path)] == [1, 2, 4]
 
 
 def test_resume_keeps_the_rows_of_every_machine(path: Path) -> None:
@@ -347,9 +373,10 @@ def test_a_node_killed_in_the_middle(
 
     monkeypatch.setattr(Store, "add", add)
     slow = replace(QUICK, max_steps=10**6, min_s=2, max_s=2)  # so that the node is alive at the second row
-    options = OPTIONS | {"output": tmp_path / "fleet.jsonl", "backend": "torch", "patience": lambda workload: slow}
-    cells = on_ray("base,awq", "1,2", progress=lines.append, **options)
-    alone = in_turn(matrix("base,awq", "1,2", **options | {"output": tmp_path / "alone.jsonl"}), lambda line: None)
+    options = OPTIONS | {"output": tmp_path / "fleet.jsonl", "backend": "torch"}
+    cells = on_ray("base,awq", "1,2", progress=lines.append, **options | {"patience": lambda workload: slow})
+    here = {"output": tmp_path / "alone.jsonl", "isolated": False}
+    alone = in_turn(matrix("base,awq", "1,2", **options | here), lambda line: None)
     assert sum("it goes on elsewhere" in line for line in lines) == 1
     assert sum("kept" in line for line in lines) == 2
     assert Counter(keys(read_cells(tmp_path / "fleet.jsonl"))) == Counter(keys(alone)) == Counter(keys(cells))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 import weakref
 from collections import Counter
@@ -288,21 +286,18 @@ def test_other_weights_supersede(path: Path, base_folder: Path) -> None:
 
 def test_killed_in_its_middle_it_resumes(path: Path) -> None:
     batches = ",".join(map(str, range(1, 14)))
-    code = f"""
-from pathlib import Path
-from colqwen_lab.measure.clock import Patience
-from colqwen_lab.measure.sweep import request, sweep
-patience = Patience(min_steps=3, max_steps=3, min_s=0, max_s=0, max_warmup=1)
-sweep(request("base,awq", "{batches}", weights="random", output=Path({str(path)!r}), patience=patience, isolated=False))
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    asked = request("base,awq", batches, weights="random", output=path, patience=QUICK, isolated=False)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["colqwen_lab.measure.sweep"])
+    process = context.Process(target=sweep, args=(asked, str))
+    process.start()
     deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text().count("\n") >= 5):
-        assert process.poll() is None, "the sweep ended before it could be killed"
+        assert process.is_alive(), "the sweep ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     survived = read_cells(path)
     assert 5 <= len(survived) < 26
     assert not path.with_suffix(".result.json").exists()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -146,6 +147,20 @@ def test_a_second_one_into_the_same_folder_is_refused(
     quantize.quantize(source(), folder, asked, replace=True)
     with pytest.raises(BadInput, match="is not empty; name a new folder"):
         quantize.quantize(source(), folder, asked)
+
+
+def test_all_of_it_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []  # inodes, and 0 as it gets its name
+    folder, checkpoint, sync, rename = tmp_path / "made", packed("auto_round"), os.fsync, os.replace
+    monkeypatch.setattr(quantize, "_run_auto_round", lambda *asked: shutil.copytree(checkpoint, asked[-1] / "done"))
+    monkeypatch.setattr(os, "fsync", lambda opened: done.append(os.fstat(opened).st_ino) or sync(opened))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append(0) or rename(*names))
+    quantize.quantize(source(), folder, Recipe(samples=2, seqlen=8))
+    named = done.index(0)
+    assert {path.stat().st_ino for path in (folder, *folder.iterdir())} == set(done[:named])
+    assert done[named + 1 :] == [tmp_path.stat().st_ino]
 
 
 def test_cached_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

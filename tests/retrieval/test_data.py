@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,25 @@ def test_vidore_of_other_columns_or_not_here(tmp_path: Path) -> None:
         data.load(f"vidore:{folder}")
     with pytest.raises(Unmet, match="cannot get vidore/none"):
         data.load("vidore:none")
+
+
+def test_without_a_network_the_hub_s_retries_are_not_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = logging.getLogger("huggingface_hub.utils._http")
+
+    def unreached(*_: object, **__: object) -> None:
+        said.warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach it")
+
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.get_dataset_config_names", unreached)
+    monkeypatch.setattr(said, "handlers", [caplog.handler])
+    level = said.getEffectiveLevel()
+    with pytest.raises(Unmet, match="cannot get vidore/none: Couldn't reach it; where there is a network"):
+        data.load("vidore:none")
+    assert not caplog.records
+    assert said.getEffectiveLevel() == level
 
 
 def encoded(shown: int | Image.Image) -> dict[str, Any]:
