@@ -311,13 +311,15 @@ class Fast(nn.Module):
                         multiply(index, kind, x[kind])
 
             pool = torch.cuda.graph_pool_handle()
-            graphs = {kinds: _captured(partial(products_of, kinds), pool)[0] for kinds in AHEAD}
-            times: dict[tuple[str, ...], list[float]] = {kinds: [] for kinds in AHEAD}
+            right = all(_dequantised_alike(getattr(self.layers[0], kind), x[kind][0]) for kind in KINDS)
+            tried = AHEAD if right else ((),)
+            graphs = {kinds: _captured(partial(products_of, kinds), pool)[0] for kinds in tried}
+            times: dict[tuple[str, ...], list[float]] = {kinds: [] for kinds in tried}
             for _ in range(TIMED):
                 for kinds, graph in graphs.items():
                     times[kinds].append(_replayed_ms(graph))
             medians = {kinds: sorted(each)[TIMED // 2] for kinds, each in times.items()}
-            known = "+".join(next(kinds for kinds in AHEAD if medians[kinds] <= 1.01 * min(medians.values())))
+            known = "+".join(next(kinds for kinds in tried if medians[kinds] <= 1.01 * min(medians.values())))
             _remember({key: known})
         self.ahead[rows] = tuple(known.split("+")) if known else ()
         self.chosen[f"dequantised ahead x {rows}"] = known or "none"
@@ -354,6 +356,13 @@ def _fastest(
         except RuntimeError:  # it compiles, but this GPU does not launch it
             continue
     return min(times, key=lambda one: times[one])
+
+
+def _dequantised_alike(product: Product, x: Tensor) -> bool:
+    weight = x.new_empty(product.out_features, product.in_features)
+    product.dequantise(weight)
+    expected = product(x)
+    return bool((functional.linear(x, weight) - expected).norm() < SAME_RESULT * expected.norm())
 
 
 def _key(product: Product, rows: int) -> str:

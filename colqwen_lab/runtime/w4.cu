@@ -45,10 +45,10 @@ __device__ inline u32 rounded(float low, float high) {
 }
 
 // out [rows, out] = x [rows, in] times the weights. A cluster of SPLIT blocks multiplies 64 outputs, each a part of the
-// inputs, and each warp STEPS times 16 of that part: every code is read once, straight into registers, AHEAD steps before
-// it is needed; with PREFETCH all are asked into the L2 cache at the start. With GATED the
-// first half of the outputs is a gate, the second what it opens: out [rows, out / 2] is SiLU of one times the other.
-template <int INS, int OUTS, int TILES, int WARPS, int SPLIT, int AHEAD, int PREFETCH, int GATED, int AT_ONCE>
+// inputs, and each warp STEPS times 16 of that part: every code is read once, straight into registers, AHEAD steps
+// before it is needed. With GATED the first half of the outputs is a gate, the second what it opens: out is
+// [rows, out / 2], SiLU of one times the other.
+template <int INS, int OUTS, int TILES, int WARPS, int SPLIT, int AHEAD, int GATED, int AT_ONCE>
 __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(WARPS * 32, AT_ONCE)
 few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const char *__restrict__ x,
          u32 *__restrict__ out, int rows) {
@@ -69,10 +69,6 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
   for (int i = 0; i < AHEAD; i++)
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) ahead[i][b] = read_once(from + (i * ALL + b * APART) * 32);
-  if (PREFETCH)
-    for (int i = AHEAD + lane; i < STEPS; i += 32)
-      for (int b = 0; b < BLOCKS; b++)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], 512;" ::"l"(from - lane + (i * ALL + b * APART) * 32) : "memory");
 
   // A warp's own memory: a barrier, scales, then its rows of x and later its sums.
   const int share = max(rows * STRIDE, BLOCKS * rows * LINE * 4) + 127 & ~127;

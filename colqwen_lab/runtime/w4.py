@@ -27,7 +27,9 @@ POINTER, INT = ctypes.c_void_p, ctypes.c_int
 MOST_ROWS = 40
 SHARED_BYTES = 227 * 1024
 # Blocks that a product is cut into: enough for 132 multiprocessors, few enough to be there at once.
-FEWEST_BLOCKS, MOST_BLOCKS = 64, 400
+FEWEST_BLOCKS, MOST_BLOCKS = 64, 800
+# Steps of 16 inputs that a warp reads ahead, and the most that it is given: they are unrolled.
+AHEAD, MOST_STEPS = 4, 40
 DEQUANTISING_BLOCKS = 4096
 
 
@@ -49,8 +51,7 @@ class FewRows(KernelRuntime):
     """x [rows, in] times weights [out, in]: [rows, out]; of `gated`, [rows, out / 2], SiLU of one half times the other.
 
     A cluster of `split` blocks of `warps` warps multiplies 64 outputs (of `gated`, 64 of each half); a warp reads
-    `ahead` steps of 16 inputs ahead, with `prefetch` out of the L2 cache, into which all are asked at the start;
-    registers are shared out so that `at_once` blocks run on a multiprocessor.
+    `ahead` steps of 16 inputs ahead, and registers are shared out so that `at_once` blocks run on a multiprocessor.
     """
 
     name: ClassVar[str] = "few_rows"
@@ -60,7 +61,6 @@ class FewRows(KernelRuntime):
     warps: int
     split: int
     ahead: int
-    prefetch: bool
     gated: bool
     at_once: int
 
@@ -117,13 +117,13 @@ def shared_bytes(rows: int, ins: int, warps: int, split: int, gated: bool, **oth
 def few_rows_schedules(ins: int, outs: int, rows: int, gated: bool) -> Iterator[str]:
     """Ways to cut a product of so many rows, each to be timed."""
     tiles = -(-rows // 8)
-    for warps, split, ahead, prefetch in product((4, 8), (1, 2, 4, 8), (4, 8), (False, True)):
+    for warps, split in product((2, 4, 8), (1, 2, 4, 8)):
         blocks = outs // 64 // (2 if gated else 1) * split
         steps, rest = divmod(ins // 16, warps * split)
-        cut = {"tiles": tiles, "warps": warps, "split": split, "ahead": ahead, "prefetch": prefetch, "gated": gated}
+        cut = {"tiles": tiles, "warps": warps, "split": split, "ahead": AHEAD, "gated": gated}
         kernel: dict[str, Any] = {"ins": ins, "outs": outs, **cut, "at_once": 12 // warps if tiles < 4 else 1}
-        possible = rows <= MOST_ROWS and not rest and ahead <= steps and shared_bytes(rows, **kernel) <= SHARED_BYTES
-        if possible and FEWEST_BLOCKS <= blocks <= MOST_BLOCKS and not (gated and ahead == 8):
+        even = not rest and AHEAD <= steps <= MOST_STEPS and FEWEST_BLOCKS <= blocks <= MOST_BLOCKS
+        if rows <= MOST_ROWS and even and shared_bytes(rows, **kernel) <= SHARED_BYTES:
             yield json.dumps({"few_rows": kernel})
 
 
