@@ -349,6 +349,9 @@ class Sweep:
                 return
             if failure and not failure.ended:
                 lost[model] = failure
+            elif not failure:
+                batches = [batch for batch, wanted in todo.items() if any(entry.model == model for entry in wanted)]
+                attempt(lambda: self._worker(first).compile(batches), self.device)  # noqa: B023
         for batch, wanted in todo.items():
             store.add(self._lost_cell(entry, batch, lost[entry.model]) for entry in wanted if entry.model in lost)
             for cell in self._cells([entry for entry in wanted if entry.model not in lost], batch):

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -33,7 +33,7 @@ from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.weights import Source
 from colqwen_lab.records import Limits, Memory, Towers, Workload
 from colqwen_lab.runtime.execution import Steps
-from colqwen_lab.runtime.fast import load_fast
+from colqwen_lab.runtime.fast import bucket, load_fast
 from colqwen_lab.runtime.workloads import Batches
 
 # The longest that one answer may take: the load of a large model over a slow disk, or the compilation of a forward.
@@ -170,6 +170,13 @@ class Worker:
         step = self._steps([inputs], protocol)
         step()
         return step.output.embeddings[inputs["attention_mask"].bool()].float().cpu().numpy()
+
+    def compile(self, batch_sizes: Sequence[int]) -> None:
+        """Have the kernels that `fast` tries at these batch sizes compiled, all at once."""
+        fast = getattr(self.model.model, "fast", None)
+        if fast is not None and self.device.type == "cuda":
+            sizes = [(batch, self._batches(batch).workload.tokens) for batch in batch_sizes]
+            fast.compile([batch * bucket(tokens or 1) for batch, tokens in sizes])
 
     def chosen(self, rows: int) -> tuple[dict[str, int], dict[str, str]]:
         """What multiplies so many rows: the text linears of each kernel, and the schedules chosen among, by product."""

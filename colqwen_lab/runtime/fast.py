@@ -182,6 +182,7 @@ class Fast(nn.Module):
         self.graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
         self.pool: Any = None
         self.chosen: dict[str, str] = {}
+        self.candidates: dict[tuple[str, int], list[str]] = {}
         self.ahead: dict[int, tuple[str, ...]] = {}
 
     def engaged(self, rows: int = 0) -> dict[str, int]:
@@ -269,27 +270,41 @@ class Fast(nn.Module):
         self.graphs.clear()
         self.pool = None
 
+    def compile(self, every: Sequence[int]) -> None:
+        """Have the schedules to try for these numbers of rows compiled, all at once; or the one that is known."""
+        kinds = {kind: getattr(self.layers[0], kind) for kind in KINDS if getattr(self.layers[0], kind).tunable}
+        known = _remembered() if kinds else {}
+        wanted: dict[tuple[str, int], list[str]] = {}
+        for kind, product in kinds.items():
+            for rows in every:
+                if rows not in product.chosen and (kind, rows) not in self.candidates:
+                    key = _key(product, rows)
+                    wanted[kind, rows] = [known[key]] if key in known else product.schedules(rows)
+        pairs = [(at, schedule) for at, schedules in wanted.items() for schedule in schedules]
+        with ThreadPoolExecutor() as pool:
+            good = list(pool.map(lambda pair: kinds[pair[0][0]].compiles(pair[1]), pairs))
+        for (at, schedule), compiled_here in zip(pairs, good, strict=True):
+            if compiled_here or schedule == wanted[at][0]:
+                self.candidates.setdefault(at, []).append(schedule)
+
     def _tune(self, rows: int) -> None:
         """Time the schedules of each kind of product, over all layers so that weights come from afar; keep the best.
 
         The choice is kept in the cache folder for this GPU, and taken from there the next time.
         """
-        first = self.layers[0]
-        kinds = {kind: getattr(first, kind) for kind in KINDS if getattr(first, kind).tunable}
-        keys = {kind: _key(one, rows) for kind, one in kinds.items() if rows not in one.chosen}
-        remembered = _remembered() if keys else {}
-        found = {kind: remembered[key] for kind, key in keys.items() if key in remembered}
-        new = [kind for kind in keys if kind not in found]
-        with ThreadPoolExecutor() as pool:  # they compile at once
-            schedules = dict(zip(new, pool.map(lambda kind: kinds[kind].schedules(rows), new), strict=True))
-        for kind in keys:
+        self.compile([rows])
+        new = {}
+        for kind in [kind for kind in KINDS if (kind, rows) in self.candidates]:
             products = [getattr(layer, kind) for layer in self.layers]
-            gate = self.small(gated) if kinds[kind].gates else None
-            best = found.get(kind) or _fastest(products, rows, schedules[kind], self.parts[0].weight, gate)
+            gate = self.small(gated) if products[0].gates else None
+            schedules = self.candidates.pop((kind, rows))
+            best = schedules[0]
+            if len(schedules) > 1:
+                best = new[_key(products[0], rows)] = _fastest(products, rows, schedules, self.parts[0].weight, gate)
             for product in products:
                 product.chosen[rows] = best
             self.chosen[f"{kind} x {rows}"] = best
-        _remember({keys[kind]: self.chosen[f"{kind} x {rows}"] for kind in new})
+        _remember(new)
         if rows >= FEWEST_AHEAD and rows not in self.ahead and all(one.dequantises for one in self.products()):
             self._tune_ahead(rows)
 

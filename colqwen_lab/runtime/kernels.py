@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -60,8 +59,12 @@ class Product(nn.Module):
         self.chosen: dict[int, str] = {}
 
     def schedules(self, rows: int) -> list[str]:
-        """What may be chosen among for this many rows, where a kernel is `tunable`."""
+        """What may be chosen among for this many rows, where a kernel is `tunable`; the first is its own choice."""
         return []
+
+    def compiles(self, schedule: str) -> bool:
+        """Have a schedule compiled; false where this shape or this GPU does not take it."""
+        return True
 
     def kernel_for(self, rows: int) -> str:
         """The name of what multiplies this many rows."""
@@ -209,12 +212,10 @@ class Humming(Product):
         self.dequantises = whole and alike and _capability(qweight.device)[0] == 9
 
     def schedules(self, rows: int) -> list[str]:
-        """humming's own for this many rows, it with one thing changed, and `few_rows`: those that compile here."""
-        from humming.kernel.humming import HummingKernel
+        """humming's own for this many rows, it with one thing changed, and `few_rows`."""
         from humming.tune import get_heuristics_config
 
-        config, device = self.layer.humming_config, torch.cuda.current_device()
-        own = get_heuristics_config(config, rows, device=device)
+        own = get_heuristics_config(self.layer.humming_config, rows, device=torch.cuda.current_device())
         once = {"evict_weights_first": True}  # a forward reads them once; what it reads again stays in the cache
         changes: list[dict[str, Any]] = [{}, once]
         if rows <= FEW_ROWS:
@@ -230,18 +231,18 @@ class Humming(Product):
             from colqwen_lab.runtime import w4
 
             found += w4.few_rows_schedules(self.in_features, self.out_features, rows, self.gates)
+        return found
 
-        def compiles(schedule: str) -> bool:
-            try:
-                if self._own(schedule):
-                    return True
-                HummingKernel.prepare_kernels(config.to_str(), None, schedule, device)
-            except Exception:  # this shape or this GPU does not take it, which humming says in several ways
-                return schedule == found[0]
-            return True
+    def compiles(self, schedule: str) -> bool:
+        from humming.kernel.humming import HummingKernel
 
-        with ThreadPoolExecutor() as pool:
-            return [one for one, good in zip(found, pool.map(compiles, found), strict=True) if good]
+        try:
+            if not self._own(schedule):
+                config, device = self.layer.humming_config.to_str(), torch.cuda.current_device()
+                HummingKernel.prepare_kernels(config, None, schedule, device)
+        except Exception:  # which humming says in several ways
+            return False
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         schedule = self.chosen.get(x.shape[0])

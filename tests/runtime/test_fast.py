@@ -135,3 +135,24 @@ def test_what_it_does_not_do() -> None:
     assert all(type(product) is best for product in loaded.model.fast.products())
     as_torch = load_fast(random_source("base"), CPU, "torch")
     assert all(isinstance(product, Dense) for product in as_torch.model.fast.products())
+
+
+def test_schedules_of_every_number_of_rows_compile_at_once(
+    packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own is kept whatever the compiler says, others only where they compile; what is known is not tried anew."""
+    loaded = load_fast(FolderSource(packed("auto_round")), CPU, "int4")
+    model: Any = loaded.model.fast
+    product = type(model.layers[0].o)
+    monkeypatch.setattr(product, "tunable", True)
+    monkeypatch.setattr(product, "schedules", lambda self, rows: [f"own {rows}", f"bad {rows}", f"good {rows}"])
+    monkeypatch.setattr(product, "compiles", lambda self, schedule: schedule.startswith("good"))
+    monkeypatch.setattr("colqwen_lab.runtime.fast._key", lambda product, rows: f"{product.in_features} x {rows}")
+    monkeypatch.setattr(
+        "colqwen_lab.runtime.fast._remembered", lambda: {f"{model.layers[0].o.in_features} x 18": "known"}
+    )
+    model.layers[0].down.chosen[36] = "chosen"
+    model.compile([18, 36])
+    assert model.candidates["o", 18] == ["known"]
+    assert model.candidates["o", 36] == ["own 36", "good 36"]
+    assert ("down", 36) not in model.candidates
