@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model.loading import load
 from colqwen_lab.model.variants import resolve_variant
 from colqwen_lab.model.weights import FolderSource, Source, default_source
-from colqwen_lab.runtime.fast import bucket, load_fast, real_first
+from colqwen_lab.runtime.fast import KINDS, bucket, load_fast, real_first
 from colqwen_lab.runtime.kernels import Dense, dense_product
 
 CPU = torch.device("cpu")
@@ -135,6 +136,42 @@ def test_what_it_does_not_do() -> None:
     assert all(type(product) is best for product in loaded.model.fast.products())
     as_torch = load_fast(random_source("base"), CPU, "torch")
     assert all(isinstance(product, Dense) for product in as_torch.model.fast.products())
+
+
+class Streams:
+    """In the place of CUDA's streams: what is asked of them happens at once, on a CPU."""
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def wait_event(self, event: str) -> None:
+        assert event == "made"
+
+    def record_event(self) -> str:
+        return "made"
+
+
+@pytest.mark.parametrize("kinds", [("o",), ("qkv", "o"), KINDS])
+def test_weights_dequantised_ahead_multiply_as_packed_ones_do(
+    kinds: tuple[str, ...], packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_fast(FolderSource(packed("auto_round")), CPU, "int4")
+    model: Any = loaded.model.fast
+    made: list[int] = []
+
+    def dequantise(self: Any, weight: Tensor) -> None:
+        made.append(id(self))
+        weight.copy_(self(torch.eye(self.in_features, dtype=weight.dtype)).T)
+
+    monkeypatch.setattr(type(model.layers[0].o), "dequantise", dequantise)
+    for name, stub in {"current_stream": Streams, "current_device": int, "stream": nullcontext}.items():
+        monkeypatch.setattr(torch.cuda, name, stub if name == "stream" else lambda stub=stub: stub())
+    monkeypatch.setattr("colqwen_lab.runtime.fast._side_stream", lambda device, priority=-1: Streams())
+    inputs = padded([18, 17, 19], "left")
+    expected = real_rows(loaded.model, inputs, fast=True)
+    model.ahead = {3 * bucket(19): kinds}
+    assert least_cosine(real_rows(loaded.model, inputs, fast=True), expected) > 0.9995
+    assert len(made) == len(set(made)) == len(kinds) * len(model.layers)
 
 
 def test_schedules_of_every_number_of_rows_compile_at_once(
