@@ -104,7 +104,8 @@ class Card:
 class Crossover:
     """The smallest usable memory from which on base, at its largest batch, is at least as fast as awq at its own.
 
-    `nominal_bytes` is the card that surely has it. All are null where there is no crossover; `reason` says why.
+    By the medians; `open` is true where an interval leaves awq the chance to be faster. `nominal_bytes` is the card
+    that surely has it. All are null where there is no crossover; `reason` says why.
     """
 
     reason: str
@@ -114,6 +115,11 @@ class Crossover:
     base_items_per_s: float | None = None
     awq_batch_size: int | None = None
     awq_items_per_s: float | None = None
+    open: bool = False
+
+    @property
+    def as_fast(self) -> str:
+        return "at least as fast or not told apart" if self.open else "at least as fast"
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,9 @@ class Comparison:
         start, why = self.crossover.budget_bytes, self.crossover.reason
         at_least = f"From {_gib(start)} of usable memory on" if start else ""
         said.append(
-            f"{at_least} {base} is at least as fast, each at its largest batch" if start else f"No crossover: {why}"
+            f"{at_least} {base} is {self.crossover.as_fast}, each at its largest batch"
+            if start
+            else f"No crossover: {why}"
         )
         return ". ".join(said) + "."
 
@@ -396,22 +404,27 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
 def overheads(base: Series, awq: Series, told_apart: bool = True) -> Iterator[Overhead]:
     """The overhead at every batch that both measured. `told_apart` false: the machines differ, so no verdict."""
     for batch in sorted(base.rated.keys() & awq.rated.keys()):
-        a, b = base.rated[batch], awq.rated[batch]
-        before, after = rate(a), rate(b)
-        percent = 100 * (after / before - 1)
-        low, high = _interval(a.step_s, b.step_s) if told_apart else (None, None)
-        clear = told_apart and abs(percent) >= SAME_PERCENT and (low is None or high is None or low * high > 0)
-        verdict: Any = ("faster" if percent > 0 else "slower") if clear else "cannot tell"
-        yield Overhead(batch, before, after, percent, low, high, verdict)
+        yield overhead(base.rated[batch], awq.rated[batch], told_apart)
 
 
-def _interval(base_s: Sequence[float], awq_s: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % bootstrap interval of the overhead in percent, from the step times at one batch size."""
-    if min(len(base_s), len(awq_s)) < FEWEST_SAMPLES:
+def overhead(base: Cell, awq: Cell, told_apart: bool = True) -> Overhead:
+    """The overhead of one row against another, item by item: their batch sizes may differ."""
+    before, after = rate(base), rate(awq)
+    percent = 100 * (after / before - 1)
+    low, high = _interval(base, awq) if told_apart else (None, None)
+    clear = told_apart and abs(percent) >= SAME_PERCENT and (low is None or high is None or low * high > 0)
+    verdict: Any = ("faster" if percent > 0 else "slower") if clear else "cannot tell"
+    return Overhead(awq.batch_size, before, after, percent, low, high, verdict)
+
+
+def _interval(base: Cell, awq: Cell) -> tuple[float | None, float | None]:
+    """The 95 % bootstrap interval of the overhead in percent, from the step times."""
+    if min(len(base.step_s), len(awq.step_s)) < FEWEST_SAMPLES:
         return None, None
     draw = np.random.default_rng(SEED)
-    medians = [np.median(draw.choice(times, (RESAMPLES, len(times))), axis=1) for times in (base_s, awq_s)]
-    low, high = np.percentile(100 * (medians[0] / medians[1] - 1), [2.5, 97.5])
+    medians = [np.median(draw.choice(one.step_s, (RESAMPLES, len(one.step_s))), axis=1) for one in (base, awq)]
+    ratios = awq.batch_size / base.batch_size * medians[0] / medians[1]
+    low, high = np.percentile(100 * (ratios - 1), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -510,43 +523,52 @@ def find_crossover(base: Series, awq: Series, differing: Sequence[str] = ()) -> 
         return Crossover("the speeds were not recorded under one environment")
     if not all((base.rated, awq.rated, base.sized, awq.sized)):
         return Crossover("one side has no row with a rate and a peak")
-    found = None
+    found, row, unsure = None, None, False
     for need, ours, theirs in reversed(budgets(base, awq)):
-        if ours is None or not ours.items_per_s:
+        if ours is None or not ours.items_per_s or (theirs and not theirs.items_per_s):
             break
-        if theirs is not None and (not theirs.items_per_s or rate(ours) < rate(theirs)):
+        row = overhead(ours, theirs) if theirs else None
+        if row and row.overhead_percent > 0:
             break
+        unsure |= row is not None and row.high is not None and row.high > 0
         found = need, ours, theirs
     if found is None:
-        return Crossover(f"{awq.label} is the faster, each at its largest batch, even where every row fits")
+        faster = row is None or row.verdict == "faster"
+        what = f"{awq.label} is the faster" if faster else "the rates are not told apart"
+        return Crossover(f"{what}, each at its largest batch, even where every row fits")
     need, ours, theirs = found
-    there = (theirs.batch_size, rate(theirs)) if theirs else (None, None)
-    why = f"each at the largest batch whose peak and memory outside torch are within {mib(need)}"
-    return Crossover(why, need, math.ceil(need / USABLE_SHARE), ours.batch_size, rate(ours), *there)
+    return Crossover(
+        f"each at the largest batch whose peak and memory outside torch are within {mib(need)}",
+        budget_bytes=need,
+        nominal_bytes=math.ceil(need / USABLE_SHARE),
+        base_batch_size=ours.batch_size,
+        base_items_per_s=rate(ours),
+        awq_batch_size=theirs.batch_size if theirs else None,
+        awq_items_per_s=rate(theirs) if theirs else None,
+        open=unsure,
+    )
 
 
 def walk(base: Series, awq: Series) -> Iterator[Stretch]:
     """The budgets from the smallest need on, cut where another thing is to be said."""
     steps = []
     for need, ours, theirs in budgets(base, awq):
-        percent = None
-        if ours and theirs and ours.items_per_s and theirs.items_per_s:
-            percent = 100 * (rate(theirs) / rate(ours) - 1)
-        steps.append((_regime(ours, theirs, percent), need, percent))
+        row = overhead(ours, theirs) if ours and theirs and ours.items_per_s and theirs.items_per_s else None
+        steps.append((_regime(ours, theirs, row), need, row.overhead_percent if row else None))
     groups = [(regime, list(group)) for regime, group in groupby(steps, key=lambda step: step[0])]
     ends = [*(group[0][1] for _, group in groups[1:]), None]
     for (regime, group), end in zip(groups, ends, strict=False):
         yield Stretch(regime, group[0][1], end, tuple(percent for *_, percent in group if percent is not None))
 
 
-def _regime(ours: Cell | None, theirs: Cell | None, percent: float | None) -> str:
+def _regime(ours: Cell | None, theirs: Cell | None, row: Overhead | None) -> str:
     if ours is None:
         return "only awq"
     if theirs is None:
         return "only base"
-    if percent is None:
+    if row is None:
         return "no rates"
-    return "either" if abs(percent) < SAME_PERCENT else "awq faster" if percent > 0 else "base faster"
+    return {"faster": "awq faster", "slower": "base faster", "cannot tell": "either"}[row.verdict]
 
 
 # ---------------------------------------------------------------- what follows
@@ -570,6 +592,8 @@ def recommend(
     for stretch in stretches:
         if stretch.regime in said:
             use, what = said[stretch.regime]
+            if stretch.regime == "either" and max(map(abs, stretch.percents)) >= SAME_PERCENT:
+                what = "the rates are not told apart, each at its largest batch"
             till = f"of usable memory to {_gib(stretch.end_bytes)}" if stretch.end_bytes else "of usable memory on"
             by = f" ({span(stretch.percents, '+')} %)" if stretch.percents else ""
             yield Recommendation(

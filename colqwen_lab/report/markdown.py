@@ -166,7 +166,7 @@ def _crossover(comparison: Comparison) -> str:
     rate = _rate(found.base_items_per_s or 0, unit(comparison.base.first))
     return (
         f"From {mib(found.budget_bytes)} of usable memory on (a card of {mib(found.nominal_bytes)} nominal) {base}"
-        f" at its largest batch is at least as fast: {rate} at batch {found.base_batch_size}, {awq} {there}."
+        f" at its largest batch is {found.as_fast}: {rate} at batch {found.base_batch_size}, {awq} {there}."
     )
 
 

@@ -214,6 +214,25 @@ def test_interval_is_the_same_every_time_and_covers_the_truth() -> None:
     assert 25 <= covered <= 30
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_no_interval_tells_no_sentence_does(swapped: bool) -> None:
+    """Steps that differ wildly: neither is the faster, at no batch and under no budget."""
+    steps = [[0.05, 0.1] * 10, [0.045, 0.094] * 10]
+    sides = [
+        [cell(variant, 8, step_s=step_s, items_per_s=rate_of(step_s, 8))]
+        for variant, step_s in zip(("base", "awq"), reversed(steps) if swapped else steps, strict=True)
+    ]
+    found = versus(*sides)
+    assert found.overhead[0].verdict == "cannot tell"
+    assert (found.overhead[0].overhead_percent > 2) is not swapped
+    said = " ".join([found.verdict(), found.markdown(), *(one.sentence for one in found.recommendations)])
+    assert "faster" not in said
+    assert "slower" not in said
+    assert "the rates are not told apart, each at its largest batch (" in said
+    what = "base is at least as fast or not told apart" if swapped else "No crossover: the rates are not told apart"
+    assert what in found.verdict()
+
+
 def test_no_interval_below_six_samples() -> None:
     few = timed("base", 8, 0.05)
     few = few.model_copy(update={"step_s": few.step_s[:5]})
