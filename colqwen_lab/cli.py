@@ -146,7 +146,7 @@ def plan(
 @app.command()
 def compare(
     base: Annotated[str, typer.Argument(help="A records file that holds BASE, or the word published.")],
-    awq: Annotated[str, typer.Argument(help="A records file that holds the quantised model, or published.")],
+    awq: Annotated[str, typer.Argument(help="One that holds the quantised model; else the same.")] = "",
     card: Annotated[list[str], typer.Option("--card", help="GB, or a GPU's name; several times.")] = ["8,12,16,24"],  # noqa: B006
     markdown: Annotated[str, typer.Option(help="Write the report to this file.")] = "",
     as_json: Json = False,

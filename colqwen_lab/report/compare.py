@@ -19,9 +19,9 @@ from colqwen_lab.cards import OUTSIDE_TORCH_BYTES, USABLE_SHARE, Fit, fit_of, ne
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import GIB, Cell, Memory, published_cells
 from colqwen_lab.report.series import (
-    CRITERIA,
     Results,
     Series,
+    eight_bit,
     html_table,
     mib,
     pick,
@@ -267,7 +267,7 @@ class Comparison:
 class SideBySide:
     """Comparisons by where they were measured: a device, and what else tells them apart. Never one series of several.
 
-    `left_out` are places where there is one side only.
+    `left_out` is what stands in none of them.
     """
 
     comparisons: dict[str, Comparison]
@@ -305,7 +305,8 @@ class SideBySide:
     def plot(self, kind: str = "throughput", **options: Any) -> Figure:
         """All series in one figure, each its own line: kinds as of `Results`."""
         both = [series for one in self.comparisons.values() for series in (one.base, one.awq)]
-        return Results(tuple(cell for series in both for cell in series.cells)).plot(kind, **options)
+        cells = {id(cell): cell for series in both for cell in series.cells}
+        return Results(tuple(cells.values())).plot(kind, **options)
 
     def __repr__(self) -> str:
         return "\n".join(f"{where}: {one!r}" for where, one in self.comparisons.items())
@@ -332,12 +333,10 @@ def _on_device(where: str, series: Series) -> dict[str, Any]:
     }
 
 
-#: What two rows must share to stand in one comparison. Kernels and weights are the variants' own.
-PLACE = ("device", "size", "workload", "execution", "protocol")
-
-
 def by_place(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> Comparison | SideBySide:
-    """`awq` held against `base`: at each place that both were measured at, where either was measured at several.
+    """`awq` held against `base` wherever both were measured, and each of several models or kernels there on its own.
+
+    A place is a device, size, workload, execution and protocol.
 
     Raises:
         BadInput: as of `compare`.
@@ -347,20 +346,31 @@ def by_place(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> 
     shared = [place for place in every if place in both[0] and place in both[1]]
     if len(every) > 1:  # a model alone in a file that is on both sides would be held against itself
         shared = [at for at in shared if both[0][at] != both[1][at] or len(both[0][at].variants) > 1]
-    if not shared or len(every) == 1:
+    if not shared:
         return compare(base, awq, cards)
-    varied = [at for at in range(len(PLACE)) if at == 0 or len({place[at] for place in every}) > 1]
+    varied = [at for at in range(len(every[0])) if at == 0 or len({place[at] for place in every}) > 1]
     names = {place: ", ".join(place[at] for at in varied) for place in every}
-    return SideBySide(
-        {names[place]: compare(both[0][place], both[1][place], cards) for place in shared},
-        tuple(f"{names[place]}: nothing to compare with there." for place in every if place not in shared),
-    )
+    pairs, left_out = {}, [f"{names[at]}: nothing to compare with there." for at in every if at not in shared]
+    for place in shared:
+        sides = both[0][place], both[1][place]
+        series = [one for one in sides[0].series() if one.variant == "base"]
+        plain = [one for one in series if not eight_bit(one.first)]
+        others = [one for one in sides[1].series() if one.variant != "base"]
+        if len(plain) == 1 and others:
+            left_out += [f"{names[place]}: {one.label}, a way of base's own." for one in series if one is not plain[0]]
+            for one in others:
+                name = f"{names[place]}, {one.label}" if len(others) > 1 else names[place]
+                pairs[name] = Results(plain[0].cells), Results(one.cells)
+        else:
+            pairs[names[place]] = sides
+    found = {name: compare(*sides, cards) for name, sides in pairs.items()}
+    return SideBySide(found, tuple(left_out)) if len(every) > 1 or len(found) > 1 else next(iter(found.values()))
 
 
 def _places(results: Results) -> dict[tuple[str, ...], Results]:
     found: dict[tuple[str, ...], list[Cell]] = {}
     for cell in results:
-        found.setdefault(tuple(CRITERIA[name](cell) for name in PLACE), []).append(cell)
+        found.setdefault((cell.environment.device, *cell.settings()), []).append(cell)
     return {place: Results(tuple(cells)) for place, cells in found.items()}
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -507,3 +508,23 @@ def test_one_device_is_a_comparison_as_ever() -> None:
 def test_settings_that_differ_stand_side_by_side_too() -> None:
     both = Results(tuple(cell(v, 8, execution=e) for e in ("eager", "fast") for v in ("base", "awq")))
     assert [where.split(", ")[-1] for where in by_place(both, both).comparisons] == ["eager", "fast"]
+
+
+def test_budgets_and_kernels_stand_side_by_side_and_8_bit_base_is_no_base() -> None:
+    root = Path(__file__).parents[2] / "outputs"
+    results = Results.load(root / "h100" / "ways.jsonl")
+    found = by_place(results, results)
+    gpu = "NVIDIA H100 80GB HBM3"
+    ways = ["eager, published", "eager, lean", "fast, lean, awq (tritonv2)", "fast, lean, awq (auto)"]
+    assert list(found.comparisons) == [f"{gpu}, {way}" for way in ways]
+    assert found.left_out == (f"{gpu}, fast, lean: base (fp8), a way of base's own.",)
+    assert {one.base.first.backend.requested for one in found.comparisons.values()} == {"auto"}
+    assert len(found.plot().axes[0].containers) == 7
+    pages = Results.load(root / "h100" / "pages.jsonl")
+    assert len(by_place(pages, pages).comparisons) == 3
+
+
+def test_several_models_stand_side_by_side() -> None:
+    both = Results(tuple(cell(variant, 8) for variant in ("base", "awq", "W8A16")))
+    there = "NVIDIA A100-SXM4-40GB"
+    assert list(by_place(both, both).comparisons) == [f"{there}, awq", f"{there}, W8A16"]
