@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -115,7 +115,7 @@ class Crossover:
     base_items_per_s: float | None = None
     awq_batch_size: int | None = None
     awq_items_per_s: float | None = None
-    open: bool = False
+    open: bool = field(default=False, repr=False)
 
     @property
     def as_fast(self) -> str:
