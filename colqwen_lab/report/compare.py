@@ -393,16 +393,17 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
         first, second = Series(f"{first.label} (A)", first.cells), Series(f"{second.label} (B)", second.cells)
     differing = machines_differ(first, second)
     overhead = tuple(overheads(first, second, told_apart=not differing))
-    crossover = find_crossover(first, second, differing)
+    held = tuple(on_card(first, second, gb, told_apart=not differing) for gb in cards)
+    everywhere = fit_everywhere(first, second, held)
     memory = tuple(savings(first, second))
-    speeds = ((), ()) if differing else (overhead, tuple(walk(first, second)))
+    speeds = ((), ()) if differing else (overhead, () if everywhere else tuple(walk(first, second)))
     return Comparison(
         base=first,
         awq=second,
         overhead=overhead,
         memory=memory,
-        cards=tuple(on_card(first, second, gb, told_apart=not differing) for gb in cards),
-        crossover=crossover,
+        cards=held,
+        crossover=Crossover(everywhere) if everywhere else find_crossover(first, second, differing),
         recommendations=tuple(recommend(first, second, memory, *speeds)),
         caveats=tuple(caveats(first, second, differing)),
     )
@@ -512,6 +513,15 @@ def _card_notes(series: Series, verdicts: dict[int, Fit], largest: Cell) -> Iter
     yield from (f"batch {cell.batch_size} {cell.status} on {cell.environment.device}" for cell in lost)
     if not above and not lost:
         yield "larger not measured"
+
+
+def fit_everywhere(base: Series, awq: Series, cards: Sequence[Card]) -> str:
+    """Why cards and budgets say nothing of models this small; empty where they do."""
+    peaks = [peak(cell) for series in (base, awq) for cell in series.sized.values()]
+    lost = base.lost or awq.lost
+    if not peaks or not cards or lost or max(peaks) > min(card.nominal_bytes for card in cards) / 100:
+        return ""
+    return f"no batch peaks above {mib(max(peaks))}, which every card holds with more than 99 % to spare"
 
 
 def largest_within(series: Series, usable_bytes: int) -> Cell | None:

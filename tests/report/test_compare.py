@@ -390,7 +390,7 @@ def test_card_must_be_a_budget(gb: float) -> None:
 
 rows = st.dictionaries(
     st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]),
-    st.tuples(st.floats(1, 2000), st.integers(100 * MIB, 30 * GIB)),
+    st.tuples(st.floats(1, 2000), st.integers(700 * MIB, 30 * GIB)),
     min_size=1,
     max_size=6,
 )
@@ -435,6 +435,18 @@ def test_crossover_agrees_with_the_cards(base: dict[int, Any], awq: dict[int, An
     before = on_card(found.base, found.awq, (start - 1) / GIB)
     holds = before.base.verdict == "fits" and (before.awq.verdict != "fits" or (before.ratio or 2) <= 1)
     assert not holds
+
+
+def test_cards_and_budgets_say_nothing_of_models_that_every_card_holds() -> None:
+    small = [[cell(variant, 8, peak=peak * MIB)] for variant, peak in (("base", 20), ("awq", 10))]
+    found = versus(*small, cards=(8, 12))
+    why = "no batch peaks above 20 MiB, which every card holds with more than 99 % to spare"
+    assert f"No crossover: {why}." in found.verdict()
+    assert f"They say nothing of models this small: {why}." in found.markdown()
+    assert "### 8 GB" not in found.markdown()
+    assert not any("usable memory" in one.sentence for one in found.recommendations)
+    assert [card.base.verdict for card in found.cards] == ["fits", "fits"]
+    assert "### 1 GB" in versus(*small, cards=(1, 12)).markdown()
 
 
 def test_base_that_is_always_overtaken_has_no_crossover() -> None:
