@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from colqwen_lab.cards import OUTSIDE_TORCH_BYTES, Gpu, gpu_of, outside_bytes
 from colqwen_lab.records import MIB, Cell, Memory, Work
-from colqwen_lab.report.series import Results, eight_bit, rounded
+from colqwen_lab.report.series import Results, conditions, eight_bit, rounded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -230,8 +230,7 @@ def ledger_plot(cells: Sequence[Cell]) -> Figure:
     from colqwen_lab.report import plots
 
     colours = [*(c for c, _ in plots.FIXED.values()), *(c for c, _ in plots.FREE), "#999999", "#882255", "#FFFFFF"]
-    figure = plots.Plot(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = plots.framed("What a peak is made of", conditions(cells))
     names = [f"{cell.variant} {cell.batch_size}\n{cell.protocol}" for cell in cells]
     base = [0.0] * len(names)
     for (group, starts), colour in zip(GROUPS.items(), colours, strict=False):
@@ -242,8 +241,6 @@ def ledger_plot(cells: Sequence[Cell]) -> Figure:
             axes.bar(names, sizes, bottom=base, label=group, color=colour, width=0.6, hatch=hatch)
             base = [b + s for b, s in zip(base, sizes, strict=True)]
     axes.set_ylabel("memory, MiB")
-    where = {f"{cell.origin}, {cell.size}, {cell.environment.device}" for cell in cells}
-    axes.set_title(f"What a peak is made of\n{'; '.join(sorted(where))}", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
