@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import colqwen_lab as lab
 from colqwen_lab import cli
-from colqwen_lab.records import published_report
+from colqwen_lab.records import published_cells, published_report
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +112,19 @@ def test_one_file_of_two_models_is_enough(monkeypatch: pytest.MonkeyPatch, capsy
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
     assert "## Comparison at the same batch size" in shown[0]
+
+
+def test_a_terminal_obeys_no_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = published_cells()
+    odd = first.model_copy(update={"reason": "\x1b[31mred\x9b\u202e", "status": "failed"})
+    results = lab.Results((odd, *others))
+    monkeypatch.setattr(lab, "sweep", lambda *_, **__: results)
+    assert run(monkeypatch, "sweep") == 0
+    out = capsys.readouterr().out
+    assert "[31mred" in out
+    assert out.count("\n") == 1 + len(results)
+    for shown in (out, repr(results)):
+        assert all(one.isprintable() or one == "\n" for one in shown)
 
 
 def test_sweep_then_compare(

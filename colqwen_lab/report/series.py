@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.errors import BadInput, one_of, printable
 from colqwen_lab.records import MIB, Cell, read_cells, write_cells
 from colqwen_lab.settings import writable_folder
 
@@ -184,7 +184,8 @@ class Results:
         return plots.KINDS[one_of("plot", kind, plots.KINDS)](self.series(), **options)
 
     def __repr__(self) -> str:
-        return "\n".join([f"{len(self)} cells, {', '.join(self.variants) or 'no variant'}", *map(line, self.cells)])
+        head = f"{len(self)} cells, {', '.join(self.variants) or 'no variant'}"
+        return printable("\n".join([head, *map(line, self.cells)]))
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(conditions(self.cells))}</p>" + html_table(self.table())
