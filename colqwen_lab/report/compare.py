@@ -175,7 +175,7 @@ class Comparison:
         said = []
         if percents := [row.saving_percent for row in self.memory]:
             said.append(f"At the same batch {awq} saves {span(percents)} % of {base}'s peak memory")
-        if speeds := [f"{what} at {_batches(rows)}" for what, rows in _by_verdict(self.overhead).items()]:
+        if speeds := [f"{what} at {batches_of(rows)}" for what, rows in by_verdict(self.overhead).items()]:
             said.append(f"Speed of {awq}: {'; '.join(speeds)}")
         start, why = self.crossover.budget_bytes, self.crossover.reason
         at_least = f"From {_gib(start)} of usable memory on" if start else ""
@@ -600,7 +600,7 @@ def recommend(
     """When to use which, each from the figures alone. By budget, by batch, and by the time of a step."""
     a, b = base.label, awq.label
     if saving := [row for row in memory if row.saving_percent > 0]:
-        sentence = f"{b} saves {span(row.saving_percent for row in saving)} % of the peak at {_batches(saving)}."
+        sentence = f"{b} saves {span(row.saving_percent for row in saving)} % of the peak at {batches_of(saving)}."
         yield Recommendation("awq", sentence, f"1 - its peak / {a}'s, at every batch that both measured")
     said: dict[str, tuple[Any, str]] = {
         "only awq": ("awq", f"{b} fits, {a} does not"),
@@ -622,11 +622,11 @@ def recommend(
                 "the largest measured batch of either whose peak and memory outside torch are within the budget",
             )
     uses: dict[str, Any] = {"slower": "base", "faster": "awq"}
-    for verdict, rows in _by_verdict(overhead).items():
+    for verdict, rows in by_verdict(overhead).items():
         percents = span([row.overhead_percent for row in rows], "+")
-        sentence = f"At the same batch {b} is {verdict} at {_batches(rows)} ({percents} %)."
+        sentence = f"At the same batch {b} is {verdict} at {batches_of(rows)} ({percents} %)."
         if verdict == "cannot tell":
-            sentence = f"At the same batch the rates are not told apart at {_batches(rows)} ({percents} %)."
+            sentence = f"At the same batch the rates are not told apart at {batches_of(rows)} ({percents} %)."
         yield Recommendation(
             uses.get(verdict, "either"), sentence, f"its rate / {a}'s - 1, at every batch that both measured"
         )
@@ -718,14 +718,16 @@ def interval(row: Overhead) -> str:
     return "" if row.low is None or row.high is None else f"[{row.low:+.1f} to {row.high:+.1f}]"
 
 
-def _by_verdict(overhead: Sequence[Overhead]) -> dict[str, list[Overhead]]:
-    found = {
-        verdict: [row for row in overhead if row.verdict == verdict] for verdict in ("slower", "faster", "cannot tell")
-    }
-    return {verdict: rows for verdict, rows in found.items() if rows}
+def by_verdict(overhead: Iterable[Overhead]) -> dict[str, list[Overhead]]:
+    """The rows of each verdict, in the order in which a verdict first comes."""
+    found: dict[str, list[Overhead]] = {}
+    for row in overhead:
+        found.setdefault(row.verdict, []).append(row)
+    return found
 
 
-def _batches(rows: Sequence[Overhead] | Sequence[Saving]) -> str:
+def batches_of(rows: Sequence[Overhead] | Sequence[Saving]) -> str:
+    """`batch 8, 16`."""
     return "batch " + ", ".join(str(row.batch_size) for row in rows)
 
 
