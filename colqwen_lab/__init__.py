@@ -3,8 +3,8 @@
     import colqwen_lab as lab
     results = lab.sweep("base,awq")      # measure, one row a batch size, kept in outputs/
     results.table(), results.plot()
-    lab.compare(results, results)        # overhead, memory, cards, recommendations
-    lab.compare("published", "published")
+    lab.compare(results)                 # overhead, memory, cards, recommendations
+    lab.compare("published")
 
 Importing it, and everything that works from records alone, starts without torch.
 """
@@ -151,16 +151,16 @@ def load(source: str | Path) -> Results:
 @checked
 def compare(
     base: str | Path | Results = "published",
-    awq: str | Path | Results = "published",
+    awq: str | Path | Results = "",
     cards: str | Sequence[float] = (8, 12, 16, 24),
 ) -> Comparison | SideBySide:
     """Overhead and memory saving at every shared batch, card scenarios, crossover and recommendations.
 
-    Of files with several devices, sizes, workloads, executions or protocols one comparison each, side by side.
+    Of files with several devices, sizes, workloads, executions, protocols, models or kernels one each, side by side.
 
     Args:
         base: results or a records file that holds BASE, or `published`.
-        awq: results or a records file that holds the quantised model; may be the same.
+        awq: results or a records file that holds the quantised model; by default the same.
         cards: memory budgets in GB, [8, 12] or "8,12".
 
     Raises:
@@ -172,7 +172,10 @@ def compare(
     for value in (base, awq):
         if not isinstance(value, (str, Path, Results)):
             raise BadInput(f"{value!r} is no records; valid: results, a records file, or the word published")
-    first, second = (value if isinstance(value, Results) else load(value) for value in (base, awq))
+    first = base if isinstance(base, Results) else load(base)
+    if awq == "" and len(first.variants) == 1:
+        raise BadInput(f"only {first.variants[0]} is in there; valid: records of two models, or a second file")
+    second = first if awq == "" else awq if isinstance(awq, Results) else load(awq)
     return run(first, second, card_budgets(cards))
 
 

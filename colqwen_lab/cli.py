@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import colqwen_lab as lab
-from colqwen_lab.errors import BadInput, LabError
+from colqwen_lab.errors import BadInput, LabError, printable
 
 app = typer.Typer(
     help="What a quantised ColQwen3 costs and buys on your GPU.",
@@ -106,7 +106,7 @@ def sweep(
         accelerator=",".join(accelerator),
         address=address,
     )
-    typer.echo(results.table().to_string())
+    _show(results.table().to_string())
     if not any(cell.status == "ok" for cell in results):
         raise lab.Unmet("no cell could be measured; the rows say why")
 
@@ -138,15 +138,13 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.to_dict(), indent=1))
     else:
-        typer.echo(
-            "\n\n".join(frame.to_string(index=False) for frame in (made.table(), made.card_table()) if len(frame))
-        )
+        _show(*(frame.to_string(index=False) for frame in (made.table(), made.card_table()) if len(frame)))
 
 
 @app.command()
 def compare(
     base: Annotated[str, typer.Argument(help="A records file that holds BASE, or the word published.")],
-    awq: Annotated[str, typer.Argument(help="A records file that holds the quantised model, or published.")],
+    awq: Annotated[str, typer.Argument(help="One that holds the quantised model; else the same.")] = "",
     card: Annotated[list[str], typer.Option("--card", help="GB, or a GPU's name; several times.")] = ["8,12,16,24"],  # noqa: B006
     markdown: Annotated[str, typer.Option(help="Write the report to this file.")] = "",
     as_json: Json = False,
@@ -198,7 +196,7 @@ def fidelity(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:
-        typer.echo(f"{found.table().to_string(index=False)}\n\n{found.verdict()}")
+        _show(found.table().to_string(index=False), found.verdict())
 
 
 @app.command()
@@ -229,6 +227,11 @@ def train_tiny(
 
     record = train.train_tiny(Path(output), seed, progress=lambda line: typer.echo(line, err=True))
     typer.echo(json.dumps(record, indent=1))
+
+
+def _show(*blocks: str) -> None:
+    """Print texts made of records, without what a terminal would obey."""
+    typer.echo(printable("\n\n".join(blocks)))
 
 
 def main() -> None:

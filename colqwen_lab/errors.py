@@ -35,9 +35,14 @@ def scrubbed(text: str) -> str:
     return text
 
 
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey; the ends of its lines stay."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text)
+
+
 def plain(text: str) -> str:
     """`text` on one line, without what a terminal would obey."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "", " ".join(text.split()))
+    return printable(" ".join(text.split()))
 
 
 def shown(text: str) -> str:

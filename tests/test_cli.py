@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import colqwen_lab as lab
 from colqwen_lab import cli
-from colqwen_lab.records import published_report
+from colqwen_lab.records import published_cells, published_report
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +48,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("fidelity --data nope", "valid: generated, vidore:NAME, or a folder"),
         ("fidelity --margin 0", "valid: above 0 and below 1"),
         ("fidelity --weights random", "random weights say nothing of retrieval"),
-        ("compare published", "Missing argument"),
+        ("compare", "Missing argument"),
+        ("compare outputs/h200/card-8.jsonl", "only awq is in there; valid: records of two models, or a second file"),
         ("compare none.jsonl published", "no records file none.jsonl"),
         ("compare LICENSE published", "is not a record"),
         ("compare published published --card x", "valid: memory in GB above 0, or a GPU's name"),
@@ -101,6 +103,28 @@ def test_compare_published_is_the_report_s_table(
     assert (saving[8], saving[256]) == (59.4, 50.0)
     twelve = next(card for card in document["cards"] if card["card_gb"] == 12)
     assert (twelve["base"]["batch_size"], twelve["base"]["items_per_s"]) == (256, 966.0)
+
+
+def test_one_file_of_two_models_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for arguments in (("published",), ("published", "published")):
+        assert run(monkeypatch, "compare", *arguments) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "## Comparison at the same batch size" in shown[0]
+
+
+def test_a_terminal_obeys_no_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = published_cells()
+    odd = first.model_copy(update={"reason": "\x1b[31mred\x9b\u202e", "status": "failed"})
+    results = lab.Results((odd, *others))
+    monkeypatch.setattr(lab, "sweep", lambda *_, **__: results)
+    assert run(monkeypatch, "sweep") == 0
+    out = capsys.readouterr().out
+    assert "[31mred" in out
+    assert out.count("\n") == 1 + len(results)
+    for shown in (out, repr(results)):
+        assert all(one.isprintable() or one == "\n" for one in shown)
 
 
 def test_sweep_then_compare(

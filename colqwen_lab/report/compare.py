@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,9 +19,9 @@ from colqwen_lab.cards import OUTSIDE_TORCH_BYTES, USABLE_SHARE, Fit, fit_of, ne
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import GIB, Cell, Memory, published_cells
 from colqwen_lab.report.series import (
-    CRITERIA,
     Results,
     Series,
+    eight_bit,
     html_table,
     mib,
     pick,
@@ -104,7 +104,8 @@ class Card:
 class Crossover:
     """The smallest usable memory from which on base, at its largest batch, is at least as fast as awq at its own.
 
-    `nominal_bytes` is the card that surely has it. All are null where there is no crossover; `reason` says why.
+    By the medians; `open` is true where an interval leaves awq the chance to be faster. `nominal_bytes` is the card
+    that surely has it. All are null where there is no crossover; `reason` says why.
     """
 
     reason: str
@@ -114,6 +115,11 @@ class Crossover:
     base_items_per_s: float | None = None
     awq_batch_size: int | None = None
     awq_items_per_s: float | None = None
+    open: bool = field(default=False, repr=False)
+
+    @property
+    def as_fast(self) -> str:
+        return "at least as fast or not told apart" if self.open else "at least as fast"
 
 
 @dataclass(frozen=True)
@@ -169,12 +175,14 @@ class Comparison:
         said = []
         if percents := [row.saving_percent for row in self.memory]:
             said.append(f"At the same batch {awq} saves {span(percents)} % of {base}'s peak memory")
-        if speeds := [f"{what} at {_batches(rows)}" for what, rows in _by_verdict(self.overhead).items()]:
+        if speeds := [f"{what} at {batches_of(rows)}" for what, rows in by_verdict(self.overhead).items()]:
             said.append(f"Speed of {awq}: {'; '.join(speeds)}")
         start, why = self.crossover.budget_bytes, self.crossover.reason
         at_least = f"From {_gib(start)} of usable memory on" if start else ""
         said.append(
-            f"{at_least} {base} is at least as fast, each at its largest batch" if start else f"No crossover: {why}"
+            f"{at_least} {base} is {self.crossover.as_fast}, each at its largest batch"
+            if start
+            else f"No crossover: {why}"
         )
         return ". ".join(said) + "."
 
@@ -259,7 +267,7 @@ class Comparison:
 class SideBySide:
     """Comparisons by where they were measured: a device, and what else tells them apart. Never one series of several.
 
-    `left_out` are places where there is one side only.
+    `left_out` is what stands in none of them.
     """
 
     comparisons: dict[str, Comparison]
@@ -297,7 +305,8 @@ class SideBySide:
     def plot(self, kind: str = "throughput", **options: Any) -> Figure:
         """All series in one figure, each its own line: kinds as of `Results`."""
         both = [series for one in self.comparisons.values() for series in (one.base, one.awq)]
-        return Results(tuple(cell for series in both for cell in series.cells)).plot(kind, **options)
+        cells = {id(cell): cell for series in both for cell in series.cells}
+        return Results(tuple(cells.values())).plot(kind, **options)
 
     def __repr__(self) -> str:
         return "\n".join(f"{where}: {one!r}" for where, one in self.comparisons.items())
@@ -324,12 +333,10 @@ def _on_device(where: str, series: Series) -> dict[str, Any]:
     }
 
 
-#: What two rows must share to stand in one comparison. Kernels and weights are the variants' own.
-PLACE = ("device", "size", "workload", "execution", "protocol")
-
-
 def by_place(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> Comparison | SideBySide:
-    """`awq` held against `base`: at each place that both were measured at, where either was measured at several.
+    """`awq` held against `base` wherever both were measured, and each of several models or kernels there on its own.
+
+    A place is a device, size, workload, execution and protocol.
 
     Raises:
         BadInput: as of `compare`.
@@ -339,20 +346,31 @@ def by_place(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> 
     shared = [place for place in every if place in both[0] and place in both[1]]
     if len(every) > 1:  # a model alone in a file that is on both sides would be held against itself
         shared = [at for at in shared if both[0][at] != both[1][at] or len(both[0][at].variants) > 1]
-    if not shared or len(every) == 1:
+    if not shared:
         return compare(base, awq, cards)
-    varied = [at for at in range(len(PLACE)) if at == 0 or len({place[at] for place in every}) > 1]
+    varied = [at for at in range(len(every[0])) if at == 0 or len({place[at] for place in every}) > 1]
     names = {place: ", ".join(place[at] for at in varied) for place in every}
-    return SideBySide(
-        {names[place]: compare(both[0][place], both[1][place], cards) for place in shared},
-        tuple(f"{names[place]}: nothing to compare with there." for place in every if place not in shared),
-    )
+    pairs, left_out = {}, [f"{names[at]}: nothing to compare with there." for at in every if at not in shared]
+    for place in shared:
+        sides = both[0][place], both[1][place]
+        series = [one for one in sides[0].series() if one.variant == "base"]
+        plain = [one for one in series if not eight_bit(one.first)]
+        others = [one for one in sides[1].series() if one.variant != "base"]
+        if len(plain) == 1 and others:
+            left_out += [f"{names[place]}: {one.label}, a way of base's own." for one in series if one is not plain[0]]
+            for one in others:
+                name = f"{names[place]}, {one.label}" if len(others) > 1 else names[place]
+                pairs[name] = Results(plain[0].cells), Results(one.cells)
+        else:
+            pairs[names[place]] = sides
+    found = {name: compare(*sides, cards) for name, sides in pairs.items()}
+    return SideBySide(found, tuple(left_out)) if len(every) > 1 or len(found) > 1 else next(iter(found.values()))
 
 
 def _places(results: Results) -> dict[tuple[str, ...], Results]:
     found: dict[tuple[str, ...], list[Cell]] = {}
     for cell in results:
-        found.setdefault(tuple(CRITERIA[name](cell) for name in PLACE), []).append(cell)
+        found.setdefault((cell.environment.device, *cell.settings()), []).append(cell)
     return {place: Results(tuple(cells)) for place, cells in found.items()}
 
 
@@ -375,16 +393,17 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
         first, second = Series(f"{first.label} (A)", first.cells), Series(f"{second.label} (B)", second.cells)
     differing = machines_differ(first, second)
     overhead = tuple(overheads(first, second, told_apart=not differing))
-    crossover = find_crossover(first, second, differing)
+    held = tuple(on_card(first, second, gb, told_apart=not differing) for gb in cards)
+    everywhere = fit_everywhere(first, second, held)
     memory = tuple(savings(first, second))
-    speeds = ((), ()) if differing else (overhead, tuple(walk(first, second)))
+    speeds = ((), ()) if differing else (overhead, () if everywhere else tuple(walk(first, second)))
     return Comparison(
         base=first,
         awq=second,
         overhead=overhead,
         memory=memory,
-        cards=tuple(on_card(first, second, gb, told_apart=not differing) for gb in cards),
-        crossover=crossover,
+        cards=held,
+        crossover=Crossover(everywhere) if everywhere else find_crossover(first, second, differing),
         recommendations=tuple(recommend(first, second, memory, *speeds)),
         caveats=tuple(caveats(first, second, differing)),
     )
@@ -396,22 +415,27 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
 def overheads(base: Series, awq: Series, told_apart: bool = True) -> Iterator[Overhead]:
     """The overhead at every batch that both measured. `told_apart` false: the machines differ, so no verdict."""
     for batch in sorted(base.rated.keys() & awq.rated.keys()):
-        a, b = base.rated[batch], awq.rated[batch]
-        before, after = rate(a), rate(b)
-        percent = 100 * (after / before - 1)
-        low, high = _interval(a.step_s, b.step_s) if told_apart else (None, None)
-        clear = told_apart and abs(percent) >= SAME_PERCENT and (low is None or high is None or low * high > 0)
-        verdict: Any = ("faster" if percent > 0 else "slower") if clear else "cannot tell"
-        yield Overhead(batch, before, after, percent, low, high, verdict)
+        yield overhead(base.rated[batch], awq.rated[batch], told_apart)
 
 
-def _interval(base_s: Sequence[float], awq_s: Sequence[float]) -> tuple[float | None, float | None]:
-    """The 95 % bootstrap interval of the overhead in percent, from the step times at one batch size."""
-    if min(len(base_s), len(awq_s)) < FEWEST_SAMPLES:
+def overhead(base: Cell, awq: Cell, told_apart: bool = True) -> Overhead:
+    """The overhead of one row against another, item by item: their batch sizes may differ."""
+    before, after = rate(base), rate(awq)
+    percent = 100 * (after / before - 1)
+    low, high = _interval(base, awq) if told_apart else (None, None)
+    clear = told_apart and abs(percent) >= SAME_PERCENT and (low is None or high is None or low * high > 0)
+    verdict: Any = ("faster" if percent > 0 else "slower") if clear else "cannot tell"
+    return Overhead(awq.batch_size, before, after, percent, low, high, verdict)
+
+
+def _interval(base: Cell, awq: Cell) -> tuple[float | None, float | None]:
+    """The 95 % bootstrap interval of the overhead in percent, from the step times."""
+    if min(len(base.step_s), len(awq.step_s)) < FEWEST_SAMPLES:
         return None, None
     draw = np.random.default_rng(SEED)
-    medians = [np.median(draw.choice(times, (RESAMPLES, len(times))), axis=1) for times in (base_s, awq_s)]
-    low, high = np.percentile(100 * (medians[0] / medians[1] - 1), [2.5, 97.5])
+    medians = [np.median(draw.choice(one.step_s, (RESAMPLES, len(one.step_s))), axis=1) for one in (base, awq)]
+    ratios = awq.batch_size / base.batch_size * medians[0] / medians[1]
+    low, high = np.percentile(100 * (ratios - 1), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -491,6 +515,15 @@ def _card_notes(series: Series, verdicts: dict[int, Fit], largest: Cell) -> Iter
         yield "larger not measured"
 
 
+def fit_everywhere(base: Series, awq: Series, cards: Sequence[Card]) -> str:
+    """Why cards and budgets say nothing of models this small; empty where they do."""
+    peaks = [peak(cell) for series in (base, awq) for cell in series.sized.values()]
+    lost = base.lost or awq.lost
+    if not peaks or not cards or lost or max(peaks) > min(card.nominal_bytes for card in cards) / 100:
+        return ""
+    return f"no batch peaks above {mib(max(peaks))}, which every card holds with more than 99 % to spare"
+
+
 def largest_within(series: Series, usable_bytes: int) -> Cell | None:
     """The row with the largest batch whose need, at the worst, is within `usable_bytes`."""
     rows = [cell for cell in series.sized.values() if need_bytes(memory_of(cell))[1] <= usable_bytes]
@@ -510,43 +543,52 @@ def find_crossover(base: Series, awq: Series, differing: Sequence[str] = ()) -> 
         return Crossover("the speeds were not recorded under one environment")
     if not all((base.rated, awq.rated, base.sized, awq.sized)):
         return Crossover("one side has no row with a rate and a peak")
-    found = None
+    found, row, unsure = None, None, False
     for need, ours, theirs in reversed(budgets(base, awq)):
-        if ours is None or not ours.items_per_s:
+        if ours is None or not ours.items_per_s or (theirs and not theirs.items_per_s):
             break
-        if theirs is not None and (not theirs.items_per_s or rate(ours) < rate(theirs)):
+        row = overhead(ours, theirs) if theirs else None
+        if row and row.overhead_percent > 0:
             break
+        unsure |= row is not None and row.high is not None and row.high > 0
         found = need, ours, theirs
     if found is None:
-        return Crossover(f"{awq.label} is the faster, each at its largest batch, even where every row fits")
+        faster = row is None or row.verdict == "faster"
+        what = f"{awq.label} is the faster" if faster else "the rates are not told apart"
+        return Crossover(f"{what}, each at its largest batch, even where every row fits")
     need, ours, theirs = found
-    there = (theirs.batch_size, rate(theirs)) if theirs else (None, None)
-    why = f"each at the largest batch whose peak and memory outside torch are within {mib(need)}"
-    return Crossover(why, need, math.ceil(need / USABLE_SHARE), ours.batch_size, rate(ours), *there)
+    return Crossover(
+        f"each at the largest batch whose peak and memory outside torch are within {mib(need)}",
+        budget_bytes=need,
+        nominal_bytes=math.ceil(need / USABLE_SHARE),
+        base_batch_size=ours.batch_size,
+        base_items_per_s=rate(ours),
+        awq_batch_size=theirs.batch_size if theirs else None,
+        awq_items_per_s=rate(theirs) if theirs else None,
+        open=unsure,
+    )
 
 
 def walk(base: Series, awq: Series) -> Iterator[Stretch]:
     """The budgets from the smallest need on, cut where another thing is to be said."""
     steps = []
     for need, ours, theirs in budgets(base, awq):
-        percent = None
-        if ours and theirs and ours.items_per_s and theirs.items_per_s:
-            percent = 100 * (rate(theirs) / rate(ours) - 1)
-        steps.append((_regime(ours, theirs, percent), need, percent))
+        row = overhead(ours, theirs) if ours and theirs and ours.items_per_s and theirs.items_per_s else None
+        steps.append((_regime(ours, theirs, row), need, row.overhead_percent if row else None))
     groups = [(regime, list(group)) for regime, group in groupby(steps, key=lambda step: step[0])]
     ends = [*(group[0][1] for _, group in groups[1:]), None]
     for (regime, group), end in zip(groups, ends, strict=False):
         yield Stretch(regime, group[0][1], end, tuple(percent for *_, percent in group if percent is not None))
 
 
-def _regime(ours: Cell | None, theirs: Cell | None, percent: float | None) -> str:
+def _regime(ours: Cell | None, theirs: Cell | None, row: Overhead | None) -> str:
     if ours is None:
         return "only awq"
     if theirs is None:
         return "only base"
-    if percent is None:
+    if row is None:
         return "no rates"
-    return "either" if abs(percent) < SAME_PERCENT else "awq faster" if percent > 0 else "base faster"
+    return {"faster": "awq faster", "slower": "base faster", "cannot tell": "either"}[row.verdict]
 
 
 # ---------------------------------------------------------------- what follows
@@ -558,7 +600,7 @@ def recommend(
     """When to use which, each from the figures alone. By budget, by batch, and by the time of a step."""
     a, b = base.label, awq.label
     if saving := [row for row in memory if row.saving_percent > 0]:
-        sentence = f"{b} saves {span(row.saving_percent for row in saving)} % of the peak at {_batches(saving)}."
+        sentence = f"{b} saves {span(row.saving_percent for row in saving)} % of the peak at {batches_of(saving)}."
         yield Recommendation("awq", sentence, f"1 - its peak / {a}'s, at every batch that both measured")
     said: dict[str, tuple[Any, str]] = {
         "only awq": ("awq", f"{b} fits, {a} does not"),
@@ -570,6 +612,8 @@ def recommend(
     for stretch in stretches:
         if stretch.regime in said:
             use, what = said[stretch.regime]
+            if stretch.regime == "either" and max(map(abs, stretch.percents)) >= SAME_PERCENT:
+                what = "the rates are not told apart, each at its largest batch"
             till = f"of usable memory to {_gib(stretch.end_bytes)}" if stretch.end_bytes else "of usable memory on"
             by = f" ({span(stretch.percents, '+')} %)" if stretch.percents else ""
             yield Recommendation(
@@ -578,11 +622,11 @@ def recommend(
                 "the largest measured batch of either whose peak and memory outside torch are within the budget",
             )
     uses: dict[str, Any] = {"slower": "base", "faster": "awq"}
-    for verdict, rows in _by_verdict(overhead).items():
+    for verdict, rows in by_verdict(overhead).items():
         percents = span([row.overhead_percent for row in rows], "+")
-        sentence = f"At the same batch {b} is {verdict} at {_batches(rows)} ({percents} %)."
+        sentence = f"At the same batch {b} is {verdict} at {batches_of(rows)} ({percents} %)."
         if verdict == "cannot tell":
-            sentence = f"At the same batch the rates are not told apart at {_batches(rows)} ({percents} %)."
+            sentence = f"At the same batch the rates are not told apart at {batches_of(rows)} ({percents} %)."
         yield Recommendation(
             uses.get(verdict, "either"), sentence, f"its rate / {a}'s - 1, at every batch that both measured"
         )
@@ -674,14 +718,16 @@ def interval(row: Overhead) -> str:
     return "" if row.low is None or row.high is None else f"[{row.low:+.1f} to {row.high:+.1f}]"
 
 
-def _by_verdict(overhead: Sequence[Overhead]) -> dict[str, list[Overhead]]:
-    found = {
-        verdict: [row for row in overhead if row.verdict == verdict] for verdict in ("slower", "faster", "cannot tell")
-    }
-    return {verdict: rows for verdict, rows in found.items() if rows}
+def by_verdict(overhead: Iterable[Overhead]) -> dict[str, list[Overhead]]:
+    """The rows of each verdict, in the order in which a verdict first comes."""
+    found: dict[str, list[Overhead]] = {}
+    for row in overhead:
+        found.setdefault(row.verdict, []).append(row)
+    return found
 
 
-def _batches(rows: Sequence[Overhead] | Sequence[Saving]) -> str:
+def batches_of(rows: Sequence[Overhead] | Sequence[Saving]) -> str:
+    """`batch 8, 16`."""
     return "batch " + ", ".join(str(row.batch_size) for row in rows)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import MIB
 from colqwen_lab.report.compare import RESAMPLES, SEED, peak, rate
-from colqwen_lab.report.series import Results, html_table, rounded
+from colqwen_lab.report.series import Results, device, html_table, rounded
 from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.retrieval.record import Fidelity, read
 
@@ -250,8 +250,7 @@ class Fidelities:
     def conditions(self) -> str:
         """Where the figures come from, for titles."""
         first = self.base
-        device = first.environment.device
-        parts = [device if first.environment.gpu or "CPU" in device else f"CPU {device}", first.size, first.data]
+        parts = [device(first.environment), first.size, first.data]
         parts += [f"{len(first.query_ids)} queries, {first.pages} pages"]
         parts += [f"{first.refused} left out"] if first.refused else []
         parts += ["untrained weights"] if "untrained" in first.weights else []

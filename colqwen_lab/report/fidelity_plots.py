@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from colqwen_lab.records import MIB
-from colqwen_lab.report.plots import FIXED, FREE, Plot
+from colqwen_lab.report.plots import FIXED, FREE, Plot, framed, spread
 from colqwen_lab.retrieval.record import Fidelity
 
 if TYPE_CHECKING:
@@ -21,21 +21,17 @@ if TYPE_CHECKING:
 #: Pages shown of each ranking, and the width in pixels that each is drawn at.
 SHOWN, THUMBNAIL = 5, 130
 ANSWERS, DOES_NOT = "#009E73", "0.75"
+#: What a label on its side takes of the width of a figure.
+LABEL = 0.03
 
 
-def _axes(found: Fidelities, title: str, height: float) -> tuple[Figure, Axes]:
-    figure = Plot(figsize=(7.5, height), layout="constrained")
-    axes = figure.add_subplot()
-    figure.suptitle(title, fontsize=12)
-    axes.set_title(found.conditions(), fontsize=8, color="0.3", wrap=True)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def _conditions(found: Fidelities) -> str:
+    return f"measured · {found.conditions()} · budget {found.base.visual_tokens} visual tokens"
 
 
 def frontier(found: Fidelities, metric: str = "nDCG@5") -> Figure:
     """The loss in `metric` over the bytes of the weights, with its interval; tuned and plainly rounded models apart."""
-    figure, axes = _axes(found, f"What is lost of {metric} over what the weights take", 4.6)
+    figure, axes = framed(f"What is lost of {metric} over what the weights take", _conditions(found), 5.2)
     axes.axhspan(-found.margin, found.margin, color="0.88", label=f"±{found.margin:g}: the margin")
     best = found.frontier(metric)
     axes.plot(
@@ -47,54 +43,65 @@ def frontier(found: Fidelities, metric: str = "nDCG@5") -> Figure:
         label="frontier: nothing smaller is as good",
         zorder=1,
     )
-    named = [one for one in sorted(found.records, key=lambda one: one.weights_bytes) if one.iters != 0]
+    tops = {}
     for record in found.records:
         row = found.loss(record, metric)
         plain = record.iters == 0
         colour, marker = FIXED["base"] if record is found.base else FREE[3] if plain else FIXED["awq"]
-        ends = [row.difference if end is None else end for end in (row.low, row.high)]
-        spread = [[max(0, row.difference - ends[0])], [max(0, ends[1] - row.difference)]]
+        bars = spread(row.difference, row.low, row.high)
         at = record.weights_bytes / MIB
-        axes.errorbar(at, row.difference, yerr=spread, color=colour, marker=marker, capsize=3)
+        axes.errorbar(at, row.difference, [[end] for end in bars], color=colour, marker=marker, capsize=3)
         if not plain:
-            # In turn above and below, for groups of 32 and of 128 lie side by side.
-            above = named.index(record) % 2 == 0
-            axes.annotate(
-                record.label,
-                (at, ends[above]),
-                xytext=(0, 5 if above else -5),
-                textcoords="offset points",
-                rotation=90,
-                ha="center",
-                va="bottom" if above else "top",
-                fontsize=8,
-                color=colour,
-            )
+            tops[at, row.difference + bars[1]] = record.label, colour
     kinds = {one.iters == 0 for one in found.others}
     others = [("tuned by AutoRound", FIXED["awq"], False in kinds), ("rounded plainly", FREE[3], True in kinds)]
     for name, (colour, marker), there in [("base", FIXED["base"], True), *others]:
         if there:
             axes.plot([], [], color=colour, marker=marker, linestyle="", label=name)
-    axes.margins(x=0.08, y=0.22)
+    axes.margins(x=0.08, y=0.1)
+    _name(axes, tops)
     axes.set_xlabel("weights, MiB")
     axes.set_ylabel(f"{metric}, difference to base")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
+
+
+def _name(axes: Axes, tops: dict[tuple[float, float], tuple[str, str]]) -> None:
+    """Label the points in a row above them all, side by side, each with a line to the upper end of its interval."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.45 * (high - low))
+    left, right = axes.get_xlim()
+    slots: list[float] = []
+    for at, _ in sorted(tops):
+        slots.append(max([(at - left) / (right - left), *(slot + LABEL for slot in slots[-1:])]))
+    for nth, point in enumerate(sorted(tops)):
+        label, colour = tops[point]
+        axes.annotate(
+            label,
+            point,
+            (min(slots[nth], 0.98 - LABEL * (len(slots) - 1 - nth)), 0.8),
+            textcoords="axes fraction",
+            rotation=90,
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.7, "shrinkB": 0},
+        )
 
 
 def metrics(found: Fidelities, label: str = "") -> Figure:
     """Every metric's difference to BASE with its interval; a filled marker is told apart from zero."""
     record = found.pick(label)
     rows = found.all_losses(record)[::-1]
-    figure, axes = _axes(found, f"{record.label} against base, metric by metric", 3.8)
+    figure, axes = framed(f"{record.label} against base, metric by metric", _conditions(found), 3.8)
     colour, marker = FIXED["awq"]
     axes.axvspan(-found.margin, found.margin, color="0.88", label=f"±{found.margin:g}: the margin")
     axes.axvline(0, color="0.3", linewidth=1)
     for place, row in enumerate(rows):
-        ends = [row.difference if end is None else end for end in (row.low, row.high)]
-        spread = [[max(0, row.difference - ends[0])], [max(0, ends[1] - row.difference)]]
+        bars = [[end] for end in spread(row.difference, row.low, row.high)]
         face = colour if row.verdict in ("worse", "better") else "white"
-        axes.errorbar(row.difference, place, xerr=spread, color=colour, marker=marker, mfc=face, capsize=3)
+        axes.errorbar(row.difference, place, xerr=bars, color=colour, marker=marker, mfc=face, capsize=3)
     axes.set_yticks(range(len(rows)), [row.metric for row in rows])
     axes.set_xlabel("difference to base, mean over queries, 95 % interval")
     axes.legend(frameon=False, fontsize=8)
@@ -112,7 +119,8 @@ def pictures(found: Fidelities, corpus: Corpus, query: int, record: Fidelity, wh
     figure = Plot(figsize=(6.4, 4.3), layout="constrained")
     before, after = (one.values["nDCG@5"][query] for one in (found.base, record))
     said = f"nDCG@5 {before:.2f} to {after:.2f}"
-    figure.suptitle(f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n{said}", fontsize=10)
+    said = f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n{record.label} against base, {said}"
+    figure.suptitle(f"{said}\n{textwrap.fill(_conditions(found), 90)}", fontsize=9)
     grid = figure.subplots(2, shown, squeeze=False)
     for row, one in zip(grid, (found.base, record), strict=True):
         row[0].set_ylabel(one.label)

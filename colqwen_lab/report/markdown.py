@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from colqwen_lab.errors import plain
 from colqwen_lab.records import Cell
+from colqwen_lab.report.compare import fit_everywhere
 from colqwen_lab.report.series import Series, conditions, kernels, mib, short, unit
 
 if TYPE_CHECKING:
@@ -120,6 +121,9 @@ def _figures(series: Series, batch: int) -> list[str | None]:
 
 
 def _cards(comparison: Comparison) -> Iterator[str]:
+    if said := fit_everywhere(comparison.base, comparison.awq, comparison.cards):
+        yield f"They say nothing of models this small: {said}."
+        return
     headers = ["Model", "Verdict", "Largest batch", "Throughput", "Peak memory", "Headroom", "Note"]
     for card in comparison.cards:
         yield f"### {card.card_gb:g} GB"
@@ -166,7 +170,7 @@ def _crossover(comparison: Comparison) -> str:
     rate = _rate(found.base_items_per_s or 0, unit(comparison.base.first))
     return (
         f"From {mib(found.budget_bytes)} of usable memory on (a card of {mib(found.nominal_bytes)} nominal) {base}"
-        f" at its largest batch is at least as fast: {rate} at batch {found.base_batch_size}, {awq} {there}."
+        f" at its largest batch is {found.as_fast}: {rate} at batch {found.base_batch_size}, {awq} {there}."
     )
 
 

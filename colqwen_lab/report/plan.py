@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from colqwen_lab.cards import OUTSIDE_TORCH_BYTES, Gpu, gpu_of, outside_bytes
-from colqwen_lab.records import MIB, Cell, Memory, Work
-from colqwen_lab.report.series import Results, eight_bit, rounded
+from colqwen_lab.records import MIB, Cell, Work
+from colqwen_lab.report.compare import memory_of
+from colqwen_lab.report.series import Results, conditions, eight_bit, in_mib, rounded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,9 +67,9 @@ class Plan:
                 "variant": cell.variant,
                 "batch": cell.batch_size,
                 "tokens": cell.workload.tokens,
-                "weights MiB": _mib(_memory(cell).weights_bytes),
-                "peak MiB": _mib(_memory(cell).peak_bytes),
-                "reserved MiB": _mib(_memory(cell).reserved_bytes),
+                "weights MiB": in_mib(memory_of(cell).weights_bytes),
+                "peak MiB": in_mib(memory_of(cell).peak_bytes),
+                "reserved MiB": in_mib(memory_of(cell).reserved_bytes),
                 "GFLOP a step": rounded(cell.work.flops / 1e9) if cell.work else None,
             }
             for cell in self.results
@@ -86,14 +87,14 @@ class Plan:
         rows = [
             {
                 "card": card.card,
-                "usable MiB": _mib(card.usable_bytes),
+                "usable MiB": in_mib(card.usable_bytes),
                 "variant": card.variant,
                 "verdict": card.verdict,
                 "largest batch": card.batch_size,
                 "with 5 % margin": card.safe_batch_size,
-                "peak MiB": _mib(card.peak_bytes),
-                "must reserve MiB": _mib(card.least_reserved_bytes),
-                "headroom MiB": _mib(card.headroom_bytes),
+                "peak MiB": in_mib(card.peak_bytes),
+                "must reserve MiB": in_mib(card.least_reserved_bytes),
+                "headroom MiB": in_mib(card.headroom_bytes),
                 "binds": card.binds,
             }
             for card in self.cards
@@ -128,17 +129,8 @@ class Plan:
         return self.table().to_html(index=False) + self.card_table().to_html(index=False)
 
 
-def _memory(cell: Cell) -> Memory:
-    assert cell.memory is not None
-    return cell.memory
-
-
-def _mib(amount_bytes: int | None) -> float | None:
-    return None if amount_bytes is None else round(amount_bytes / MIB, 1 if abs(amount_bytes) > 100 * MIB else 3)
-
-
 def _cell_dict(cell: Cell) -> dict[str, Any]:
-    memory = _memory(cell)
+    memory = memory_of(cell)
     work = {"flops": cell.work.flops, "least_bytes": cell.work.least_bytes} if cell.work else {}
     return {
         "batch_size": cell.batch_size,
@@ -186,7 +178,7 @@ def explained(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> Res
     for cell, twin in zip(measured, predicted, strict=True):
         if cell.memory is None:
             continue
-        parts = cell.memory.ledger or (_memory(twin).ledger if twin else None) or {}
+        parts = cell.memory.ledger or (memory_of(twin).ledger if twin else None) or {}
         rest = cell.memory.peak_bytes - sum(parts.values())
         ledger = parts | ({UNEXPLAINED: rest} if rest else {})
         memory = cell.memory.model_copy(update={"ledger": ledger})
@@ -198,7 +190,7 @@ def _outside(cell: Cell) -> dict[str, int]:
     """The line of a ledger beyond the peak: measured on a GPU, else the assumption; nothing on a CPU."""
     if cell.environment.gpu is None:
         return {}
-    found = outside_bytes(_memory(cell))
+    found = outside_bytes(memory_of(cell))
     return {"outside torch, assumed": OUTSIDE_TORCH_BYTES[1]} if found is None else {"outside torch, measured": found}
 
 
@@ -211,7 +203,7 @@ def ledger_table(cells: Iterable[Cell]) -> pd.DataFrame:
 
     columns = {}
     for cell in cells:
-        memory, outside = _memory(cell), _outside(cell)
+        memory, outside = memory_of(cell), _outside(cell)
         parts = memory.ledger or {UNEXPLAINED: memory.peak_bytes}
         beyond = outside | ({"on the card": memory.peak_bytes + sum(outside.values())} if outside else {})
         name = f"{cell.variant} {cell.batch_size} ({cell.protocol})"
@@ -230,20 +222,17 @@ def ledger_plot(cells: Sequence[Cell]) -> Figure:
     from colqwen_lab.report import plots
 
     colours = [*(c for c, _ in plots.FIXED.values()), *(c for c, _ in plots.FREE), "#999999", "#882255", "#FFFFFF"]
-    figure = plots.Plot(figsize=(7.5, 4.6), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = plots.framed("What a peak is made of", conditions(cells))
     names = [f"{cell.variant} {cell.batch_size}\n{cell.protocol}" for cell in cells]
     base = [0.0] * len(names)
     for (group, starts), colour in zip(GROUPS.items(), colours, strict=False):
-        parts = [(_memory(cell).ledger or {}) | _outside(cell) for cell in cells]
+        parts = [(memory_of(cell).ledger or {}) | _outside(cell) for cell in cells]
         sizes = [sum(size for part, size in one.items() if part.startswith(starts)) / MIB for one in parts]
         if any(sizes):
             hatch = "///" if group == "outside torch" else None
             axes.bar(names, sizes, bottom=base, label=group, color=colour, width=0.6, hatch=hatch)
             base = [b + s for b, s in zip(base, sizes, strict=True)]
     axes.set_ylabel("memory, MiB")
-    where = {f"{cell.origin}, {cell.size}, {cell.environment.device}" for cell in cells}
-    axes.set_title(f"What a peak is made of\n{'; '.join(sorted(where))}", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
@@ -260,15 +249,15 @@ def beside(measured: Iterable[Cell], predicted: Iterable[Cell | None]) -> pd.Dat
     for cell, twin in zip(measured, predicted, strict=True):
         if cell.memory is None:
             continue
-        guess = _memory(twin).peak_bytes if twin else None
+        guess = memory_of(twin).peak_bytes if twin else None
         limit, limit_from = limit_of(cell, twin.work if twin else None)
         rate = cell.items_per_s.median if cell.items_per_s else None
         rows.append(
             {
                 "variant": cell.variant,
                 "batch": cell.batch_size,
-                f"{cell.origin} MiB": _mib(cell.memory.peak_bytes),
-                "predicted MiB": _mib(guess),
+                f"{cell.origin} MiB": in_mib(cell.memory.peak_bytes),
+                "predicted MiB": in_mib(guess),
                 "error %": None if guess is None else round(100 * (guess / cell.memory.peak_bytes - 1), 2),
                 "items/s": rounded(rate),
                 "limit items/s": rounded(limit),

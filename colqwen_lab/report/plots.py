@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
@@ -28,6 +30,7 @@ from colqwen_lab.settings import writable_folder
 
 FIXED = {"base": ("#0072B2", "o"), "awq": ("#D55E00", "s")}
 FREE = (("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (2, 5)), (0, (8, 2, 1, 2, 1, 2)))
 #: A card this many times above the largest peak would squash the plot.
 OUT_OF_REACH = 20
 DPI = 120
@@ -58,10 +61,9 @@ def throughput(series: Sequence[Series]) -> Figure:
     for one, style in _styles(series):
         rows = list(one.rated.values())
         rates = [cell.items_per_s for cell in rows if cell.items_per_s]
-        low = [r.median - (r.median if r.low is None else r.low) for r in rates]
-        high = [(r.median if r.high is None else r.high) - r.median for r in rates]
+        bars = np.reshape([spread(r.median, r.low, r.high) for r in rates], (-1, 2)).T
         batches = [cell.batch_size for cell in rows]
-        axes.errorbar(batches, [r.median for r in rates], yerr=[low, high], capsize=3, **style)
+        axes.errorbar(batches, [r.median for r in rates], yerr=bars, capsize=3, **style)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(_unit(series))
     _batch_axis(axes, series)
@@ -76,15 +78,9 @@ def overhead(comparison: Comparison) -> Figure:
         title = f"Not a comparison (conditions differ):\n{title}"
     figure, axes = _axes(both, title)
     style = _styles(both)[1][1]
-    axes.axhspan(-SAME_PERCENT, SAME_PERCENT, color="0.85", label=f"±{SAME_PERCENT:g} %: not told apart")
-    axes.axhline(0, color="0.3", linewidth=1)
+    _zero(axes)
     rows = comparison.overhead
-    values = [row.overhead_percent for row in rows]
-    low = [row.overhead_percent - (row.overhead_percent if row.low is None else row.low) for row in rows]
-    high = [(row.overhead_percent if row.high is None else row.high) - row.overhead_percent for row in rows]
-    # A percentile interval may leave the estimate just outside when the samples are few.
-    spread = [[max(0.0, value) for value in side] for side in (low, high)]
-    axes.errorbar([row.batch_size for row in rows], values, yerr=spread, capsize=3, **style | {"mfc": "white"})
+    _overheads(axes, rows, **style | {"mfc": "white"})
     told = [row for row in rows if row.verdict != "cannot tell"]
     axes.plot(
         [row.batch_size for row in told],
@@ -113,14 +109,9 @@ def overhead(comparison: Comparison) -> Figure:
 def overhead_lines(series: Sequence[Series], lines: Mapping[str, Sequence[Overhead]]) -> Figure:
     """Several overheads of one run over the batch size, a line each, with their intervals."""
     figure, axes = _axes(series, "Overhead at the same batch size, way by way")
-    axes.axhspan(-SAME_PERCENT, SAME_PERCENT, color="0.85", label=f"±{SAME_PERCENT:g} %: not told apart")
-    axes.axhline(0, color="0.3", linewidth=1)
+    _zero(axes)
     for (name, rows), (colour, marker) in zip(lines.items(), (*FIXED.values(), *FREE), strict=False):
-        values = [row.overhead_percent for row in rows]
-        low = [max(0.0, row.overhead_percent - (row.low or row.overhead_percent)) for row in rows]
-        high = [max(0.0, (row.high or row.overhead_percent) - row.overhead_percent) for row in rows]
-        style: dict[str, Any] = {"color": colour, "marker": marker, "label": name, "capsize": 3}
-        axes.errorbar([row.batch_size for row in rows], values, yerr=[low, high], **style)
+        _overheads(axes, rows, color=colour, marker=marker, label=name)
     axes.set_ylabel(f"difference in {_unit(series)}, % (negative = slower)")
     _batch_axis(axes, series)
     return _legend(figure, axes)
@@ -251,15 +242,39 @@ def save(figure: Figure, stem: str, folder: str | Path) -> list[Path]:
 # ---------------------------------------------------------------- parts
 
 
-def _axes(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
-    figure = Plot(figsize=(7.5, 4.6), layout="constrained")
+def framed(title: str, conditions: str, height: float = 4.6) -> tuple[Figure, Axes]:
+    """A figure with its title, and below that where its figures come from."""
+    figure = Plot(figsize=(7.5, height), layout="constrained")
     axes = figure.add_subplot()
-    cells = [cell for one in series for cell in one.cells]
     figure.suptitle(title, fontsize=12)
-    axes.set_title(conditions(cells), fontsize=8, color="0.3", wrap=True)
+    axes.set_title(conditions, fontsize=8, color="0.3", wrap=True)
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def spread(value: float, low: float | None, high: float | None) -> tuple[float, float]:
+    """An interval as an error bar has it, none where there is none.
+
+    A percentile interval may leave the estimate just outside when the samples are few.
+    """
+    return max(0.0, value - (value if low is None else low)), max(0.0, (value if high is None else high) - value)
+
+
+def _axes(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
+    return framed(title, conditions([cell for one in series for cell in one.cells]))
+
+
+def _overheads(axes: Axes, rows: Sequence[Overhead], **style: Any) -> None:
+    bars = [spread(row.overhead_percent, row.low, row.high) for row in rows]
+    points = [row.batch_size for row in rows], [row.overhead_percent for row in rows]
+    axes.errorbar(*points, yerr=np.reshape(bars, (-1, 2)).T, capsize=3, **style)
+
+
+def _zero(axes: Axes) -> None:
+    axes.axhspan(-SAME_PERCENT, SAME_PERCENT, color="0.85", label=f"±{SAME_PERCENT:g} %: not told apart")
+    axes.axhline(0, color="0.3", linewidth=1)
 
 
 def _styles(series: Sequence[Series]) -> list[tuple[Series, dict[str, Any]]]:
@@ -270,7 +285,7 @@ def _styles(series: Sequence[Series]) -> list[tuple[Series, dict[str, Any]]]:
         if one.variant not in by_variant:
             by_variant[one.variant] = next(free)
         color, marker = by_variant[one.variant]
-        dashes = ("-", "--", ":", "-.")[seen[one.variant] % 4]
+        dashes = DASHES[seen[one.variant] % len(DASHES)]
         seen[one.variant] += 1
         styles.append((one, {"color": color, "marker": marker, "linestyle": dashes, "label": one.label}))
     return styles
@@ -304,8 +319,11 @@ def _batch_axis(axes: Axes, series: Sequence[Series]) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> Figure:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=9)
+    """A legend of the lines without their error bars."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        plain = [handle[0] if isinstance(handle, ErrorbarContainer) else handle for handle in handles]
+        axes.legend(plain, labels, frameon=False, fontsize=9, handlelength=4)
     return figure
 
 

@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.records import MIB, Cell, read_cells, write_cells
+from colqwen_lab.errors import BadInput, one_of, printable
+from colqwen_lab.records import MIB, Cell, Environment, read_cells, write_cells
 from colqwen_lab.settings import writable_folder
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ class Results:
         return plots.KINDS[one_of("plot", kind, plots.KINDS)](self.series(), **options)
 
     def __repr__(self) -> str:
-        return "\n".join([f"{len(self)} cells, {', '.join(self.variants) or 'no variant'}", *map(line, self.cells)])
+        head = f"{len(self)} cells, {', '.join(self.variants) or 'no variant'}"
+        return printable("\n".join([head, *map(line, self.cells)]))
 
     def _repr_html_(self) -> str:
         return f"<p>{escape(conditions(self.cells))}</p>" + html_table(self.table())
@@ -221,7 +222,7 @@ def line(cell: Cell) -> str:
 
 def conditions(cells: Sequence[Cell]) -> str:
     """Where figures come from, for titles: origin, device, size, workload, execution, protocol, cap, kernels."""
-    parts: list[list[str]] = [[cell.origin for cell in cells], [_device(cell) for cell in cells]]
+    parts: list[list[str]] = [[cell.origin for cell in cells], [device(cell.environment) for cell in cells]]
     parts += [[read(cell) for cell in cells] for name, read in CRITERIA.items() if name in ("size", "workload")]
     parts += [[CRITERIA["visual_tokens"](cell) for cell in cells if cell.workload.visual_tokens]]
     parts += [[cell.execution for cell in cells], [f"protocol {cell.protocol}" for cell in cells]]
@@ -242,10 +243,10 @@ def random_weights(cell: Cell) -> bool:
     return cell.weights.startswith("random") or "untrained" in cell.weights
 
 
-def _device(cell: Cell) -> str:
+def device(environment: Environment) -> str:
     """The device as a title names it: one without a GPU says CPU."""
-    name = cell.environment.device
-    return name if cell.environment.gpu or "CPU" in name or not cell.environment.cpu else f"CPU {name}"
+    name = environment.device
+    return name if environment.gpu or "CPU" in name or not environment.cpu else f"CPU {name}"
 
 
 def eight_bit(cell: Cell) -> bool:
@@ -266,6 +267,11 @@ def short(value: float) -> str:
 def mib(amount_bytes: float) -> str:
     """Bytes in MiB for a sentence."""
     return f"{short(amount_bytes / MIB)} MiB"
+
+
+def in_mib(amount_bytes: int | None) -> float | None:
+    """Bytes in MiB for a table."""
+    return None if amount_bytes is None else round(amount_bytes / MIB, 1 if abs(amount_bytes) > 100 * MIB else 3)
 
 
 def kernels(cell: Cell) -> str:
@@ -306,7 +312,7 @@ def _row(cell: Cell, varied: Sequence[str]) -> dict[str, Any]:
         "low": rounded(rate.low) if rate else None,
         "high": rounded(rate.high) if rate else None,
         **{name: rounded(read(cell)) for name, read in PAGE_COLUMNS.items()},
-        "peak MiB": round(memory.peak_bytes / MIB, 1 if memory.peak_bytes > 100 * MIB else 3) if memory else None,
+        "peak MiB": in_mib(memory.peak_bytes if memory else None),
         "status": cell.status,
         "reason": cell.reason or _missing(cell),
         "kernel": kernels(cell),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import Cell, listed, rate_of
-from colqwen_lab.report.compare import Overhead, interval, overheads, rate, span
+from colqwen_lab.report.compare import Overhead, batches_of, by_verdict, interval, overheads, rate, span
 from colqwen_lab.report.plan import limit_of
 from colqwen_lab.report.series import Results, Series, eight_bit, way
 
@@ -207,13 +207,9 @@ def verdict(results: Results) -> str:
     """What the run says, in sentences made of its figures."""
     said = []
     for name, rows in _overhead_lines(results).items():
-        by_verdict: dict[str, list[Overhead]] = {}
-        for row in rows:
-            by_verdict.setdefault(row.verdict, []).append(row)
         parts = [
-            f"{what} at batch {', '.join(str(row.batch_size) for row in those)} "
-            f"({span([row.overhead_percent for row in those], '+')} %)"
-            for what, those in by_verdict.items()
+            f"{what} at {batches_of(those)} ({span((row.overhead_percent for row in those), '+')} %)"
+            for what, those in by_verdict(rows).items()
         ]
         said.append(f"The quantised model against base, {name}: {'; '.join(parts)}.")
     for variant in results.variants:

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,6 +215,25 @@ def test_interval_is_the_same_every_time_and_covers_the_truth() -> None:
     assert 25 <= covered <= 30
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_no_interval_tells_no_sentence_does(swapped: bool) -> None:
+    """Steps that differ wildly: neither is the faster, at no batch and under no budget."""
+    steps = [[0.05, 0.1] * 10, [0.045, 0.094] * 10]
+    sides = [
+        [cell(variant, 8, step_s=step_s, items_per_s=rate_of(step_s, 8))]
+        for variant, step_s in zip(("base", "awq"), reversed(steps) if swapped else steps, strict=True)
+    ]
+    found = versus(*sides)
+    assert found.overhead[0].verdict == "cannot tell"
+    assert (found.overhead[0].overhead_percent > 2) is not swapped
+    said = " ".join([found.verdict(), found.markdown(), *(one.sentence for one in found.recommendations)])
+    assert "faster" not in said
+    assert "slower" not in said
+    assert "the rates are not told apart, each at its largest batch (" in said
+    what = "base is at least as fast or not told apart" if swapped else "No crossover: the rates are not told apart"
+    assert what in found.verdict()
+
+
 def test_no_interval_below_six_samples() -> None:
     few = timed("base", 8, 0.05)
     few = few.model_copy(update={"step_s": few.step_s[:5]})
@@ -370,7 +390,7 @@ def test_card_must_be_a_budget(gb: float) -> None:
 
 rows = st.dictionaries(
     st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]),
-    st.tuples(st.floats(1, 2000), st.integers(100 * MIB, 30 * GIB)),
+    st.tuples(st.floats(1, 2000), st.integers(700 * MIB, 30 * GIB)),
     min_size=1,
     max_size=6,
 )
@@ -415,6 +435,18 @@ def test_crossover_agrees_with_the_cards(base: dict[int, Any], awq: dict[int, An
     before = on_card(found.base, found.awq, (start - 1) / GIB)
     holds = before.base.verdict == "fits" and (before.awq.verdict != "fits" or (before.ratio or 2) <= 1)
     assert not holds
+
+
+def test_cards_and_budgets_say_nothing_of_models_that_every_card_holds() -> None:
+    small = [[cell(variant, 8, peak=peak * MIB)] for variant, peak in (("base", 20), ("awq", 10))]
+    found = versus(*small, cards=(8, 12))
+    why = "no batch peaks above 20 MiB, which every card holds with more than 99 % to spare"
+    assert f"No crossover: {why}." in found.verdict()
+    assert f"They say nothing of models this small: {why}." in found.markdown()
+    assert "### 8 GB" not in found.markdown()
+    assert not any("usable memory" in one.sentence for one in found.recommendations)
+    assert [card.base.verdict for card in found.cards] == ["fits", "fits"]
+    assert "### 1 GB" in versus(*small, cards=(1, 12)).markdown()
 
 
 def test_base_that_is_always_overtaken_has_no_crossover() -> None:
@@ -488,3 +520,23 @@ def test_one_device_is_a_comparison_as_ever() -> None:
 def test_settings_that_differ_stand_side_by_side_too() -> None:
     both = Results(tuple(cell(v, 8, execution=e) for e in ("eager", "fast") for v in ("base", "awq")))
     assert [where.split(", ")[-1] for where in by_place(both, both).comparisons] == ["eager", "fast"]
+
+
+def test_budgets_and_kernels_stand_side_by_side_and_8_bit_base_is_no_base() -> None:
+    root = Path(__file__).parents[2] / "outputs"
+    results = Results.load(root / "h100" / "ways.jsonl")
+    found = by_place(results, results)
+    gpu = "NVIDIA H100 80GB HBM3"
+    ways = ["eager, published", "eager, lean", "fast, lean, awq (tritonv2)", "fast, lean, awq (auto)"]
+    assert list(found.comparisons) == [f"{gpu}, {way}" for way in ways]
+    assert found.left_out == (f"{gpu}, fast, lean: base (fp8), a way of base's own.",)
+    assert {one.base.first.backend.requested for one in found.comparisons.values()} == {"auto"}
+    assert len(found.plot().axes[0].containers) == 7
+    pages = Results.load(root / "h100" / "pages.jsonl")
+    assert len(by_place(pages, pages).comparisons) == 3
+
+
+def test_several_models_stand_side_by_side() -> None:
+    both = Results(tuple(cell(variant, 8) for variant in ("base", "awq", "W8A16")))
+    there = "NVIDIA A100-SXM4-40GB"
+    assert list(by_place(both, both).comparisons) == [f"{there}, awq", f"{there}, W8A16"]

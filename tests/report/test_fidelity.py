@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 from colqwen_lab.errors import BadInput
@@ -202,10 +205,24 @@ def test_worst_and_best_query_and_their_pictures(found: Fidelities) -> None:
     assert found.query("best", "W3A16") == gain.argmax()
     titles = [axes.get_title() for axes in found.pictures("worst").axes if axes.get_title()]
     assert titles == ["1: p1, answers", "2: p0", "1: p1, answers", "2: p0"]
+    assert found.base.size in found.pictures("worst").get_suptitle()
     with pytest.raises(BadInput, match="hold no pages"):
         Fidelities(found.records).pictures()
     with pytest.raises(BadInput, match="valid: worst, best"):
         found.pictures("middle")
+
+
+def test_labels_of_the_frontier_lie_beside_each_other() -> None:
+    found = Fidelities.load(OUTPUTS / "fidelity" / "schemes-tiny.jsonl")
+    figure = found.plot()
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    boxes = [axes.transAxes.inverted().transform_bbox(Text.get_window_extent(text)) for text in axes.texts]
+    boxes.sort(key=lambda box: box.x0)
+    assert len(boxes) == 9
+    assert all(left.x1 <= right.x0 for left, right in pairwise(boxes))
+    assert all(box.y1 <= 1 for box in boxes)
+    assert axes.get_title().startswith("measured · CPU AMD EPYC · tiny · generated")
 
 
 def test_plots(found: Fidelities) -> None:

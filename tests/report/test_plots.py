@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -50,6 +51,14 @@ def texts_of(axes: Axes) -> list[str]:
 def line_of(axes: Axes, label: str) -> Any:
     (handle,) = [h for h, name in zip(*axes.get_legend_handles_labels(), strict=True) if name == label]
     return handle[0] if isinstance(handle, tuple) else handle
+
+
+def test_a_legend_shows_lines_without_their_error_bars() -> None:
+    results = Results(tuple(tiny("awq", batch) for batch in (8, 16)))
+    for figure in (results.plot(), compare(results, results).plot()):
+        legend = axes_of(figure).get_legend()
+        assert legend is not None
+        assert not legend.findobj(LineCollection)
 
 
 def test_throughput_is_over_powers_of_two_with_plain_ticks(published: Comparison) -> None:
