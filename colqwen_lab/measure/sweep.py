@@ -48,7 +48,6 @@ from colqwen_lab.records import (
     writing,
 )
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS
-from colqwen_lab.runtime.fast import bucket
 from colqwen_lab.runtime.kernels import EIGHT_BIT
 from colqwen_lab.runtime.workloads import WORKLOADS, Batches, Pages, query_batches
 from colqwen_lab.settings import is_folder, outputs_folder
@@ -351,7 +350,9 @@ class Sweep:
                 lost[model] = failure
             elif not failure:
                 batches = [batch for batch, wanted in todo.items() if any(entry.model == model for entry in wanted)]
-                attempt(lambda: self._worker(first).compile(batches), self.device)  # noqa: B023
+                compiled = attempt(lambda: self._worker(first).compile(batches), self.device)  # noqa: B023
+                if isinstance(compiled, Failure):
+                    self.progress(f"{first}: kernels compile at their first use ({compiled.reason})")
         for batch, wanted in todo.items():
             store.add(self._lost_cell(entry, batch, lost[entry.model]) for entry in wanted if entry.model in lost)
             for cell in self._cells([entry for entry in wanted if entry.model not in lost], batch):
@@ -529,8 +530,7 @@ class Sweep:
         timed = samples is not None and outcome is None
         others = [other for other in in_turn if other != entry and entry in in_turn]
         worker, loaded = self.workers.get(entry.model, (None, None))
-        rows = workload.batch_size * bucket(workload.tokens or 1)
-        chosen = attempt(lambda: worker.chosen(rows), self.device) if worker and timed else None
+        chosen = attempt(worker.chosen, self.device) if worker and timed else None
         engaged, schedules = chosen if isinstance(chosen, tuple) else (loaded.engaged if loaded else {}, {})
         found = memory if isinstance(memory, Memory) else None
         return Cell(

@@ -175,15 +175,19 @@ class Worker:
         """Have the kernels that `fast` tries at these batch sizes compiled, all at once."""
         fast = getattr(self.model.model, "fast", None)
         if fast is not None and self.device.type == "cuda":
-            sizes = [(batch, self._batches(batch).workload.tokens) for batch in batch_sizes]
-            fast.compile([batch * bucket(tokens or 1) for batch, tokens in sizes])
+            fast.compile(sorted({rows for batch in batch_sizes for rows in _rows(self._batches(batch).inputs)}))
 
-    def chosen(self, rows: int) -> tuple[dict[str, int], dict[str, str]]:
-        """What multiplies so many rows: the text linears of each kernel, and the schedules chosen among, by product."""
+    def chosen(self) -> tuple[dict[str, int], dict[str, str]]:
+        """`(text linears of each kernel, schedules by product and rows)`: of the longest batch made, and of all.
+
+        Shorter batches have fewer rows, for which another kernel may serve best.
+        """
         fast = getattr(self.model.model, "fast", None)
         if fast is None:
             return self.model.engaged, {}
-        return fast.engaged(rows), {name: one for name, one in fast.chosen.items() if name.endswith(f" x {rows}")}
+        rows = _rows(self.inputs)
+        ends = tuple(f" x {one}" for one in rows)
+        return fast.engaged(max(rows)), {name: one for name, one in fast.chosen.items() if name.endswith(ends)}
 
     def limits(self) -> Limits | None:
         return measured_limits(self.device)
@@ -197,6 +201,12 @@ class Worker:
         self.loaded = None
         self._let_go()
         free(self.device)
+
+
+def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
+    """The numbers of rows at which `fast` computes these batches."""
+    shapes = {one["input_ids"].shape for one in inputs}
+    return {batch * bucket(tokens) for batch, tokens in shapes}
 
 
 class Remote:

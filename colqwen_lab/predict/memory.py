@@ -196,6 +196,10 @@ class Target:
     name: str
     compute_capability: tuple[int, int] | None
 
+    @property
+    def hopper(self) -> bool:
+        return self.compute_capability is not None and self.compute_capability[0] == 9
+
 
 A100 = Target("NVIDIA A100-SXM4-40GB", (8, 0))
 HOST = Target("CPU", None)
@@ -352,7 +356,8 @@ class Predictor:
             raise BadInput(f"protocol {protocol!r} keeps a KV cache, which execution fast has not; valid: lean")
         on_gpu = target.compute_capability is not None
         if ahead is None:
-            may = self.kernel == "fused" and self.execution == "fast" and (target.compute_capability or (0,))[0] == 9
+            packed = self.variant.scheme and scheme_parts(self.variant.scheme) == (4, 128)
+            may = packed and self.kernel == "fused" and self.execution == "fast" and target.hopper
             ahead = KINDS if may and batch_size * bucket(workload.tokens) >= FEWEST_AHEAD else ()
         trace = self._trace(batch_size, workload.tokens, masked, self.execution, protocol, on_gpu, tuple(ahead))
         memory = self._memory(trace, target)

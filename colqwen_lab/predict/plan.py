@@ -13,7 +13,7 @@ from colqwen_lab.predict.memory import A100, HOST, Predictor, Target, predictor
 from colqwen_lab.predict.pages import page_predictor
 from colqwen_lab.records import Cell, Memory
 from colqwen_lab.runtime.execution import PROTOCOLS
-from colqwen_lab.runtime.fast import KINDS
+from colqwen_lab.runtime.fast import KINDS, bucket
 from colqwen_lab.runtime.workloads import WORKLOADS
 
 SEARCHED_TO = 4096
@@ -222,8 +222,9 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
 
 def ahead_of(cell: Cell) -> tuple[str, ...]:
     """The products whose weights a measured run dequantised ahead."""
-    chosen = (what for name, what in cell.backend.schedules.items() if name.startswith("dequantised ahead"))
-    return tuple(kind for kind in KINDS if kind in next(chosen, "").split("+"))
+    rows = cell.batch_size * bucket(cell.workload.tokens or 1)
+    chosen = cell.backend.schedules.get(f"dequantised ahead x {rows}", "").split("+")
+    return tuple(kind for kind in KINDS if kind in chosen)
 
 
 def kernel_model(cell: Cell) -> str | None:

@@ -13,10 +13,12 @@ Nothing is kept between forwards: there is no KV cache.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -47,8 +49,10 @@ from colqwen_lab.runtime.kernels import (
 from colqwen_lab.settings import cache_folder, writable_folder
 
 GRAPHS_KEPT = 64
-# Which set of schedules is chosen among: another one is timed anew.
-CANDIDATES = 2
+# With other sources of kernels, or of what is chosen among, schedules are timed anew.
+KERNELS_DIGEST = hashlib.sha256(
+    b"".join((Path(__file__).parent / name).read_bytes() for name in ("kernels.py", "w4.py", "w4.cu"))
+).hexdigest()[:12]
 TIMED = 5
 # A schedule whose result is further from the kernel's own choice is not taken.
 SAME_RESULT = 0.01
@@ -56,7 +60,7 @@ SAME_RESULT = 0.01
 # keys too many times.
 MOST_TOKENS = 128
 KINDS = ("qkv", "o", "gate_up", "down")
-# From how many rows on weights may be dequantised ahead, and of which products: by the memory that they take.
+# From how many rows on weights may be dequantised ahead, and of which products.
 FEWEST_AHEAD = 512
 AHEAD = ((), ("o",), ("qkv",), ("down",), ("qkv", "o"), ("gate_up",), ("qkv", "o", "down"), ("gate_up", "down"), KINDS)
 
@@ -179,6 +183,10 @@ class Fast(nn.Module):
         text: Any = model.vlm.model.language_model
         self.parts: Any = (text.embed_tokens, text.rotary_emb, text.norm, model.embedding_proj_layer)
         self.layers: Any = nn.ModuleList(Layer(layer, dense, packed) for layer in text.layers)
+        for kind in KINDS:  # all layers of a kind take the same schedule
+            alike = all(getattr(layer, kind).dequantises for layer in self.layers)
+            for layer in self.layers:
+                getattr(layer, kind).dequantises = alike
         self.graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
         self.pool: Any = None
         self.chosen: dict[str, str] = {}
@@ -278,11 +286,18 @@ class Fast(nn.Module):
         for kind, product in kinds.items():
             for rows in every:
                 if rows not in product.chosen and (kind, rows) not in self.candidates:
-                    key = _key(product, rows)
-                    wanted[kind, rows] = [known[key]] if key in known else product.schedules(rows)
+                    best = known.get(_key(product, rows))
+                    schedules = [best] if best and product.compiles(best) else product.schedules(rows)
+                    wanted[kind, rows] = schedules
+        device = self.parts[0].weight.device
+
+        def compiles(pair: tuple[tuple[str, int], str]) -> bool:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return kinds[pair[0][0]].compiles(pair[1])
+
         pairs = [(at, schedule) for at, schedules in wanted.items() for schedule in schedules]
         with ThreadPoolExecutor() as pool:
-            good = list(pool.map(lambda pair: kinds[pair[0][0]].compiles(pair[1]), pairs))
+            good = list(pool.map(compiles, pairs))
         for (at, schedule), compiled_here in zip(pairs, good, strict=True):
             if compiled_here or schedule == wanted[at][0]:
                 self.candidates.setdefault(at, []).append(schedule)
@@ -311,33 +326,40 @@ class Fast(nn.Module):
     def _tune_ahead(self, rows: int) -> None:
         """Time which weights to dequantise ahead, in turn; of those within 1 % of the soonest, keep the fewest bytes.
 
-        Under a cap of memory none: it stands for a card that has not this GPU's kernels.
+        Under a cap of memory none, nor where there is too little to try.
         """
         key = f"ahead {_key(self.layers[0].gate_up, rows)}"
         known = "" if torch.cuda.get_per_process_memory_fraction() < 1 else _remembered().get(key)
         if known is None:
-            like = self.parts[0].weight
-            x = {kind: like.new_empty(1, rows, getattr(self.layers[0], kind).in_features).normal_() for kind in KINDS}
-
-            def products_of(kinds: Sequence[str]) -> None:
-                multiply = self.multiply(kinds)
-                for index in range(len(self.layers)):
-                    for kind in KINDS:
-                        multiply(index, kind, x[kind])
-
-            pool = torch.cuda.graph_pool_handle()
-            right = all(_dequantised_alike(getattr(self.layers[0], kind), x[kind][0]) for kind in KINDS)
-            tried = AHEAD if right else ((),)
-            graphs = {kinds: _captured(partial(products_of, kinds), pool)[0] for kinds in tried}
-            times: dict[tuple[str, ...], list[float]] = {kinds: [] for kinds in tried}
-            for _ in range(TIMED):
-                for kinds, graph in graphs.items():
-                    times[kinds].append(_replayed_ms(graph))
-            medians = {kinds: sorted(each)[TIMED // 2] for kinds, each in times.items()}
-            known = "+".join(next(kinds for kinds in tried if medians[kinds] <= 1.01 * min(medians.values())))
-            _remember({key: known})
+            try:
+                known = self._best_ahead(rows)
+                _remember({key: known})
+            except (torch.cuda.OutOfMemoryError, Unmet):
+                known = ""
         self.ahead[rows] = tuple(known.split("+")) if known else ()
         self.chosen[f"dequantised ahead x {rows}"] = known or "none"
+
+    def _best_ahead(self, rows: int) -> str:
+        """The kinds, joined by +. Raises Unmet if what is dequantised does not multiply as the packed weights do."""
+        like, first = self.parts[0].weight, self.layers[0]
+        x = {kind: like.new_empty(1, rows, getattr(first, kind).in_features).normal_() for kind in KINDS}
+        if not all(_dequantised_alike(getattr(first, kind), x[kind][0]) for kind in KINDS):
+            raise Unmet("weights dequantised do not multiply as packed ones do")
+
+        def products_of(kinds: Sequence[str]) -> None:
+            multiply = self.multiply(kinds)
+            for index in range(len(self.layers)):
+                for kind in KINDS:
+                    multiply(index, kind, x[kind])
+
+        def size(kinds: Sequence[str]) -> int:
+            return sum(getattr(first, kind).in_features * getattr(first, kind).out_features for kind in kinds)
+
+        pool = torch.cuda.graph_pool_handle()
+        graphs = {kinds: _captured(partial(products_of, kinds), pool)[0] for kinds in sorted(AHEAD, key=size)}
+        times = [{kinds: _replayed_ms(graph) for kinds, graph in graphs.items()} for _ in range(TIMED)]
+        medians = {kinds: sorted(each[kinds] for each in times)[TIMED // 2] for kinds in graphs}
+        return "+".join(next(kinds for kinds, ms in medians.items() if ms <= 1.01 * min(medians.values())))
 
 
 def _fastest(
@@ -360,16 +382,23 @@ def _fastest(
 
     times: dict[str, float] = {}
     expected = None
-    for schedule in schedules:  # the first is the kernel's own choice; with none named it would compile all it knows
+    try:
+        for schedule in schedules:  # with none named the kernel would compile all it knows
+            for product in products:
+                product.chosen[rows] = schedule
+            try:
+                found = result_of(products[0])
+                expected = found if expected is None else expected
+                if (found - expected).norm() < SAME_RESULT * expected.norm():
+                    times[schedule] = _time_of(all_layers)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except (RuntimeError, AssertionError):  # it compiles, but this GPU does not launch it
+                if schedule == schedules[0]:
+                    raise
+    finally:
         for product in products:
-            product.chosen[rows] = schedule
-        try:
-            found = result_of(products[0])
-            expected = found if expected is None else expected
-            if (found - expected).norm() < SAME_RESULT * expected.norm():
-                times[schedule] = _time_of(all_layers)
-        except RuntimeError:  # it compiles, but this GPU does not launch it
-            continue
+            product.chosen.pop(rows, None)
     return min(times, key=lambda one: times[one])
 
 
@@ -381,12 +410,15 @@ def _dequantised_alike(product: Product, x: Tensor) -> bool:
 
 
 def _key(product: Product, rows: int) -> str:
-    return f"{product.kernel} {version('humming-kernels')}: {product.in_features} to {product.out_features} x {rows}"
+    """What a schedule is remembered by: all that decides which there are to choose among."""
+    made = f"{product.made_of()} {product.gates} {KERNELS_DIGEST}"
+    shape = f"{product.in_features} to {product.out_features} x {rows}"
+    return f"{product.kernel} {version('humming-kernels')}: {shape} #{hashlib.sha256(made.encode()).hexdigest()[:12]}"
 
 
 def _cache() -> Path:
     name = torch.cuda.get_device_name().replace(" ", "_").replace("/", "_")
-    return writable_folder(cache_folder()) / f"schedules-{name}-{CANDIDATES}.json"
+    return writable_folder(cache_folder()) / f"schedules-{name}.json"
 
 
 def _remembered() -> dict[str, str]:
@@ -507,6 +539,10 @@ def load_fast(source: Source, device: torch.device, kernel: str = "auto", dtype:
         chosen = pick(kernel, device, None)
     elif asked is not None and (kernel == "auto" or kernel in PACKED_KERNELS | EIGHT_BIT):
         chosen = pick(kernel, device, (asked["bits"], asked["group_size"]))
+    if asked is not None and chosen and chosen.bfloat16 and dtype != "bfloat16":
+        if kernel != "auto":
+            raise Unmet(f"kernel {kernel} multiplies in bfloat16, not {dtype}; valid here: auto, modules")
+        chosen = PACKED_KERNELS["modules"]
     raw = chosen is not None and chosen is not PACKED_KERNELS["modules"]
     if asked is None:
         loaded = load(source, device, "auto", dtype)

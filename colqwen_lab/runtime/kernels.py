@@ -62,6 +62,10 @@ class Product(nn.Module):
         """What may be chosen among for this many rows, where a kernel is `tunable`; the first is its own choice."""
         return []
 
+    def made_of(self) -> str:
+        """What decides, beside its size, which schedules there are."""
+        return self.kernel
+
     def compiles(self, schedule: str) -> bool:
         """Have a schedule compiled; false where this shape or this GPU does not take it."""
         return True
@@ -233,6 +237,9 @@ class Humming(Product):
             found += w4.few_rows_schedules(self.in_features, self.out_features, rows, self.gates)
         return found
 
+    def made_of(self) -> str:
+        return f"{self.layer.humming_config.to_str()} {self.dequantises}"
+
     def compiles(self, schedule: str) -> bool:
         from humming.kernel.humming import HummingKernel
 
@@ -305,10 +312,13 @@ def compiled(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that `fast` may multiply by: how it is built, and why it cannot serve here (empty where it can)."""
+    """A kernel that `fast` may multiply by: how it is built, why it cannot serve here (empty where it can), and whether
+    it multiplies in bfloat16 alone.
+    """
 
     build: Callable[[Sequence[Any]], Product]
     unmet: Callable[[torch.device, tuple[int, int] | None], str]
+    bfloat16: bool = False
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
@@ -340,7 +350,7 @@ def _int4_cpu(device: torch.device, scheme: tuple[int, int] | None) -> str:
 
 # For packed weights, best first; the last one serves everywhere.
 PACKED_KERNELS = {
-    "humming": Kernel(Humming, _needs((7, 5), "humming")),
+    "humming": Kernel(Humming, _needs((7, 5), "humming"), bfloat16=True),
     "int4": Kernel(Int4Cpu, _int4_cpu),
     "modules": Kernel(AsLoaded, lambda device, scheme: "" if scheme else "multiplies packed weights"),
 }
@@ -355,8 +365,8 @@ def dense_product(device: torch.device, dtype: torch.dtype) -> Callable[[Sequenc
 # 8-bit activations: never a default. The first makes FP8 weights of 16-bit ones, the others multiply packed weights.
 EIGHT_BIT = {
     "fp8": Kernel(Fp8, _needs((8, 9), packed=False)),
-    "w4-fp8": Kernel(partial(Humming, activations="float8e4m3"), _needs((8, 9), "humming")),
-    "w4-int8": Kernel(partial(Humming, activations="int8"), _needs((8, 0), "humming")),
+    "w4-fp8": Kernel(partial(Humming, activations="float8e4m3"), _needs((8, 9), "humming"), bfloat16=True),
+    "w4-int8": Kernel(partial(Humming, activations="int8"), _needs((8, 0), "humming"), bfloat16=True),
 }
 
 

@@ -31,7 +31,7 @@ from colqwen_lab.predict.memory import predictor as cached
 from colqwen_lab.predict.plan import predict_like
 from colqwen_lab.records import MIB, Cell, Memory, read_cells
 from colqwen_lab.runtime.execution import Steps
-from colqwen_lab.runtime.fast import load_fast
+from colqwen_lab.runtime.fast import KINDS, load_fast
 from colqwen_lab.runtime.workloads import query_batches
 
 CPU = torch.device("cpu")
@@ -93,16 +93,19 @@ def test_parts_add_up_in_fast(variant: str, kernel: str, target: Target) -> None
 def test_weights_dequantised_ahead_are_counted_where_a_run_may_make_them() -> None:
     made = cached("awq", "tiny", "bfloat16", "fused", execution="fast")
     hopper = Target("H100", (9, 0))
-    text = made.config.text_config
-    o = text.hidden_size * text.num_attention_heads * text.head_dim * 2
+    first = made.model.fast.layers[0]
+    sizes = {kind: 2 * getattr(first, kind).in_features * getattr(first, kind).out_features for kind in KINDS}
 
     def buffers(batch: int, target: Target, ahead: tuple[str, ...] | None) -> int:
         return (memory(made.cell(batch, target=target, ahead=ahead)).ledger or {}).get(BUFFERS, 0)
 
     assert buffers(64, hopper, ()) == 0
-    assert buffers(64, hopper, ("o",)) == o
-    assert buffers(64, hopper, None) > o
+    assert buffers(64, hopper, ("o",)) == sizes["o"]
+    assert buffers(64, hopper, None) == sum(sizes.values())
     assert buffers(8, hopper, None) == buffers(64, A100, None) == 0
+    for other, kernel in (("base", "fused"), ("W8A16", "fused"), ("W4A16G32", "fused")):
+        cell = cached(other, "tiny", "bfloat16", kernel, execution="fast").cell(64, target=hopper)
+        assert BUFFERS not in (memory(cell).ledger or {})
 
 
 def test_peaks_of_fast_that_an_h100_measured() -> None:

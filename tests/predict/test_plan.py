@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ import colqwen_lab as lab
 from colqwen_lab.cards import GPUS, OUTSIDE_TORCH_BYTES, find_card, gpu_of, need_bytes
 from colqwen_lab.errors import BadInput
 from colqwen_lab.predict.memory import HOST
-from colqwen_lab.predict.plan import Planner, largest, predict_like
-from colqwen_lab.records import Memory
+from colqwen_lab.predict.plan import Planner, ahead_of, largest, predict_like
+from colqwen_lab.records import Cell, Memory
 from colqwen_lab.report.plan import ceiling, explained, ledger_plot, ledger_table
+from colqwen_lab.runtime.fast import AHEAD, bucket
+
+ROWS = Path(__file__).parents[2] / "outputs" / "h100" / "ways.jsonl"
 
 
 @given(st.integers(1, 500), st.integers(1, 4096), st.integers(0, 10**6), st.integers(0, 10**6))
@@ -214,3 +218,12 @@ def test_unknown_card(name: str) -> None:
 def test_bad_request(options: dict[str, Any], says: str) -> None:
     with pytest.raises(BadInput, match=says):
         lab.plan(**{"model": "awq", "batch_sizes": "1", "size": "tiny", "cards": "", **options})
+
+
+@pytest.mark.parametrize("kinds", AHEAD)
+def test_what_a_run_dequantised_ahead_is_read_off_its_row(kinds: tuple[str, ...]) -> None:
+    row = Cell.model_validate_json(ROWS.read_text(encoding="utf-8").splitlines()[0])
+    rows = row.batch_size * bucket(row.workload.tokens or 1)
+    said = {f"dequantised ahead x {rows}": "+".join(kinds) or "none", f"dequantised ahead x {rows + 1}": "qkv"}
+    backend = row.backend.model_copy(update={"schedules": said})
+    assert ahead_of(row.model_copy(update={"backend": backend})) == kinds

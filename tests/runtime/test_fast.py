@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -139,16 +139,18 @@ def test_what_it_does_not_do() -> None:
 
 
 class Streams:
-    """In the place of CUDA's streams: what is asked of them happens at once, on a CPU."""
+    """In the place of CUDA's streams: what is asked of them happens at once, on a CPU, and is told."""
+
+    told: ClassVar[list[str]] = []
 
     def wait_stream(self, other: Any) -> None:
-        pass
+        self.told.append("free")
 
     def wait_event(self, event: str) -> None:
-        assert event == "made"
+        self.told.append(f"waited for {event}")
 
     def record_event(self) -> str:
-        return "made"
+        return f"event {self.told.count('free')}"
 
 
 @pytest.mark.parametrize("kinds", [("o",), ("qkv", "o"), KINDS])
@@ -161,6 +163,7 @@ def test_weights_dequantised_ahead_multiply_as_packed_ones_do(
 
     def dequantise(self: Any, weight: Tensor) -> None:
         made.append(id(self))
+        Streams.told.append("written")
         weight.copy_(self(torch.eye(self.in_features, dtype=weight.dtype)).T)
 
     monkeypatch.setattr(type(model.layers[0].o), "dequantise", dequantise)
@@ -170,8 +173,15 @@ def test_weights_dequantised_ahead_multiply_as_packed_ones_do(
     inputs = padded([18, 17, 19], "left")
     expected = real_rows(loaded.model, inputs, fast=True)
     model.ahead = {3 * bucket(19): kinds}
+    Streams.told.clear()
     assert least_cosine(real_rows(loaded.model, inputs, fast=True), expected) > 0.9995
     assert len(made) == len(set(made)) == len(kinds) * len(model.layers)
+    # Nothing is written before what reads it is done, and nothing read before it is written: the event of that writing.
+    told = Streams.told
+    assert [told[at - 1] for at, what in enumerate(told) if what == "written"] == ["free"] * len(made)
+    assert sorted(what for what in told if what.startswith("waited")) == sorted(
+        f"waited for event {n + 1}" for n in range(len(made))
+    )
 
 
 def test_schedules_of_every_number_of_rows_compile_at_once(
@@ -185,11 +195,12 @@ def test_schedules_of_every_number_of_rows_compile_at_once(
     monkeypatch.setattr(product, "schedules", lambda self, rows: [f"own {rows}", f"bad {rows}", f"good {rows}"])
     monkeypatch.setattr(product, "compiles", lambda self, schedule: schedule.startswith("good"))
     monkeypatch.setattr("colqwen_lab.runtime.fast._key", lambda product, rows: f"{product.in_features} x {rows}")
-    monkeypatch.setattr(
-        "colqwen_lab.runtime.fast._remembered", lambda: {f"{model.layers[0].o.in_features} x 18": "known"}
-    )
+    tiny = model.layers[0]
+    known = {f"{tiny.o.in_features} x 18": "good known", f"{tiny.down.in_features} x 18": "no more"}
+    monkeypatch.setattr("colqwen_lab.runtime.fast._remembered", lambda: known)
     model.layers[0].down.chosen[36] = "chosen"
     model.compile([18, 36])
-    assert model.candidates["o", 18] == ["known"]
+    assert model.candidates["o", 18] == ["good known"]
+    assert model.candidates["down", 18] == ["own 18", "good 18"]
     assert model.candidates["o", 36] == ["own 36", "good 36"]
     assert ("down", 36) not in model.candidates
