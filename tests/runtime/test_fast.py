@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -182,6 +183,23 @@ def test_weights_dequantised_ahead_multiply_as_packed_ones_do(
     assert sorted(what for what in told if what.startswith("waited")) == sorted(
         f"waited for event {n + 1}" for n in range(len(made))
     )
+
+
+def test_weights_dequantised_ahead_in_a_captured_graph() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or find_spec("humming") is None:
+        pytest.skip("kernels for Hopper, and humming's layout of weights")
+    device = torch.device("cuda")
+    model: Any = load_fast(default_source(resolve_variant("awq"), "mid", "random", device), device).model.fast
+    ids = torch.randint(0, 1000, (32, 18), device=device)
+    found = []
+    for kinds in ((), KINDS):
+        model.ahead = {ids.numel(): kinds}
+        found.append(model._graph(*ids.shape).replay(ids, torch.ones_like(ids)).float())
+        model.forget()
+    assert least_cosine(*found) > 0.9995
+    del model.ahead[ids.numel()]
+    model._graph(*ids.shape)
+    assert "dequantised ahead x 576" in model.chosen
 
 
 def test_schedules_of_every_number_of_rows_compile_at_once(
