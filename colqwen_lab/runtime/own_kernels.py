@@ -18,6 +18,9 @@ from torch import Tensor
 
 from colqwen_lab.runtime.kernels import FP8, FP8_MAX
 
+# About the multiprocessors of the GPUs that this is for.
+ENOUGH_PROGRAMS = 128
+
 
 @triton.jit
 def _ready(at, real, position, weight, cos, sin, eps, SIZE: tl.constexpr):
@@ -47,22 +50,24 @@ def _attend(
     factor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK tokens of the GROUP query heads that share a key head, of one text."""
-    text, head, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    rows = tl.arange(0, GROUP * BLOCK)
-    position = block * BLOCK + rows // GROUP
+    """One program: BLOCK tokens of HEADS of the GROUP query heads that share a key head, of one text."""
+    text, part, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    head = part * HEADS // GROUP
+    rows = tl.arange(0, HEADS * BLOCK)
+    position = block * BLOCK + rows // HEADS
     real = position < tokens
     WIDTH: tl.constexpr = (GROUP + 2) * KV_HEADS * SIZE
     line = qkv + text * tokens * WIDTH
-    q_head = (head * GROUP + rows % GROUP) * SIZE
+    q_head = (part * HEADS + rows % HEADS) * SIZE
     q_left, q_right = _ready(line + (position * WIDTH + q_head)[:, None], real, position, q_weight, cos, sin, eps, SIZE)
     whole = tl.arange(0, SIZE)[None, :]
-    largest = tl.full([GROUP * BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP * BLOCK], tl.float32)
-    result = tl.zeros([GROUP * BLOCK, SIZE], tl.float32)
+    largest = tl.full([HEADS * BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS * BLOCK], tl.float32)
+    result = tl.zeros([HEADS * BLOCK, SIZE], tl.float32)
     for start in range(0, (block + 1) * BLOCK, BLOCK):
         key = start + tl.arange(0, BLOCK)
         there = key < tokens
@@ -94,9 +99,13 @@ def attend_short(
     group = width // size // kv_heads - 2
     block = 16 if tokens <= 16 else 32
     out = torch.empty((batch, tokens, group * kv_heads * size), dtype=qkv.dtype, device=qkv.device)
-    grid = (batch, kv_heads, triton.cdiv(tokens, block))
-    shape = {"KV_HEADS": kv_heads, "GROUP": group, "SIZE": size, "BLOCK": block}
-    _attend[grid](qkv, out, *norms, *positions, tokens, eps, size**-0.5, **shape, num_warps=block // 4)
+    blocks = triton.cdiv(tokens, block)
+    # Few texts leave multiprocessors idle where a program takes all heads of a group.
+    heads = group if batch * kv_heads * blocks >= ENOUGH_PROGRAMS else 1
+    grid = (batch, kv_heads * group // heads, blocks)
+    shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEADS": heads, "SIZE": size, "BLOCK": block}
+    warps = max(1, heads * block // 16)
+    _attend[grid](qkv, out, *norms, *positions, tokens, eps, size**-0.5, **shape, num_warps=warps)
     return out
 
 
