@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,7 +52,7 @@ from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS
 from colqwen_lab.runtime.fast import bucket
 from colqwen_lab.runtime.kernels import EIGHT_BIT
 from colqwen_lab.runtime.workloads import WORKLOADS, Batches, Pages, query_batches
-from colqwen_lab.settings import is_folder, outputs_folder
+from colqwen_lab.settings import outputs_folder
 
 # The report's way with its fallback kernel, by device, and the best there is.
 REPORT_WAY = {"cuda": "eager/published/tritonv2", "cpu": "eager/published/torch"}
@@ -145,7 +146,7 @@ class Request:
             raise BadInput(f"texts are of workload queries, not {self.workload}; valid: workload queries")
         if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
             raise BadInput("weights go with a named model; a folder or a hub id as model holds its own")
-        if self.weights not in WEIGHTS and not is_folder(self.weights):
+        if self.weights not in WEIGHTS and not os.path.isdir(self.weights):
             raise BadInput(f"unknown weights {self.weights!r}; valid: {', '.join(WEIGHTS)}, or a checkpoint folder")
         if self.weights not in WEIGHTS and len(self.variants) > 1:
             raise BadInput("a weights folder goes with one model; name folders as models instead: -m DIR1 -m DIR2")

@@ -31,7 +31,7 @@ from colqwen_lab.model.processing import PAD, pad_id
 from colqwen_lab.model.variants import VARIANTS, Variant, scheme_parts
 from colqwen_lab.model.weights import FolderSource, Source, default_source
 from colqwen_lab.records import sync
-from colqwen_lab.settings import cache_folder, in_use, is_file, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, writable_folder
 
 FORMATS = ("auto_round", "auto_gptq", "auto_awq")
 RECORD = "colqwen_lab.json"
@@ -131,7 +131,7 @@ def quantize(
 
 def _check_free(folder: Path, replace: bool) -> None:
     """Raise BadInput unless `folder` is not there, or empty, or with `replace` made here."""
-    if in_use(folder) and not (replace and is_file(folder / RECORD)):
+    if in_use(folder) and not (replace and os.path.isfile(folder / RECORD)):
         raise BadInput(f"{folder} is not empty; name a new folder")
 
 

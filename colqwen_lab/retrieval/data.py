@@ -7,6 +7,7 @@ out, as a metric has nothing to say of them.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from PIL import Image
 
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model import drawn
-from colqwen_lab.settings import is_folder
 
 GENERATED, VIDORE = "generated", "vidore:"
 #: Pages held out whose facts all differ; from there on they come back.
@@ -71,7 +71,7 @@ def load(
         found = _generated(pages or HELD_OUT, queries or HELD_OUT, width)
     elif source.startswith(VIDORE) and source != VIDORE:
         found = _vidore(source.removeprefix(VIDORE))
-    elif is_folder(source):
+    elif os.path.isdir(source):
         found = _folder(Path(source))
     else:
         raise BadInput(
@@ -212,7 +212,7 @@ def _vidore(name: str) -> Corpus:
 
     from colqwen_lab.model.pages import digest
 
-    folder = is_folder(name)
+    folder = os.path.isdir(name)
     repository = name if folder or "/" in name else f"vidore/{name}"
     if folder:
         files = sorted(path for path in Path(name).rglob("*") if path.is_file())
