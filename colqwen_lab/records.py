@@ -516,6 +516,9 @@ def write_cells(path: Path, cells: Iterable[Cell]) -> None:
 # ---------------------------------------------------------------- figures from elsewhere
 
 
+AS_REPORTED: Any = {"execution": "eager", "protocol": "published", "status": "ok"}
+
+
 def published_report() -> dict[str, Any]:
     """The report's figures and claims as data (`data/a100_4b.json`)."""
     return json.loads((DATA / "a100_4b.json").read_text(encoding="utf-8"))
@@ -534,13 +537,11 @@ def published_cells() -> list[Cell]:
             size="4b",
             weights=f"hub:{report['models'][variant]['checkpoint']}",
             workload=Workload(kind="queries", batch_size=row["batch_size"], texts="report"),
-            execution="eager",
-            protocol="published",
             backend=Backend(requested="auto", dtype="float16"),
-            status="ok",
             items_per_s=Rate(median=float(row["items_per_s"])),
             memory=Memory(peak_bytes=row["peak_mib"] * MIB, method="published"),
             environment=environment,
+            **AS_REPORTED,
         )
         for variant, rows in report["sweep"].items()
         for row in rows
@@ -584,6 +585,8 @@ def _script_cells(document: dict[str, Any]) -> list[Cell]:
             batch = int(tail) if head else int(metadata[f"{'image' if pages else 'text'}_batch_size"])
             variant = variants.get(prefix, prefix.lower())
             weights = metadata.get("weights", "hub")
+            peak_bytes = round(float(row["cuda_max_memory_allocated_MB"]) * MIB)
+            machine = {"gpu": metadata.get("gpu"), "cuda": metadata.get("cuda_version"), "cpu": metadata.get("cpu")}
             cells.append(
                 Cell(
                     origin="measured",
@@ -592,18 +595,11 @@ def _script_cells(document: dict[str, Any]) -> list[Cell]:
                     size=str(metadata.get("size", "4b")),
                     weights=weights[variant] if isinstance(weights, dict) else str(weights),
                     workload=Workload(kind="pages" if pages else "queries", batch_size=batch, texts="report"),
-                    execution="eager",
-                    protocol="published",
                     backend=Backend(requested="auto"),
-                    status="ok",
                     items_per_s=Rate(median=float(row["throughput_items_per_s"])),
-                    memory=Memory(
-                        peak_bytes=round(float(row["cuda_max_memory_allocated_MB"]) * MIB),
-                        method=metadata.get("memory_method") or "cuda",
-                    ),
-                    environment=Environment(
-                        gpu=metadata.get("gpu"), cuda=metadata.get("cuda_version"), cpu=metadata.get("cpu")
-                    ),
+                    memory=Memory(peak_bytes=peak_bytes, method=metadata.get("memory_method") or "cuda"),
+                    environment=Environment(**machine),
+                    **AS_REPORTED,
                 )
             )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -44,7 +44,7 @@ class Job:
     accelerator: str = ""
 
     def __str__(self) -> str:
-        ways = ", ".join(f"{way.execution}/{way.protocol}/{way.backend}" for way in self.asked.ways)
+        ways = ", ".join(map(str, self.asked.ways))
         return " ".join(filter(None, (self.accelerator, self.asked.size, self.asked.workload, ways)))
 
 
@@ -72,15 +72,7 @@ def matrix(
         return {name: value for name, value in options.items() if name not in others}
 
     return [
-        request(
-            model,
-            batch_sizes,
-            size=size,
-            workload=kind,
-            execution=how,
-            patience=patience(kind),
-            **given(kind),
-        )
+        request(model, batch_sizes, size=size, workload=kind, execution=how, patience=patience(kind), **given(kind))
         for size, kind, how in product(*axes)
     ]
 
@@ -211,7 +203,8 @@ class Fleet:
                 try:
                     found[job] = self.ray.get(task)
                 except self.ray.exceptions.RayTaskError as error:
-                    lost[job] = _told(error.cause)
+                    why = error.cause
+                    lost[job] = why if isinstance(why, LabError) else Unmet(f"{type(why).__name__}: {why}")
                 except self.ray.exceptions.RayError as error:
                     if self.tries[job] == TRIES:
                         lost[job] = Unmet(f"given up after {TRIES} tries, the last ended by {type(error).__name__}")
@@ -279,11 +272,6 @@ def _queue(ray: Any) -> Any:
 
 def _same(one: Cell, other: Cell) -> bool:
     return one.key() == other.key() and one.environment.identity() == other.environment.identity()
-
-
-def _told(error: BaseException) -> LabError:
-    """What ended a task, in one line."""
-    return error if isinstance(error, LabError) else Unmet(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _ended(jobs: Sequence[Job], found: Mapping[Job, list[Cell]], lost: Mapping[Job, LabError]) -> list[Cell]:
