@@ -17,15 +17,8 @@ from colqwen_lab.settings import DATA
 
 QUERY_SUFFIX_TOKENS = 10
 PAD = "<|endoftext|>"
-SPECIAL_TOKENS = (
-    PAD,
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+MARKS = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL_TOKENS = (PAD, *(f"<|{mark}|>" for mark in MARKS))
 # The checkpoint folder of the default `tiny`, as `colqwen-lab train-tiny` makes it.
 TINY = DATA / "tiny"
 TINY_TOKENIZER = TINY / "tokenizer.json"

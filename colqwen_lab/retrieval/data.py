@@ -301,8 +301,7 @@ def _questions(label: str, rows: Any) -> Corpus:
     names = [
         str(name) for name in (rows["image_filename"] if "image_filename" in rows.column_names else range(len(rows)))
     ]
-    first = {name: number for number, name in reversed(list(enumerate(names)))}
-    pages = sorted(first, key=lambda name: first[name])
+    pages = list(dict.fromkeys(names))
     relevance: dict[str, dict[str, int]] = {}
     for question, name in zip(rows["query"], names, strict=True):
         if question:
@@ -311,7 +310,7 @@ def _questions(label: str, rows: Any) -> Corpus:
     return Corpus(
         label,
         pages,
-        lambda number: _content(pages[number], rows, first[pages[number]]),
+        lambda number: _content(pages[number], rows, names.index(pages[number])),
         list(ids.values()),
         list(ids),
         {ids[question]: answers for question, answers in relevance.items()},
