@@ -242,7 +242,8 @@ class Fleet:
         """Rows to the file, each in place of an earlier one of the same cell on the same machine; lines to progress."""
         arrived = self.arrivals.get_nowait_batch(self.arrivals.qsize())
         rows = [one for one in arrived if isinstance(one, Cell)]
-        old = [cell for cell in self.store.cells if any(_same(cell, row) for row in rows)]
+        new = [(row.key(), row.environment.identity()) for row in rows]
+        old = [cell for cell in self.store.cells if (cell.key(), cell.environment.identity()) in new]
         if rows:
             self.store.add(rows)
         if old:
@@ -268,10 +269,6 @@ def _queue(ray: Any) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-
-
-def _same(one: Cell, other: Cell) -> bool:
-    return one.key() == other.key() and one.environment.identity() == other.environment.identity()
 
 
 def _ended(jobs: Sequence[Job], found: Mapping[Job, list[Cell]], lost: Mapping[Job, LabError]) -> list[Cell]:
@@ -314,10 +311,8 @@ def _cluster(address: str) -> Iterator[Any]:
         # Ray's own lines carry the nodes' addresses, and go to stdout; progress comes through the queue.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ImportError, OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise Unmet(
-            f"no Ray cluster at {address} ({why}); start one with `ray start --head`, or name another"
-        ) from None
+        where = f"no Ray cluster at {address} ({error!s:.200})"
+        raise Unmet(f"{where}; start one with `ray start --head`, or name another") from None
     try:
         with redirect_stdout(StringIO()):
             yield ray

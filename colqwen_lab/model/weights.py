@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colqwen_lab.errors import Unmet, plain
+from colqwen_lab.errors import Unmet
 from colqwen_lab.model.architecture import SIZES
 from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
 from colqwen_lab.model.processing import TINY, TINY_TOKENIZER, read_tokenizer
@@ -151,7 +151,7 @@ class FolderSource(Source):
         try:
             self.config = ColQwen3Config(**known)
         except Exception as error:  # transformers validates with several error types
-            raise Unmet(f"{folder}/config.json is not the configuration of a ColQwen3: {_one_line(error)}") from None
+            raise Unmet(f"{folder}/config.json is not the configuration of a ColQwen3: {error!s:.200}") from None
         self.files = self._index()
         self._check_dimensions()
         tokenizer = folder / "tokenizer.json"
@@ -184,7 +184,7 @@ class FolderSource(Source):
         except FileNotFoundError:
             raise Unmet(f"{self.folder} is not a checkpoint folder: it has no {name}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise Unmet(f"{self.folder / name} cannot be read: {_one_line(error)}") from None
+            raise Unmet(f"{self.folder / name} cannot be read: {error!s:.200}") from None
         if not isinstance(document, dict):
             raise Unmet(f"{self.folder / name} is not a JSON object")
         return document
@@ -206,7 +206,7 @@ class FolderSource(Source):
             try:
                 file = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise Unmet(f"{path} is missing, truncated or not safetensors: {_one_line(error)}") from None
+                raise Unmet(f"{path} is missing, truncated or not safetensors: {error!s:.200}") from None
             files |= dict.fromkeys(file.keys(), file)
         return files
 
@@ -225,7 +225,7 @@ class FolderSource(Source):
             with torch.device("meta"):
                 least = sum(tensor.numel() for tensor in ColQwen3(config).parameters()) // 4 if fits else 0
         except Exception as error:  # torch, transformers and Python each say it in their own way
-            raise Unmet(f"{where} is not the configuration of a ColQwen3: {_one_line(error)}") from None
+            raise Unmet(f"{where} is not the configuration of a ColQwen3: {error!s:.200}") from None
         held = sum(path.stat().st_size for path in self.paths)
         if not fits or least > held:
             raise Unmet(
@@ -256,15 +256,15 @@ class FolderSource(Source):
         unneeded = {name for name in self.files if name in UNUSED_TENSORS or self._is_plain_group_index(name)}
         problems = [f"missing {name}" for name in expected if name not in self.files]
         problems += [f"unexpected {name}" for name in self.files if name not in expected and name not in unneeded]
-        for name, like in expected.items():
-            if name in self.files:
-                view = self.files[name].get_slice(name)
-                if list(view.get_shape()) != list(like.shape):
-                    problems.append(f"{name} has shape {view.get_shape()}, not {list(like.shape)}")
-                elif SAFETENSORS_DTYPES.get(view.get_dtype()) is None:
-                    problems.append(f"{name} is {view.get_dtype()}; valid: {', '.join(SAFETENSORS_DTYPES)}")
-                elif SAFETENSORS_DTYPES[view.get_dtype()].is_floating_point != like.is_floating_point():
-                    problems.append(f"{name} is {view.get_dtype()}, not {like.dtype}")
+        for name in (name for name in expected if name in self.files):
+            view, like = self.files[name].get_slice(name), expected[name]
+            kind = view.get_dtype()
+            if list(view.get_shape()) != list(like.shape):
+                problems.append(f"{name} has shape {view.get_shape()}, not {list(like.shape)}")
+            elif kind not in SAFETENSORS_DTYPES:
+                problems.append(f"{name} is {kind}; valid: {', '.join(SAFETENSORS_DTYPES)}")
+            elif SAFETENSORS_DTYPES[kind].is_floating_point != like.is_floating_point():
+                problems.append(f"{name} is {kind}, not {like.dtype}")
         odd = [] if problems else self._odd_zeros(expected)
         problems += [f"{name} holds zero points, but the codes are symmetric" for name in odd]
         if problems:
@@ -353,7 +353,3 @@ def default_source(variant: Variant, size: str, weights: str, device: torch.devi
         )
     folder, commit = hub_folder(repository)
     return FolderSource(folder, label=f"hub:{repository.name}@{commit}")
-
-
-def _one_line(error: Exception) -> str:
-    return plain(str(error))[:200]

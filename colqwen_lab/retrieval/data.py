@@ -236,10 +236,8 @@ def _vidore(name: str) -> Corpus:
     except BadInput:
         raise
     except Exception as error:  # the library raises those of the hub, of its builders and of pyarrow
-        said = " ".join(str(error).split())[:200]
-        raise Unmet(
-            f"cannot get {repository}: {said}; where there is a network: `hf download --repo-type dataset {repository}`"
-        ) from None
+        get = f"where there is a network: `hf download --repo-type dataset {repository}`"
+        raise Unmet(f"cannot get {repository}: {error!s:.200}; {get}") from None
     finally:
         logging.set_verbosity(told)
 
