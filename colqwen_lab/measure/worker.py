@@ -176,7 +176,7 @@ class Worker:
             return self.model.engaged, {}
         return fast.engaged(rows), {name: one for name, one in fast.chosen.items() if name.endswith(f" x {rows}")}
 
-    def limits(self) -> Limits | None:
+    def limits(self) -> Limits:
         return measured_limits(self.device)
 
     def rest(self) -> None:

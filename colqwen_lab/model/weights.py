@@ -47,27 +47,23 @@ SAFETENSORS_DTYPES = {
 
 
 class Source(ABC):
-    """The weights of one variant. `label` is what a record says of them."""
+    """The weights of one variant. `label` is what a record says of them.
+
+    `quantization` is the checkpoint's quantization_config; None for 16-bit weights.
+    """
 
     label: str
     config: ColQwen3Config
     tokenizer: Tokenizer | None
-
-    @property
-    @abstractmethod
-    def quantization(self) -> dict[str, Any] | None:
-        """The checkpoint's quantization_config; None for 16-bit weights."""
+    quantization: dict[str, Any] | None
 
     @property
     def size(self) -> str:
         """The size that this configuration is; `custom` for another."""
-        text = self.config.text_config
-        found = (text.hidden_size, text.num_hidden_layers, text.vocab_size)
-        for size, parts in SIZES.items():
-            same = parts["text_config"]
-            if found == (same["hidden_size"], same["num_hidden_layers"], same["vocab_size"]):
-                return size
-        return "custom"
+        names = ("hidden_size", "num_hidden_layers", "vocab_size")
+        found = [getattr(self.config.text_config, name) for name in names]
+        known = {size: [parts["text_config"][name] for name in names] for size, parts in SIZES.items()}
+        return next((size for size, parts in known.items() if parts == found), "custom")
 
     @abstractmethod
     def check(self, expected: dict[str, Tensor]) -> None:
@@ -92,13 +88,12 @@ class RandomSource(Source):
     seed: int = 0
     tokenizer: Tokenizer | None = None
 
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        if self.scheme is None:
-            return None
-        bits, group_size = scheme_parts(self.scheme)
-        packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
-        return {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"} | packing
+    def __post_init__(self) -> None:
+        self.quantization = None
+        if self.scheme:
+            bits, group_size = scheme_parts(self.scheme)
+            packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+            self.quantization = {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"} | packing
 
     def check(self, expected: dict[str, Tensor]) -> None:
         """Nothing to check: every tensor is drawn as the network asks for it."""
@@ -143,8 +138,8 @@ class FolderSource(Source):
         raw = self._json("config.json")
         if raw.get("model_type") != ColQwen3Config.model_type:
             raise Unmet(f"{folder}/config.json: model_type is {raw.get('model_type')!r:.100}, not 'colqwen3'")
-        self._quantization = raw.pop("quantization_config", None)
-        if not isinstance(self._quantization, dict | None):
+        self.quantization = raw.pop("quantization_config", None)
+        if not isinstance(self.quantization, dict | None):
             raise Unmet(f"{folder}/config.json: quantization_config is not an object")
         # `auto_map` names code in the repository; it is never read.
         known = {key: value for key, value in raw.items() if key not in ("auto_map", "dtype", "torch_dtype")}
@@ -161,10 +156,6 @@ class FolderSource(Source):
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process, which opens the files again."""
         return FolderSource, (self.folder, self.label)
-
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        return self._quantization
 
     def _own(self, path: Path, most_bytes: int | None = None) -> Path:
         """`path`, if it lies in this folder, or as a link of the hub's cache among its blobs, and is not too large."""
