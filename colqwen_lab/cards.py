@@ -121,11 +121,8 @@ def find_card(name: str | float) -> Card:
     for gpu in GPUS.values():
         if _plain(gpu.name) == _plain(text):
             return Card(gpu.name, gpu.visible_bytes, gpu)
-    match = re.fullmatch(r"([0-9.]+)\s*(?:gi?b)?", text, re.IGNORECASE)
-    try:
-        size = float(match[1]) if match else math.nan
-    except ValueError:
-        size = math.nan
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:gi?b)?", text, re.IGNORECASE)
+    size = float(match[1]) if match else math.nan
     if not 0 < size < 1e6:
         plain = {_plain(known): known for known in GPUS}
         near = [plain[one] for one in difflib.get_close_matches(_plain(text), plain, n=3, cutoff=0.4)]

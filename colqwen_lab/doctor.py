@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from colqwen_lab.measure.environment import environment, pick_device
+from colqwen_lab.measure.environment import environment, installed, pick_device
 from colqwen_lab.model.architecture import resolve_size
 from colqwen_lab.records import GIB
 from colqwen_lab.settings import cache_folder
@@ -39,10 +38,7 @@ def examine() -> Iterator[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    found = installed(package) or "not installed"
     bad = found.split("+")[0] in KNOWN_BAD.get(package, ())
     return f"{found}, known to be slow: install another" if bad else found
 

@@ -16,6 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+KINDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 SECRETS = {
     r"(?<=//)[^/@\s]+@": "...@",
     r"\b(Bearer|Basic) \S+": r"\1 ...",
@@ -91,10 +92,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 try:
                     given.arguments[name] = TypeAdapter(type(default)).validate_python(value)
                 except ValidationError:
-                    kind = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[
-                        type(default)
-                    ]
-                    raise BadInput(f"{name} is {value!r}; valid: {kind}, such as {default!r}") from None
+                    valid = f"{KINDS[type(default)]}, such as {default!r}"
+                    raise BadInput(f"{name} is {value!r}; valid: {valid}") from None
         return function(*given.args, **given.kwargs)
 
     return call

@@ -12,9 +12,10 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,6 +46,9 @@ class Value(BaseModel):
 
     def to_line(self) -> str:
         return self.model_dump_json(by_alias=True) + "\n"
+
+
+V = TypeVar("V", bound=Value)
 
 
 class Workload(Value):
@@ -314,42 +318,41 @@ def read_cells(source: str | Path) -> list[Cell]:
 def _cells_of(path: Path, say: Callable[[str], None] | None = None, own: bool = False) -> list[Cell]:
     """The cells of a file; `own` refuses another tool's JSON, which a sweep would overwrite."""
     try:
-        complete, newline, last = path.read_bytes().rpartition(b"\n")
-        text = (complete + newline).decode() + last.decode(errors="replace")  # torn within a character, perhaps
+        whole, newline, torn = path.read_bytes().rpartition(b"\n")
+        text = (whole + newline).decode() + torn.decode(errors="replace")  # torn within a character, perhaps
     except FileNotFoundError:
         raise BadInput(f"no records file {path}; name one that a sweep wrote, or the word {PUBLISHED}") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read as a records file: {error}") from None
-    document = _json(text)
-    if own and isinstance(document, dict) and "results" in document:
-        raise BadInput(f"{path} is another tool's JSON, which a sweep would overwrite; name another file")
+    document = None
+    with suppress(ValueError, RecursionError):
+        document = json.loads(text)
     if isinstance(document, dict) and "results" in document:
+        if own:
+            raise BadInput(f"{path} is another tool's JSON, which a sweep would overwrite; name another file")
         return _script_cells(document)
-    return _line_cells(text, path, say or warnings.warn)
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _line_cells(text: str, path: Path, say: Callable[[str], Any]) -> list[Cell]:
     *complete, last = text.split("\n")
-    cells = []
+    cells: list[Cell] = []
     for number, line in enumerate([*complete, last] if last else complete, 1):
         try:
-            cells.append(Cell.model_validate_json(line))
-        except ValidationError as error:
-            if number > len(complete) and (cells or last.startswith(HEAD) or HEAD.startswith(last)):
-                say(shown(f"{path}: the last line is torn and left out; a sweep was killed while it wrote it"))
-                break
-            first = error.errors()[0]
-            where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100] or "the line"
-            what = f"{path} line {number} is not a record: {where}: {first['msg']}"
-            raise BadInput(f"{what}; valid: JSON lines by `colqwen-lab sweep`, or {PUBLISHED}") from None
+            cells.append(read_line(Cell, line, f"{path} line {number} is not a", f"sweep`, or {PUBLISHED}"))
+        except BadInput:
+            if number <= len(complete) or not (cells or last.startswith(HEAD) or HEAD.startswith(last)):
+                raise
+            said = f"{path}: the last line is torn and left out; a sweep was killed while it wrote it"
+            (say or warnings.warn)(shown(said))
     return cells
+
+
+def read_line(kind: type[V], line: str, what: str, valid: str) -> V:
+    """The record of this kind in one line. Raises BadInput, which names the first wrong field."""
+    try:
+        return kind.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100] or "the line"
+        said = f"{what} record: {where}: {first['msg']}; valid: JSON lines by `colqwen-lab {valid}"
+        raise BadInput(said) from None
 
 
 def neighbour(path: Path, kind: str) -> Path:
@@ -379,16 +382,34 @@ def own_file(path: Path) -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Around each write to a records file, or beside it.
-
-    Raises:
-        Unmet: it cannot be written any more; what was measured before is on it.
-    """
+def writing(path: Path, kind: type[LabError] = Unmet, do: str = GOES_ON) -> Iterator[None]:
+    """Around each write to a records file, or beside it. Raises `kind` where it cannot be written any more."""
     try:
         yield
     except OSError as error:
-        raise Unmet(f"cannot write {path}: {error.strerror or error}; {GOES_ON}") from None
+        raise kind(f"cannot write {path}: {error.strerror or error}; {do}") from None
+
+
+opening = partial(writing, kind=BadInput, do="name a file in a folder you can write")  # the same before a run
+
+
+@contextmanager
+def locked(path: Path, who: str, say: Callable[[str], object] | None = None, then: str = "") -> Iterator[None]:
+    """While a records file is this process's alone; another is waited for, and `say` hears of it.
+
+    Raises:
+        BadInput: another holds it, and there is no `say`.
+    """
+    lock = FileLock(f"{own_file(path)}.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        if say is None:
+            raise BadInput(f"{who} writes to {path}; wait for it or name another file") from None
+        say(f"{who} writes to {path}; waiting for it{then}")
+        held = lock.acquire()
+    with held:
+        yield
 
 
 class Store:
@@ -413,33 +434,18 @@ class Store:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.path, self._emit = own_file(path), emit
-        self._lock = FileLock(f"{self.path}.lock")
-        try:
+        with opening(path), ExitStack() as held:  # released now: a traceback that a notebook keeps would hold it
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                if say is None:
-                    raise
-                say(f"another sweep writes to {path}; waiting for it, then going on from its rows")
-                self._lock.acquire()
-            old = _cells_of(path, say, own=True) if path.exists() else []
-            self.cells = old
+            held.enter_context(locked(path, "another sweep", say, ", then going on from its rows"))
+            self.cells = _cells_of(path, say, own=True) if path.exists() else []
             self.superseded = self.set_aside(lambda cell: not keep(cell))
-        except Timeout:
-            raise BadInput(f"another sweep writes to {path}; wait for it or name another file") from None
-        except OSError as error:
-            self._lock.release()
-            raise BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write") from None
-        except LabError:
-            self._lock.release()  # now: a traceback that a notebook keeps would hold it
-            raise
+            self._held = held.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._held.close()
 
     def add(self, cells: Iterable[Cell]) -> None:
         """Append `cells`; they are on disk when this returns."""
@@ -503,17 +509,14 @@ def write_cells(path: Path, cells: Iterable[Cell]) -> None:
     Raises:
         BadInput: a sweep holds the file, it cannot be written, or it is named as what lies beside one.
     """
-    own = own_file(path)
-    try:
-        with FileLock(f"{own}.lock", timeout=0):
-            replace(own, cells)
-    except Timeout:
-        raise BadInput(f"a sweep writes to {path}; wait for it or name another file") from None
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}; name a file that can be written") from None
+    with writing(path, BadInput, "name a file that can be written"), locked(path, "a sweep"):
+        replace(own_file(path), cells)
 
 
 # ---------------------------------------------------------------- figures from elsewhere
+
+
+AS_REPORTED: Any = {"execution": "eager", "protocol": "published", "status": "ok"}
 
 
 def published_report() -> dict[str, Any]:
@@ -534,13 +537,11 @@ def published_cells() -> list[Cell]:
             size="4b",
             weights=f"hub:{report['models'][variant]['checkpoint']}",
             workload=Workload(kind="queries", batch_size=row["batch_size"], texts="report"),
-            execution="eager",
-            protocol="published",
             backend=Backend(requested="auto", dtype="float16"),
-            status="ok",
             items_per_s=Rate(median=float(row["items_per_s"])),
             memory=Memory(peak_bytes=row["peak_mib"] * MIB, method="published"),
             environment=environment,
+            **AS_REPORTED,
         )
         for variant, rows in report["sweep"].items()
         for row in rows
@@ -584,6 +585,8 @@ def _script_cells(document: dict[str, Any]) -> list[Cell]:
             batch = int(tail) if head else int(metadata[f"{'image' if pages else 'text'}_batch_size"])
             variant = variants.get(prefix, prefix.lower())
             weights = metadata.get("weights", "hub")
+            peak_bytes = round(float(row["cuda_max_memory_allocated_MB"]) * MIB)
+            machine = {"gpu": metadata.get("gpu"), "cuda": metadata.get("cuda_version"), "cpu": metadata.get("cpu")}
             cells.append(
                 Cell(
                     origin="measured",
@@ -592,18 +595,11 @@ def _script_cells(document: dict[str, Any]) -> list[Cell]:
                     size=str(metadata.get("size", "4b")),
                     weights=weights[variant] if isinstance(weights, dict) else str(weights),
                     workload=Workload(kind="pages" if pages else "queries", batch_size=batch, texts="report"),
-                    execution="eager",
-                    protocol="published",
                     backend=Backend(requested="auto"),
-                    status="ok",
                     items_per_s=Rate(median=float(row["throughput_items_per_s"])),
-                    memory=Memory(
-                        peak_bytes=round(float(row["cuda_max_memory_allocated_MB"]) * MIB),
-                        method=metadata.get("memory_method") or "cuda",
-                    ),
-                    environment=Environment(
-                        gpu=metadata.get("gpu"), cuda=metadata.get("cuda_version"), cpu=metadata.get("cpu")
-                    ),
+                    memory=Memory(peak_bytes=peak_bytes, method=metadata.get("memory_method") or "cuda"),
+                    environment=Environment(**machine),
+                    **AS_REPORTED,
                 )
             )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -31,23 +30,6 @@ def outputs_folder() -> Path:
     checkout = PACKAGE.parent
     root = checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
     return writable_folder(Path(os.environ.get("COLQWEN_LAB_OUTPUTS") or root / "outputs"))
-
-
-def is_file(path: str | Path) -> bool:
-    """Whether there is such a file; no where the name is none that a file can have."""
-    return _is(Path.is_file, path)
-
-
-def is_folder(path: str | Path) -> bool:
-    """Whether there is such a folder; no where the name is none that a folder can have."""
-    return _is(Path.is_dir, path)
-
-
-def _is(kind: Callable[[Path], bool], path: str | Path) -> bool:
-    try:
-        return kind(Path(path))
-    except (OSError, ValueError):
-        return False
 
 
 def in_use(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -41,7 +42,8 @@ def _commit() -> str | None:
         return None
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of a package; None where it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -59,14 +61,14 @@ def environment(device: torch.device, attention: str = "sdpa") -> Environment:
     """The environment of this process on `device`, now."""
     gpu: dict[str, Any] = {}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
+        properties, told = torch.cuda.get_device_properties(device), nvml_readings(device)
         gpu = {
             "gpu": properties.name,
             "gpu_memory_bytes": properties.total_memory,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": nvml_readings(device).get("driver"),
-            "power_limit_w": nvml_readings(device).get("power_limit_w"),
+            "driver": told.get("driver"),
+            "power_limit_w": told.get("power_limit_w"),
         }
     return Environment(
         **gpu,
@@ -76,8 +78,8 @@ def environment(device: torch.device, attention: str = "sdpa") -> Environment:
         os=platform.system(),
         python=platform.python_version(),
         torch=torch.__version__,
-        transformers=_installed("transformers"),
-        auto_round=_installed("auto-round"),
+        transformers=installed("transformers"),
+        auto_round=installed("auto-round"),
         attention=attention,
         code=code_version(),
         commit=_commit(),
@@ -117,10 +119,8 @@ def nvml_readings(device: torch.device) -> dict[str, Any]:
     }
     found = {}
     for name, read in readings.items():
-        try:
+        with suppress(pynvml.NVMLError):
             found[name] = read()
-        except pynvml.NVMLError:
-            continue
     return found
 
 

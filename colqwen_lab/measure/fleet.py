@@ -44,7 +44,7 @@ class Job:
     accelerator: str = ""
 
     def __str__(self) -> str:
-        ways = ", ".join(f"{way.execution}/{way.protocol}/{way.backend}" for way in self.asked.ways)
+        ways = ", ".join(map(str, self.asked.ways))
         return " ".join(filter(None, (self.accelerator, self.asked.size, self.asked.workload, ways)))
 
 
@@ -72,15 +72,7 @@ def matrix(
         return {name: value for name, value in options.items() if name not in others}
 
     return [
-        request(
-            model,
-            batch_sizes,
-            size=size,
-            workload=kind,
-            execution=how,
-            patience=patience(kind),
-            **given(kind),
-        )
+        request(model, batch_sizes, size=size, workload=kind, execution=how, patience=patience(kind), **given(kind))
         for size, kind, how in product(*axes)
     ]
 
@@ -211,7 +203,8 @@ class Fleet:
                 try:
                     found[job] = self.ray.get(task)
                 except self.ray.exceptions.RayTaskError as error:
-                    lost[job] = _told(error.cause)
+                    why = error.cause
+                    lost[job] = why if isinstance(why, LabError) else Unmet(f"{type(why).__name__}: {why}")
                 except self.ray.exceptions.RayError as error:
                     if self.tries[job] == TRIES:
                         lost[job] = Unmet(f"given up after {TRIES} tries, the last ended by {type(error).__name__}")
@@ -249,7 +242,8 @@ class Fleet:
         """Rows to the file, each in place of an earlier one of the same cell on the same machine; lines to progress."""
         arrived = self.arrivals.get_nowait_batch(self.arrivals.qsize())
         rows = [one for one in arrived if isinstance(one, Cell)]
-        old = [cell for cell in self.store.cells if any(_same(cell, row) for row in rows)]
+        new = [(row.key(), row.environment.identity()) for row in rows]
+        old = [cell for cell in self.store.cells if (cell.key(), cell.environment.identity()) in new]
         if rows:
             self.store.add(rows)
         if old:
@@ -275,15 +269,6 @@ def _queue(ray: Any) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-
-
-def _same(one: Cell, other: Cell) -> bool:
-    return one.key() == other.key() and one.environment.identity() == other.environment.identity()
-
-
-def _told(error: BaseException) -> LabError:
-    """What ended a task, in one line."""
-    return error if isinstance(error, LabError) else Unmet(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _ended(jobs: Sequence[Job], found: Mapping[Job, list[Cell]], lost: Mapping[Job, LabError]) -> list[Cell]:
@@ -326,10 +311,8 @@ def _cluster(address: str) -> Iterator[Any]:
         # Ray's own lines carry the nodes' addresses, and go to stdout; progress comes through the queue.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ImportError, OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise Unmet(
-            f"no Ray cluster at {address} ({why}); start one with `ray start --head`, or name another"
-        ) from None
+        where = f"no Ray cluster at {address} ({error!s:.200})"
+        raise Unmet(f"{where}; start one with `ray start --head`, or name another") from None
     try:
         with redirect_stdout(StringIO()):
             yield ray

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -66,11 +67,9 @@ class Noticing:
 
         others = others_on(self.device, self.own)
         found = [f"{others} other process{'es' * (others > 1)} on the GPU"] if others else []
-        try:
+        with suppress(pynvml.NVMLError):
             if pynvml.nvmlDeviceGetDisplayActive(handle):  # its mode says enabled on an H100 that has none
                 found.append("a display is attached to the GPU")
-        except pynvml.NVMLError:
-            pass
         return found
 
 
@@ -103,10 +102,8 @@ def _processes(handle: Any) -> list[Any]:
 
     found = []
     for read in (pynvml.nvmlDeviceGetComputeRunningProcesses, pynvml.nvmlDeviceGetGraphicsRunningProcesses):
-        try:
+        with suppress(pynvml.NVMLError):
             found += read(handle)
-        except pynvml.NVMLError:
-            continue
     return found
 
 

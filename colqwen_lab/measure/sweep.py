@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,7 +51,7 @@ from colqwen_lab.records import (
 from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS
 from colqwen_lab.runtime.kernels import EIGHT_BIT
 from colqwen_lab.runtime.workloads import WORKLOADS, Batches, Pages, query_batches
-from colqwen_lab.settings import is_folder, outputs_folder
+from colqwen_lab.settings import outputs_folder
 
 # The report's way with its fallback kernel, by device, and the best there is.
 REPORT_WAY = {"cuda": "eager/published/tritonv2", "cpu": "eager/published/torch"}
@@ -74,6 +75,9 @@ class Way:
             raise BadInput(f"protocol {self.protocol!r} keeps a KV cache, which execution fast has not; valid: lean")
         if self.backend in EIGHT_BIT and self.execution != "fast":
             raise BadInput(f"backend {self.backend!r} runs in execution fast only; valid: --execution fast")
+
+    def __str__(self) -> str:
+        return f"{self.execution}/{self.protocol}/{self.backend}"
 
     @classmethod
     def of(cls, text: str, device: str) -> Way:
@@ -103,7 +107,7 @@ class Entry:
         return self.variant, self.way.execution, self.way.backend
 
     def __str__(self) -> str:
-        return f"{self.variant} {self.way.execution}/{self.way.protocol}/{self.way.backend}"
+        return f"{self.variant} {self.way}"
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class Request:
             raise BadInput(f"texts are of workload queries, not {self.workload}; valid: workload queries")
         if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
             raise BadInput("weights go with a named model; a folder or a hub id as model holds its own")
-        if self.weights not in WEIGHTS and not is_folder(self.weights):
+        if self.weights not in WEIGHTS and not os.path.isdir(self.weights):
             raise BadInput(f"unknown weights {self.weights!r}; valid: {', '.join(WEIGHTS)}, or a checkpoint folder")
         if self.weights not in WEIGHTS and len(self.variants) > 1:
             raise BadInput("a weights folder goes with one model; name folders as models instead: -m DIR1 -m DIR2")
@@ -444,7 +448,7 @@ class Sweep:
         # The first model of each way a second time: an A/A control, which must come out as the same.
         first = next(iter(self.sources))
         twice = [entry for entry in workloads if entry.variant == first and entry.way.backend not in EIGHT_BIT]
-        turns |= {_control(entry): self._turn(entry, control=True) for entry in twice if self.asked.control}
+        turns |= {("control", entry): self._turn(entry, control=True) for entry in twice if self.asked.control}
         noticing = Noticing(self.device, (worker.pid for worker, _ in self.workers.values()))
         samples = time_in_turn(turns, self.asked.patience)
         states = None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
@@ -453,7 +457,8 @@ class Sweep:
         more = {entry: self._more(entry, in_turn) for entry in in_turn}
         self._rest()
         # It may be the others that took the room, or its process.
-        again = [e for e in workloads if e not in in_turn and len(samples) > 1 and not _failure(samples[e]).ended]
+        lost = {entry: error for entry in workloads if (error := samples[entry].error)}
+        again = [entry for entry, error in lost.items() if len(samples) > 1 and not failure_of(error).ended]
         failed = []
         for entry in [*(entry for entry in entries if entry not in again), *again]:
             if entry in again:
@@ -462,7 +467,7 @@ class Sweep:
                     more[entry] = self._more(entry, [entry])
                 self._rest()
             workload = workloads.get(entry, self._plain_workload(batch))
-            control = samples.get(_control(entry))
+            control = samples.get(("control", entry))
             cell = self._cell(entry, workload, memories[entry], samples.get(entry), in_turn, states, notes)
             if cell.status == "ok":
                 cell = cell.model_copy(update={"control_s": control.step_s if control else [], **more[entry]})
@@ -486,19 +491,19 @@ class Sweep:
         return more
 
     def _difference(self, entry: Entry, among: list[Entry]) -> Difference | None:
-        """How far the token embeddings of an entry of 8-bit activations are from its parent's, on the same batch."""
-        parent = _parent(entry, among)
-        if parent is None:
+        """How far the token embeddings of 8-bit activations are from those of the same variant's 16-bit ones."""
+        parents = [one for one in among if one.variant == entry.variant and one.way.backend not in EIGHT_BIT]
+        if entry.way.backend not in EIGHT_BIT or not parents:
             return None
         both = [
             attempt(lambda one=one: self._worker(one).embeddings(one.way.protocol), self.device)  # type: ignore[misc]
-            for one in (entry, parent)
+            for one in (entry, parents[-1])
         ]
         if any(isinstance(one, Failure) for one in both):
             return None
-        own, parents = map(torch.from_numpy, both)
-        cosine = torch.nn.functional.cosine_similarity(own, parents, dim=-1)
-        return Difference(against=str(parent), cosine_mean=cosine.mean().item(), cosine_least=cosine.min().item())
+        own, theirs = map(torch.from_numpy, both)
+        cosine = torch.nn.functional.cosine_similarity(own, theirs, dim=-1)
+        return Difference(against=str(parents[-1]), cosine_mean=cosine.mean().item(), cosine_least=cosine.min().item())
 
     def _plain_workload(self, batch: int) -> Workload:
         if self.pages:
@@ -526,8 +531,8 @@ class Sweep:
     ) -> Cell:
         outcome = memory if isinstance(memory, Failure) else None
         if samples is not None and samples.error is not None:
-            outcome = _failure(samples)
-        timed = samples is not None and outcome is None
+            outcome = failure_of(samples.error)
+        timed = samples if outcome is None else None
         others = [other for other in in_turn if other != entry and entry in in_turn]
         worker, loaded = self.workers.get(entry.model, (None, None))
         chosen = attempt(worker.chosen, self.device) if worker and timed else None
@@ -552,41 +557,23 @@ class Sweep:
             status=outcome.status if outcome else "ok",  # type: ignore[arg-type]
             reason=outcome.reason if outcome else None,
             step_s=samples.step_s if samples else [],
-            items_per_s=rate_of(samples.step_s, workload.batch_size) if timed and samples else None,
+            items_per_s=rate_of(timed.step_s, workload.batch_size) if timed else None,
             memory=found,
             limits=self.limits,
             timing=Timing(
-                warmup_steps=samples.warmup_steps,
-                steady=samples.steady,
-                stopped=samples.stopped,
+                warmup_steps=timed.warmup_steps,
+                steady=timed.steady,
+                stopped=timed.stopped,
                 in_turn_with=list(dict.fromkeys(other.variant for other in others)),
                 ways_in_turn=[str(other) for other in others],
                 clock=CLOCK,
             )
-            if timed and samples
+            if timed
             else None,
             gpu_state=states,
             notes=[*notes, *spilled(found, self.environment.gpu_memory_bytes)],
             environment=self.environment,
         )
-
-
-def _failure(samples: Samples) -> Failure:
-    assert samples.error is not None
-    return failure_of(samples.error)
-
-
-def _control(entry: Entry) -> tuple[str, Entry]:
-    """The name of the A/A control of `entry` among what is timed in turn."""
-    return "control", entry
-
-
-def _parent(entry: Entry, among: Iterable[Entry]) -> Entry | None:
-    """For a kernel with 8-bit activations, the same variant run with 16-bit ones; None for others, or without one."""
-    if entry.way.backend not in EIGHT_BIT:
-        return None
-    plain = [one for one in among if one.variant == entry.variant and one.way.backend not in EIGHT_BIT]
-    return plain[-1] if plain else None
 
 
 def _checked(variant: Variant, source: Source, asked_size: str) -> Source:

@@ -40,27 +40,18 @@ from colqwen_lab.runtime.workloads import Batches
 DEADLINE_S = 1800
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(Exception):
     """An outcome that is no figure: out of memory, or failed, and why. `ended` where it ended its process."""
 
-    status: str
-    reason: str
-    ended: bool = False
-
-
-class Lost(Exception):
-    """A worker's outcome that is no figure, on its way through a pipe."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure)
-        self.failure = failure
+    def __init__(self, status: str, reason: str, ended: bool = False) -> None:
+        super().__init__(status, reason, ended)
+        self.status, self.reason, self.ended = status, reason, ended
 
 
 def failure_of(error: BaseException) -> Failure:
     """The outcome of an exception: `oom` where the device or the host ran out of memory, else `failed`."""
-    if isinstance(error, Lost):
-        return error.failure
+    if isinstance(error, Failure):
+        return error.with_traceback(None)
     text = scrubbed(" ".join(str(error).split()))[:300]
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
     return Failure("oom" if memory else "failed", f"{type(error).__name__}: {text}")
@@ -189,7 +180,7 @@ class Worker:
         ends = tuple(f" x {one}" for one in rows)
         return fast.engaged(max(rows)), {name: one for name, one in fast.chosen.items() if name.endswith(ends)}
 
-    def limits(self) -> Limits | None:
+    def limits(self) -> Limits:
         return measured_limits(self.device)
 
     def rest(self) -> None:
@@ -210,7 +201,7 @@ def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
 
 
 class Remote:
-    """A `Worker` in a process of its own: its methods are asked over a pipe. What ends the process raises `Lost`."""
+    """A `Worker` in a process of its own: its methods are asked over a pipe. What ends the process is a `Failure`."""
 
     def __init__(self, setting: Setting) -> None:
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -238,7 +229,7 @@ class Remote:
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         if not self.alive:
-            raise Lost(Failure("failed", "its process had ended"))
+            raise Failure("failed", "its process had ended")
         try:
             self.connection.send((name, arguments))
             if not self.connection.poll(DEADLINE_S):
@@ -254,7 +245,7 @@ class Remote:
 
     def _lose(self, reason: str) -> NoReturn:
         self.end()
-        raise Lost(Failure("failed", reason, ended=True))
+        raise Failure("failed", reason, ended=True)
 
     def end(self) -> None:
         """A worker without a parent at its pipe ends by itself; one at work on a long step is not waited for."""
@@ -289,8 +280,8 @@ def serve(connection: Any, setting: Setting, threads: int) -> None:
             except LabError as error:
                 answer = error.with_traceback(None)
             except Exception as error:
-                answer = Lost(failure_of(error))
-            if isinstance(answer, Lost):
+                answer = failure_of(error)
+            if isinstance(answer, Failure):
                 free(setting.device)
             connection.send(answer)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.errors import one_of
 
 EMBED_DIM = 320
 
@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
         | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "mrope": [6, 5, 5]},
         vision={"depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
         | {"num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1, 2]},
-        # The first ids of the tokenizer in the package, in the order of processing.SPECIAL_TOKENS.
+        # The first ids of the tokenizer in the package: its special tokens.
         image_token_id=5,
         video_token_id=6,
         vision_start_token_id=3,
@@ -69,12 +69,10 @@ def resolve_size(size: str, cuda: bool) -> str:
     Raises:
         BadInput: no such size.
     """
-    size = size.lower()
+    size = check_size(size)
     if size == "auto":
-        size = os.environ.get("COLQWEN_LAB_SIZE") or ("4b" if cuda else "tiny")
-    if size not in SIZES:
-        raise BadInput(f"unknown size {size!r}; valid: auto, {', '.join(SIZES)}")
-    return size
+        size = check_size(os.environ.get("COLQWEN_LAB_SIZE") or "auto")
+    return ("4b" if cuda else "tiny") if size == "auto" else size
 
 
 def check_size(size: str) -> str:

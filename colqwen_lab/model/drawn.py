@@ -168,23 +168,20 @@ class _Pen:
         self.image = Image.new("RGB", (width, round(HEIGHT * self.scale)), "white")
         self.draw = ImageDraw.Draw(self.image)
 
-    def text(self, x: float, y: float, text: str, size: float, colour: tuple[int, int, int] = INK) -> None:
+    def text(self, x: float, y: float, text: str, size: float, colour: tuple[int, ...] = INK) -> None:
         scaled = (x * self.scale, y * self.scale)
         self.draw.text(scaled, text, colour, _font(size * self.scale), spacing=0.5 * size * self.scale)
 
-    def box(self, corners: tuple[float, float, float, float], colour: tuple[int, int, int]) -> None:
+    def box(self, corners: tuple[float, float, float, float], colour: tuple[int, ...]) -> None:
         self.draw.rectangle([value * self.scale for value in corners], colour)
 
-    def line(self, points: list[tuple[float, float]], colour: tuple[int, int, int], thick: float = 2) -> None:
+    def line(self, points: list[tuple[float, float]], colour: tuple[int, ...], thick: float = 2) -> None:
         scaled = [(x * self.scale, y * self.scale) for x, y in points]
         self.draw.line(scaled, colour, max(1, round(thick * self.scale)), joint="curve")
 
-    def dot(self, x: float, y: float, radius: float, colour: tuple[int, int, int]) -> None:
-        self.draw.ellipse([v * self.scale for v in (x - radius, y - radius, x + radius, y + radius)], colour)
-
-    def slice(self, x: float, y: float, radius: float, turn: tuple[float, float], colour: tuple[int, int, int]) -> None:
-        around = [v * self.scale for v in (x - radius, y - radius, x + radius, y + radius)]
-        self.draw.pieslice(around, *turn, colour, "white", max(1, round(4 * self.scale)))
+    def around(self, x: float, y: float, radius: float) -> list[float]:
+        """The corners of a circle, as PIL takes them."""
+        return [value * self.scale for value in (x - radius, y - radius, x + radius, y + radius)]
 
 
 def _sentences(random: Random, topic: str) -> Iterator[str]:
@@ -221,8 +218,7 @@ def _table(pen: _Pen, random: Random, y: float) -> float:
 
 def _chart(pen: _Pen, random: Random, has: Facts, y: float) -> None:
     """Draw the page's chart with its caption, 570 units high, from `y` down."""
-    red, green, blue = (min(255, max(0, part + random.randint(-15, 15))) for part in COLOURS[has.colour])
-    colour = (red, green, blue)
+    colour = tuple(min(255, max(0, part + random.randint(-15, 15))) for part in COLOURS[has.colour])
     left, right, bottom = MARGIN + 70, WIDTH - MARGIN - 40, y + 490
     if has.kind == "pie":
         _pie(pen, random, colour, y)
@@ -241,21 +237,22 @@ def _chart(pen: _Pen, random: Random, has: Facts, y: float) -> None:
             pen.line(points, colour, 14)
         else:
             for x, level in points:
-                pen.dot(x, level, 15, colour)
+                pen.draw.ellipse(pen.around(x, level, 15), colour)
         for i in range(6):
             pen.text(left + i * (right - left) / 6, bottom + 12, str(2000 + i), 22, GREY)
     caption = f"Figure {random.randint(1, 9)}: {has.topic} by {random.choice(('year', 'district', 'source'))}"
     pen.text(MARGIN + 300, y + 535, caption, 26, INK)
 
 
-def _pie(pen: _Pen, random: Random, colour: tuple[int, int, int], y: float) -> None:
+def _pie(pen: _Pen, random: Random, colour: tuple[int, ...], y: float) -> None:
     """A pie in tints of one colour, with its legend."""
     shares = [random.uniform(0.6, 2) for _ in range(random.randint(3, 6))]
     start = random.uniform(0, 360)
     for i, (share, region) in enumerate(zip(shares, REGIONS, strict=False)):
         end, tint = start + 360 * share / sum(shares), 0.55 * i / len(shares)
-        red, green, blue = (round(part + (255 - part) * tint) for part in colour)
-        pen.slice(WIDTH * 0.42, y + 260, 245, (start, end), (red, green, blue))
-        pen.box((WIDTH * 0.72, y + 120 + 50 * i, WIDTH * 0.72 + 28, y + 148 + 50 * i), (red, green, blue))
+        paint = tuple(round(part + (255 - part) * tint) for part in colour)
+        edge = max(1, round(4 * pen.scale))
+        pen.draw.pieslice(pen.around(WIDTH * 0.42, y + 260, 245), start, end, paint, "white", edge)
+        pen.box((WIDTH * 0.72, y + 120 + 50 * i, WIDTH * 0.72 + 28, y + 148 + 50 * i), paint)
         pen.text(WIDTH * 0.72 + 44, y + 118 + 50 * i, f"{region} {math.floor(100 * share / sum(shares))} %", 24)
         start = end

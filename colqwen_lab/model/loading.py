@@ -17,7 +17,7 @@ from accelerate.utils import set_module_tensor_to_device
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from colqwen_lab.errors import BadInput, LabError, Unmet
+from colqwen_lab.errors import BadInput, LabError, Unmet, one_of
 from colqwen_lab.model.network import TEXT_LAYERS, ColQwen3, ColQwen3Config, empty_network, is_text_linear
 from colqwen_lab.model.weights import Source
 
@@ -138,11 +138,8 @@ def _names(value: Any) -> Iterator[str]:
 
 
 def _packing(config: Any) -> str:
-    aliases = {
-        "auto": "auto_round:auto_gptq",
-        "auto_round:gptq": "auto_round:auto_gptq",
-        "auto_round:awq": "auto_round:auto_awq",
-    }
+    gptq, awq = "auto_round:auto_gptq", "auto_round:auto_awq"
+    aliases = {"auto": gptq, "auto_round:gptq": gptq, "auto_round:awq": awq}
     return aliases.get(config.packing_format, config.packing_format)
 
 
@@ -204,9 +201,8 @@ def load(source: Source, device: torch.device, backend: str = "auto", dtype: str
         BadInput: an unknown backend or dtype.
         Unmet: a tensor is missing, unexpected or of another shape; no kernel can serve the packing.
     """
-    if dtype not in DTYPES:
-        raise BadInput(f"unknown dtype {dtype!r}; valid: {', '.join(DTYPES)}")
-    model, backends = skeleton(source.config, source.quantization, device, backend, DTYPES[dtype])
+    wanted = DTYPES[one_of("dtype", dtype, DTYPES)]
+    model, backends = skeleton(source.config, source.quantization, device, backend, wanted)
     fill(model, source, device)
     for module in model.modules():
         for key in module._non_persistent_buffers_set:

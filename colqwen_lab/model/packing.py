@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -44,14 +42,12 @@ class Repacked(Source):
         self.unused = getattr(source, "unused", ())
         if (source.quantization or {}).get("bits") != 4:
             raise Unmet("the awq packing holds 4 bits; valid for other bits: the packings auto-round and gptq")
-
-    @property
-    def quantization(self) -> dict[str, Any]:
-        """The checkpoint's, with the packing changed; AutoRound's name for zero points stored as they are."""
-        asked = dict(self.source.quantization or {})
-        symmetric = asked.get("sym", not asked.pop("zero_point", False))
+        asked = source.quantization or {}
+        symmetric = asked.get("sym", not asked.get("zero_point", False))
         kept = {name: asked[name] for name in ("bits", "group_size", "block_name_to_quantize") if asked.get(name)}
-        return kept | {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel", "sym": symmetric}
+        # AutoRound's name for zero points stored as they are.
+        packing = {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}
+        self.quantization = kept | packing | {"sym": symmetric}
 
     def check(self, expected: dict[str, Tensor]) -> None:
         self.source.check({name: _awq_like(name, like) for name, like in expected.items()})

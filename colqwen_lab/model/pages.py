@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
+from os.path import isdir, isfile
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from colqwen_lab.errors import BadInput
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.model.processing import left_padded
-from colqwen_lab.settings import is_file, is_folder
 
 VISUAL_TOKENS = 1280
 DPI = 150
@@ -144,7 +144,7 @@ def page_files(source: str | Path) -> list[Path]:
     """
     path = Path(source)
     known = {*Image.registered_extensions(), ".pdf"}
-    if not (is_file(path) or is_folder(path)):
+    if not (isfile(path) or isdir(path)):
         raise BadInput(f"no pages at {path}; valid: a folder of images, an image, or a PDF")
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [file for file in found if file.suffix.lower() in known and (file.is_file() or not file.exists())]

@@ -26,12 +26,12 @@ from torch import nn
 
 from colqwen_lab.errors import BadInput, Unmet, one_of
 from colqwen_lab.model import loading, texts
-from colqwen_lab.model.network import ColQwen3, is_text_linear
+from colqwen_lab.model.network import is_text_linear
 from colqwen_lab.model.processing import PAD, pad_id
 from colqwen_lab.model.variants import VARIANTS, Variant, scheme_parts
 from colqwen_lab.model.weights import FolderSource, Source, default_source
 from colqwen_lab.records import sync
-from colqwen_lab.settings import cache_folder, in_use, is_file, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, writable_folder
 
 FORMATS = ("auto_round", "auto_gptq", "auto_awq")
 RECORD = "colqwen_lab.json"
@@ -123,15 +123,14 @@ def quantize(
     except Timeout:
         raise BadInput(f"another quantisation writes to {folder}; wait for it or name another folder") from None
     except (OSError, SafetensorError) as error:
-        raise Unmet(
-            f"cannot write {folder}: {error}; nothing is left there, and the same command starts again"
-        ) from None
+        left = "nothing is left there, and the same command starts again"
+        raise Unmet(f"cannot write {folder}: {error}; {left}") from None
     return record
 
 
 def _check_free(folder: Path, replace: bool) -> None:
     """Raise BadInput unless `folder` is not there, or empty, or with `replace` made here."""
-    if in_use(folder) and not (replace and is_file(folder / RECORD)):
+    if in_use(folder) and not (replace and os.path.isfile(folder / RECORD)):
         raise BadInput(f"{folder} is not empty; name a new folder")
 
 
@@ -234,18 +233,17 @@ def _account_for(before: dict[str, torch.Tensor], made: FolderSource, device: to
     if changed:
         raise Unmet(f"AutoRound changed {len(changed)} tensors outside the text linears: {', '.join(changed[:5])}")
     model = loading.load(made, device).model
-    return {name.removesuffix(".weight"): _relative_error(model, name, before[name].to(device)) for name in quantized}
+    errors = {}
+    for name in quantized:
+        layer, original = name.removesuffix(".weight"), before[name].to(device).float()
+        difference = dequantized(model.get_submodule(layer), original.shape[1], device).float() - original
+        errors[layer] = float(difference.norm() / original.norm())
+    return errors
 
 
 def dequantized(layer: nn.Module, columns: int, device: torch.device) -> torch.Tensor:
     """The weight [out, in] that a quantised linear multiplies by: what its kernel makes of the identity."""
     return layer(torch.eye(columns, dtype=torch.bfloat16, device=device)).T
-
-
-def _relative_error(model: ColQwen3, name: str, original: torch.Tensor) -> float:
-    layer = model.get_submodule(name.removesuffix(".weight"))
-    difference = dequantized(layer, original.shape[1], original.device).float() - original.float()
-    return float(difference.norm() / original.float().norm())
 
 
 def cached_checkpoint(variant: Variant, size: str, device: torch.device, recipe: Recipe | None = None) -> Path:

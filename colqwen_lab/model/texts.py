@@ -35,8 +35,3 @@ def queries(texts: str, count: int) -> list[str]:
         return [report_query(number) for number in range(count)]
     pool = natural_queries()
     return [pool[i % len(pool)] + (f" ({i // len(pool) + 1})" if i >= len(pool) else "") for i in range(count)]
-
-
-def tokenizer_texts() -> list[str]:
-    """The texts that the tokenizer in the package was trained on."""
-    return [*calibration_texts(), *natural_queries(), *queries("report", 64)]

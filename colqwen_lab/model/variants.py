@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.settings import is_folder
 
 # The integer weight-only presets of AutoRound that its GPTQ packing holds: bits, and the group size if not 128.
 SCHEME = re.compile(r"W([2348])A16(?:G(32|64))?")
@@ -70,7 +70,7 @@ def resolve_variant(name: str) -> Variant:
         return VARIANTS[name.lower()]
     if name.upper() in SCHEMES:
         return Variant(name.upper(), f"AutoRound {name.upper()}, text tower only", scheme=name.upper())
-    if name and is_folder(name):
+    if os.path.isdir(name):
         return Variant(Path(name).resolve().name, "a checkpoint folder", folder=Path(name))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
         return Variant(name, "a hub repository", hub={"any": Repository(name)})

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colqwen_lab.errors import Unmet, plain
+from colqwen_lab.errors import Unmet
 from colqwen_lab.model.architecture import SIZES
 from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
 from colqwen_lab.model.processing import TINY, TINY_TOKENIZER, read_tokenizer
@@ -37,37 +37,28 @@ CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", 
 # Qwen's tokenizer has 11 MB; the other JSON of a checkpoint is small, and a parser takes seventy times its bytes.
 TOKENIZER_BYTES = 64 * 2**20
 JSON_BYTES = 2**20
-SAFETENSORS_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
+# The types of a checkpoint that are read: whether they are floating-point.
+FLOATING = {"BF16": True, "F16": True, "F32": True, "I32": False, "I64": False}
 
 
 class Source(ABC):
-    """The weights of one variant. `label` is what a record says of them."""
+    """The weights of one variant. `label` is what a record says of them.
+
+    `quantization` is the checkpoint's quantization_config; None for 16-bit weights.
+    """
 
     label: str
     config: ColQwen3Config
     tokenizer: Tokenizer | None
-
-    @property
-    @abstractmethod
-    def quantization(self) -> dict[str, Any] | None:
-        """The checkpoint's quantization_config; None for 16-bit weights."""
+    quantization: dict[str, Any] | None
 
     @property
     def size(self) -> str:
         """The size that this configuration is; `custom` for another."""
-        text = self.config.text_config
-        found = (text.hidden_size, text.num_hidden_layers, text.vocab_size)
-        for size, parts in SIZES.items():
-            same = parts["text_config"]
-            if found == (same["hidden_size"], same["num_hidden_layers"], same["vocab_size"]):
-                return size
-        return "custom"
+        names = ("hidden_size", "num_hidden_layers", "vocab_size")
+        found = [getattr(self.config.text_config, name) for name in names]
+        known = {size: [parts["text_config"][name] for name in names] for size, parts in SIZES.items()}
+        return next((size for size, parts in known.items() if parts == found), "custom")
 
     @abstractmethod
     def check(self, expected: dict[str, Tensor]) -> None:
@@ -92,13 +83,12 @@ class RandomSource(Source):
     seed: int = 0
     tokenizer: Tokenizer | None = None
 
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        if self.scheme is None:
-            return None
-        bits, group_size = scheme_parts(self.scheme)
-        packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
-        return {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"} | packing
+    def __post_init__(self) -> None:
+        self.quantization = None
+        if self.scheme:
+            bits, group_size = scheme_parts(self.scheme)
+            packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+            self.quantization = {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"} | packing
 
     def check(self, expected: dict[str, Tensor]) -> None:
         """Nothing to check: every tensor is drawn as the network asks for it."""
@@ -143,15 +133,15 @@ class FolderSource(Source):
         raw = self._json("config.json")
         if raw.get("model_type") != ColQwen3Config.model_type:
             raise Unmet(f"{folder}/config.json: model_type is {raw.get('model_type')!r:.100}, not 'colqwen3'")
-        self._quantization = raw.pop("quantization_config", None)
-        if not isinstance(self._quantization, dict | None):
+        self.quantization = raw.pop("quantization_config", None)
+        if not isinstance(self.quantization, dict | None):
             raise Unmet(f"{folder}/config.json: quantization_config is not an object")
         # `auto_map` names code in the repository; it is never read.
         known = {key: value for key, value in raw.items() if key not in ("auto_map", "dtype", "torch_dtype")}
         try:
             self.config = ColQwen3Config(**known)
         except Exception as error:  # transformers validates with several error types
-            raise Unmet(f"{folder}/config.json is not the configuration of a ColQwen3: {_one_line(error)}") from None
+            raise Unmet(f"{folder}/config.json is not the configuration of a ColQwen3: {error!s:.200}") from None
         self.files = self._index()
         self._check_dimensions()
         tokenizer = folder / "tokenizer.json"
@@ -161,10 +151,6 @@ class FolderSource(Source):
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process, which opens the files again."""
         return FolderSource, (self.folder, self.label)
-
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        return self._quantization
 
     def _own(self, path: Path, most_bytes: int | None = None) -> Path:
         """`path`, if it lies in this folder, or as a link of the hub's cache among its blobs, and is not too large."""
@@ -184,7 +170,7 @@ class FolderSource(Source):
         except FileNotFoundError:
             raise Unmet(f"{self.folder} is not a checkpoint folder: it has no {name}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise Unmet(f"{self.folder / name} cannot be read: {_one_line(error)}") from None
+            raise Unmet(f"{self.folder / name} cannot be read: {error!s:.200}") from None
         if not isinstance(document, dict):
             raise Unmet(f"{self.folder / name} is not a JSON object")
         return document
@@ -206,7 +192,7 @@ class FolderSource(Source):
             try:
                 file = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise Unmet(f"{path} is missing, truncated or not safetensors: {_one_line(error)}") from None
+                raise Unmet(f"{path} is missing, truncated or not safetensors: {error!s:.200}") from None
             files |= dict.fromkeys(file.keys(), file)
         return files
 
@@ -225,7 +211,7 @@ class FolderSource(Source):
             with torch.device("meta"):
                 least = sum(tensor.numel() for tensor in ColQwen3(config).parameters()) // 4 if fits else 0
         except Exception as error:  # torch, transformers and Python each say it in their own way
-            raise Unmet(f"{where} is not the configuration of a ColQwen3: {_one_line(error)}") from None
+            raise Unmet(f"{where} is not the configuration of a ColQwen3: {error!s:.200}") from None
         held = sum(path.stat().st_size for path in self.paths)
         if not fits or least > held:
             raise Unmet(
@@ -256,15 +242,15 @@ class FolderSource(Source):
         unneeded = {name for name in self.files if name in UNUSED_TENSORS or self._is_plain_group_index(name)}
         problems = [f"missing {name}" for name in expected if name not in self.files]
         problems += [f"unexpected {name}" for name in self.files if name not in expected and name not in unneeded]
-        for name, like in expected.items():
-            if name in self.files:
-                view = self.files[name].get_slice(name)
-                if list(view.get_shape()) != list(like.shape):
-                    problems.append(f"{name} has shape {view.get_shape()}, not {list(like.shape)}")
-                elif SAFETENSORS_DTYPES.get(view.get_dtype()) is None:
-                    problems.append(f"{name} is {view.get_dtype()}; valid: {', '.join(SAFETENSORS_DTYPES)}")
-                elif SAFETENSORS_DTYPES[view.get_dtype()].is_floating_point != like.is_floating_point():
-                    problems.append(f"{name} is {view.get_dtype()}, not {like.dtype}")
+        for name in (name for name in expected if name in self.files):
+            view, like = self.files[name].get_slice(name), expected[name]
+            kind = view.get_dtype()
+            if list(view.get_shape()) != list(like.shape):
+                problems.append(f"{name} has shape {view.get_shape()}, not {list(like.shape)}")
+            elif kind not in FLOATING:
+                problems.append(f"{name} is {kind}; valid: {', '.join(FLOATING)}")
+            elif FLOATING[kind] != like.is_floating_point():
+                problems.append(f"{name} is {kind}, not {like.dtype}")
         odd = [] if problems else self._odd_zeros(expected)
         problems += [f"{name} holds zero points, but the codes are symmetric" for name in odd]
         if problems:
@@ -353,7 +339,3 @@ def default_source(variant: Variant, size: str, weights: str, device: torch.devi
         )
     folder, commit = hub_folder(repository)
     return FolderSource(folder, label=f"hub:{repository.name}@{commit}")
-
-
-def _one_line(error: Exception) -> str:
-    return plain(str(error))[:200]

@@ -7,6 +7,7 @@ out, as a metric has nothing to say of them.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from PIL import Image
 
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.model import drawn
-from colqwen_lab.settings import is_folder
 
 GENERATED, VIDORE = "generated", "vidore:"
 #: Pages held out whose facts all differ; from there on they come back.
@@ -71,7 +71,7 @@ def load(
         found = _generated(pages or HELD_OUT, queries or HELD_OUT, width)
     elif source.startswith(VIDORE) and source != VIDORE:
         found = _vidore(source.removeprefix(VIDORE))
-    elif is_folder(source):
+    elif os.path.isdir(source):
         found = _folder(Path(source))
     else:
         raise BadInput(
@@ -212,7 +212,7 @@ def _vidore(name: str) -> Corpus:
 
     from colqwen_lab.model.pages import digest
 
-    folder = is_folder(name)
+    folder = os.path.isdir(name)
     repository = name if folder or "/" in name else f"vidore/{name}"
     if folder:
         files = sorted(path for path in Path(name).rglob("*") if path.is_file())
@@ -236,10 +236,8 @@ def _vidore(name: str) -> Corpus:
     except BadInput:
         raise
     except Exception as error:  # the library raises those of the hub, of its builders and of pyarrow
-        said = " ".join(str(error).split())[:200]
-        raise Unmet(
-            f"cannot get {repository}: {said}; where there is a network: `hf download --repo-type dataset {repository}`"
-        ) from None
+        get = f"where there is a network: `hf download --repo-type dataset {repository}`"
+        raise Unmet(f"cannot get {repository}: {error!s:.200}; {get}") from None
     finally:
         logging.set_verbosity(told)
 
@@ -301,8 +299,7 @@ def _questions(label: str, rows: Any) -> Corpus:
     names = [
         str(name) for name in (rows["image_filename"] if "image_filename" in rows.column_names else range(len(rows)))
     ]
-    first = {name: number for number, name in reversed(list(enumerate(names)))}
-    pages = sorted(first, key=lambda name: first[name])
+    pages = list(dict.fromkeys(names))
     relevance: dict[str, dict[str, int]] = {}
     for question, name in zip(rows["query"], names, strict=True):
         if question:
@@ -311,7 +308,7 @@ def _questions(label: str, rows: Any) -> Corpus:
     return Corpus(
         label,
         pages,
-        lambda number: _content(pages[number], rows, first[pages[number]]),
+        lambda number: _content(pages[number], rows, names.index(pages[number])),
         list(ids.values()),
         list(ids),
         {ids[question]: answers for question, answers in relevance.items()},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from colqwen_lab.errors import Unmet
+from colqwen_lab.measure.clock import synchronise
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.model.pages import page_batch
 from colqwen_lab.model.processing import encode_queries, left_padded, pad_id
@@ -32,34 +33,28 @@ def query_inputs(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
 @torch.no_grad()
 def embed(loaded: Loaded, inputs: dict[str, Tensor]) -> tuple[list[Tensor], float]:
     """`(embeddings, seconds)`: [tokens, 320] each, on the host and without padding, and the time of the forward."""
-    on_gpu = loaded.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(loaded.device)
+    synchronise(loaded.device)
     started = time.perf_counter()
     padded = loaded.model(**inputs).embeddings
-    if on_gpu:
-        torch.cuda.synchronize(loaded.device)
+    synchronise(loaded.device)
     elapsed = time.perf_counter() - started
     return [row.cpu() for row in unpadded(padded, inputs["attention_mask"])], elapsed
 
 
 def embed_pages(loaded: Loaded, pages: Sequence[Page], visual_tokens: int) -> tuple[list[Tensor], float]:
     """The same for pages, in their order: the images in one forward, the texts, as queries are, in another."""
-    images = {place: page for place, page in enumerate(pages) if isinstance(page, Image.Image)}
-    texts = {place: page for place, page in enumerate(pages) if isinstance(page, str)}
-    batches: list[tuple[Iterable[int], dict[str, Tensor]]] = []
+    images = [page for page in pages if isinstance(page, Image.Image)]
+    texts = [page for page in pages if isinstance(page, str)]
+    shown: list[Tensor] = []
+    read: list[Tensor] = []
+    of_images = of_texts = 0.0
     if images:
-        shown = page_batch(images.values(), loaded.tokenizer, loaded.model.config, visual_tokens, loaded.device)
-        batches.append((images, shown))
+        batch = page_batch(images, loaded.tokenizer, loaded.model.config, visual_tokens, loaded.device)
+        shown, of_images = embed(loaded, batch)
     if texts:
-        batches.append((texts, query_inputs(loaded, list(texts.values()))))
-    found: dict[int, Tensor] = {}
-    total = 0.0
-    for places, inputs in batches:
-        made, elapsed = embed(loaded, inputs)
-        found.update(zip(places, made, strict=True))
-        total += elapsed
-    return [found[place] for place in range(len(pages))], total
+        read, of_texts = embed(loaded, query_inputs(loaded, texts))
+    made = {True: iter(read), False: iter(shown)}
+    return [next(made[isinstance(page, str)]) for page in pages], of_images + of_texts
 
 
 def blocks(count: int, batch: int) -> Iterator[range]:

@@ -11,13 +11,7 @@ from numpy.typing import NDArray
 RETRIEVAL = {"nDCG@5": "nDCG@5", "nDCG@10": "nDCG@10", "R@5": "recall@5", "R@10": "recall@10"}
 OVERLAP_AT = (5, 10)
 #: All that a record holds by query.
-NAMES = (
-    *RETRIEVAL.values(),
-    *(f"overlap@{k}" for k in OVERLAP_AT),
-    "Kendall's tau",
-    "score error",
-    "query cosine",
-)
+NAMES = (*RETRIEVAL.values(), *(f"overlap@{k}" for k in OVERLAP_AT), "Kendall's tau", "score error", "query cosine")
 
 Relevance = Mapping[str, Mapping[str, int]]
 

@@ -79,8 +79,7 @@ class MtebModel:
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """MaxSim [items of the first, items of the second]; a row of zeros is padding."""
-        ours, theirs = (_ragged(one) for one in (embeddings1, embeddings2))
-        return maxsim(ours, theirs)
+        return maxsim(_ragged(embeddings1), _ragged(embeddings2))
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """MaxSim [items] of each item of the first with the same of the second."""

@@ -10,11 +10,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from filelock import FileLock, Timeout
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.records import Backend, Environment, Rate, Value, append, neighbour, own_file, rate_of, replace
+from colqwen_lab.records import (
+    Backend,
+    Environment,
+    Rate,
+    Value,
+    append,
+    locked,
+    neighbour,
+    opening,
+    own_file,
+    rate_of,
+    read_line,
+    replace,
+)
 from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.settings import writable_folder
 
@@ -97,31 +109,18 @@ def writing(path: Path, say: Callable[[str], object]) -> Iterator[Callable[[Sequ
     path = own_file(path)
     writable_folder(path.parent)
     with ExitStack() as held:
-        try:
-            lock = FileLock(f"{path}.lock")
-            try:
-                held.enter_context(lock.acquire(timeout=0))
-            except Timeout:
-                say(f"another run writes to {path}; waiting for it")
-                held.enter_context(lock.acquire())
-            old = [read(path)] if path.exists() and path.stat().st_size else []
-        except OSError as error:
-            raise _unwritable(path, error) from None
+        with opening(path):
+            held.enter_context(locked(path, "another run", say))
+            old = read(path) if path.exists() and path.stat().st_size else []
 
         def write(records: Sequence[Fidelity]) -> None:
-            try:
+            with opening(path):
                 if old:
-                    append(neighbour(path, "superseded.jsonl"), old[0])
+                    append(neighbour(path, "superseded.jsonl"), old)
                 replace(path, records)
-            except OSError as error:
-                raise _unwritable(path, error) from None
             old.clear()
 
         yield write
-
-
-def _unwritable(path: Path, error: OSError) -> BadInput:
-    return BadInput(f"cannot write {path}: {error.strerror}; name a file in a folder you can write")
 
 
 def read(path: str | Path) -> list[Fidelity]:
@@ -134,15 +133,5 @@ def read(path: str | Path) -> list[Fidelity]:
         lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as fidelity records: {error}") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(Fidelity.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the line"
-            raise BadInput(
-                f"{path} line {number} is no fidelity record: {where}: {first['msg']}; valid: JSON lines by "
-                "`colqwen-lab fidelity`"
-            ) from None
-    return found
+    numbered = enumerate(lines, 1)
+    return [read_line(Fidelity, line, f"{path} line {number} is no fidelity", "fidelity`") for number, line in numbered]

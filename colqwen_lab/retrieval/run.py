@@ -161,10 +161,7 @@ def _one(
         refused=corpus.refused,
         visual_tokens=visual_tokens,
         backend=Backend(
-            requested=loaded.requested_backend,
-            engaged=loaded.engaged,
-            dtype=loaded.dtype,
-            kept_16bit=loaded.kept_16bit,
+            requested=loaded.requested_backend, engaged=loaded.engaged, dtype=loaded.dtype, kept_16bit=loaded.kept_16bit
         ),
         weights_bytes=loaded.weights_bytes,
         query_cosine=_quantiles(of_queries),

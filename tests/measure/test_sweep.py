@@ -78,14 +78,7 @@ def test_a_cell_says_all(path: Path) -> None:
     assert read_cells(path) == cells
     result = json.loads(path.with_suffix(".result.json").read_text())
     assert 0 < result.pop("timed_s") < result.pop("wall_s")
-    assert result == {
-        "complete": True,
-        "records": "sweep.jsonl",
-        "cells": 4,
-        "ok": 4,
-        "oom": 0,
-        "failed": 0,
-    }
+    assert result == {"complete": True, "records": "sweep.jsonl", "cells": 4, "ok": 4, "oom": 0, "failed": 0}
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])
