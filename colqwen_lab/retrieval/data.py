@@ -299,7 +299,10 @@ def _questions(label: str, rows: Any) -> Corpus:
     names = [
         str(name) for name in (rows["image_filename"] if "image_filename" in rows.column_names else range(len(rows)))
     ]
-    pages = list(dict.fromkeys(names))
+    first: dict[str, int] = {}
+    for number, name in enumerate(names):
+        first.setdefault(name, number)
+    pages = list(first)
     relevance: dict[str, dict[str, int]] = {}
     for question, name in zip(rows["query"], names, strict=True):
         if question:
@@ -308,7 +311,7 @@ def _questions(label: str, rows: Any) -> Corpus:
     return Corpus(
         label,
         pages,
-        lambda number: _content(pages[number], rows, names.index(pages[number])),
+        lambda number: _content(pages[number], rows, first[pages[number]]),
         list(ids.values()),
         list(ids),
         {ids[question]: answers for question, answers in relevance.items()},
