@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -248,6 +248,16 @@ def peak_of(log: Sequence[tuple[int, int]]) -> int:
     return peak
 
 
+class Asked(NamedTuple):
+    """What decides a run, beside its batch size: the length, whether batches carry a mask, and what a run chose."""
+
+    tokens: int
+    masked: bool
+    protocol: str
+    on_gpu: bool = True
+    ahead: tuple[str, ...] = ()
+
+
 class Predictor:
     """Predicts cells of one variant in one execution: the network is built once, on fake tensors.
 
@@ -288,7 +298,7 @@ class Predictor:
         self.tokenizer = source.tokenizer
         self.dtype = dtype
         self.mode = self.fake_mode()
-        self._traces: dict[tuple[int, bool, str, str, bool, tuple[str, ...]], list[Trace]] = {}
+        self._traces: dict[Asked, list[Trace]] = {}
         self._fake()
         # What multiplies packed weights; execution `fast` lets go of the linears that it took over.
         self.packed = [m for n, m in self.model.named_modules() if is_text_linear(n) and quantized]
@@ -359,7 +369,7 @@ class Predictor:
             packed = self.variant.scheme and scheme_parts(self.variant.scheme) == (4, 128)
             may = packed and self.kernel == "fused" and self.execution == "fast" and target.hopper
             ahead = KINDS if may and batch_size * bucket(workload.tokens) >= FEWEST_AHEAD else ()
-        trace = self._trace(batch_size, workload.tokens, masked, self.execution, protocol, on_gpu, tuple(ahead))
+        trace = self._trace(batch_size, Asked(workload.tokens, masked, protocol, on_gpu, tuple(ahead)))
         memory = self._memory(trace, target)
         work = Work(flops=trace.flops // STEPS, least_bytes=self._least_bytes(workload))
         return Cell(
@@ -394,26 +404,16 @@ class Predictor:
         # A run sees that nothing is padded, and makes no mask of it; under fake tensors nobody can look.
         return Workload(kind="queries", batch_size=batch_size, tokens=tokens, padded_share=0.0), padded
 
-    def _trace(
-        self,
-        batch_size: int,
-        tokens: int,
-        masked: bool,
-        execution: str,
-        protocol: str,
-        on_gpu: bool = True,
-        ahead: tuple[str, ...] = (),
-    ) -> Trace:
+    def _trace(self, batch_size: int, asked: Asked) -> Trace:
         """What two steps of this batch do to memory: run at two small batches, from which every other follows.
 
         At one length every tensor is as large as a + b x batch. A batch whose run has another shape is run itself.
         """
-        asked = tokens, masked, execution, protocol, on_gpu, ahead
         if asked not in self._traces:
-            self._traces[asked] = [self._run(size, *asked) for size in ANCHORS]
+            self._traces[asked] = [self._run(size, asked) for size in ANCHORS]
         first, second = self._traces[asked]
         if batch_size in ANCHORS or first.shape() != second.shape():
-            return self._run(batch_size, *asked)
+            return self._run(batch_size, asked)
         return first.at(batch_size, second)
 
     def _inputs(self, batch_size: int, tokens: int, masked: bool) -> dict[str, Tensor]:
@@ -421,27 +421,18 @@ class Predictor:
             ids = torch.empty((batch_size, tokens), dtype=torch.int64)
             return {"input_ids": ids} | ({"attention_mask": torch.empty_like(ids)} if masked else {})
 
-    def _run(
-        self,
-        batch_size: int,
-        tokens: int,
-        masked: bool,
-        execution: str,
-        protocol: str,
-        on_gpu: bool = True,
-        ahead: tuple[str, ...] = (),
-    ) -> Trace:
+    def _run(self, batch_size: int, asked: Asked) -> Trace:
         tracker, fast = self.tracker, getattr(self.model, "fast", None)
         if fast:
-            fast.on_gpu, fast.graph, fast.captured = on_gpu, (), (0, 0)
-            fast.ahead = {batch_size * bucket(tokens): ahead}
+            fast.on_gpu, fast.graph, fast.captured = asked.on_gpu, (), (0, 0)
+            fast.ahead = {batch_size * bucket(asked.tokens): asked.ahead}
         tracker.rewind(*self.made)
-        inputs = self._inputs(batch_size, tokens, masked)
+        inputs = self._inputs(batch_size, asked.tokens, asked.masked)
         with self.mode, tracker:
             tracker.see(("inputs", tensor) for tensor in inputs.values())
             before = len(tracker.log)
             hooks = [hook for layer in self.packed for hook in _label_buffers(tracker, layer)]
-            steps = Steps(self.model, [inputs], execution, protocol)
+            steps = Steps(self.model, [inputs], self.execution, asked.protocol)
             for _ in range(STEPS):
                 steps()
                 _label_output(tracker, steps.output)

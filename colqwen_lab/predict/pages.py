@@ -17,7 +17,7 @@ from colqwen_lab.errors import BadInput
 from colqwen_lab.model.drawn import HEIGHT, WIDTH
 from colqwen_lab.model.pages import VISUAL_TOKENS, batch_of, check_visual_tokens, prompt_ids, visual_tokens_of
 from colqwen_lab.model.variants import Variant, resolve_variant
-from colqwen_lab.predict.memory import A100, LARGEST_BATCH, Predictor, Target, Trace
+from colqwen_lab.predict.memory import A100, LARGEST_BATCH, Asked, Predictor, Target, Trace
 from colqwen_lab.records import Cell, Memory, Value, Work, Workload
 from colqwen_lab.runtime.workloads import INDEX_VALUE_BYTES, Pages
 
@@ -77,7 +77,7 @@ class PagePredictor(Predictor):
         # Now that the weights are fake.
         setattr(self.mode, "values", True)  # noqa: B010
         self._cells: dict[tuple[Any, ...], Cell] = {}
-        self._runs: dict[tuple[Any, ...], Trace] = {}
+        self._runs: dict[tuple[int, Asked], Trace] = {}
 
     def fake_mode(self) -> Beside:
         return Beside()
@@ -112,11 +112,11 @@ class PagePredictor(Predictor):
             )
         return self._cells[key]
 
-    def _trace(self, *asked: Any) -> Trace:
+    def _trace(self, batch_size: int, asked: Asked) -> Trace:
         """The run itself: image by image, it has another shape at every batch."""
-        if asked not in self._runs:
-            self._runs[asked] = self._run(*asked)
-        return self._runs[asked]
+        if (batch_size, asked) not in self._runs:
+            self._runs[batch_size, asked] = self._run(batch_size, asked)
+        return self._runs[batch_size, asked]
 
     def _workload(self, batch_size: int, tokens: int | None, padded: bool) -> tuple[Workload, bool]:
         beside = len(prompt_ids(self.tokenizer, self.config, 0))

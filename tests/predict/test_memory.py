@@ -23,6 +23,7 @@ from colqwen_lab.predict.memory import (
     OUTPUT,
     ROUNDING,
     WORKSPACE,
+    Asked,
     Predictor,
     Target,
     workspace_bytes,
@@ -175,7 +176,8 @@ def test_workspace_by_generation() -> None:
 def test_every_batch_follows_from_two(variant: str, masked: bool, protocol: str) -> None:
     made = predictor(variant, kernel="torch")
     for batch in (1, 7, 64):
-        run, line = made._run(batch, 19, masked, "eager", protocol), made._trace(batch, 19, masked, "eager", protocol)
+        asked = Asked(19, masked, protocol)
+        run, line = made._run(batch, asked), made._trace(batch, asked)
         assert run == line
 
 
