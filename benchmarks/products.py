@@ -22,7 +22,7 @@ import torch
 from colqwen_lab.measure.environment import pick_device
 from colqwen_lab.model.variants import resolve_variant
 from colqwen_lab.model.weights import default_source
-from colqwen_lab.runtime.fast import KINDS, _captured, _replayed_ms, load_fast
+from colqwen_lab.runtime.fast import KINDS, load_fast, medians_ms
 
 TOKENS, ROUNDS = 18, 9
 DEVICE = pick_device()
@@ -30,28 +30,16 @@ DEVICE = pick_device()
 
 def medians(works: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
     """Milliseconds of each, in turn."""
+    if DEVICE.type == "cuda":
+        return medians_ms(works, ROUNDS)
 
-    def run(work: Callable[[], Any]) -> Callable[[], float]:
-        if DEVICE.type == "cuda":
-            graph, _ = _captured(work)
-            return lambda: _replayed_ms(graph)
+    def timed(work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        return 1000 * (time.perf_counter() - start)
 
-        def timed() -> float:
-            start = time.perf_counter()
-            work()
-            return 1000 * (time.perf_counter() - start)
-
-        return timed
-
-    runs = {name: run(work) for name, work in works.items()}
-    times = [{name: one() for name, one in runs.items()} for _ in range(ROUNDS)]
-    return {name: sorted(each[name] for each in times)[ROUNDS // 2] for name in runs}
-
-
-def all_layers(fast: Any, kind: str, x: torch.Tensor, ahead: tuple[str, ...]) -> None:
-    multiply = fast.multiply(ahead)
-    for index in range(len(fast.layers)):
-        multiply(index, kind, x)
+    times = [{name: timed(work) for name, work in works.items()} for _ in range(ROUNDS)]
+    return {name: sorted(each[name] for each in times)[ROUNDS // 2] for name in works}
 
 
 def main(size: str, batches: str, file: str) -> None:
@@ -71,7 +59,7 @@ def main(size: str, batches: str, file: str) -> None:
                 width = getattr(fast.layers[0], kind).in_features
                 x = torch.randn(1, rows, width, device=DEVICE, dtype=fast.layers[0].norms[0].dtype)
                 ahead = (kind,) if kind in fast.ahead.get(rows, ()) else ()
-                works[variant, kind] = partial(all_layers, fast, kind, x, ahead)
+                works[variant, kind] = partial(fast.all_products, {kind: x}, ahead)
             works[variant, "forward"] = partial(fast.embed, ids, torch.ones_like(ids))
         with torch.inference_mode():
             found = medians(works)

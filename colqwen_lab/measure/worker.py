@@ -165,7 +165,7 @@ class Worker:
     def compile(self, batch_sizes: Sequence[int]) -> None:
         """Have the kernels that `fast` tries at these batch sizes compiled, all at once."""
         fast = getattr(self.model.model, "fast", None)
-        if fast is not None and self.device.type == "cuda":
+        if fast is not None and any(product.tunable for product in fast.products()):
             fast.compile(sorted({rows for batch in batch_sizes for rows in _rows(self._batches(batch).inputs)}))
 
     def chosen(self) -> tuple[dict[str, int], dict[str, str]]:

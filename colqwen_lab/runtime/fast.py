@@ -34,6 +34,7 @@ from colqwen_lab.errors import Unmet
 from colqwen_lab.model.loading import DTYPES, Loaded, load
 from colqwen_lab.model.network import ColQwen3, ColQwen3Output, is_text_linear
 from colqwen_lab.model.packing import gptq_packed
+from colqwen_lab.model.pages import digest
 from colqwen_lab.model.weights import Source
 from colqwen_lab.runtime.kernels import (
     EIGHT_BIT,
@@ -49,10 +50,6 @@ from colqwen_lab.runtime.kernels import (
 from colqwen_lab.settings import cache_folder, writable_folder
 
 GRAPHS_KEPT = 64
-# With other sources of kernels, or of what is chosen among, schedules are timed anew.
-KERNELS_DIGEST = hashlib.sha256(
-    b"".join((Path(__file__).parent / name).read_bytes() for name in ("kernels.py", "w4.py", "w4.cu"))
-).hexdigest()[:12]
 TIMED = 5
 # A schedule whose result is further from the kernel's own choice is not taken.
 SAME_RESULT = 0.01
@@ -183,10 +180,10 @@ class Fast(nn.Module):
         text: Any = model.vlm.model.language_model
         self.parts: Any = (text.embed_tokens, text.rotary_emb, text.norm, model.embedding_proj_layer)
         self.layers: Any = nn.ModuleList(Layer(layer, dense, packed) for layer in text.layers)
-        for kind in KINDS:  # all layers of a kind take the same schedule
-            alike = all(getattr(layer, kind).dequantises for layer in self.layers)
-            for layer in self.layers:
-                getattr(layer, kind).dequantises = alike
+        for products in map(self.of_kind, KINDS):  # they all take the same schedule
+            alike = all(product.dequantises for product in products)
+            for product in products:
+                product.dequantises = alike
         self.graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
         self.pool: Any = None
         self.chosen: dict[str, str] = {}
@@ -196,12 +193,15 @@ class Fast(nn.Module):
     def engaged(self, rows: int = 0) -> dict[str, int]:
         """How many text linears each kernel multiplies; of so many rows, or as loaded."""
         found: Counter[str] = Counter()
-        for layer in self.layers:
-            for kind in KINDS:
-                product = getattr(layer, kind)
-                dense = kind in self.ahead.get(rows, ())
+        for kind in KINDS:
+            dense = kind in self.ahead.get(rows, ())
+            for product in self.of_kind(kind):
                 found["cuBLAS, dequantised ahead" if dense else product.kernel_for(rows)] += product.linears
         return dict(found)
+
+    def of_kind(self, kind: str) -> list[Product]:
+        """The products of a kind, layer by layer."""
+        return [getattr(layer, kind) for layer in self.layers]
 
     def products(self) -> list[Product]:
         return [getattr(layer, kind) for layer in self.layers for kind in KINDS]
@@ -239,9 +239,9 @@ class Fast(nn.Module):
             qkv = multiply(index, "qkv", y)
             attention = self.attention(layer, qkv, cos, sin)
             x, y = then_norm(x, multiply(index, "o", attention), layer.norms[1], layer.eps)
-            mlp = multiply(index, "down", layer.opened(multiply(index, "gate_up", y), gate))
-            x, y = then_norm(x, mlp, next_norm, layer.eps)
-            del mlp
+            x, y = then_norm(
+                x, multiply(index, "down", layer.opened(multiply(index, "gate_up", y), gate)), next_norm, layer.eps
+            )
         vectors = functional.normalize(head(y), dim=-1)
         back = vectors.gather(1, goes_to.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
         return back * mask.unsqueeze(-1)
@@ -249,6 +249,13 @@ class Fast(nn.Module):
     def multiply(self, kinds: Sequence[str]) -> Multiply:
         """The products of a forward, with the weights of `kinds` dequantised ahead."""
         return Multiply(self.layers, kinds)
+
+    def all_products(self, x: dict[str, Tensor], ahead: Sequence[str]) -> None:
+        """The products of `x`, [batch, tokens, in] by kind, in every layer: to be timed as a forward makes them."""
+        multiply = self.multiply(ahead)
+        for index in range(len(self.layers)):
+            for kind, one in x.items():
+                multiply(index, kind, one)
 
     def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One of the small functions as the device runs it: fused on a GPU."""
@@ -310,7 +317,7 @@ class Fast(nn.Module):
         self.compile([rows])
         new = {}
         for kind in [kind for kind in KINDS if (kind, rows) in self.candidates]:
-            products = [getattr(layer, kind) for layer in self.layers]
+            products = self.of_kind(kind)
             gate = self.small(gated) if products[0].gates else None
             schedules = self.candidates.pop((kind, rows))
             best = schedules[0]
@@ -346,19 +353,10 @@ class Fast(nn.Module):
         if not all(_dequantised_alike(getattr(first, kind), x[kind][0]) for kind in KINDS):
             raise Unmet("weights dequantised do not multiply as packed ones do")
 
-        def products_of(kinds: Sequence[str]) -> None:
-            multiply = self.multiply(kinds)
-            for index in range(len(self.layers)):
-                for kind in KINDS:
-                    multiply(index, kind, x[kind])
-
         def size(kinds: Sequence[str]) -> int:
             return sum(getattr(first, kind).in_features * getattr(first, kind).out_features for kind in kinds)
 
-        pool = torch.cuda.graph_pool_handle()
-        graphs = {kinds: _captured(partial(products_of, kinds), pool)[0] for kinds in sorted(AHEAD, key=size)}
-        times = [{kinds: _replayed_ms(graph) for kinds, graph in graphs.items()} for _ in range(TIMED)]
-        medians = {kinds: sorted(each[kinds] for each in times)[TIMED // 2] for kinds in graphs}
+        medians = medians_ms({kinds: partial(self.all_products, x, kinds) for kinds in sorted(AHEAD, key=size)})
         return "+".join(next(kinds for kinds, ms in medians.items() if ms <= 1.01 * min(medians.values())))
 
 
@@ -389,8 +387,8 @@ def _fastest(
             try:
                 found = result_of(products[0])
                 expected = found if expected is None else expected
-                if (found - expected).norm() < SAME_RESULT * expected.norm():
-                    times[schedule] = _time_of(all_layers)
+                if _alike(found, expected):
+                    times |= medians_ms({schedule: all_layers})
             except torch.cuda.OutOfMemoryError:
                 raise
             except (RuntimeError, AssertionError):  # it compiles, but this GPU does not launch it
@@ -405,15 +403,24 @@ def _fastest(
 def _dequantised_alike(product: Product, x: Tensor) -> bool:
     weight = x.new_empty(product.out_features, product.in_features)
     product.dequantise(weight)
-    expected = product(x)
-    return bool((functional.linear(x, weight) - expected).norm() < SAME_RESULT * expected.norm())
+    return _alike(functional.linear(x, weight), product(x))
+
+
+def _alike(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() < SAME_RESULT * expected.norm())
 
 
 def _key(product: Product, rows: int) -> str:
     """What a schedule is remembered by: all that decides which there are to choose among."""
-    made = f"{product.made_of()} {product.gates} {KERNELS_DIGEST}"
+    made = f"{product.made_of()} {product.gates} {_sources()}"
     shape = f"{product.in_features} to {product.out_features} x {rows}"
     return f"{product.kernel} {version('humming-kernels')}: {shape} #{hashlib.sha256(made.encode()).hexdigest()[:12]}"
+
+
+@cache
+def _sources() -> str:
+    """With other sources of kernels, or of what is chosen among, schedules are timed anew."""
+    return digest(Path(__file__).parent / name for name in ("kernels.py", "w4.py", "w4.cu"))
 
 
 def _cache() -> Path:
@@ -475,7 +482,7 @@ def _side_stream(device: int, priority: int = -1) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=priority)
 
 
-def _captured(work: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+def _captured(work: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
     """`(graph, result)`: run once outside, so that all is compiled and every library awake, then captured."""
     stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
@@ -488,10 +495,12 @@ def _captured(work: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUD
     return graph, result
 
 
-def _time_of(work: Callable[[], Any]) -> float:
-    """Milliseconds of a captured run: the median of some."""
-    graph, _ = _captured(work)
-    return sorted(_replayed_ms(graph) for _ in range(TIMED))[TIMED // 2]
+def medians_ms(works: dict[Any, Callable[[], Any]], rounds: int = TIMED) -> dict[Any, float]:
+    """The median milliseconds of each, captured and then replayed in turn."""
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {name: _captured(work, pool)[0] for name, work in works.items()}
+    times = [{name: _replayed_ms(graph) for name, graph in graphs.items()} for _ in range(rounds)]
+    return {name: sorted(each[name] for each in times)[rounds // 2] for name in graphs}
 
 
 def _replayed_ms(graph: torch.cuda.CUDAGraph) -> float:
