@@ -9,16 +9,4 @@ run() { colqwen-lab sweep --size mid --weights random --control -o "$file" "$@";
 run -m base -m awq -b 1 --way eager/lean/torch --way fast/lean/auto --way eager/lean/ark
 run -m base -b 8,32 --way eager/lean/auto --way fast/lean/auto
 run -m awq -b 8,32 --way eager/lean/ark --way fast/lean/auto
-python - "$file" <<'END'
-import sys
-
-import pandas as pd
-
-import colqwen_lab as lab
-from colqwen_lab.report import ways
-
-pd.set_option("display.width", 160, "display.max_colwidth", None)
-results = lab.load(sys.argv[1])
-for table in (ways.gains(results), ways.ablation(results), ways.controls(results)):
-    print(table.T.to_string(), end="\n\n")
-END
+python benchmarks/tables.py "$file"

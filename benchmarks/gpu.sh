@@ -8,17 +8,4 @@ cd "$(dirname "$0")/.."
 file=${1:-outputs/gpu/ways.jsonl}
 python -m colqwen_lab sweep -m base -m awq --size 4b --weights random -b 1,2,4,8,16,32,64,128,256,512 --control -o "$file" \
   --way report --way eager/lean/tritonv2 --way fast/lean/tritonv2 --way best --way fast/lean/fp8
-python - "$file" <<'END'
-import sys
-
-import pandas as pd
-
-import colqwen_lab as lab
-from colqwen_lab.report import ways
-
-pd.set_option("display.width", 160, "display.max_colwidth", None)
-results = lab.load(sys.argv[1])
-for table in (ways.overhead_table(results), ways.gains(results), ways.shares(lab.explain(results)), ways.eight_bits(results)):
-    print(table.T.to_string(), end="\n\n")
-print(ways.verdict(results))
-END
+python benchmarks/tables.py "$file"
