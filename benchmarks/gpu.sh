@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Issue 4, point 3: base and awq of the 4B (random weights, the report's queries) in the report's way, in the best, in what
 # lies between, and base with FP8 activations: all in turn, at batch 1 to 512, with an A/A control. Needs the extra [gpu]
-# and 60 GB of GPU memory; under nine minutes on an H100 that does nothing else:  benchmarks/gpu.sh [FILE.jsonl]
+# and 60 GB of GPU memory; nine to ten minutes on an H100 that does nothing else:  benchmarks/gpu.sh [FILE.jsonl]
 # Then: papermill notebooks/compare.ipynb ways.ipynb --cwd notebooks -p ways FILE.jsonl
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -33,7 +33,7 @@ from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.weights import Source
 from colqwen_lab.records import Limits, Memory, Towers, Workload
 from colqwen_lab.runtime.execution import Steps
-from colqwen_lab.runtime.fast import bucket, load_fast
+from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast
 from colqwen_lab.runtime.workloads import Batches
 
 # The longest that one answer may take: the load of a large model over a slow disk, or the compilation of a forward.
@@ -181,7 +181,10 @@ class Worker:
         return fast.engaged(max(rows)), {name: one for name, one in fast.chosen.items() if name.endswith(ends)}
 
     def limits(self) -> Limits:
-        return measured_limits(self.device)
+        # Where the model's own products run: cuBLAS keeps a workspace for each stream, and later peaks would hold it.
+        fast = self.setting.execution == "fast"
+        with torch.cuda.stream(capture_stream() if fast else torch.cuda.current_stream()):
+            return measured_limits(self.device)
 
     def rest(self) -> None:
         """Let steps and their outputs go; the batches stay."""

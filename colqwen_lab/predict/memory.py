@@ -101,8 +101,9 @@ class _Fp8Product(Fp8):
     """Its weights as they are made; of a product the FP8 codes of the rows, their scales, and the result."""
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = torch.empty_like(x, dtype=FP8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-        found = _product_of(x, (self.in_features, self.out_features))
+        rows = x.shape[0]
+        codes, scale = x.new_empty((rows, self.in_features), dtype=FP8), x.new_empty((rows, 1), dtype=torch.float32)
+        found = _product_of(x[:, : self.in_features], (self.in_features, self.out_features))
         del codes, scale
         return found
 

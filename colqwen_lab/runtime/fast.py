@@ -164,8 +164,8 @@ class Layer(nn.Module):
         self.down = product(mlp, "down_proj")
 
     def opened(self, both: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-        """What goes into `down`; a kernel may have opened the gate already."""
-        return both if both.shape[-1] == self.down.in_features else gate(both)
+        """What goes into `down`; a kernel may have opened the gate already, or does so as it reads."""
+        return both if self.down.opens or both.shape[-1] == self.down.in_features else gate(both)
 
 
 class Fast(nn.Module):
@@ -339,7 +339,8 @@ class Fast(nn.Module):
         known = "" if torch.cuda.get_per_process_memory_fraction() < 1 else _remembered().get(key)
         if known is None:
             try:
-                known = self._best_ahead(rows)
+                with torch.cuda.stream(capture_stream()):
+                    known = self._best_ahead(rows)
                 _remember({key: known})
             except (torch.cuda.OutOfMemoryError, Unmet):
                 known = ""
@@ -482,10 +483,16 @@ def _side_stream(device: int, priority: int = -1) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=priority)
 
 
-def _captured(work: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """`(graph, result)`: run once outside, so that all is compiled and every library awake, then captured."""
+def capture_stream() -> torch.cuda.Stream:
+    """The stream of all that is captured; what is asked of it comes after what the current one has to do."""
     stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
+    return stream
+
+
+def _captured(work: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """`(graph, result)`: run once outside, so that all is compiled and every library awake, then captured."""
+    stream = capture_stream()
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream().wait_stream(stream)

@@ -48,6 +48,8 @@ class Product(nn.Module):
     kernel = "torch.nn.Linear"
     tunable = False
     dequantises = False
+    # Takes what a gate has not opened too, twice as wide as its weight.
+    opens = False
 
     def __init__(self, fused: Sequence[Any]) -> None:
         super().__init__()
@@ -114,6 +116,7 @@ class Fp8(Product):
     """FP8 weights, a scale an output channel, and FP8 activations, a scale a token: torch's row-wise scaled product."""
 
     kernel = "torch._scaled_mm (FP8 x FP8)"
+    opens = True
 
     def __init__(self, fused: Sequence[nn.Linear]) -> None:
         super().__init__(fused)
@@ -123,7 +126,9 @@ class Fp8(Product):
         self.out_dtype = fused[0].weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = _fp8_of(x)
+        from colqwen_lab.runtime.own_kernels import fp8_rows_at_once
+
+        codes, scale = fp8_rows_at_once(x, self.in_features)
         weight: Any = self.weight
         return torch._scaled_mm(
             codes,
@@ -133,14 +138,6 @@ class Fp8(Product):
             out_dtype=self.out_dtype,
             use_fast_accum=True,
         )
-
-
-def _fp8_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.device.type != "cuda":
-        return fp8_rows(x)
-    from colqwen_lab.runtime.own_kernels import fp8_rows_at_once
-
-    return fp8_rows_at_once(x)
 
 
 class AsLoaded(Product):

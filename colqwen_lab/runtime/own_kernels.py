@@ -4,7 +4,7 @@ Causal attention of short texts, from the product QKV to what goes into O, in on
 calls work on tiles of 128 tokens, and most of a tile is empty when a query has 18. Here a tile holds the query heads
 that share a key head, side by side; norm and rotary positions are applied on the way.
 
-FP8 codes of rows: each row is read once, where the compiler's kernels read it twice or more.
+FP8 codes of rows, of a gated MLP's too: each row is read once, where the compiler's kernels read it twice or more.
 """
 
 from __future__ import annotations
@@ -110,21 +110,25 @@ def attend_short(
 
 
 @triton.jit
-def _quantise(x, codes, scales, LARGEST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: a row."""
+def _quantise(x, codes, scales, LARGEST: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: a row of WIDTH codes; GATED, SiLU of the first half of x times the second."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    values = tl.load(x + row * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    at, real = x + row * WIDTH * (2 if GATED else 1) + column, column < WIDTH
+    values = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    if GATED:
+        values = values * tl.sigmoid(values) * tl.load(at + WIDTH, mask=real, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(values), 0) / LARGEST, 1e-12)
     tl.store(scales + row, scale)
     small = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
-    tl.store(codes + row * WIDTH + column, small.to(codes.dtype.element_ty), mask=column < WIDTH)
+    tl.store(codes + row * WIDTH + column, small.to(codes.dtype.element_ty), mask=real)
 
 
-def fp8_rows_at_once(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What `kernels.fp8_rows` says of x [rows, width]."""
+def fp8_rows_at_once(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """What `kernels.fp8_rows` says of x [rows, width]; of x [rows, 2 width], of SiLU of one half times the other."""
     x = x.contiguous()
-    codes = torch.empty_like(x, dtype=FP8)
+    codes = torch.empty((x.shape[0], width), dtype=FP8, device=x.device)
     scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(x.shape[1])
-    _quantise[(x.shape[0],)](x, codes, scales, FP8_MAX, x.shape[1], block, num_warps=max(4, block // 1024))
+    block = triton.next_power_of_2(width)
+    gated = x.shape[1] == 2 * width
+    _quantise[(x.shape[0],)](x, codes, scales, FP8_MAX, width, gated, block, num_warps=max(4, block // 1024))
     return codes, scales

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.measure.environment import pick_device
 from colqwen_lab.model.packing import packed, unpacked
+from colqwen_lab.runtime.fast import gated
 from colqwen_lab.runtime.kernels import EIGHT_BIT, PACKED_KERNELS, Dense, Prepacked, dense_product, pick
 
 DEVICE = pick_device()
@@ -142,8 +143,10 @@ def test_fp8_against_float64(index: int) -> None:
     weight = torch.cat([one.weight for one in linears]).double()
     product = EIGHT_BIT["fp8"].build(linears)
     for rows in (1, 18, 152):
-        x = draw(rows, inputs).bfloat16()
+        x, both = draw(rows, inputs).bfloat16(), draw(rows, 2 * inputs).bfloat16()
         assert error(product(x), x.double() @ weight.T) < LARGEST_ERROR["fp8"]
+        opened = gated(both.double())
+        assert error(product(both), opened @ weight.T) < LARGEST_ERROR["fp8"]
 
 
 @pytest.mark.parametrize("dim", [0, 1])
