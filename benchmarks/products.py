@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from colqwen_lab.measure.environment import pick_device
+from colqwen_lab.measure.environment import environment, pick_device
 from colqwen_lab.model.variants import resolve_variant
 from colqwen_lab.model.weights import default_source
 from colqwen_lab.runtime.fast import KINDS, load_fast, medians_ms
@@ -68,8 +68,8 @@ def main(size: str, batches: str, file: str) -> None:
             of_it = {kind: round(1000 * found[variant, kind] / layers, 2) for kind in KINDS}
             record = {"rows": rows, "variant": variant, **of_it, "forward_ms": round(found[variant, "forward"], 3)}
             records.append(record | {"kernels": fast.engaged(rows)})
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    Path(file).write_text(json.dumps({"device": device, "size": size, "products_us": records}, indent=1) + "\n")
+    made = {"environment": environment(DEVICE).model_dump(mode="json"), "size": size, "products_us": records}
+    Path(file).write_text(json.dumps(made, indent=1) + "\n")
     print(pd.DataFrame(records).to_string(index=False))
 
 

@@ -164,7 +164,7 @@ class Layer(nn.Module):
         self.down = product(mlp, "down_proj")
 
     def opened(self, both: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-        """What goes into `down`; a kernel may have opened the gate already, or does so as it reads."""
+        """What goes into `down`: `gate_up` may have opened the gate already, or `down` opens it."""
         return both if self.down.opens or both.shape[-1] == self.down.in_features else gate(both)
 
 
@@ -484,7 +484,7 @@ def _side_stream(device: int, priority: int = -1) -> torch.cuda.Stream:
 
 
 def capture_stream() -> torch.cuda.Stream:
-    """The stream of all that is captured; what is asked of it comes after what the current one has to do."""
+    """The stream of all that is captured; it begins after the current one, which does not wait for it."""
     stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     return stream

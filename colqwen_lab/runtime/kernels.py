@@ -48,7 +48,7 @@ class Product(nn.Module):
     kernel = "torch.nn.Linear"
     tunable = False
     dequantises = False
-    # Takes what a gate has not opened too, twice as wide as its weight.
+    # Also takes gate and up side by side, twice in_features wide, and opens the gate itself.
     opens = False
 
     def __init__(self, fused: Sequence[Any]) -> None:

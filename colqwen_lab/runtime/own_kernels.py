@@ -125,6 +125,7 @@ def _quantise(x, codes, scales, LARGEST: tl.constexpr, WIDTH: tl.constexpr, GATE
 
 def fp8_rows_at_once(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """What `kernels.fp8_rows` says of x [rows, width]; of x [rows, 2 width], of SiLU of one half times the other."""
+    assert x.shape[1] in (width, 2 * width)
     x = x.contiguous()
     codes = torch.empty((x.shape[0], width), dtype=FP8, device=x.device)
     scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)

@@ -69,8 +69,8 @@ def test_the_same_rows_as_in_one_process(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="libraries on a GPU keep memory of their own")
 @pytest.mark.parametrize("way", ["fast", "eager/lean/auto"])
 def test_a_peak_does_not_depend_on_what_was_measured_before(way: str, tmp_path: Path) -> None:
-    (alone,) = run(tmp_path / "alone.jsonl", "base", "2", ways=way, backend="auto")
-    _, later = run(tmp_path / "later.jsonl", "base", "1,2", ways=way, backend="auto")
+    (alone,) = run(tmp_path / "alone.jsonl", "base", "2", size="tiny", ways=way, backend="auto")
+    _, later = run(tmp_path / "later.jsonl", "base", "1,2", size="tiny", ways=way, backend="auto")
     assert alone.memory
     assert later.memory
     assert later.memory.peak_bytes == alone.memory.peak_bytes
