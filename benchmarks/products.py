@@ -57,7 +57,7 @@ def main(size: str, batches: str, file: str) -> None:
                 fast._graph(batch, TOKENS)
             for kind in KINDS:
                 width = getattr(fast.layers[0], kind).in_features
-                x = torch.randn(1, rows, width, device=DEVICE, dtype=fast.layers[0].norms[0].dtype)
+                x = torch.randn(rows, width, device=DEVICE, dtype=fast.layers[0].norms[0].dtype)
                 ahead = (kind,) if kind in fast.ahead.get(rows, ()) else ()
                 works[variant, kind] = partial(fast.all_products, {kind: x}, ahead)
             works[variant, "forward"] = partial(fast.embed, ids, torch.ones_like(ids))

@@ -163,7 +163,7 @@ class _FastModel(Fast):
         return ColQwen3Output(embeddings=self.graph[-1][:, :tokens].clone())
 
     def multiply(self, kinds: Sequence[str]) -> Multiply:
-        made = _Multiply(self.layers, kinds)
+        made = _Multiply(self.layers, kinds, self.small)
         self.tracker.label([*made.weights.values()], BUFFERS)
         return made
 

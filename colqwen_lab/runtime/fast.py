@@ -4,7 +4,7 @@
    sees what follows it, and no mask is needed.
 2. The length is rounded up to a bucket, so that few shapes occur.
 3. Each layer is four products (QKV and gate/up are one each), an attention, and three small functions that a compiler
-   fuses on a GPU.
+   fuses on a GPU; where a kernel can, products open the gate and share out the norms between them.
 4. On a GPU a bucket's whole forward is captured once as a CUDA graph and replayed: one launch, nothing from Python, no
    synchronise. All graphs share one pool of memory. On a CPU the same functions run as they are.
 
@@ -42,6 +42,7 @@ from colqwen_lab.runtime.kernels import (
     Dense,
     Kernel,
     Product,
+    Unnormed,
     compiled,
     dense_product,
     features_of,
@@ -57,6 +58,10 @@ SAME_RESULT = 0.01
 # keys too many times.
 MOST_TOKENS = 128
 KINDS = ("qkv", "o", "gate_up", "down")
+# Whose result is added and normed: how many layers on, and by which product, the norm is multiplied.
+FOLLOWS = {"o": (0, "gate_up"), "down": (1, "qkv")}
+# What multiplies the norm of a product's result is chosen before that product is.
+CHOSEN_IN_ORDER = ("qkv", "gate_up", "o", "down")
 # From how many rows on weights may be dequantised ahead, and of which products.
 FEWEST_AHEAD = 512
 AHEAD = ((), ("o",), ("qkv",), ("down",), ("qkv", "o"), ("gate_up",), ("qkv", "o", "down"), ("gate_up", "down"), KINDS)
@@ -163,10 +168,6 @@ class Layer(nn.Module):
         self.gate_up.gates = True
         self.down = product(mlp, "down_proj")
 
-    def opened(self, both: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-        """What goes into `down`: `gate_up` may have opened the gate already, or `down` opens it."""
-        return both if self.down.opens or both.shape[-1] == self.down.in_features else gate(both)
-
 
 class Fast(nn.Module):
     """The forward of a ColQwen3 for queries. Takes its linears over; the model's own forward is not to be called again.
@@ -228,30 +229,27 @@ class Fast(nn.Module):
         """The whole of a forward, with shapes that are a bucket's. Captured as one graph on a GPU."""
         embed_tokens, rotary, norm, head = self.parts
         goes_to = real_first(mask)
-        x = embed_tokens(torch.zeros_like(ids).scatter(1, goes_to, ids))
+        x = embed_tokens(torch.zeros_like(ids).scatter(1, goes_to, ids)).flatten(0, 1)
         positions = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1).expand(3, 1, -1)
         cos, sin = (part[0].unsqueeze(1) for part in rotary(x, positions))
-        first_norm, then_norm, gate = (self.small(function) for function in (normed, add_normed, gated))
-        y = first_norm(x, self.layers[0].norms[0], self.layers[0].eps)
+        y = self.small(normed)(x, self.layers[0].norms[0], self.layers[0].eps)
         following = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
         multiply = self.multiply(self.ahead.get(ids.numel(), ()))
         for index, (layer, next_norm) in enumerate(zip(self.layers, following, strict=True)):
             qkv = multiply(index, "qkv", y)
-            attention = self.attention(layer, qkv, cos, sin)
-            x, y = then_norm(x, multiply(index, "o", attention), layer.norms[1], layer.eps)
-            x, y = then_norm(
-                x, multiply(index, "down", layer.opened(multiply(index, "gate_up", y), gate)), next_norm, layer.eps
-            )
-        vectors = functional.normalize(head(y), dim=-1)
+            attention = self.attention(layer, qkv.unflatten(0, ids.shape), cos, sin).flatten(0, 1)
+            x, y = multiply.add_normed(index, "o", attention, x, layer.norms[1])
+            x, y = multiply.add_normed(index, "down", multiply.opened(index, y), x, next_norm)
+        vectors = functional.normalize(head(y), dim=-1).unflatten(0, ids.shape)
         back = vectors.gather(1, goes_to.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
         return back * mask.unsqueeze(-1)
 
     def multiply(self, kinds: Sequence[str]) -> Multiply:
         """The products of a forward, with the weights of `kinds` dequantised ahead."""
-        return Multiply(self.layers, kinds)
+        return Multiply(self.layers, kinds, self.small)
 
     def all_products(self, x: dict[str, Tensor], ahead: Sequence[str]) -> None:
-        """The products of `x`, [batch, tokens, in] by kind, in every layer: to be timed as a forward makes them."""
+        """The products of `x`, [rows, in] by kind, in every layer: to be timed as a forward makes them."""
         multiply = self.multiply(ahead)
         for index in range(len(self.layers)):
             for kind, one in x.items():
@@ -316,19 +314,54 @@ class Fast(nn.Module):
         """
         self.compile([rows])
         new = {}
-        for kind in [kind for kind in KINDS if (kind, rows) in self.candidates]:
+        for kind in [kind for kind in CHOSEN_IN_ORDER if (kind, rows) in self.candidates]:
             products = self.of_kind(kind)
-            gate = self.small(gated) if products[0].gates else None
             schedules = self.candidates.pop((kind, rows))
             best = schedules[0]
             if len(schedules) > 1:
-                best = new[_key(products[0], rows)] = _fastest(products, rows, schedules, self.parts[0].weight, gate)
+                best = new[_key(products[0], rows)] = self._fastest(kind, rows, schedules)
             for product in products:
                 product.chosen[rows] = best
             self.chosen[f"{kind} x {rows}"] = best
         _remember(new)
         if rows >= FEWEST_AHEAD and rows not in self.ahead and all(one.dequantises for one in self.products()):
             self._tune_ahead(rows)
+
+    def _fastest(self, kind: str, rows: int, schedules: Sequence[str]) -> str:
+        """The schedule by which all products of a kind, and what follows them in a forward, are soonest done."""
+        products, like, multiply = self.of_kind(kind), self.parts[0].weight, self.multiply(())
+        x = like.new_empty(rows, products[0].in_features).normal_()
+        total = like.new_empty(rows if kind in FOLLOWS else 0, products[0].out_features).normal_()
+
+        def result_of(index: int) -> Tensor:
+            if kind in FOLLOWS:
+                return multiply.add_normed(index, kind, x, total, self.layers[index].norms[1])[0]
+            return multiply.opened(index, x) if kind == "gate_up" else multiply(index, kind, x)
+
+        def all_layers() -> None:
+            for index in range(len(products)):
+                result_of(index)
+
+        times: dict[str, float] = {}
+        expected = None
+        try:
+            for schedule in schedules:  # with none named the kernel would compile all it knows
+                for product in products:
+                    product.chosen[rows] = schedule
+                try:
+                    found = result_of(0)
+                    expected = found if expected is None else expected
+                    if _alike(found, expected):
+                        times |= medians_ms({schedule: all_layers})
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except (RuntimeError, AssertionError):  # it compiles, but this GPU does not launch it
+                    if schedule == schedules[0]:
+                        raise
+        finally:
+            for product in products:
+                product.chosen.pop(rows, None)
+        return min(times, key=lambda one: times[one])
 
     def _tune_ahead(self, rows: int) -> None:
         """Time which weights to dequantise ahead, in turn; of those within 1 % of the soonest, keep the fewest bytes.
@@ -350,8 +383,8 @@ class Fast(nn.Module):
     def _best_ahead(self, rows: int) -> str:
         """The kinds, joined by +. Raises Unmet if what is dequantised does not multiply as the packed weights do."""
         like, first = self.parts[0].weight, self.layers[0]
-        x = {kind: like.new_empty(1, rows, getattr(first, kind).in_features).normal_() for kind in KINDS}
-        if not all(_dequantised_alike(getattr(first, kind), x[kind][0]) for kind in KINDS):
+        x = {kind: like.new_empty(rows, getattr(first, kind).in_features).normal_() for kind in KINDS}
+        if not all(_dequantised_alike(getattr(first, kind), x[kind]) for kind in KINDS):
             raise Unmet("weights dequantised do not multiply as packed ones do")
 
         def size(kinds: Sequence[str]) -> int:
@@ -359,46 +392,6 @@ class Fast(nn.Module):
 
         medians = medians_ms({kinds: partial(self.all_products, x, kinds) for kinds in sorted(AHEAD, key=size)})
         return "+".join(next(kinds for kinds, ms in medians.items() if ms <= 1.01 * min(medians.values())))
-
-
-def _fastest(
-    products: Sequence[Product],
-    rows: int,
-    schedules: Sequence[str],
-    like: Tensor,
-    gate: Callable[[Tensor], Tensor] | None = None,
-) -> str:
-    """The schedule that multiplies `rows` rows by all products soonest; with a `gate`, and opens it."""
-    x = torch.randn(rows, products[0].in_features, device=like.device, dtype=like.dtype)
-
-    def result_of(product: Product) -> Tensor:
-        found = product(x)
-        return gate(found) if gate and found.shape[-1] == product.out_features else found
-
-    def all_layers() -> None:
-        for product in products:
-            result_of(product)
-
-    times: dict[str, float] = {}
-    expected = None
-    try:
-        for schedule in schedules:  # with none named the kernel would compile all it knows
-            for product in products:
-                product.chosen[rows] = schedule
-            try:
-                found = result_of(products[0])
-                expected = found if expected is None else expected
-                if _alike(found, expected):
-                    times |= medians_ms({schedule: all_layers})
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except (RuntimeError, AssertionError):  # it compiles, but this GPU does not launch it
-                if schedule == schedules[0]:
-                    raise
-    finally:
-        for product in products:
-            product.chosen.pop(rows, None)
-    return min(times, key=lambda one: times[one])
 
 
 def _dequantised_alike(product: Product, x: Tensor) -> bool:
@@ -451,23 +444,37 @@ class Multiply:
     stream with less priority than the one that multiplies: it fills what a product leaves idle as it ends.
     """
 
-    def __init__(self, layers: Sequence[Any], kinds: Sequence[str]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[Any], kinds: Sequence[str], small: Callable[..., Any]) -> None:
+        self.layers, self.gate, self.then_norm = layers, small(gated), small(add_normed)
         like, products = layers[0].norms[0], {kind: getattr(layers[0], kind) for kind in kinds}
         self.weights = {kind: like.new_empty(one.out_features, one.in_features) for kind, one in products.items()}
         self.ready = {kind: self._make(0, kind) for kind in kinds}
 
-    def __call__(self, index: int, kind: str, x: Tensor) -> Tensor:
-        """The product `kind` of layer `index`, of x [batch, tokens, in]."""
-        rows = x.flatten(0, 1)
-        if kind in self.weights:
-            if self.ready[kind]:
-                torch.cuda.current_stream().wait_event(self.ready[kind])
-            found = functional.linear(rows, self.weights[kind])
-            self.ready[kind] = self._make(index + 1, kind) if index + 1 < len(self.layers) else None
-        else:
-            found = getattr(self.layers[index], kind)(rows)
-        return found.unflatten(0, x.shape[:2])
+    def __call__(self, index: int, kind: str, x: Tensor | Unnormed) -> Tensor:
+        """The product `kind` of layer `index`, of x [rows, in]."""
+        if kind not in self.weights:
+            return getattr(self.layers[index], kind)(x)
+        if self.ready[kind]:
+            torch.cuda.current_stream().wait_event(self.ready[kind])
+        found = functional.linear(x, self.weights[kind])  # type: ignore[arg-type]
+        self.ready[kind] = self._make(index + 1, kind) if index + 1 < len(self.layers) else None
+        return found
+
+    def opened(self, index: int, x: Tensor | Unnormed) -> Tensor:
+        """What goes into `down`: `gate_up` may have opened the gate already, or `down` opens it."""
+        both, down = self(index, "gate_up", x), self.layers[index].down
+        return both if down.opens or both.shape[-1] == down.in_features else self.gate(both)
+
+    def add_normed(
+        self, index: int, kind: str, x: Tensor, total: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor | Unnormed]:
+        """`(total + product, its RMS norm)`; two products that can do so share the norm out between them."""
+        after, follows = FOLLOWS[kind]
+        layer, rows = self.layers[index], x.shape[0]
+        product, next_layers = getattr(layer, kind), self.layers[index + after :]
+        if product.norms(rows) and next_layers and getattr(next_layers[0], follows).norms(rows):
+            return product.add_normed(x, total, weight, layer.eps)
+        return self.then_norm(total, self(index, kind, x), weight, layer.eps)
 
     def _make(self, index: int, kind: str) -> Any:
         stream = _side_stream(torch.cuda.current_device(), priority=0)

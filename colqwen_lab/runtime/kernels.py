@@ -42,6 +42,18 @@ def features_of(linear: Any) -> tuple[int, int]:
     return linear.infeatures, linear.outfeatures
 
 
+@dataclass(frozen=True)
+class Unnormed:
+    """Rows that only lack being divided by their root mean square, which a product can do to what it gives.
+
+    `weighted` [rows, in] are times the norm's weights; `squares` [rows, in / 64] sum up the squares of what they were.
+    """
+
+    weighted: Tensor
+    squares: Tensor
+    eps: float
+
+
 class Product(nn.Module):
     """The linears `fused`, multiplied as one. `kernel` is the name that a record gives."""
 
@@ -78,6 +90,14 @@ class Product(nn.Module):
 
     def dequantise(self, weight: Tensor) -> None:
         """Write the weight [out, in] in 16 bits, where `dequantises`."""
+        raise NotImplementedError
+
+    def norms(self, rows: int) -> bool:
+        """Whether for this many rows it has `add_normed`, and takes what another one's gives."""
+        return False
+
+    def add_normed(self, x: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Unnormed]:
+        """`(total + product, its RMS norm)`, the latter left to the next product; where it `norms`."""
         raise NotImplementedError
 
 
@@ -248,11 +268,19 @@ class Humming(Product):
             return False
         return True
 
-    def forward(self, x: Tensor) -> Tensor:
-        schedule = self.chosen.get(x.shape[0])
+    def forward(self, x: Tensor | Unnormed) -> Tensor:
+        rows = x.weighted if isinstance(x, Unnormed) else x
+        schedule = self.chosen.get(rows.shape[0])
         if own := self._own(schedule):
-            return own(x.contiguous(), self.layer.weight, self.layer.weight_scale)
-        return self.layer(x.contiguous(), tuning_config=schedule)
+            return own(x, self.layer.weight, self.layer.weight_scale)
+        return self.layer(rows.contiguous(), tuning_config=schedule)
+
+    def norms(self, rows: int) -> bool:
+        return self._own(self.chosen.get(rows)) is not None
+
+    def add_normed(self, x: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Unnormed]:
+        own = self._own(self.chosen[x.shape[0]])
+        return own(x, self.layer.weight, self.layer.weight_scale, (total, weight, eps))
 
     def _own(self, schedule: str | None) -> Any:
         if not schedule or not self.dequantises:

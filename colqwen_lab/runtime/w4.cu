@@ -15,6 +15,17 @@ __device__ inline void copy(void *to, const void *from, u32 bytes, u32 barrier) 
                ::"r"(shared_of(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+__device__ inline void arrived(u32 barrier) {
+  asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;\n}"
+               ::"r"(barrier) : "memory");
+}
+
+// A barrier at which `bytes` are to arrive, then known to the cluster.
+__device__ inline void expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
+               "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 __device__ inline uint4 read_once(const uint4 *from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -38,6 +49,8 @@ __device__ inline void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+__device__ inline float2 widened(u32 both) { return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)); }
+
 __device__ inline u32 rounded(float low, float high) {
   u32 found;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(high), "f"(low));
@@ -48,10 +61,16 @@ __device__ inline u32 rounded(float low, float high) {
 // inputs, and each warp STEPS times 16 of that part: every code is read once, straight into registers, AHEAD steps
 // before it is needed. With GATED the first half of the outputs is a gate, the second what it opens: out is
 // [rows, out / 2], SiLU of one times the other.
+//
+// An RMS norm is shared out over the product before it and the one after. The one before is given `added` [rows, out]:
+// out is the sum, `weighted` is out times the norm's weights, `found_squares` [rows, out / 64] the sums of squares of
+// 64 outputs. The one after takes these as x and `squares` [rows, in / 64], and divides its result by the root of
+// their mean.
 template <int INS, int OUTS, int TILES, int WARPS, int SPLIT, int AHEAD, int GATED, int AT_ONCE>
 __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(WARPS * 32, AT_ONCE)
 few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const char *__restrict__ x,
-         u32 *__restrict__ out, int rows) {
+         u32 *__restrict__ out, int rows, const float *__restrict__ squares, float eps, const u32 *__restrict__ added,
+         const u32 *__restrict__ norm, u32 *__restrict__ weighted, float *__restrict__ found_squares) {
   constexpr int BLOCKS = GATED ? 2 : 1, ALL = OUTS / 64, APART = ALL / 2;
   constexpr int STEPS = INS / 16 / WARPS / SPLIT;
   constexpr int SAME = STEPS % 8 == 0 ? 8 : STEPS % 4 == 0 ? 4 : STEPS % 2 == 0 ? 2 : 1;  // steps of one scale at least
@@ -70,16 +89,18 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) ahead[i][b] = read_once(from + (i * ALL + b * APART) * 32);
 
-  // A warp's own memory: a barrier, scales, then its rows of x and later its sums.
+  // A warp's own memory: a barrier, scales, then its rows of x and later its sums. Then, of the block, what the cluster
+  // gathers, and what each token is to be divided by.
   const int share = max(rows * STRIDE, BLOCKS * rows * LINE * 4) + 127 & ~127;
-  char *mine = memory + warp * (128 + BLOCKS * GROUPS * 128 + share);
+  const int apart = (128 + BLOCKS * GROUPS * 128 + share) / 8;
+  char *mine = memory + warp * apart * 8;
   char *scale_lines = mine + 128, *tokens_at = scale_lines + BLOCKS * GROUPS * 128;
-  const u32 barrier = shared_of(mine);
-  if (lane == 0) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(barrier) : "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 ::"r"(barrier), "r"(rows * STEPS * 32 + BLOCKS * GROUPS * 128) : "memory");
-  }
+  float2 *gathered = (float2 *)(memory + WARPS * apart * 8);  // [SPLIT][tokens of this block][BLOCKS][32]
+  const int own = (rows + SPLIT - 1) / SPLIT;
+  float *factors = (float *)(gathered + (SPLIT > 1 ? SPLIT * own * BLOCKS * 32 : 0));
+  const u32 barrier = shared_of(mine), gathering = shared_of(memory + 64);
+  if (lane == 0) expect(barrier, rows * STEPS * 32 + BLOCKS * GROUPS * 128);
+  if (SPLIT > 1 && threadIdx.x == 0) expect(gathering, (rows + SPLIT - 1 - rank) / SPLIT * SPLIT * BLOCKS * 256);
   __syncwarp();
   if (SPLIT > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   if (lane < BLOCKS * GROUPS) {
@@ -88,6 +109,16 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
   }
   for (int row = lane; row < rows; row += 32)
     copy(tokens_at + row * STRIDE, x + ((long long)row * INS + first * 16) * 2, STEPS * 32, barrier);
+  const u32 norm_weight = added ? norm[block * 32 + lane] : 0;
+
+  // By four lanes a token, what it is to be divided by.
+  for (int token = threadIdx.x / 4; squares && token < (rows + 7 & ~7); token += WARPS * 8) {
+    float sum = 0.f;
+#pragma unroll 10
+    for (int i = lane % 4; i < INS / 64; i += 4) sum += squares[min(token, rows - 1) * (INS / 64) + i];
+    sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
+    if (token < rows) factors[token] = rsqrtf(sum / INS + eps);
+  }
 
   u32 at[TILES];
 #pragma unroll
@@ -96,8 +127,7 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
   float sums[TILES][BLOCKS][4][4];
 #pragma unroll
   for (int i = 0; i < TILES * BLOCKS * 16; i++) ((float *)sums)[i] = 0.f;
-  asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;\n}"
-               ::"r"(barrier) : "memory");
+  arrived(barrier);
 
   u32 scale[BLOCKS][4][2];
 #pragma unroll
@@ -149,14 +179,27 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
   __syncthreads();
 
   // A warp sums a token over the warps, then, with SPLIT, the token's own block over the cluster.
-  const int apart = (128 + BLOCKS * GROUPS * 128 + share) / 8;
-  float2 *gathered = (float2 *)(memory + WARPS * apart * 8);  // [SPLIT][tokens of this block][BLOCKS][32]
-  const int own = (rows + SPLIT - 1) / SPLIT;
-  const auto finish = [&](int token, const float2(&sum)[BLOCKS]) {
+  const auto finish = [&](int token, float2(&sum)[BLOCKS]) {
+    const long long place = (long long)token * (OUTS / BLOCKS / 2) + block * 32 + lane;
+    const float factor = squares ? factors[token] : 1.f;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) sum[b].x *= factor, sum[b].y *= factor;
     const float2 one = sum[0], other = sum[BLOCKS - 1];
-    const float low = GATED ? one.x / (1.f + __expf(-one.x)) * other.x : one.x;
-    const float high = GATED ? one.y / (1.f + __expf(-one.y)) * other.y : one.y;
-    out[(long long)token * (OUTS / BLOCKS / 2) + block * 32 + lane] = rounded(low, high);
+    if (GATED) {
+      out[place] = rounded(one.x / (1.f + __expf(-one.x)) * other.x, one.y / (1.f + __expf(-one.y)) * other.y);
+    } else if (!added) {
+      out[place] = rounded(one.x, one.y);
+    } else {
+      const float2 before = widened(added[place]), by = widened(norm_weight);
+      const u32 total = rounded(before.x + one.x, before.y + one.y);
+      const float2 now = widened(total);
+      out[place] = total;
+      weighted[place] = rounded(now.x * by.x, now.y * by.y);
+      float square = now.x * now.x + now.y * now.y;
+#pragma unroll
+      for (int other_lane = 16; other_lane; other_lane /= 2) square += __shfl_xor_sync(~0u, square, other_lane);
+      if (lane == 0) found_squares[token * ALL + block] = square;
+    }
   };
   for (int token = warp; token < rows; token += WARPS) {
     float2 found[BLOCKS];
@@ -167,16 +210,17 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
 #pragma unroll
       for (int w = 1; w < WARPS; w++) found[b].x += place[w * apart].x, found[b].y += place[w * apart].y;
       if (SPLIT > 1) {
-        u32 there;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there)
-            : "r"(shared_of(gathered + ((rank * own + token / SPLIT) * BLOCKS + b) * 32 + lane)), "r"(token % SPLIT));
-        asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(found[b].x), "f"(found[b].y) : "memory");
+        const u32 here = shared_of(gathered + ((rank * own + token / SPLIT) * BLOCKS + b) * 32 + lane);
+        asm volatile("{\n.reg .b32 there, barrier;\nmapa.shared::cluster.u32 there, %0, %2;\n"
+                     "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+                     "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, [barrier];\n}"
+                     ::"r"(here), "r"(gathering), "r"(token % SPLIT), "f"(found[b].x), "f"(found[b].y) : "memory");
       }
     }
     if (SPLIT == 1) finish(token, found);
   }
   if (SPLIT > 1) {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    arrived(gathering);
     for (int token = rank + warp * SPLIT; token < rows; token += WARPS * SPLIT) {
       float2 found[BLOCKS];
 #pragma unroll

@@ -21,8 +21,10 @@ import torch
 from humming.jit.runtime import KernelRuntime
 from torch import Tensor
 
+from colqwen_lab.runtime.kernels import Unnormed
+
 SOURCE = (Path(__file__).parent / "w4.cu").read_text(encoding="utf-8")
-POINTER, INT = ctypes.c_void_p, ctypes.c_int
+POINTER = ctypes.c_void_p
 # More take more registers for their sums than a warp has.
 MOST_ROWS = 40
 SHARED_BYTES = 227 * 1024
@@ -33,6 +35,14 @@ AHEAD, MOST_STEPS = 4, 40
 DEQUANTISING_BLOCKS = 4096
 
 
+def _argument(value: Tensor | float | None) -> tuple[float | None, Any]:
+    if isinstance(value, float):
+        return value, ctypes.c_float
+    if isinstance(value, int):
+        return value, ctypes.c_int
+    return (0 if value is None else value.data_ptr()), POINTER
+
+
 def _launch(func: Any, blocks: int, threads: int, shared: int, *values: Any) -> None:
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     driver.cuFuncSetAttribute(func, attribute, shared)
@@ -40,7 +50,7 @@ def _launch(func: Any, blocks: int, threads: int, shared: int, *values: Any) -> 
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes, config.hStream = shared, torch.cuda.current_stream().cuda_stream
-    given = [(one.data_ptr(), POINTER) if isinstance(one, Tensor) else (one, INT) for one in values]
+    given = [_argument(one) for one in values]
     (result,) = driver.cuLaunchKernelEx(config, func, tuple(zip(*given, strict=True)), 0)
     if result != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"{result}: {blocks} blocks of {threads} threads, {shared} bytes of shared memory")
@@ -49,6 +59,8 @@ def _launch(func: Any, blocks: int, threads: int, shared: int, *values: Any) -> 
 @dataclasses.dataclass(kw_only=True)
 class FewRows(KernelRuntime):
     """x [rows, in] times weights [out, in]: [rows, out]; of `gated`, [rows, out / 2], SiLU of one half times the other.
+
+    x may be `Unnormed`. With `added` [rows, out] and a norm's weights and eps, `(added + product, its Unnormed)`.
 
     A cluster of `split` blocks of `warps` warps multiplies 64 outputs (of `gated`, 64 of each half); a warp reads
     `ahead` steps of 16 inputs ahead, and registers are shared out so that `at_once` blocks run on a multiprocessor.
@@ -70,22 +82,25 @@ class FewRows(KernelRuntime):
         self.kernel_expr = f"few_rows<{', '.join(map(str, sizes))}>"
         self.prepare()
 
-    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-        rows, halves = x.shape[0], 2 if self.gated else 1
-        out = x.new_empty(rows, self.outs // halves)
-        blocks = self.outs // 64 // halves * self.split
+    def __call__(
+        self, x: Tensor | Unnormed, codes: Tensor, scales: Tensor, added: tuple[Tensor, Tensor, float] | None = None
+    ) -> Any:
+        given, squares, eps = (x.weighted, x.squares, x.eps) if isinstance(x, Unnormed) else (x.contiguous(), None, 0.0)
+        rows, halves = given.shape[0], 2 if self.gated else 1
+        out = given.new_empty(rows, self.outs // halves)
+        found = None
+        if added:
+            sums = given.new_empty(rows, self.outs // 64, dtype=torch.float32)
+            found = Unnormed(torch.empty_like(out), sums, added[2])
         _launch(
             self.load_cubin(),
-            blocks,
+            self.outs // 64 // halves * self.split,
             32 * self.warps,
             shared_bytes(rows, **dataclasses.asdict(self)),
-            codes,
-            scales,
-            x,
-            out,
-            rows,
+            *(codes, scales, given, out, rows, squares, eps),
+            *((added[0].contiguous(), added[1], found.weighted, found.squares) if added and found else (None,) * 4),
         )
-        return out
+        return (out, found) if found else out
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -111,7 +126,7 @@ def shared_bytes(rows: int, ins: int, warps: int, split: int, gated: bool, **oth
     groups = steps // 8 if same == 8 else (steps + 7 - same) // 8 + 1
     share = max(rows * (steps * 32 + 16), halves * rows * 68 * 4)
     gathered = -(-rows // split) * split * halves * 256 if split > 1 else 0
-    return warps * (128 + halves * groups * 128 + -(-share // 128) * 128) + gathered
+    return warps * (128 + halves * groups * 128 + -(-share // 128) * 128) + gathered + rows * 4
 
 
 def few_rows_schedules(ins: int, outs: int, rows: int, gated: bool) -> Iterator[str]:
@@ -121,7 +136,8 @@ def few_rows_schedules(ins: int, outs: int, rows: int, gated: bool) -> Iterator[
         blocks = outs // 64 // (2 if gated else 1) * split
         steps, rest = divmod(ins // 16, warps * split)
         cut = {"tiles": tiles, "warps": warps, "split": split, "ahead": AHEAD, "gated": gated}
-        kernel: dict[str, Any] = {"ins": ins, "outs": outs, **cut, "at_once": 12 // warps if tiles < 4 else 1}
+        at_once = (12 if gated else 16) // warps if tiles < 4 else 1
+        kernel: dict[str, Any] = {"ins": ins, "outs": outs, **cut, "at_once": at_once}
         even = not rest and AHEAD <= steps <= MOST_STEPS and FEWEST_BLOCKS <= blocks <= MOST_BLOCKS
         if rows <= MOST_ROWS and even and shared_bytes(rows, **kernel) <= SHARED_BYTES:
             yield json.dumps({"few_rows": kernel})

@@ -19,7 +19,7 @@ from colqwen_lab.model.loading import load
 from colqwen_lab.model.variants import resolve_variant
 from colqwen_lab.model.weights import FolderSource, Source, default_source
 from colqwen_lab.runtime.fast import KINDS, bucket, load_fast, real_first
-from colqwen_lab.runtime.kernels import Dense, dense_product
+from colqwen_lab.runtime.kernels import Dense, Unnormed, dense_product
 
 CPU = torch.device("cpu")
 # Batches of queries by their real lengths: mixed, one alone, one token, very long.
@@ -183,6 +183,56 @@ def test_weights_dequantised_ahead_multiply_as_packed_ones_do(
     assert sorted(what for what in told if what.startswith("waited")) == sorted(
         f"waited for event {n + 1}" for n in range(len(made))
     )
+
+
+@pytest.mark.parametrize(
+    ("norming", "shared"), [(KINDS, 2), (("o", "gate_up", "down"), 1), (("qkv", "o", "down"), 1), (("o", "down"), 0)]
+)
+def test_norms_are_shared_out_only_between_two_products_that_can(
+    norming: tuple[str, ...], shared: int, packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_fast(FolderSource(packed("auto_round")), CPU, "int4")
+    model: Any = loaded.model.fast
+    inputs = padded([18, 17, 19], "left")
+    expected = real_rows(loaded.model, inputs, fast=True)
+    able = {id(product) for kind in norming for product in model.of_kind(kind)}
+    kernel = type(model.layers[0].o)
+    multiplied, left = kernel.forward, []
+
+    def forward(self: Any, x: Tensor | Unnormed) -> Tensor:
+        if not isinstance(x, Unnormed):
+            return multiplied(self, x)
+        assert id(self) in able
+        return multiplied(self, x.weighted) * (x.squares.mean(-1, keepdim=True) + x.eps).rsqrt().bfloat16()
+
+    def add_normed(self: Any, x: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Unnormed]:
+        left.append(self)
+        total = total + self(x)
+        return total, Unnormed(total * weight, total.float().pow(2), eps)
+
+    monkeypatch.setattr(kernel, "norms", lambda self, rows: rows == 3 * bucket(19) and id(self) in able)
+    monkeypatch.setattr(kernel, "forward", forward)
+    monkeypatch.setattr(kernel, "add_normed", add_normed)
+    assert least_cosine(real_rows(loaded.model, inputs, fast=True), expected) > 0.9995
+    # After the last layer there is no product.
+    assert len(left) == shared * len(model.layers) - ("qkv" in norming)
+
+
+def test_few_rows_share_out_the_norms_in_a_captured_graph() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or find_spec("humming") is None:
+        pytest.skip("kernels for Hopper, and humming's layout of weights")
+    device = torch.device("cuda")
+    model: Any = load_fast(default_source(resolve_variant("awq"), "mid", "random", device), device).model.fast
+    ids = torch.randint(0, 1000, (1, 18), device=device)
+    found = []
+    for own in (False, True):
+        for kind in KINDS:
+            for product in model.of_kind(kind):
+                product.chosen[18] = next(one for one in product.schedules(18) if ("few_rows" in one) is own)
+        found.append(model._graph(*ids.shape).replay(ids, torch.ones_like(ids)).float())
+        assert all(product.norms(18) is own for product in model.products())
+        model.forget()
+    assert least_cosine(*found) > 0.9995
 
 
 def test_weights_dequantised_ahead_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,10 @@ from colqwen_lab.errors import BadInput, Unmet
 from colqwen_lab.measure.environment import pick_device
 from colqwen_lab.model.packing import packed, unpacked
 from colqwen_lab.runtime.fast import gated
-from colqwen_lab.runtime.kernels import EIGHT_BIT, PACKED_KERNELS, Dense, Prepacked, dense_product, pick
+from colqwen_lab.runtime.kernels import EIGHT_BIT, PACKED_KERNELS, Dense, Prepacked, Unnormed, dense_product, pick
 
 DEVICE = pick_device()
+EPS = 1e-6
 SCHEME = (4, 128)
 # Outputs of the linears that are fused, and their input: QKV, O, gate and up, down.
 SHAPES = {
@@ -71,9 +72,19 @@ def test_packed_kernel_against_float64(name: str, size: str, index: int) -> None
         assert error(product(x), x.double() @ weight.T) < LARGEST_ERROR.get(name, 0.006)
 
 
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.double()
+    return weight.double() * wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def unnormed(x: Tensor) -> Unnormed:
+    """Of x, with weights of two, as a product before leaves it."""
+    return Unnormed(2 * x, x.float().pow(2).unflatten(-1, (-1, 64)).sum(-1), EPS)
+
+
 @pytest.mark.parametrize("index", range(4))
 def test_the_lab_s_own_kernels_on_hopper_against_float64(index: int) -> None:
-    """Every cut of `few_rows`, one row to the most, gated where two outputs are; and weights dequantised."""
+    """Every cut of `few_rows`, one row to the most, gated where two outputs are, norms too; and weights dequantised."""
     if not can("humming", SCHEME) or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("kernels for Hopper, and humming's layout of weights")
     outputs, inputs = SHAPES["4b"][index]
@@ -81,21 +92,30 @@ def test_the_lab_s_own_kernels_on_hopper_against_float64(index: int) -> None:
     product = pick("humming", DEVICE, SCHEME).build([module for module, _ in made])
     product.gates = len(outputs) == 2
     expected = torch.cat([one for _, one in made])
-    weight = torch.full(expected.shape, torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    product.dequantise(weight)
-    assert error(weight, expected) < 0.003
+    dequantised = torch.full(expected.shape, torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    product.dequantise(dequantised)
+    assert error(dequantised, expected) < 0.003
+
+    def opened(both: Tensor) -> Tensor:
+        return gated(both) if product.gates else both
+
     for rows in (1, 8, 18, 40):
         own = [one for one in product.schedules(rows) if "few_rows" in one]
         assert own
         for schedule in own:
             product.chosen[rows] = schedule
             x = draw(rows, inputs).bfloat16()
-            want = x.double() @ expected.T
-            if product.gates:
-                gate, up = want.chunk(2, -1)
-                want = torch.nn.functional.silu(gate) * up
+            want = opened(x.double() @ expected.T)
             assert error(product(x), want) < 0.004
             assert product.kernel_for(rows) == "few_rows (W4A16)"
+            assert product.norms(rows)
+            assert error(product(unnormed(x)), opened(normed(x, torch.tensor(2.0), EPS) @ expected.T)) < 0.004
+            if not product.gates:
+                total, weight = draw(rows, sum(outputs)).bfloat16(), draw(sum(outputs)).bfloat16()
+                added, found = product.add_normed(x, total, weight, EPS)
+                assert error(added, total.double() + want) < 0.004
+                root = (found.squares.double().sum(-1, keepdim=True) / added.shape[1] + EPS).rsqrt()
+                assert error(found.weighted * root, normed(added, weight, EPS)) < 0.004
         assert product.kernel_for(rows + 1) == product.kernel
 
 
