@@ -60,7 +60,7 @@ MOST_TOKENS = 128
 KINDS = ("qkv", "o", "gate_up", "down")
 # Whose result is added and normed: how many layers on, and by which product, the norm is multiplied.
 FOLLOWS = {"o": (0, "gate_up"), "down": (1, "qkv")}
-# What multiplies the norm of a product's result is chosen before that product is.
+# What multiplies the norm of a product's result is chosen before that product is; what it spares it is not weighed.
 CHOSEN_IN_ORDER = ("qkv", "gate_up", "o", "down")
 # From how many rows on weights may be dequantised ahead, and of which products.
 FEWEST_AHEAD = 512
@@ -249,7 +249,7 @@ class Fast(nn.Module):
         return Multiply(self.layers, kinds, self.small)
 
     def all_products(self, x: dict[str, Tensor], ahead: Sequence[str]) -> None:
-        """The products of `x`, [rows, in] by kind, in every layer: to be timed as a forward makes them."""
+        """The products of `x`, [rows, in] by kind, in every layer, without what a forward fuses them with."""
         multiply = self.multiply(ahead)
         for index in range(len(self.layers)):
             for kind, one in x.items():
@@ -328,15 +328,17 @@ class Fast(nn.Module):
             self._tune_ahead(rows)
 
     def _fastest(self, kind: str, rows: int, schedules: Sequence[str]) -> str:
-        """The schedule by which all products of a kind, and what follows them in a forward, are soonest done."""
+        """The schedule by which all products of a kind are soonest done, with their share of the norms and the gate."""
         products, like, multiply = self.of_kind(kind), self.parts[0].weight, self.multiply(())
-        x = like.new_empty(rows, products[0].in_features).normal_()
+        x = normed(like.new_empty(rows, products[0].in_features).normal_(), torch.ones_like(like[0, :1]), 0.0)
+        unnormed = Unnormed(x, x.new_full((rows, x.shape[1] // 64), 64, dtype=torch.float32), 0.0)  # of mean square one
         total = like.new_empty(rows if kind in FOLLOWS else 0, products[0].out_features).normal_()
 
         def result_of(index: int) -> Tensor:
             if kind in FOLLOWS:
                 return multiply.add_normed(index, kind, x, total, self.layers[index].norms[1])[0]
-            return multiply.opened(index, x) if kind == "gate_up" else multiply(index, kind, x)
+            given = unnormed if products[index].norms(rows) else x
+            return multiply.opened(index, given) if kind == "gate_up" else multiply(index, kind, given)
 
         def all_layers() -> None:
             for index in range(len(products)):
@@ -414,7 +416,7 @@ def _key(product: Product, rows: int) -> str:
 @cache
 def _sources() -> str:
     """With other sources of kernels, or of what is chosen among, schedules are timed anew."""
-    return digest(Path(__file__).parent / name for name in ("kernels.py", "w4.py", "w4.cu"))
+    return digest(Path(__file__).parent / name for name in ("fast.py", "kernels.py", "w4.py", "w4.cu"))
 
 
 def _cache() -> Path:
@@ -472,7 +474,8 @@ class Multiply:
         after, follows = FOLLOWS[kind]
         layer, rows = self.layers[index], x.shape[0]
         product, next_layers = getattr(layer, kind), self.layers[index + after :]
-        if product.norms(rows) and next_layers and getattr(next_layers[0], follows).norms(rows):
+        both = not self.weights and product.norms(rows) and next_layers
+        if both and getattr(next_layers[0], follows).norms(rows):
             return product.add_normed(x, total, weight, layer.eps)
         return self.then_norm(total, self(index, kind, x), weight, layer.eps)
 

@@ -44,9 +44,9 @@ def features_of(linear: Any) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Unnormed:
-    """Rows that only lack being divided by their root mean square, which a product can do to what it gives.
+    """Rows x whose norm is left to the product that takes them: `weighted` [rows, in] is x times the norm's weights.
 
-    `weighted` [rows, in] are times the norm's weights; `squares` [rows, in / 64] sum up the squares of what they were.
+    What lacks is dividing by the root of (sum of `squares` / in + `eps`); `squares` [rows, in / 64] sum up those of x.
     """
 
     weighted: Tensor
@@ -93,7 +93,7 @@ class Product(nn.Module):
         raise NotImplementedError
 
     def norms(self, rows: int) -> bool:
-        """Whether for this many rows it has `add_normed`, and takes what another one's gives."""
+        """Whether for this many rows it takes `Unnormed`, and has `add_normed` where it does not open a gate."""
         return False
 
     def add_normed(self, x: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Unnormed]:
@@ -273,6 +273,7 @@ class Humming(Product):
         schedule = self.chosen.get(rows.shape[0])
         if own := self._own(schedule):
             return own(x, self.layer.weight, self.layer.weight_scale)
+        assert rows is x
         return self.layer(rows.contiguous(), tuning_config=schedule)
 
     def norms(self, rows: int) -> bool:

@@ -15,9 +15,16 @@ __device__ inline void copy(void *to, const void *from, u32 bytes, u32 barrier) 
                ::"r"(shared_of(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// Waits for what the block's own copies bring.
 __device__ inline void arrived(u32 barrier) {
   asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;\n}"
                ::"r"(barrier) : "memory");
+}
+
+// Waits for what all blocks of the cluster send.
+__device__ inline void gathered_at(u32 barrier) {
+  asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+               "@!done bra again;\n}" ::"r"(barrier) : "memory");
 }
 
 // A barrier at which `bytes` are to arrive, then known to the cluster.
@@ -65,7 +72,7 @@ __device__ inline u32 rounded(float low, float high) {
 // An RMS norm is shared out over the product before it and the one after. The one before is given `added` [rows, out]:
 // out is the sum, `weighted` is out times the norm's weights, `found_squares` [rows, out / 64] the sums of squares of
 // 64 outputs. The one after takes these as x and `squares` [rows, in / 64], and divides its result by the root of
-// their mean.
+// sum / in + eps.
 template <int INS, int OUTS, int TILES, int WARPS, int SPLIT, int AHEAD, int GATED, int AT_ONCE>
 __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(WARPS * 32, AT_ONCE)
 few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const char *__restrict__ x,
@@ -89,8 +96,8 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) ahead[i][b] = read_once(from + (i * ALL + b * APART) * 32);
 
-  // A warp's own memory: a barrier, scales, then its rows of x and later its sums. Then, of the block, what the cluster
-  // gathers, and what each token is to be divided by.
+  // A warp's own memory: a barrier (the first warp's, two), scales, then its rows of x and later its sums. Then, of the
+  // block, what the cluster gathers, and what each token is to be multiplied by.
   const int share = max(rows * STRIDE, BLOCKS * rows * LINE * 4) + 127 & ~127;
   const int apart = (128 + BLOCKS * GROUPS * 128 + share) / 8;
   char *mine = memory + warp * apart * 8;
@@ -111,7 +118,7 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
     copy(tokens_at + row * STRIDE, x + ((long long)row * INS + first * 16) * 2, STEPS * 32, barrier);
   const u32 norm_weight = added ? norm[block * 32 + lane] : 0;
 
-  // By four lanes a token, what it is to be divided by.
+  // Four lanes find what a token is to be multiplied by.
   for (int token = threadIdx.x / 4; squares && token < (rows + 7 & ~7); token += WARPS * 8) {
     float sum = 0.f;
 #pragma unroll 10
@@ -220,7 +227,7 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
     if (SPLIT == 1) finish(token, found);
   }
   if (SPLIT > 1) {
-    arrived(gathering);
+    gathered_at(gathering);
     for (int token = rank + warp * SPLIT; token < rows; token += WARPS * SPLIT) {
       float2 found[BLOCKS];
 #pragma unroll

@@ -24,7 +24,6 @@ from torch import Tensor
 from colqwen_lab.runtime.kernels import Unnormed
 
 SOURCE = (Path(__file__).parent / "w4.cu").read_text(encoding="utf-8")
-POINTER = ctypes.c_void_p
 # More take more registers for their sums than a warp has.
 MOST_ROWS = 40
 SHARED_BYTES = 227 * 1024
@@ -35,12 +34,12 @@ AHEAD, MOST_STEPS = 4, 40
 DEQUANTISING_BLOCKS = 4096
 
 
-def _argument(value: Tensor | float | None) -> tuple[float | None, Any]:
+def _argument(value: Tensor | float | None) -> tuple[float, Any]:
     if isinstance(value, float):
         return value, ctypes.c_float
     if isinstance(value, int):
         return value, ctypes.c_int
-    return (0 if value is None else value.data_ptr()), POINTER
+    return (0 if value is None else value.data_ptr()), ctypes.c_void_p
 
 
 def _launch(func: Any, blocks: int, threads: int, shared: int, *values: Any) -> None:
@@ -88,17 +87,21 @@ class FewRows(KernelRuntime):
         given, squares, eps = (x.weighted, x.squares, x.eps) if isinstance(x, Unnormed) else (x.contiguous(), None, 0.0)
         rows, halves = given.shape[0], 2 if self.gated else 1
         out = given.new_empty(rows, self.outs // halves)
-        found = None
+        found: Unnormed | None = None
+        shared: tuple[Tensor | None, ...] = (None,) * 4
         if added:
+            assert not self.gated
+            total, weight, next_eps = added
             sums = given.new_empty(rows, self.outs // 64, dtype=torch.float32)
-            found = Unnormed(torch.empty_like(out), sums, added[2])
+            found = Unnormed(torch.empty_like(out), sums, next_eps)
+            shared = (total.contiguous(), weight, found.weighted, found.squares)
         _launch(
             self.load_cubin(),
             self.outs // 64 // halves * self.split,
             32 * self.warps,
             shared_bytes(rows, **dataclasses.asdict(self)),
             *(codes, scales, given, out, rows, squares, eps),
-            *((added[0].contiguous(), added[1], found.weighted, found.squares) if added and found else (None,) * 4),
+            *shared,
         )
         return (out, found) if found else out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from colqwen_lab.runtime.fast import gated
 from colqwen_lab.runtime.kernels import EIGHT_BIT, PACKED_KERNELS, Dense, Prepacked, Unnormed, dense_product, pick
 
 DEVICE = pick_device()
-EPS = 1e-6
+# Large enough to be seen.
+EPS = 0.1
 SCHEME = (4, 128)
 # Outputs of the linears that are fused, and their input: QKV, O, gate and up, down.
 SHAPES = {
@@ -72,6 +74,16 @@ def test_packed_kernel_against_float64(name: str, size: str, index: int) -> None
         assert error(product(x), x.double() @ weight.T) < LARGEST_ERROR.get(name, 0.006)
 
 
+def worst(found: Tensor, expected: Tensor) -> float:
+    """The largest error of a row."""
+    return float(((found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def unlike(rows: int, columns: int) -> Tensor:
+    """Random rows, one far larger than the next."""
+    return (draw(rows, columns) * 2.0 ** (torch.arange(rows, device=DEVICE) % 9 - 4)[:, None]).bfloat16()
+
+
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.double()
     return weight.double() * wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
@@ -99,23 +111,25 @@ def test_the_lab_s_own_kernels_on_hopper_against_float64(index: int) -> None:
     def opened(both: Tensor) -> Tensor:
         return gated(both) if product.gates else both
 
-    for rows in (1, 8, 18, 40):
+    for rows in (1, 9, 18, 25, 40):
         own = [one for one in product.schedules(rows) if "few_rows" in one]
         assert own
+        with ThreadPoolExecutor() as pool:
+            assert all(pool.map(product.compiles, own))
         for schedule in own:
             product.chosen[rows] = schedule
-            x = draw(rows, inputs).bfloat16()
+            x = unlike(rows, inputs)
             want = opened(x.double() @ expected.T)
-            assert error(product(x), want) < 0.004
+            assert worst(product(x), want) < 0.005
             assert product.kernel_for(rows) == "few_rows (W4A16)"
             assert product.norms(rows)
-            assert error(product(unnormed(x)), opened(normed(x, torch.tensor(2.0), EPS) @ expected.T)) < 0.004
+            assert worst(product(unnormed(x)), opened(normed(x, torch.tensor(2.0), EPS) @ expected.T)) < 0.005
             if not product.gates:
-                total, weight = draw(rows, sum(outputs)).bfloat16(), draw(sum(outputs)).bfloat16()
+                total, weight = unlike(rows, sum(outputs)), draw(sum(outputs)).bfloat16()
                 added, found = product.add_normed(x, total, weight, EPS)
-                assert error(added, total.double() + want) < 0.004
+                assert worst(added, total.double() + want) < 0.005
                 root = (found.squares.double().sum(-1, keepdim=True) / added.shape[1] + EPS).rsqrt()
-                assert error(found.weighted * root, normed(added, weight, EPS)) < 0.004
+                assert worst(found.weighted * root, normed(added, weight, EPS)) < 0.005
         assert product.kernel_for(rows + 1) == product.kernel
 
 
