@@ -125,7 +125,9 @@ def find_card(name: str | float) -> Card:
     size = float(match[1]) if match else math.nan
     if not 0 < size < 1e6:
         plain = {_plain(known): known for known in GPUS}
-        near = [plain[one] for one in difflib.get_close_matches(_plain(text), plain, n=3, cutoff=0.4)]
+        alike = difflib.get_close_matches(_plain(text), plain, n=3, cutoff=0.4)
+        alike = [one for one in plain if text and _plain(text) in one][:4] or alike
+        near = [plain[one] for one in alike]
         closest = f"the closest GPUs are {', '.join(near)}" if near else f"GPUs: {', '.join(GPUS)}"
         raise BadInput(f"unknown card {text!r}; valid: memory in GB above 0, or a GPU's name; {closest}")
     return Card(f"{size:g} GB", round(size * GIB))

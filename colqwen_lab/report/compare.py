@@ -119,7 +119,11 @@ class Crossover:
 
     @property
     def as_fast(self) -> str:
-        return "at least as fast or not told apart" if self.open else "at least as fast"
+        if self.open:
+            return "at least as fast or not told apart"
+        base, awq = self.base_items_per_s, self.awq_items_per_s
+        near = base and awq and base < awq * (1 + SAME_PERCENT / 100)
+        return "at least as fast" + (f" (where that begins, by less than {SAME_PERCENT:g} %)" if near else "")
 
 
 @dataclass(frozen=True)

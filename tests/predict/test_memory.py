@@ -110,19 +110,13 @@ def test_weights_dequantised_ahead_are_counted_where_a_run_may_make_them() -> No
 
 
 def test_peaks_of_fast_that_an_h100_measured() -> None:
-    """Nothing is fitted to them: base, FP8 weights, the Triton fallback and humming.
-
-    Of awq's best way as the later run has it, of base as the earlier: in the other, what was chosen or measured before
-    left a workspace of cuBLAS behind, since mended.
-    """
-    ways, best = (read_cells(OUTPUTS / "h100" / name) for name in ("ways.jsonl", "best.jsonl"))
-    awq = [cell for cell in best if cell.variant == "awq"]
-    others = [cell for cell in ways if (cell.variant, cell.backend.requested) != ("awq", "auto")]
-    cells = [cell for cell in others + awq if cell.execution == "fast" and cell.batch_size in (1, 256, 512)]
+    """Nothing is fitted to them: base, FP8 weights, the Triton fallback, and awq's best way."""
+    ways = read_cells(OUTPUTS / "h100" / "ways.jsonl")
+    cells = [cell for cell in ways if cell.execution == "fast" and cell.batch_size in (1, 256, 512)]
     assert len(cells) == 12
     for cell, twin in zip(cells, predict_like(cells), strict=True):
         assert twin is not None
-        assert memory(twin).peak_bytes == pytest.approx(memory(cell).peak_bytes, rel=0.002)
+        assert memory(twin).peak_bytes == pytest.approx(memory(cell).peak_bytes, rel=0.001)
 
 
 @pytest.mark.parametrize("target", [A100, HOST])

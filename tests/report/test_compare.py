@@ -234,6 +234,14 @@ def test_what_no_interval_tells_no_sentence_does(swapped: bool) -> None:
     assert what in found.verdict()
 
 
+@pytest.mark.parametrize(("rate", "near"), [(101.0, True), (103.0, False)])
+def test_a_crossover_on_less_than_what_counts_says_so(rate: float, near: bool) -> None:
+    found = versus([cell("base", 8, rate)], [cell("awq", 8, 100.0)])
+    for text in (found.verdict(), found.markdown()):
+        assert "at least as fast" in text
+        assert ("at least as fast (where that begins, by less than 2 %)" in text) is near
+
+
 def test_no_interval_below_six_samples() -> None:
     few = timed("base", 8, 0.05)
     few = few.model_copy(update={"step_s": few.step_s[:5]})
