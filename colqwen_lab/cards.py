@@ -124,10 +124,9 @@ def find_card(name: str | float) -> Card:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:gi?b)?", text, re.IGNORECASE)
     size = float(match[1]) if match else math.nan
     if not 0 < size < 1e6:
-        plain = {_plain(known): known for known in GPUS}
-        alike = difflib.get_close_matches(_plain(text), plain, n=3, cutoff=0.4)
-        alike = [one for one in plain if text and _plain(text) in one][:4] or alike
-        near = [plain[one] for one in alike]
+        plain, asked = {_plain(known): known for known in GPUS}, _plain(text)
+        alike = [one for one in plain if asked and asked in one][:4]
+        near = [plain[one] for one in alike or difflib.get_close_matches(asked, plain, n=3, cutoff=0.4)]
         closest = f"the closest GPUs are {', '.join(near)}" if near else f"GPUs: {', '.join(GPUS)}"
         raise BadInput(f"unknown card {text!r}; valid: memory in GB above 0, or a GPU's name; {closest}")
     return Card(f"{size:g} GB", round(size * GIB))

@@ -55,6 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("compare published published --card x", "valid: memory in GB above 0, or a GPU's name"),
         ("compare published published --card RTX4071", "the closest GPUs are RTX 4070"),
         ("compare published published --card A100", "the closest GPUs are A100 40GB, A100 80GB"),
+        ("compare published published --card nvidia", "; GPUs: RTX 3060 8GB, RTX 3060, RTX 3070"),
         ("compare published published --card -8", "valid: memory in GB"),
         ("compare published published --markdown /proc/none/x.md", "cannot write"),
         ("quantize --scheme W9A16", "unknown scheme 'W9A16'; valid: W2A16"),

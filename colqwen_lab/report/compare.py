@@ -122,7 +122,7 @@ class Crossover:
         if self.open:
             return "at least as fast or not told apart"
         base, awq = self.base_items_per_s, self.awq_items_per_s
-        near = base and awq and base < awq * (1 + SAME_PERCENT / 100)
+        near = base and awq and 100 * abs(awq / base - 1) < SAME_PERCENT
         return "at least as fast" + (f" (where that begins, by less than {SAME_PERCENT:g} %)" if near else "")
 
 

@@ -234,7 +234,7 @@ def test_what_no_interval_tells_no_sentence_does(swapped: bool) -> None:
     assert what in found.verdict()
 
 
-@pytest.mark.parametrize(("rate", "near"), [(101.0, True), (103.0, False)])
+@pytest.mark.parametrize(("rate", "near"), [(101.0, True), (102.03, True), (103.0, False)])
 def test_a_crossover_on_less_than_what_counts_says_so(rate: float, near: bool) -> None:
     found = versus([cell("base", 8, rate)], [cell("awq", 8, 100.0)])
     for text in (found.verdict(), found.markdown()):

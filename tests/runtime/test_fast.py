@@ -218,13 +218,18 @@ def test_norms_are_shared_out_only_between_two_products_that_can(
     assert len(left) == shared * len(model.layers) - ("qkv" in norming)
 
 
-def test_few_rows_share_out_the_norms_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_hopper() -> Any:
+    """`fast` of awq, random and of middle size, on a GPU that runs the lab's own kernels."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or find_spec("humming") is None:
         pytest.skip("kernels for Hopper, and humming's layout of weights")
     device = torch.device("cuda")
-    model: Any = load_fast(default_source(resolve_variant("awq"), "mid", "random", device), device).model.fast
-    ids = torch.randint(0, 1000, (1, 18), device=device)
-    kernel, shared, found = type(model.layers[0].o), [], []
+    return load_fast(default_source(resolve_variant("awq"), "mid", "random", device), device).model.fast
+
+
+def test_few_rows_share_out_the_norms_in_a_captured_graph(on_hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(0, 1000, (1, 18), device="cuda")
+    model, kernel, shared, found = on_hopper, type(on_hopper.layers[0].o), [], []
     for layer in model.layers:
         for weight in layer.norms:
             weight.data.normal_()
@@ -244,13 +249,9 @@ def test_few_rows_share_out_the_norms_in_a_captured_graph(monkeypatch: pytest.Mo
     assert least_cosine(*found) > 0.9995
 
 
-def test_weights_dequantised_ahead_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or find_spec("humming") is None:
-        pytest.skip("kernels for Hopper, and humming's layout of weights")
-    device = torch.device("cuda")
-    model: Any = load_fast(default_source(resolve_variant("awq"), "mid", "random", device), device).model.fast
-    ids = torch.randint(0, 1000, (32, 18), device=device)
-    found = []
+def test_weights_dequantised_ahead_in_a_captured_graph(on_hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(0, 1000, (32, 18), device="cuda")
+    model, found = on_hopper, []
     for kinds in ((), KINDS):
         model.ahead = {ids.numel(): kinds}
         found.append(model._graph(*ids.shape).replay(ids, torch.ones_like(ids)).float())
