@@ -27,7 +27,9 @@ class Parser(argparse.ArgumentParser):
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text_samples", type=int, default=64, help="queries, at least two batches of them")
+    parser.add_argument(
+        "--text_samples", type=int, default=64, help="queries, at least two batches of them"
+    )
     parser.add_argument("--text_batch_size", type=int, default=8)
     parser.add_argument("--image_samples", type=int, default=16)
     parser.add_argument("--image_batch_size", type=int, default=4)
@@ -39,28 +41,45 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     only.add_argument("--only_awq", action="store_true")
     parser.add_argument("--text_only", action="store_true")
     parser.add_argument("--sweep_batch_sizes", default="", help='such as "8,16"')
-    parser.add_argument("--high_batch_sweep", default="", help='such as "512,1024", for the quantised model only')
+    parser.add_argument(
+        "--high_batch_sweep", default="", help='such as "512,1024", for the quantised model only'
+    )
     parser.add_argument("--output_json", default="benchmark_results.json")
     parser.add_argument(
-        "--size", default="auto", help="auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b"
+        "--size",
+        default="auto",
+        help="auto (4b where there is a CUDA GPU, else tiny), tiny, mid, 4b, 8b",
     )
-    parser.add_argument("--weights", default="auto", help="auto, hub, random, or a checkpoint folder")
+    parser.add_argument(
+        "--weights", default="auto", help="auto, hub, random, or a checkpoint folder"
+    )
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Measure what the flags ask for; the JSON file. Raises BadInput or Unmet."""
-    from colqwen_lab.measure.clock import Patience
+    """Measure what the flags ask for; the JSON file. Raises BadInput or MissingRequirement."""
     from colqwen_lab.measure.sweep import request, sweep
+    from colqwen_lab.measure.timing import StoppingRule
 
     target = Path(args.output_json)
     if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise BadInput(f"--output_json {target}; valid: a file in a folder that can be written")
-    for flag in ("text_samples", "text_batch_size", "image_samples", "image_batch_size", "image_size", "measure_steps"):
+    for flag in (
+        "text_samples",
+        "text_batch_size",
+        "image_samples",
+        "image_batch_size",
+        "image_size",
+        "measure_steps",
+    ):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} {getattr(args, flag)}; valid: 1 or more")
-    steps = {"min_steps": args.measure_steps, "max_steps": args.measure_steps, "max_warmup": args.warmup_steps}
-    patience = Patience(**steps, min_s=0, max_s=float("inf"))
+    steps = {
+        "min_steps": args.measure_steps,
+        "max_steps": args.measure_steps,
+        "max_warmup": args.warmup_steps,
+    }
+    patience = StoppingRule(**steps, min_s=0, max_s=float("inf"))
     variants = ["base"] * (not args.only_awq) + ["awq"] * (not args.only_base)
     plain = not args.sweep_batch_sizes and not args.high_batch_sweep
     queries: dict[str, Any] = {"samples": args.text_samples}
@@ -116,7 +135,10 @@ def main() -> None:
         print(f"benchmark.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("benchmark.py: interrupted; the records beside the JSON hold the rows measured so far", file=sys.stderr)
+        print(
+            "benchmark.py: interrupted; the records beside the JSON hold the rows measured so far",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 

@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 from colqwen_lab.measure.environment import environment, pick_device
-from colqwen_lab.model.variants import resolve_variant
-from colqwen_lab.model.weights import default_source
+from colqwen_lab.model.checkpoint import default_checkpoint
+from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.runtime.fast import KINDS, load_fast, medians_ms
 
 TOKENS, ROUNDS = 18, 9
@@ -45,7 +45,7 @@ def medians(works: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
 def main(size: str, batches: str, file: str) -> None:
     models = {}
     for variant in ("base", "awq"):
-        source = default_source(resolve_variant(variant), size, "random", DEVICE)
+        source = default_checkpoint(resolve_variant(variant), size, "random", DEVICE)
         models[variant] = load_fast(source, DEVICE).model.fast
     records = []
     for batch in map(int, batches.split(",")):
@@ -66,9 +66,18 @@ def main(size: str, batches: str, file: str) -> None:
         for variant, fast in models.items():
             layers = len(fast.layers)
             of_it = {kind: round(1000 * found[variant, kind] / layers, 2) for kind in KINDS}
-            record = {"rows": rows, "variant": variant, **of_it, "forward_ms": round(found[variant, "forward"], 3)}
+            record = {
+                "rows": rows,
+                "variant": variant,
+                **of_it,
+                "forward_ms": round(found[variant, "forward"], 3),
+            }
             records.append(record | {"kernels": fast.engaged(rows)})
-    made = {"environment": environment(DEVICE).model_dump(mode="json"), "size": size, "products_us": records}
+    made = {
+        "environment": environment(DEVICE).model_dump(mode="json"),
+        "size": size,
+        "products_us": records,
+    }
     Path(file).write_text(json.dumps(made, indent=1) + "\n")
     print(pd.DataFrame(records).to_string(index=False))
 

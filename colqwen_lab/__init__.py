@@ -17,7 +17,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colqwen_lab.errors import BadInput, LabError, Unmet, checked, one_of
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement, checked, one_of
 from colqwen_lab.settings import outputs_folder
 
 # Progress is plain lines here; tqdm in a notebook without ipywidgets would print a warning with a path.
@@ -26,17 +26,17 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 if TYPE_CHECKING:
     import pandas as pd
 
-    from colqwen_lab.report.compare import Comparison, SideBySide
-    from colqwen_lab.report.fidelity import Fidelities
-    from colqwen_lab.report.plan import Plan
-    from colqwen_lab.report.quantized import Quantized
-    from colqwen_lab.report.series import Results
+    from colqwen_lab.analysis.compare import Comparison, SideBySide
+    from colqwen_lab.analysis.fidelity import Fidelities
+    from colqwen_lab.analysis.plan import Plan
+    from colqwen_lab.analysis.quantized import Quantized
+    from colqwen_lab.analysis.results import Results
 
 __all__ = [
     "BadInput",
     "LabError",
+    "MissingRequirement",
     "Results",
-    "Unmet",
     "beside",
     "compare",
     "escape",
@@ -46,7 +46,7 @@ __all__ = [
     "outputs_folder",
     "parameters",
     "plan",
-    "predict_like",
+    "predictions",
     "quantize",
     "save",
     "sweep",
@@ -112,29 +112,51 @@ def sweep(
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.
-        Unmet: no weights, or no kernel for them, here; no Ray cluster.
+        MissingRequirement: no weights, or no kernel for them, here; no Ray cluster.
     """
-    from colqwen_lab.cards import find_card
-    from colqwen_lab.measure import fleet
-    from colqwen_lab.measure.clock import Patience
-    from colqwen_lab.report.series import Results
-    from colqwen_lab.runtime.workloads import WORKLOADS
+    from colqwen_lab.analysis.results import Results
+    from colqwen_lab.hardware import find_card
+    from colqwen_lab.measure import cluster
+    from colqwen_lab.measure.timing import StoppingRule
+    from colqwen_lab.runtime.batches import WORKLOADS
 
-    def patience(workload: str) -> Patience:
+    def patience(workload: str) -> StoppingRule:
         least = min_steps or WORKLOADS[one_of("workload", workload, WORKLOADS)].min_steps
-        return Patience(min_steps=least, max_steps=max(200, least), min_s=min(0.3, max_s), max_s=max_s)
+        return StoppingRule(
+            min_steps=least, max_steps=max(200, least), min_s=min(0.3, max_s), max_s=max_s
+        )
 
-    options: dict[str, Any] = {"size": size, "workload": workload, "texts": texts, "weights": weights}
+    options: dict[str, Any] = {
+        "size": size,
+        "workload": workload,
+        "texts": texts,
+        "weights": weights,
+    }
     options |= {"visual_tokens": visual_tokens, "pages": pages}
-    options |= {"execution": execution, "backend": backend, "protocol": protocol, "dtype": dtype, "fresh": fresh}
+    options |= {
+        "execution": execution,
+        "backend": backend,
+        "protocol": protocol,
+        "dtype": dtype,
+        "fresh": fresh,
+    }
     options |= {"ways": ways, "control": control}
-    options |= {"output": Path(output) if output else None, "card": find_card(card) if card != "" else None}
+    options |= {
+        "output": Path(output) if output else None,
+        "card": find_card(card) if card != "" else None,
+    }
     options |= {"patience": patience}
     if one_of("place to sweep on", on, ("here", "ray")) == "ray":
-        return Results(tuple(fleet.on_ray(model, batch_sizes, accelerators=accelerator, address=address, **options)))
+        return Results(
+            tuple(
+                cluster.on_ray(
+                    model, batch_sizes, accelerators=accelerator, address=address, **options
+                )
+            )
+        )
     if accelerator or address:
         raise BadInput("accelerator and address are a cluster's; valid: with --on ray")
-    return Results(tuple(fleet.in_turn(fleet.matrix(model, batch_sizes, **options))))
+    return Results(tuple(cluster.in_turn(cluster.matrix(model, batch_sizes, **options))))
 
 
 def load(source: str | Path) -> Results:
@@ -143,7 +165,7 @@ def load(source: str | Path) -> Results:
     Raises:
         BadInput: not a records file.
     """
-    from colqwen_lab.report.series import Results
+    from colqwen_lab.analysis.results import Results
 
     return Results.load(source)
 
@@ -166,15 +188,19 @@ def compare(
     Raises:
         BadInput: not records, or series that cannot be compared at equal batch.
     """
-    from colqwen_lab.report.compare import by_place as run
-    from colqwen_lab.report.series import Results
+    from colqwen_lab.analysis.compare import by_place as run
+    from colqwen_lab.analysis.results import Results
 
     for value in (base, awq):
         if not isinstance(value, (str, Path, Results)):
-            raise BadInput(f"{value!r} is no records; valid: results, a records file, or the word published")
+            raise BadInput(
+                f"{value!r} is no records; valid: results, a records file, or the word published"
+            )
     first = base if isinstance(base, Results) else load(base)
     if awq == "" and len(first.variants) == 1:
-        raise BadInput(f"only {first.variants[0]} is in there; valid: records of two models, or a second file")
+        raise BadInput(
+            f"only {first.variants[0]} is in there; valid: records of two models, or a second file"
+        )
     second = first if awq == "" else awq if isinstance(awq, Results) else load(awq)
     return run(first, second, card_budgets(cards))
 
@@ -213,16 +239,18 @@ def plan(
     Raises:
         BadInput: a wrong value; the message names the valid ones.
     """
-    from colqwen_lab.cards import find_card
-    from colqwen_lab.model.architecture import SIZES
+    from colqwen_lab.analysis.plan import Plan
+    from colqwen_lab.analysis.results import Results
+    from colqwen_lab.hardware import find_card
+    from colqwen_lab.model.config import SIZES
     from colqwen_lab.predict.plan import plan as run
     from colqwen_lab.records import batch_sizes_of, listed
-    from colqwen_lab.report.plan import Plan
-    from colqwen_lab.report.series import Results
 
     one_of("size", size, SIZES)
     if tokens < 0:
-        raise BadInput(f"tokens {tokens}; valid: 0 for the report's queries or A4 pages, or 1 or more")
+        raise BadInput(
+            f"tokens {tokens}; valid: 0 for the report's queries or A4 pages, or 1 or more"
+        )
     budgets = [find_card(card) for card in listed(cards) if card != ""]
     how: dict[str, Any] = {
         "tokens": tokens or None,
@@ -230,37 +258,39 @@ def plan(
         "visual_tokens": visual_tokens,
         "execution": execution,
     }
-    cells, found = run(listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, **how)
+    cells, found = run(
+        listed(model), size, batch_sizes_of(batch_sizes), budgets, protocol, dtype, kernel, **how
+    )
     return Plan(Results(tuple(cells)), tuple(found))
 
 
-def predict_like(results: Results) -> Results:
+def predictions(results: Results) -> Results:
     """Predicted cells under the settings of measured or published ones, where their kernel is modelled."""
-    from colqwen_lab.predict.plan import predict_like as run
-    from colqwen_lab.report.series import Results
+    from colqwen_lab.analysis.results import Results
+    from colqwen_lab.predict.plan import predictions as run
 
     return Results(tuple(cell for cell in run(results) if cell))
 
 
 def beside(results: Results) -> pd.DataFrame:
     """Each measured or published row beside its prediction: the peak with its error, the rate with its limit."""
-    from colqwen_lab.predict.plan import predict_like as run
-    from colqwen_lab.report.plan import beside as table
+    from colqwen_lab.analysis.plan import beside as table
+    from colqwen_lab.predict.plan import predictions as run
 
     return table(results, run(results))
 
 
 def explain(results: Results) -> Results:
     """Measured or published cells with the ledger of their prediction; what that lacks is a part of its own."""
-    from colqwen_lab.predict.plan import predict_like as run
-    from colqwen_lab.report.plan import explained
+    from colqwen_lab.analysis.plan import explained
+    from colqwen_lab.predict.plan import predictions as run
 
     return explained(results, run(results))
 
 
 def card_budgets(cards: str | float | Sequence[float | str]) -> list[float]:
     """Budgets in GB from "8,12", 8, [8, 12] or GPUs by name, "RTX 4070,24". Raises BadInput."""
-    from colqwen_lab.cards import find_card
+    from colqwen_lab.hardware import find_card
     from colqwen_lab.records import GIB, listed
 
     return [find_card(card).nominal_bytes / GIB for card in listed(cards)]
@@ -294,22 +324,23 @@ def quantize(
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.
-        Unmet: no weights, or the result would not be complete.
+        MissingRequirement: no weights, or the result would not be complete.
     """
+    from colqwen_lab.analysis.quantized import Quantized
     from colqwen_lab.measure.environment import pick_device
     from colqwen_lab.model import quantize as maker
-    from colqwen_lab.model.architecture import resolve_size
-    from colqwen_lab.model.variants import VARIANTS
-    from colqwen_lab.model.weights import default_source
-    from colqwen_lab.report.quantized import Quantized
+    from colqwen_lab.model.checkpoint import default_checkpoint
+    from colqwen_lab.model.config import VARIANTS, resolve_size
 
     recipe = maker.Recipe(scheme.upper(), iters, samples, seqlen, format)
     device = pick_device()
     size = resolve_size(size, device.type == "cuda")
-    source = default_source(VARIANTS["base"], size, weights, device)
+    source = default_checkpoint(VARIANTS["base"], size, weights, device)
     lines = maker.calibration_file(texts) if texts else None
     folder = Path(output) if output else outputs_folder() / f"{size}-{recipe.scheme}"
-    return Quantized(folder, maker.quantize(source, folder, recipe, device, lines, replace=not output))
+    return Quantized(
+        folder, maker.quantize(source, folder, recipe, device, lines, replace=not output)
+    )
 
 
 @checked
@@ -344,14 +375,14 @@ def fidelity(
 
     Raises:
         BadInput: a wrong value; the message names the valid ones.
-        Unmet: no weights, or no kernel for them, here.
+        MissingRequirement: no weights, or no kernel for them, here.
     """
+    from colqwen_lab.analysis.fidelity import Fidelities, check_margin
     from colqwen_lab.measure.environment import pick_device
     from colqwen_lab.measure.sweep import to_stderr
-    from colqwen_lab.model.architecture import resolve_size
-    from colqwen_lab.model.drawn import SMALL_WIDTH, WIDTH
+    from colqwen_lab.model.config import resolve_size
+    from colqwen_lab.model.synthetic import SMALL_WIDTH, WIDTH
     from colqwen_lab.records import listed
-    from colqwen_lab.report.fidelity import Fidelities, check_margin
     from colqwen_lab.retrieval import data as sets
     from colqwen_lab.retrieval import run
 
@@ -377,7 +408,9 @@ def parameters(names: dict[str, Any], function: Callable[..., Any], *own: str) -
     """
     valid = [*signature(function).parameters, *own]
     plain = (str, int, float, bool, list, tuple, type(None))
-    given = {name for name, value in names.items() if name[0] != "_" and isinstance(value, plain)} - {"In"}
+    given = {
+        name for name, value in names.items() if name[0] != "_" and isinstance(value, plain)
+    } - {"In"}
     unknown = sorted(given - set(valid))
     if unknown and not names.get("_parameters_checked"):
         raise BadInput(f"unknown parameter {unknown[0]!r}; valid: {', '.join(valid)}")
@@ -388,7 +421,7 @@ def parameters(names: dict[str, Any], function: Callable[..., Any], *own: str) -
 def __getattr__(name: str) -> Any:
     """`Results`, on first use: it brings records, which a start does not need."""
     if name == "Results":
-        from colqwen_lab.report.series import Results
+        from colqwen_lab.analysis.results import Results
 
         return Results
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -396,13 +429,13 @@ def __getattr__(name: str) -> Any:
 
 def escape(text: str) -> str:
     """What a record says, for `Markdown`: shown as it is, on one line, neither markup nor HTML."""
-    from colqwen_lab.report.markdown import escape as run
+    from colqwen_lab.analysis.render import escape as run
 
     return run(text)
 
 
 def save(figure: Any, name: str) -> list[Path]:
     """Save a figure as NAME.png and NAME.svg under `outputs/`; the files. Raises BadInput if they cannot be written."""
-    from colqwen_lab.report import plots
+    from colqwen_lab.analysis import plots
 
     return plots.save(figure, name.replace("/", "-"), outputs_folder())

@@ -7,13 +7,21 @@ from collections.abc import Iterator
 import torch
 
 from colqwen_lab.measure.environment import environment, installed, pick_device
-from colqwen_lab.model.architecture import resolve_size
+from colqwen_lab.model.config import resolve_size
 from colqwen_lab.records import GIB
 from colqwen_lab.settings import cache_folder
 
 # torch 2.9.0 and 2.9.1 run the bf16 Conv3d of the patch embedding 10-20 times too slow (pytorch#166643, #174051).
 KNOWN_BAD = {"torch": ("2.9.0", "2.9.1")}
-PACKAGES = ("torch", "transformers", "auto-round", "auto-round-lib", "humming-kernels", "gptqmodel", "triton")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "auto-round",
+    "auto-round-lib",
+    "humming-kernels",
+    "gptqmodel",
+    "triton",
+)
 
 
 def examine() -> Iterator[tuple[str, str]]:
@@ -25,7 +33,10 @@ def examine() -> Iterator[tuple[str, str]]:
         yield "GPU", f"{here.gpu}, {memory:.1f} GiB, driver {here.driver}, CUDA {here.cuda}"
     else:
         yield "GPU", "none that CUDA sees; figures are this CPU's, and the default size is tiny"
-    yield "CPU", f"{here.cpu}, {here.threads} threads, {(here.host_memory_bytes or 0) / GIB:.1f} GiB of memory"
+    yield (
+        "CPU",
+        f"{here.cpu}, {here.threads} threads, {(here.host_memory_bytes or 0) / GIB:.1f} GiB of memory",
+    )
     yield "default size", resolve_size("auto", device.type == "cuda")
     for package in PACKAGES:
         yield package, _version(package)
@@ -54,7 +65,9 @@ def _kernels(device: torch.device) -> Iterator[tuple[str, str]]:
     for name, info in by_priority:
         packings = [packing for packing in info.packing_format if packing != "auto_round:fake"]
         asked = [(name, device.type, scheme, packing, 2560, 2560) for packing in packings]
-        if name == FAKE or not any(check_compatible(*one, check_requirements=False) for one in asked):
+        if name == FAKE or not any(
+            check_compatible(*one, check_requirements=False) for one in asked
+        ):
             continue
         needs = ", ".join(str(need) for need in info.requirements or () if isinstance(need, str))
         ready = any(check_compatible(*one) for one in asked)

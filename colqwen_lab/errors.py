@@ -16,7 +16,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-KINDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+KINDS: dict[type, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
 SECRETS = {
     r"(?<=//)[^/@\s]+@": "...@",
     r"\b(Bearer|Basic) \S+": r"\1 ...",
@@ -38,7 +43,11 @@ def scrubbed(text: str) -> str:
 
 def printable(text: str) -> str:
     """`text` without what a terminal would obey; the ends of its lines stay."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text)
+    return re.sub(
+        r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+        "",
+        text,
+    )
 
 
 def plain(text: str) -> str:
@@ -71,7 +80,7 @@ class BadInput(LabError, ValueError):
     exit_code = 2
 
 
-class Unmet(LabError, RuntimeError):
+class MissingRequirement(LabError, RuntimeError):
     """A need that this machine does not meet: no GPU, no weights, no network, no kernel. Exit code 1."""
 
 
@@ -81,7 +90,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     papermill passes "false" as a text: what reads as the type is taken as it, anything else is a BadInput.
     """
     asked = signature(function)
-    several = ("model", "batch_sizes", "card", "cards", "base", "awq")  # these take several forms, and check them
+    several = (
+        "model",
+        "batch_sizes",
+        "card",
+        "cards",
+        "base",
+        "awq",
+    )  # these take several forms, and check them
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

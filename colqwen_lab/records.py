@@ -1,7 +1,7 @@
-"""The values that travel: a cell is what was measured, predicted or published of one variant at one batch size.
+"""The values that travel between rooms, and the append-only JSON-lines files that hold them.
 
-Cells live in JSON-lines files, one a line, appended and flushed as they are measured. This module knows nobody:
-reading, writing and comparing records never imports torch. Bytes are bytes, seconds are seconds; MiB are for screens.
+A cell is one configuration at one batch size: measured, predicted or published. Reading and
+comparing records never imports torch. Files hold bytes and seconds; screens show MiB.
 """
 
 from __future__ import annotations
@@ -13,49 +13,90 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
-from colqwen_lab.errors import BadInput, LabError, Unmet, shown
+from colqwen_lab import report_script
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
 from colqwen_lab.settings import DATA
 
 MIB = 2**20
 GIB = 2**30
 PUBLISHED = "published"
-HEAD = '{"schema":1,'  # how each line of a records file begins
-GOES_ON = "what was measured is on file, and the same command goes on from there"
+LINE_START = '{"schema":1,'
+RESUME = "finished rows are on file; run the same command again to resume"
 
-# Bounds within which every figure that a report derives is finite, and a table can hold it.
+# Bounds that keep every derived figure finite.
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(gt=0, lt=2**63)]
 Figure = Annotated[float, Field(ge=-1e9, lt=1e9)]
-Measured = Annotated[float, Field(gt=1e-9, lt=1e9)]  # seconds, or items a second
+Measured = Annotated[float, Field(gt=1e-9, lt=1e9)]  # seconds, or items per second
 Speed = Annotated[float, Field(ge=1, lt=1e21)]
 Origin = Literal["measured", "predicted", "published"]
 
 
-class Value(BaseModel):
-    """Frozen, and strict: an unknown field or a wrong type is an error."""
+def renamed(default: Any, *names: str) -> Any:
+    """A field with `default` that also reads the key of earlier records; the first name is the current one."""
+    return Field(default, validation_alias=AliasChoices(*names))
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
+
+class Value(BaseModel):
+    """Frozen and strict: an unknown field or a wrong type is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False
+    )
 
     def to_line(self) -> str:
+        """The JSON line of this value, newline included."""
         return self.model_dump_json(by_alias=True) + "\n"
 
 
-V = TypeVar("V", bound=Value)
+class Configuration(Value):
+    """How a variant runs: execution x protocol x kernel x dtype. What is interleaved is a list of these."""
+
+    variant: str
+    execution: str = "eager"
+    protocol: str = "lean"
+    kernel: str = "auto"
+    dtype: str | None = "bfloat16"
+
+    @property
+    def label(self) -> str:
+        """EXECUTION/PROTOCOL/KERNEL, as `sweep --configuration` takes it."""
+        return f"{self.execution}/{self.protocol}/{self.kernel}"
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether this configuration asks for 8-bit activations."""
+        return self.kernel in EIGHT_BIT_KERNELS
+
+    def __str__(self) -> str:
+        return f"{self.variant} {self.label}"
+
+
+EIGHT_BIT_KERNELS = ("fp8", "w4-fp8", "w4-int8")
+
+
+class Quantization(Value):
+    """The scheme of packed weights, from the checkpoint's quantization_config."""
+
+    bits: Positive
+    group_size: int
+    sym: bool
 
 
 class Workload(Value):
-    """What one step embeds. `tokens` is the padded length of the longest batch, `padded_share` of all tokens.
+    """The batches of a cell. `tokens` is the padded length of the longest batch.
 
-    Of pages: the budget of `visual_tokens`, what `pages` they are, how many `distinct` ones, how many files were
-    `refused`, the bytes of index of one, and the seconds that reading and processing one take, outside the step.
+    `padded_share` is the share of all tokens that is padding. For pages: `visual_tokens` is the
+    budget, `distinct` the number of different pages, `skipped` the number of unreadable files,
+    `index_bytes` the embeddings of one page, `preprocess_s` the time to read and process one page,
+    outside the step.
     """
 
     kind: Literal["queries", "pages"]
@@ -66,20 +107,22 @@ class Workload(Value):
     visual_tokens: Positive | None = None
     pages: str | None = None
     distinct: Count | None = None
-    refused: Count | None = None
+    skipped: Count | None = renamed(None, "skipped", "refused")
     index_bytes: Count | None = None
     preprocess_s: Figure | None = None
 
     @property
     def budget(self) -> str:
-        """What tells the pages of one budget from those of another; "queries" where there is none."""
-        return f"{self.kind} of {self.visual_tokens} visual tokens" if self.visual_tokens else self.kind
+        """The kind, and for pages their budget of visual tokens."""
+        if not self.visual_tokens:
+            return self.kind
+        return f"{self.kind} of {self.visual_tokens} visual tokens"
 
 
 class Backend(Value):
-    """The kernel asked for, and the kernels that engaged: how many text linears each multiplies.
+    """The kernel requested, and the kernels used: kernel name to number of text linears.
 
-    `schedules` says, by product and rows, which of a kernel's schedules was fastest and is used.
+    `kernel_configs` names the kernel config used by GEMM and M.
     """
 
     requested: str
@@ -87,11 +130,11 @@ class Backend(Value):
     dtype: str | None = None
     requested_dtype: str | None = None
     kept_16bit: dict[str, Count] = {}
-    schedules: dict[str, str] = {}
+    kernel_configs: dict[str, str] = renamed({}, "kernel_configs", "schedules")
 
 
 class Rate(Value):
-    """Items per second: the median, with a 95 % interval of it where samples allow one."""
+    """Items per second: the median, with its 95 % interval where samples allow one."""
 
     median: Measured
     low: Measured | None = None
@@ -99,54 +142,54 @@ class Rate(Value):
 
 
 class Memory(Value):
-    """Bytes on the device. `peak` is the allocator's on CUDA, tracked from the tensors on a CPU, or predicted.
+    """Bytes on the device. `breakdown` names the parts of the peak and adds up to it.
 
-    `ledger` names the parts of the peak; they add up to it. `least_reserved`, of a prediction, is what torch must be
-    allowed to reserve for the run to go through: the peak, and the free pieces between.
+    `peak_bytes` comes from the CUDA allocator, from tracked tensors (CPU) or from a prediction.
+    `min_reserved_bytes` (predictions): the least that torch must be allowed to reserve.
     """
 
     weights_bytes: Count | None = None
     resident_bytes: Count | None = None
     peak_bytes: Positive
     reserved_bytes: Count | None = None
-    least_reserved_bytes: Count | None = None
+    min_reserved_bytes: Count | None = renamed(None, "min_reserved_bytes", "least_reserved_bytes")
     device_bytes: Count | None = None
     allocation_retries: Count | None = None
-    ledger: dict[str, Whole] | None = None
+    breakdown: dict[str, Whole] | None = renamed(None, "breakdown", "ledger")
     method: Literal["cuda", "tracked", "published", "predicted"]
 
 
 class Work(Value):
-    """What one step computes and the fewest bytes it can move, counted on the prediction's own run."""
+    """What one step computes, and the fewest bytes it can move; counted on the prediction's trace."""
 
     flops: Count
-    least_bytes: Positive
+    min_bytes: Positive = Field(validation_alias=AliasChoices("min_bytes", "least_bytes"))
 
 
 class Limits(Value):
-    """What the device reached in the same run: a large 16-bit product, and a copy, counting bytes read and written."""
+    """Rates the device reached in the same run: a large 16-bit GEMM, and a copy (bytes read + written)."""
 
     flops_per_s: Speed
     bytes_per_s: Speed
 
 
-class Towers(Value):
-    """Seconds of a step within the vision tower, and in all the rest; measured in a pass of its own."""
+class Stages(Value):
+    """Seconds of a step in the vision encoder and in the language model, from a separate pass."""
 
-    vision_s: Figure
-    decoder_s: Figure
+    vision_encoder_s: Figure = Field(validation_alias=AliasChoices("vision_encoder_s", "vision_s"))
+    language_model_s: Figure = Field(validation_alias=AliasChoices("language_model_s", "decoder_s"))
 
 
 class Difference(Value):
-    """Cosine of the token embeddings to those of the same weights at 16-bit activations, on one batch."""
+    """Cosine of the token embeddings to those of the same weights with 16-bit activations, on one batch."""
 
     against: str
     cosine_mean: Figure
-    cosine_least: Figure
+    cosine_min: Figure = Field(validation_alias=AliasChoices("cosine_min", "cosine_least"))
 
 
 class CardRun(Value):
-    """A cell measured under the cap of a smaller card: which, the bytes torch might take, and what was tried."""
+    """A cell measured under the memory cap of a smaller card: the cap, and the batches tried."""
 
     name: str
     nominal_bytes: Count
@@ -158,13 +201,15 @@ class CardRun(Value):
 
 
 class Timing(Value):
-    """How the samples were taken: steps thrown away first, why it stopped, and who was timed in turn with it."""
+    """How the samples were taken: warm-up steps, why timing stopped, and what was interleaved."""
 
     warmup_steps: Count
     steady: bool
     stopped: str
-    in_turn_with: list[str] = []
-    ways_in_turn: list[str] = []
+    interleaved_with: list[str] = renamed([], "interleaved_with", "in_turn_with")
+    interleaved_configurations: list[str] = renamed(
+        [], "interleaved_configurations", "ways_in_turn"
+    )
     clock: str
 
 
@@ -192,30 +237,41 @@ class Environment(Value):
 
     @property
     def device(self) -> str:
-        """The GPU, or the CPU where there is none: the name a figure carries."""
+        """The GPU's name, or the CPU's where there is no GPU."""
         return self.gpu or self.cpu or "unknown device"
 
-    def identity(self) -> dict[str, Any]:
-        """All that must be equal for two cells to belong to one sweep: everything but the commit and the hour.
+    def identity(self) -> str:
+        """What two cells of one sweep share: every field but the commit, the time and the host memory.
 
-        Host memory is left out too: machines of one type show it a few pages apart.
+        Machines of one type show host memory a few pages apart.
         """
-        return self.model_dump(exclude={"commit", "started_at", "host_memory_bytes"})
+        return self.model_dump_json(exclude={"commit", "started_at", "host_memory_bytes"})
 
 
-class Cell(Value):
-    """One variant at one batch size, and its outcome: ok, out of memory (oom) or failed, each with its reason.
-
-    `control_s` are step times of the very same model, timed in turn with it as if it were another (A/A). `notes` say
-    what was noticed meanwhile that may have disturbed it.
-    """
+class Row(Value):
+    """A line of a records file: a value with a key and an environment."""
 
     schema_: Literal[1] = Field(default=1, alias="schema")
+    environment: Environment
+
+    def key(self) -> tuple[str, ...]:
+        """What identifies the row within one environment."""
+        raise NotImplementedError
+
+
+class Cell(Row):
+    """One configuration at one batch size, and its outcome: ok, out of memory (oom) or failed.
+
+    `control_s` are step times of the same model a second time, interleaved as if it were another
+    (A/A control). `interference` lists what may have disturbed the measurement.
+    """
+
     origin: Origin
     source: str = "colqwen-lab"
     variant: str
     size: str
     weights: str
+    quantization: Quantization | None = None
     workload: Workload
     execution: str
     protocol: str
@@ -229,35 +285,48 @@ class Cell(Value):
     work: Work | None = None
     limits: Limits | None = None
     difference: Difference | None = None
-    towers: Towers | None = None
+    stages: Stages | None = renamed(None, "stages", "towers")
     card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[str, dict[str, Any]] | None = None
-    notes: list[str] = []
-    environment: Environment
+    interference: list[str] = renamed([], "interference", "notes")
 
     @property
     def batch_size(self) -> int:
         return self.workload.batch_size
 
+    @property
+    def configuration(self) -> Configuration:
+        """The configuration that was requested."""
+        return Configuration(
+            variant=self.variant,
+            execution=self.execution,
+            protocol=self.protocol,
+            kernel=self.backend.requested,
+            dtype=self.backend.requested_dtype,
+        )
+
     def settings(self) -> tuple[str, ...]:
-        """What two series must share to be compared at equal batch: size, workload, pages, execution, protocol."""
+        """What two series must share to be compared at equal batch: size, workload, execution, protocol."""
         work = self.workload
-        what = f"{work.budget} ({work.pages})" if work.pages else work.budget
-        return (self.size, what, self.execution, self.protocol)
+        pages = f" ({work.pages})" if work.pages else ""
+        return (self.size, work.budget + pages, self.execution, self.protocol)
 
     def key(self) -> tuple[str, ...]:
-        """What makes this cell this cell, within one environment. A sweep holds each key once."""
-        work = self.workload
-        asked = (self.backend.requested, self.backend.requested_dtype or "", work.texts or "", str(work.batch_size))
-        return (self.variant, self.weights, *self.settings(), *asked, self.card.name if self.card else "")
+        work, backend = self.workload, self.backend
+        requested = (backend.requested, backend.requested_dtype or "", work.texts or "")
+        card = self.card.name if self.card else ""
+        return (
+            *(self.origin, self.variant, self.weights, *self.settings()),
+            *(*requested, str(work.batch_size), card),
+        )
 
 
 def rate_of(step_s: Sequence[float], items: int) -> Rate:
-    """Items per second of `items` a step from the step times: the median and its 95 % interval.
+    """Items per second of `items` a step: the median and its 95 % interval from order statistics.
 
-    The interval is the distribution-free one from order statistics (binomial ranks), so it assumes nothing of the
-    samples' shape; below six samples no pair of ranks covers 95 % and it is left out.
+    The interval uses binomial ranks, so it assumes nothing of the distribution. Fewer than six
+    samples give no interval.
     """
     times = sorted(step_s)
     n = len(times)
@@ -271,175 +340,139 @@ def rate_of(step_s: Sequence[float], items: int) -> Rate:
     return Rate(median=items / median, low=items / times[n - rank], high=items / times[rank - 1])
 
 
-def listed(value: Any) -> list[Any]:
-    """The items of "a,b", of a list, or of one value."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
-    return list(value) if isinstance(value, Iterable) else [value]
+# ---------------------------------------------------------------- reading
 
-
-def batch_sizes_of(value: str | int | Iterable[int]) -> list[int]:
-    """Batch sizes from "8,16", 8 or [8, 16].
-
-    Raises:
-        BadInput: not positive whole numbers, none at all, or one twice.
-    """
-    try:
-        parts = value.strip("[ ]").split(",") if isinstance(value, str) else listed(value)
-        sizes = [int(str(part).strip()) for part in parts if str(part).strip() or len(parts) > 1]
-    except (TypeError, ValueError):
-        sizes = []
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
-        raise BadInput(f"batch sizes {value!r}; valid: different whole numbers of 1 or more, such as 8,16,32")
-    return sizes
-
-
-# ---------------------------------------------------------------- files
+R = TypeVar("R", bound=Row)
 
 
 def read_cells(source: str | Path) -> list[Cell]:
-    """The cells of a file, or of the report for the word `published`.
+    """The cells of a records file, of the report script's JSON, or of the word `published`.
 
-    Takes JSON lines written here and the JSON document that the report's own script writes. A torn last line (a
-    sweep killed while writing) is left out, with a warning.
+    Of several rows with one key and environment the newest counts. A torn last line is left out
+    with a warning.
 
     Raises:
-        BadInput: no such file, or one that is not a records file; the line is named.
+        BadInput: no such file, or not a records file; the line is named.
     """
     if str(source) == PUBLISHED:
         return published_cells()
     path = Path(source)
-    cells = _cells_of(path)
-    if not cells:
-        raise BadInput(f"{path} holds no cell; a records file is JSON lines written by `colqwen-lab sweep`")
-    return cells
-
-
-def _cells_of(path: Path, say: Callable[[str], None] | None = None, own: bool = False) -> list[Cell]:
-    """The cells of a file; `own` refuses another tool's JSON, which a sweep would overwrite."""
-    try:
-        whole, newline, torn = path.read_bytes().rpartition(b"\n")
-        text = (whole + newline).decode() + torn.decode(errors="replace")  # torn within a character, perhaps
-    except FileNotFoundError:
-        raise BadInput(f"no records file {path}; name one that a sweep wrote, or the word {PUBLISHED}") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read as a records file: {error}") from None
+    text = _text_of(path)
     document = None
     with suppress(ValueError, RecursionError):
         document = json.loads(text)
     if isinstance(document, dict) and "results" in document:
-        if own:
-            raise BadInput(f"{path} is another tool's JSON, which a sweep would overwrite; name another file")
-        return _script_cells(document)
-    *complete, last = text.split("\n")
-    cells: list[Cell] = []
+        return [Cell(**fields) for fields in report_script.cells(document)]
+    return read_rows(path, Cell, "sweep")
+
+
+def read_rows(path: Path, kind: type[R], command: str) -> list[R]:
+    """The newest rows of a file that `colqwen-lab command` wrote; raises BadInput if it holds none."""
+    rows = newest(_rows(path, kind, command))
+    if not rows:
+        raise BadInput(f"{path} holds no row; name a file written by `colqwen-lab {command}`")
+    return rows
+
+
+def newest(rows: Iterable[R]) -> list[R]:
+    """The rows without those that a later row with the same key and environment replaces."""
+    return list({(row.key(), row.environment.identity()): row for row in rows}.values())
+
+
+def _text_of(path: Path) -> str:
+    try:
+        whole, newline, torn = path.read_bytes().rpartition(b"\n")
+        # A torn line may end within a character.
+        return (whole + newline).decode() + torn.decode(errors="replace")
+    except FileNotFoundError:
+        raise BadInput(f"no records file {path}; name a file, or the word {PUBLISHED}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as a records file: {error}") from None
+
+
+def _rows(
+    path: Path, kind: type[R], command: str, progress: Callable[[str], None] | None = None
+) -> list[R]:
+    *complete, last = _text_of(path).split("\n")
+    rows: list[R] = []
     for number, line in enumerate([*complete, last] if last else complete, 1):
         try:
-            cells.append(read_line(Cell, line, f"{path} line {number} is not a", f"sweep`, or {PUBLISHED}"))
-        except BadInput:
-            if number <= len(complete) or not (cells or last.startswith(HEAD) or HEAD.startswith(last)):
-                raise
-            said = f"{path}: the last line is torn and left out; a sweep was killed while it wrote it"
-            (say or warnings.warn)(shown(said))
-    return cells
+            rows.append(kind.model_validate_json(line))
+        except ValidationError as error:
+            may_be_torn = rows or last.startswith(LINE_START) or LINE_START.startswith(last)
+            if number > len(complete) and may_be_torn:
+                line = f"{path}: the last line is torn and left out; a run was killed while writing"
+                (progress or warnings.warn)(shown(line))
+                continue
+            first = error.errors()[0]
+            where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100]
+            raise BadInput(
+                f"{path} line {number} is not a {kind.__name__.lower()} record: "
+                f"{where or 'the line'}: {first['msg']}; name a file written by "
+                f"`colqwen-lab {command}`"
+            ) from None
+    return rows
 
 
-def read_line(kind: type[V], line: str, what: str, valid: str) -> V:
-    """The record of this kind in one line. Raises BadInput, which names the first wrong field."""
-    try:
-        return kind.model_validate_json(line)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100] or "the line"
-        said = f"{what} record: {where}: {first['msg']}; valid: JSON lines by `colqwen-lab {valid}"
-        raise BadInput(said) from None
+# ---------------------------------------------------------------- writing
 
 
-def neighbour(path: Path, kind: str) -> Path:
-    """The file of this kind beside a records file: beside `rows.jsonl`, `rows.result.json`."""
+def beside(path: Path, suffix: str) -> Path:
+    """The file next to a records file: for `rows.jsonl` and `result.json`, `rows.result.json`."""
     path = _real(path)
-    return path.with_suffix(f".{kind}") if path.suffix == ".jsonl" else path.with_name(f"{path.name}.{kind}")
+    if path.suffix == ".jsonl":
+        return path.with_suffix(f".{suffix}")
+    return path.with_name(f"{path.name}.{suffix}")
 
 
 def _real(path: Path) -> Path:
-    """`path` without links. Raises BadInput where no file can have this name."""
     try:
         return Path(os.path.realpath(path))
     except ValueError as error:
-        raise BadInput(f"{path} is no name of a file: {error}; valid: another name, such as rows.jsonl") from None
-
-
-def own_file(path: Path) -> Path:
-    """The file behind `path`, which is locked and replaced under its own name.
-
-    Raises:
-        BadInput: the name of what lies beside another records file, or that no file can have.
-    """
-    found = _real(path)
-    if found.name.endswith((".superseded.jsonl", ".result.json", ".lock", ".tmp")):
-        raise BadInput(f"{path} is named as what lies beside a records file; valid: another name, such as rows.jsonl")
-    return found
+        raise BadInput(
+            f"{path} is not a file name: {error}; name a file such as rows.jsonl"
+        ) from None
 
 
 @contextmanager
-def writing(path: Path, kind: type[LabError] = Unmet, do: str = GOES_ON) -> Iterator[None]:
-    """Around each write to a records file, or beside it. Raises `kind` where it cannot be written any more."""
+def writing(
+    path: Path, kind: type[LabError] = MissingRequirement, then: str = RESUME
+) -> Iterator[None]:
+    """Around a write: an OSError becomes a one-line `kind`."""
     try:
         yield
     except OSError as error:
-        raise kind(f"cannot write {path}: {error.strerror or error}; {do}") from None
+        raise kind(f"cannot write {path}: {error.strerror or error}; {then}") from None
 
 
-opening = partial(writing, kind=BadInput, do="name a file in a folder you can write")  # the same before a run
+class RecordsFile(Generic[R]):
+    """An append-only records file, held by one process; a row once written is never changed.
 
-
-@contextmanager
-def locked(path: Path, who: str, say: Callable[[str], object] | None = None, then: str = "") -> Iterator[None]:
-    """While a records file is this process's alone; another is waited for, and `say` hears of it.
-
-    Raises:
-        BadInput: another holds it, and there is no `say`.
-    """
-    lock = FileLock(f"{own_file(path)}.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        if say is None:
-            raise BadInput(f"{who} writes to {path}; wait for it or name another file") from None
-        say(f"{who} writes to {path}; waiting for it{then}")
-        held = lock.acquire()
-    with held:
-        yield
-
-
-class Store:
-    """The records file of one sweep: what is kept of it, and an append that survives a kill and a full disk.
-
-    Only rows for which `keep` holds stay; the others (another environment, a failure to be tried again, everything
-    with `fresh`) move to `NAME.superseded.jsonl` beside it, so nothing measured is ever lost. A context manager: one
-    process at a time holds the file; with `say`, which takes a line for a person, another one is waited for. `emit` is
-    called with each new row once it is on disk.
+    `rows` are the newest of each key and environment. With `progress`, another process that holds
+    the file is waited for.
 
     Raises:
-        BadInput: the file is not a records file or not named as one, its folder cannot be written, or another sweep
-            holds it.
-        Unmet: the disk is full; also of `add` and `set_aside`.
+        BadInput: not a records file, not writable, or held by another process and no `progress`.
+        MissingRequirement: from `append`, when the disk is full.
     """
 
     def __init__(
         self,
         path: Path,
-        keep: Callable[[Cell], bool],
-        emit: Callable[[Cell], object] | None = None,
-        say: Callable[[str], None] | None = None,
+        kind: type[R],
+        command: str = "sweep",
+        progress: Callable[[str], None] | None = None,
     ) -> None:
-        self.path, self._emit = own_file(path), emit
-        with opening(path), ExitStack() as held:  # released now: a traceback that a notebook keeps would hold it
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(path, "another sweep", say, ", then going on from its rows"))
-            self.cells = _cells_of(path, say, own=True) if path.exists() else []
-            self.superseded = self.set_aside(lambda cell: not keep(cell))
-            self._held = held.pop_all()
+        self.path = _real(path)
+        if self.path.name.endswith((".result.json", ".lock", ".tmp")):
+            raise BadInput(f"{path} is the name of a side file; name a file such as rows.jsonl")
+        with writing(path, BadInput, "name a file in a folder you can write"), ExitStack() as stack:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(self.path, progress))
+            exists = self.path.exists() and self.path.stat().st_size
+            self.rows = newest(_rows(self.path, kind, command, progress)) if exists else []
+            self._cut_torn_line()
+            self._held = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -447,76 +480,72 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def add(self, cells: Iterable[Cell]) -> None:
-        """Append `cells`; they are on disk when this returns."""
-        new = list(cells)
+    def append(self, rows: Iterable[R]) -> None:
+        """Add `rows`; they are on disk when this returns."""
+        new = list(rows)
         with writing(self.path):
-            append(self.path, new)
-        self.cells.extend(new)
-        if self._emit:
-            for cell in new:
-                self._emit(cell)
+            append_lines(self.path, new)
+        self.rows = newest([*self.rows, *new])
 
-    def set_aside(self, gone: Callable[[Cell], bool]) -> list[Cell]:
-        """Move the rows for which `gone` holds to the file beside this one; they are what is returned."""
-        aside = [cell for cell in self.cells if gone(cell)]
-        kept = [cell for cell in self.cells if not gone(cell)]
-        with writing(self.path):
-            if aside:
-                append(neighbour(self.path, "superseded.jsonl"), aside)
-            replace(self.path, kept)
-        self.cells = kept
-        return aside
+    def _cut_torn_line(self) -> None:
+        """Cut what a killed run left of its last line, so that the next line starts on its own."""
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
 
 
-def append(path: Path, records: Iterable[Value]) -> None:
+@contextmanager
+def _locked(path: Path, progress: Callable[[str], None] | None) -> Iterator[None]:
+    lock = FileLock(f"{path}.lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        if progress is None:
+            raise BadInput(f"another run writes to {path}; wait for it or name another") from None
+        progress(f"another run writes to {path}; waiting for it")
+        held = lock.acquire()
+    with held:
+        yield
+
+
+def append_lines(path: Path, rows: Iterable[Value]) -> None:
     """Append whole lines, on disk when this returns; where that fails, none of them."""
-    left = "".join(one.to_line() for one in records).encode()
+    left = "".join(row.to_line() for row in rows).encode()
     with path.open("ab", buffering=0) as file:
-        before = file.seek(0, os.SEEK_END)
+        start = file.seek(0, os.SEEK_END)
         try:
             while left:
                 left = left[file.write(left) :]
             os.fsync(file.fileno())
         except OSError:
-            file.truncate(before)
+            file.truncate(start)
             raise
 
 
 def sync(path: Path) -> None:
-    """What a file or a folder holds, on disk when this returns; of a folder the names."""
-    opened = os.open(path, os.O_RDONLY)
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
-
-
-def replace(path: Path, records: Iterable[Value]) -> None:
-    """The file of these lines alone, on disk when this returns; where that fails, the file as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        append(temporary, records)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_cells(path: Path, cells: Iterable[Cell]) -> None:
-    """The file of these cells alone; where that fails, the file as it was.
+    """Write `cells` to a new records file.
 
     Raises:
-        BadInput: a sweep holds the file, it cannot be written, or it is named as what lies beside one.
+        BadInput: the file exists already and is not empty, or cannot be written.
     """
-    with writing(path, BadInput, "name a file that can be written"), locked(path, "a sweep"):
-        replace(own_file(path), cells)
+    with RecordsFile(path, Cell) as file:
+        if file.rows:
+            raise BadInput(f"{path} holds {len(file.rows)} rows already; name a new file")
+        file.append(cells)
 
 
-# ---------------------------------------------------------------- figures from elsewhere
-
-
-AS_REPORTED: Any = {"execution": "eager", "protocol": "published", "status": "ok"}
+# ---------------------------------------------------------------- the published report
 
 
 def published_report() -> dict[str, Any]:
@@ -525,12 +554,11 @@ def published_report() -> dict[str, Any]:
 
 
 def published_cells() -> list[Cell]:
-    """The report's sweep as cells of origin `published`. It gives no samples, so no intervals."""
+    """The report's sweep as cells of origin `published`: no samples, so no intervals."""
     report = published_report()
-    machine = report["environment"]
-    environment = Environment(gpu=machine["gpu"], cuda=machine["cuda"], attention=machine["attention"])
     return [
         Cell(
+            **report_script.AS_REPORTED,
             origin="published",
             source=report["source"],
             variant=variant,
@@ -540,68 +568,10 @@ def published_cells() -> list[Cell]:
             backend=Backend(requested="auto", dtype="float16"),
             items_per_s=Rate(median=float(row["items_per_s"])),
             memory=Memory(peak_bytes=row["peak_mib"] * MIB, method="published"),
-            environment=environment,
-            **AS_REPORTED,
+            environment=Environment(
+                **{name: report["environment"][name] for name in ("gpu", "cuda", "attention")}
+            ),
         )
         for variant, rows in report["sweep"].items()
         for row in rows
     ]
-
-
-SCRIPT_NAMES = {"base": "BASE", "awq": "AWQ"}
-
-
-def script_json(cells: Iterable[tuple[str, Cell]], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The document that the report's `benchmark.py` writes, from named cells. Its MB are MiB, as the report's are."""
-    results = {}
-    for name, cell in cells:
-        if cell.items_per_s is None or cell.memory is None or not cell.step_s:
-            continue
-        times = cell.step_s
-        results[name] = {
-            "scenario": name,
-            "total_items": cell.batch_size * len(times),
-            "total_time_s": sum(times),
-            "throughput_items_per_s": cell.batch_size * len(times) / sum(times),
-            "latency_mean_ms_per_batch": 1000 * statistics.fmean(times),
-            "latency_std_ms_per_batch": 1000 * statistics.pstdev(times),
-            "cuda_memory_allocated_MB": (cell.memory.resident_bytes or 0) / MIB,
-            "cuda_max_memory_allocated_MB": cell.memory.peak_bytes / MIB,
-            "cuda_max_memory_reserved_MB": (cell.memory.reserved_bytes or 0) / MIB,
-        }
-    return {"metadata": metadata, "results": results}
-
-
-def _script_cells(document: dict[str, Any]) -> list[Cell]:
-    """Cells of a document by the report's script. It keeps no samples: only the mean rate, and no interval."""
-    cells = []
-    variants = {label: variant for variant, label in SCRIPT_NAMES.items()}
-    try:
-        metadata = document.get("metadata", {})
-        for name, row in document["results"].items():
-            head, _, tail = name.rpartition("_bs")
-            prefix = name.split("_", 1)[0]
-            pages = "image" in name
-            batch = int(tail) if head else int(metadata[f"{'image' if pages else 'text'}_batch_size"])
-            variant = variants.get(prefix, prefix.lower())
-            weights = metadata.get("weights", "hub")
-            peak_bytes = round(float(row["cuda_max_memory_allocated_MB"]) * MIB)
-            machine = {"gpu": metadata.get("gpu"), "cuda": metadata.get("cuda_version"), "cpu": metadata.get("cpu")}
-            cells.append(
-                Cell(
-                    origin="measured",
-                    source="the report's script",
-                    variant=variant,
-                    size=str(metadata.get("size", "4b")),
-                    weights=weights[variant] if isinstance(weights, dict) else str(weights),
-                    workload=Workload(kind="pages" if pages else "queries", batch_size=batch, texts="report"),
-                    backend=Backend(requested="auto"),
-                    items_per_s=Rate(median=float(row["throughput_items_per_s"])),
-                    memory=Memory(peak_bytes=peak_bytes, method=metadata.get("memory_method") or "cuda"),
-                    environment=Environment(**machine),
-                    **AS_REPORTED,
-                )
-            )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise BadInput(f"not a document of the report's script: {type(error).__name__}: {str(error)[:80]}") from None
-    return cells

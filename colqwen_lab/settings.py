@@ -43,7 +43,9 @@ def in_use(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot make the folder {folder}: {_why(error)}; name one that can be written") from None
+        raise BadInput(
+            f"cannot make the folder {folder}: {_why(error)}; name one that can be written"
+        ) from None
 
 
 def _why(error: Exception) -> str:
@@ -59,7 +61,9 @@ def writable_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot make the folder {folder}: {_why(error)}; name one that can be written") from None
+        raise BadInput(
+            f"cannot make the folder {folder}: {_why(error)}; name one that can be written"
+        ) from None
     if not os.access(folder, os.W_OK):
         raise BadInput(f"cannot write to the folder {folder}; name one that can be written")
     return folder

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colqwen_lab.model import loading, quantize
-from colqwen_lab.model.processing import TINY_TOKENIZER
-from colqwen_lab.model.variants import VARIANTS
-from colqwen_lab.model.weights import FolderSource, default_source
+from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
+from colqwen_lab.model.config import VARIANTS
+from colqwen_lab.model.inputs import TINY_TOKENIZER
 from colqwen_lab.records import Backend, Environment
 from colqwen_lab.retrieval.metrics import NAMES
 from colqwen_lab.retrieval.record import Cosines, Fidelity
@@ -28,8 +28,11 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny default as a 16-bit checkpoint, its configuration written the way the hub's is."""
     folder = tmp_path_factory.mktemp("base") / "checkpoint"
     folder.mkdir()
-    model = loading.load(default_source(VARIANTS["base"], "tiny", "auto", CPU), CPU).model
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    model = loading.load(default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU), CPU).model
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
     config = model.config.to_dict() | {
         "auto_map": {"AutoModel": "modeling_colqwen3.ColQwen3"},
         "architectures": ["ColQwen3"],
@@ -51,8 +54,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def of_format(format: str) -> Path:
         folder = root / format
         if not folder.exists():
-            source = default_source(VARIANTS["base"], "tiny", "auto", CPU)
-            quantize.quantize(source, folder, quantize.Recipe(iters=0, samples=4, seqlen=16, format=format))
+            source = default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU)
+            quantize.quantize(
+                source, folder, quantize.Recipe(iters=0, samples=4, seqlen=16, format=format)
+            )
         return folder
 
     return of_format
@@ -84,12 +89,12 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny() -> loading.Loaded:
-    return loading.load(default_source(VARIANTS["base"], "tiny", "auto", CPU), CPU)
+    return loading.load(default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU), CPU)
 
 
 @pytest.fixture(scope="session")
 def tiny_awq(packed: Callable[[str], Path]) -> loading.Loaded:
-    return loading.load(FolderSource(packed("auto_round")), CPU, backend="torch")
+    return loading.load(FolderCheckpoint(packed("auto_round")), CPU, backend="torch")
 
 
 @pytest.fixture(scope="session")

@@ -41,12 +41,25 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 
 def test_sweep_of_the_quantised_model(tmp_path: Path) -> None:
-    flags = ["--only_awq", "--sweep_batch_sizes", "1,2", "--high_batch_sweep", "2,4", "--output_json", "x.json"]
+    flags = [
+        "--only_awq",
+        "--sweep_batch_sizes",
+        "1,2",
+        "--high_batch_sweep",
+        "2,4",
+        "--output_json",
+        "x.json",
+    ]
     command = [sys.executable, str(PROGRAM), *flags, "--measure_steps", "4"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "x.json").read_text())
-    names = ["AWQ_text_queries_bs1", "AWQ_text_queries_bs2", "AWQ_high_batch_bs2", "AWQ_high_batch_bs4"]
+    names = [
+        "AWQ_text_queries_bs1",
+        "AWQ_text_queries_bs2",
+        "AWQ_high_batch_bs2",
+        "AWQ_high_batch_bs4",
+    ]
     assert list(document["results"]) == names
     row = document["results"]["AWQ_text_queries_bs2"]
     assert row.keys() == KEYS
@@ -59,17 +72,36 @@ def test_sweep_of_the_quantised_model(tmp_path: Path) -> None:
     assert cells[2].memory is not None
     assert row["cuda_max_memory_allocated_MB"] == cells[2].memory.peak_bytes / MIB
     read = load(tmp_path / "x.json")
-    assert [(cell.variant, cell.batch_size) for cell in read] == [("awq", 1), ("awq", 2), ("awq", 2), ("awq", 4)]
+    assert [(cell.variant, cell.batch_size) for cell in read] == [
+        ("awq", 1),
+        ("awq", 2),
+        ("awq", 2),
+        ("awq", 4),
+    ]
 
 
 def test_both_models_without_a_sweep(benchmark: Callable[..., None], tmp_path: Path) -> None:
-    benchmark("--text_only", "--text_batch_size", "2", "--measure_steps", "2", "--output_json", "y.json")
-    assert list(json.loads((tmp_path / "y.json").read_text())["results"]) == ["BASE_text_queries", "AWQ_text_queries"]
+    benchmark(
+        "--text_only", "--text_batch_size", "2", "--measure_steps", "2", "--output_json", "y.json"
+    )
+    assert list(json.loads((tmp_path / "y.json").read_text())["results"]) == [
+        "BASE_text_queries",
+        "AWQ_text_queries",
+    ]
 
 
 def test_image_documents_follow_the_queries(benchmark: Callable[..., None], tmp_path: Path) -> None:
     flags = ["--only_base", "--text_batch_size", "2", "--measure_steps", "1", "--warmup_steps", "0"]
-    images = ["--image_size", "64", "--image_samples", "4", "--image_batch_size", "2", "--output_json", "z.json"]
+    images = [
+        "--image_size",
+        "64",
+        "--image_samples",
+        "4",
+        "--image_batch_size",
+        "2",
+        "--output_json",
+        "z.json",
+    ]
     benchmark(*flags, *images)
     results = json.loads((tmp_path / "z.json").read_text())["results"]
     assert list(results) == ["BASE_text_queries", "BASE_image_documents"]

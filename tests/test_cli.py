@@ -49,7 +49,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("fidelity --margin 0", "valid: above 0 and below 1"),
         ("fidelity --weights random", "random weights say nothing of retrieval"),
         ("compare", "Missing argument"),
-        ("compare outputs/h200/card-8.jsonl", "only awq is in there; valid: records of two models, or a second file"),
+        (
+            "compare outputs/h200/card-8.jsonl",
+            "only awq is in there; valid: records of two models, or a second file",
+        ),
         ("compare none.jsonl published", "no records file none.jsonl"),
         ("compare LICENSE published", "is not a record"),
         ("compare published published --card x", "valid: memory in GB above 0, or a GPU's name"),
@@ -74,8 +77,9 @@ def test_bad_input_is_one_line_and_exit_2(
     assert err.startswith("colqwen-lab: ")
 
 
-def test_interrupted_is_not_success(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from colqwen_lab.measure import fleet
+def test_interrupted_is_not_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -99,7 +103,9 @@ def test_compare_published_is_the_report_s_table(
 ) -> None:
     assert run(monkeypatch, "compare", "published", "published", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    overheads = {row["batch_size"]: round(row["overhead_percent"], 1) for row in document["overhead"]}
+    overheads = {
+        row["batch_size"]: round(row["overhead_percent"], 1) for row in document["overhead"]
+    }
     assert overheads == {8: -50.8, 16: -59.4, 32: -52.8, 64: -27.1, 128: -4.0, 256: 0.3}
     saving = {row["batch_size"]: round(row["saving_percent"], 1) for row in document["memory"]}
     assert (saving[8], saving[256]) == (59.4, 50.0)
@@ -107,7 +113,9 @@ def test_compare_published_is_the_report_s_table(
     assert (twelve["base"]["batch_size"], twelve["base"]["items_per_s"]) == (256, 966.0)
 
 
-def test_one_file_of_two_models_is_enough(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_file_of_two_models_is_enough(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shown = []
     for arguments in (("published",), ("published", "published")):
         assert run(monkeypatch, "compare", *arguments) == 0
@@ -116,7 +124,9 @@ def test_one_file_of_two_models_is_enough(monkeypatch: pytest.MonkeyPatch, capsy
     assert "## Comparison at the same batch size" in shown[0]
 
 
-def test_a_terminal_obeys_no_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_obeys_no_record(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, *others = published_cells()
     odd = first.model_copy(update={"reason": "\x1b[31mred\x9b\u202e", "status": "failed"})
     results = lab.Results((odd, *others))
@@ -133,13 +143,28 @@ def test_sweep_then_compare(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     rows, report = tmp_path / "rows.jsonl", tmp_path / "report.md"
-    sweep = ["sweep", "-m", "base", "-m", "awq", "-b", "2,4", "-o", str(rows), "--weights", "random"]
+    sweep = [
+        "sweep",
+        "-m",
+        "base",
+        "-m",
+        "awq",
+        "-b",
+        "2,4",
+        "-o",
+        str(rows),
+        "--weights",
+        "random",
+    ]
     assert run(monkeypatch, *sweep) == 0
     out, err = capsys.readouterr()
     assert out.count("random") == 0
     assert "awq" in out
     assert "awq eager/lean/auto batch 4: " in err
-    assert run(monkeypatch, "compare", str(rows), str(rows), "--card", "8", "--markdown", str(report)) == 0
+    assert (
+        run(monkeypatch, "compare", str(rows), str(rows), "--card", "8", "--markdown", str(report))
+        == 0
+    )
     assert "## Comparison at the same batch size" in report.read_text()
     assert "AMD" not in published_report()["environment"]["gpu"]
 
@@ -148,20 +173,47 @@ def test_quantize_makes_a_model(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     made = tmp_path / "made"
-    quantize = ["quantize", "--scheme", "w8a16", "--iters", "0", "--samples", "2", "--seqlen", "16", "-o", str(made)]
+    quantize = [
+        "quantize",
+        "--scheme",
+        "w8a16",
+        "--iters",
+        "0",
+        "--samples",
+        "2",
+        "--seqlen",
+        "16",
+        "-o",
+        str(made),
+    ]
     assert run(monkeypatch, *quantize) == 0
     assert "W8A16" in capsys.readouterr().out
-    assert run(monkeypatch, "sweep", "-m", str(made), "-b", "2", "-o", str(tmp_path / "rows.jsonl")) == 0
+    assert (
+        run(monkeypatch, "sweep", "-m", str(made), "-b", "2", "-o", str(tmp_path / "rows.jsonl"))
+        == 0
+    )
     assert run(monkeypatch, *quantize) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_variants_and_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_variants_and_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(monkeypatch, "variants") == 0
-    assert "TomoroAI/tomoro-colqwen3-embed-4b @ 6a32fb68598730bf5620fbf18d832c784235c59c" in capsys.readouterr().out
+    assert (
+        "TomoroAI/tomoro-colqwen3-embed-4b @ 6a32fb68598730bf5620fbf18d832c784235c59c"
+        in capsys.readouterr().out
+    )
     assert run(monkeypatch, "doctor") == 0
     out = capsys.readouterr().out
-    for line in ("GPU", "torch", "kernel auto_round:torch_zp", "cache", "hub", "default size           tiny"):
+    for line in (
+        "GPU",
+        "torch",
+        "kernel auto_round:torch_zp",
+        "cache",
+        "hub",
+        "default size           tiny",
+    ):
         assert f"\n{line}" in f"\n{out}"
 
 
@@ -172,7 +224,7 @@ def test_variants_and_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         "import sys; sys.argv = ['colqwen-lab', '--help']; from colqwen_lab.cli import app; app(standalone_mode=False)",
         "import colqwen_lab as lab; c = lab.compare(); c.to_dict(); c.markdown()",
         "import colqwen_lab as lab; r = lab.load('published'); r.table(); r.plot()",
-        "from colqwen_lab.report import fidelity, fidelity_plots; from colqwen_lab.retrieval import data, metrics",
+        "from colqwen_lab.analysis import fidelity, fidelity_plots; from colqwen_lab.retrieval import data, metrics",
     ],
 )
 def test_starts_without_torch(code: str) -> None:

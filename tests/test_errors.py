@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from colqwen_lab.errors import BadInput, Unmet, scrubbed
+from colqwen_lab.errors import BadInput, MissingRequirement, scrubbed
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,17 @@ def test_text_holds_no_home_user_password_or_token(text: str, says: str) -> None
         ("/srv/anna", "'/srv/anna' is missing; in /srv/anna.", "'~' is missing; in ~."),
     ],
 )
-def test_this_home_is_replaced_where_it_ends(home: str, text: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_home_is_replaced_where_it_ends(
+    home: str, text: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", home)
     assert scrubbed(text) == says
 
 
 def test_an_error_is_one_short_line_without_a_home() -> None:
-    error = Unmet(f"{Path.home()}/ckpt\nis\x1b[2J \ud800missing")
+    error = MissingRequirement(f"{Path.home()}/ckpt\nis\x1b[2J \ud800missing")
     assert str(error) == "~/ckpt is[2J missing"
-    assert error._render_traceback_() == ["Unmet: ~/ckpt is[2J missing"]
+    assert error._render_traceback_() == ["MissingRequirement: ~/ckpt is[2J missing"]
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     long = str(BadInput(f"{'x' * 10**6}; valid: y"))
     assert len(long) < 2000

@@ -18,8 +18,16 @@ from colqwen_lab.errors import BadInput
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FUNCTIONS = {"sweep": sweep, "compare": compare, "quantize": quantize, "plan": plan, "fidelity": fidelity}
-MACHINE_PATH = re.compile(r"/(work|home|root|tmp|Users|usr|opt|venv)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}")
+FUNCTIONS = {
+    "sweep": sweep,
+    "compare": compare,
+    "quantize": quantize,
+    "plan": plan,
+    "fidelity": fidelity,
+}
+MACHINE_PATH = re.compile(
+    r"/(work|home|root|tmp|Users|usr|opt|venv)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}"
+)
 
 
 def code_cells(path: Path) -> list[Any]:
@@ -28,9 +36,16 @@ def code_cells(path: Path) -> list[Any]:
 
 def compared(path: Path) -> int:
     """Outputs that nbval compares."""
-    cells = [cell for cell in code_cells(path) if "nbval-ignore-output" not in cell.metadata.get("tags", [])]
+    cells = [
+        cell
+        for cell in code_cells(path)
+        if "nbval-ignore-output" not in cell.metadata.get("tags", [])
+    ]
     outputs = [output for cell in cells for output in cell.outputs]
-    return sum(output.output_type == "execute_result" or output.get("name") == "stdout" for output in outputs)
+    return sum(
+        output.output_type == "execute_result" or output.get("name") == "stdout"
+        for output in outputs
+    )
 
 
 def test_at_least_fifteen_outputs_are_compared() -> None:
@@ -63,7 +78,9 @@ def test_tells_and_does_not_define(path: Path) -> None:
     assert not re.search(r"^\s*(def|class|import torch)\b|lambda", source, re.MULTILINE)
     assert source.count("\n") < 150
     for before, cell in zip(book.cells[1:], book.cells[2:], strict=False):
-        drawn = before.cell_type == "code" and any("image/png" in output.get("data", {}) for output in before.outputs)
+        drawn = before.cell_type == "code" and any(
+            "image/png" in output.get("data", {}) for output in before.outputs
+        )
         assert not drawn or cell.cell_type == "markdown", "a sentence under each figure"
 
 
@@ -76,7 +93,9 @@ def test_parameters_are_the_function_s(path: Path) -> None:
     cell = code_cells(path)[0]
     assert cell.metadata.tags == ["parameters"]
     lines = cell.source.splitlines()
-    assert all(re.fullmatch(r"\w+: \w+ = .+  # .+", line) for line in lines), "each with its type and its help"
+    assert all(re.fullmatch(r"\w+: \w+ = .+  # .+", line) for line in lines), (
+        "each with its type and its help"
+    )
     values: dict[str, Any] = {}
     exec(cell.source, values)
     values.pop("__builtins__"), values.pop("__annotations__")
@@ -86,8 +105,17 @@ def test_parameters_are_the_function_s(path: Path) -> None:
 
 
 def test_unknown_parameter_is_an_error_once() -> None:
-    names: dict[str, Any] = {"model": "awq", "modle": "base", "In": ["x"], "Out": {}, "_": 3, "lab": sys}
-    with pytest.raises(BadInput, match="unknown parameter 'modle'; valid: model, batch_sizes, size"):
+    names: dict[str, Any] = {
+        "model": "awq",
+        "modle": "base",
+        "In": ["x"],
+        "Out": {},
+        "_": 3,
+        "lab": sys,
+    }
+    with pytest.raises(
+        BadInput, match="unknown parameter 'modle'; valid: model, batch_sizes, size"
+    ):
         parameters(names, sweep)
     del names["modle"]
     assert parameters(names, sweep) == {"model": "awq"}
@@ -125,7 +153,9 @@ def test_papermill_s_false_is_false(tmp_path: Path) -> None:
     assert sweep("base", "1", fresh="true", **asked).cells != first.cells  # type: ignore[arg-type]
 
 
-def started(notebook: str, output: Path, *options: str, cwd: Path = ROOT, **variables: str) -> subprocess.Popen[str]:
+def started(
+    notebook: str, output: Path, *options: str, cwd: Path = ROOT, **variables: str
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "papermill", notebook, str(output), "-k", "python3", *options]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, env=os.environ | variables, **pipes)
@@ -133,7 +163,19 @@ def started(notebook: str, output: Path, *options: str, cwd: Path = ROOT, **vari
 
 def test_two_sweeps_at_once_from_a_cold_cache_from_their_own_folder(tmp_path: Path) -> None:
     records, cache = tmp_path / "rows.jsonl", tmp_path / "cache"
-    options = ["-p", "model", "awq", "-p", "output", str(records), "-y", "{batch_sizes: [2, 4]}", "-p", "max_s", "0.3"]
+    options = [
+        "-p",
+        "model",
+        "awq",
+        "-p",
+        "output",
+        str(records),
+        "-y",
+        "{batch_sizes: [2, 4]}",
+        "-p",
+        "max_s",
+        "0.3",
+    ]
     outputs = [tmp_path / f"{number}.ipynb" for number in range(2)]
     where = {"cwd": ROOT / "notebooks", "COLQWEN_LAB_CACHE": str(cache)}
     both = [started("sweep.ipynb", output, *options, **where) for output in outputs]  # type: ignore[arg-type]
@@ -141,21 +183,31 @@ def test_two_sweeps_at_once_from_a_cold_cache_from_their_own_folder(tmp_path: Pa
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0, stderr[-2000:]
     rows = [json.loads(line) for line in records.read_text().splitlines()]
-    assert [(row["variant"], row["workload"]["batch_size"]) for row in rows] == [("awq", 2), ("awq", 4)]
+    assert [(row["variant"], row["workload"]["batch_size"]) for row in rows] == [
+        ("awq", 2),
+        ("awq", 4),
+    ]
     assert all(sum(row["backend"]["engaged"].values()) == 28 for row in rows)
     assert json.loads(records.with_suffix(".result.json").read_text())["complete"] is True
     assert not records.with_suffix(".superseded.jsonl").exists()
-    (made,) = (folder for folder in cache.iterdir() if folder.is_dir() and folder.name.startswith("tiny-"))
+    (made,) = (
+        folder for folder in cache.iterdir() if folder.is_dir() and folder.name.startswith("tiny-")
+    )
     assert rows[0]["weights"] == f"made here from the tiny default ({made.name})"
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["-p", "modle", "awq"], "BadInput: unknown parameter 'modle'; valid: model, batch_sizes, size"),
+        (
+            ["-p", "modle", "awq"],
+            "BadInput: unknown parameter 'modle'; valid: model, batch_sizes, size",
+        ),
     ],
 )
-def test_bad_parameter_is_one_line_in_the_error_cell(tmp_path: Path, options: list[str], says: str) -> None:
+def test_bad_parameter_is_one_line_in_the_error_cell(
+    tmp_path: Path, options: list[str], says: str
+) -> None:
     output = tmp_path / "out.ipynb"
     process = started("notebooks/sweep.ipynb", output, *options)
     process.communicate(timeout=240)
@@ -174,18 +226,28 @@ def test_nbval_bites(tmp_path: Path) -> None:
     (tmp_path / "tests" / "sanitize.cfg").write_text((ROOT / "tests" / "sanitize.cfg").read_text())
     book = tmp_path / "compare.ipynb"
     short = nbformat.read(ROOT / "notebooks" / "compare.ipynb", as_version=4)
-    short.cells = [cell for cell in short.cells if "beside" not in cell.source]  # the prediction takes its time
+    short.cells = [
+        cell for cell in short.cells if "beside" not in cell.source
+    ]  # the prediction takes its time
     nbformat.write(short, book)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", str(book)]
-    alike = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    alike = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
     assert alike.returncode == 0, alike.stdout[-2000:]
     # The kernel starts in the notebook's folder, so this stands in for the library's own module.
     (tmp_path / "sitecustomize.py").write_text(
-        "import colqwen_lab.cards as c\nc.OUTSIDE_TORCH_BYTES = (200 * 10**6, 701 * 10**6)\n"
+        "import colqwen_lab.hardware as c\nc.OUTSIDE_TORCH_BYTES = (200 * 10**6, 701 * 10**6)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     changed = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False, env=environment
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=environment,
     )
     assert changed.returncode == 1
     assert "crossover" in changed.stdout or "card_table" in changed.stdout

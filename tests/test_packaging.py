@@ -32,9 +32,21 @@ def test_environment_yml_holds_no_pin_of_its_own(project: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(
-    "package", ["torch", "transformers", "auto-round", "auto-round-lib", "pandas", "matplotlib", "papermill", "nbval"]
+    "package",
+    [
+        "torch",
+        "transformers",
+        "auto-round",
+        "auto-round-lib",
+        "pandas",
+        "matplotlib",
+        "papermill",
+        "nbval",
+    ],
 )
-def test_what_checked_outputs_depend_on_has_an_upper_bound(package: str, project: dict[str, Any]) -> None:
+def test_what_checked_outputs_depend_on_has_an_upper_bound(
+    package: str, project: dict[str, Any]
+) -> None:
     everything = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     (pin,) = [line for line in everything if re.match(rf"{package}[<>=]", line)]
     assert "<" in pin
@@ -51,7 +63,15 @@ def test_readme_names_real_things(project: dict[str, Any]) -> None:
 
 
 def test_top_level_and_licence() -> None:
-    for name in ("pyproject.toml", "notebooks", "colqwen_lab", "outputs", "tests", "environment.yml", "README.md"):
+    for name in (
+        "pyproject.toml",
+        "notebooks",
+        "colqwen_lab",
+        "outputs",
+        "tests",
+        "environment.yml",
+        "README.md",
+    ):
         assert (ROOT / name).exists()
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.records import (
     MIB,
     Backend,
@@ -33,7 +33,9 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:.*the last line is torn")
 
 
-def measured(batch: int = 8, variant: str = "awq", status: str = "ok", reason: str | None = None) -> Cell:
+def measured(
+    batch: int = 8, variant: str = "awq", status: str = "ok", reason: str | None = None
+) -> Cell:
     steps = [0.010, 0.011, 0.012, 0.010, 0.011, 0.013, 0.010] if status == "ok" else []
     return Cell(
         origin="measured",
@@ -48,7 +50,9 @@ def measured(batch: int = 8, variant: str = "awq", status: str = "ok", reason: s
         reason=reason,
         step_s=steps,
         items_per_s=rate_of(steps, batch) if steps else None,
-        memory=Memory(peak_bytes=30 * MIB, resident_bytes=10 * MIB, method="tracked") if steps else None,
+        memory=Memory(peak_bytes=30 * MIB, resident_bytes=10 * MIB, method="tracked")
+        if steps
+        else None,
         environment=Environment(cpu="a CPU", threads=2),
     )
 
@@ -88,7 +92,11 @@ def test_median_lies_in_its_interval(times: list[float], items: int) -> None:
 
 
 def test_round_trip_keeps_every_field(tmp_path: Path) -> None:
-    cells = [*published_cells(), measured(), measured(16, status="oom", reason="asked for 2 GiB, näher")]
+    cells = [
+        *published_cells(),
+        measured(),
+        measured(16, status="oom", reason="asked for 2 GiB, näher"),
+    ]
     assert read_cells(file_of(tmp_path, *cells)) == cells
 
 
@@ -116,7 +124,9 @@ def test_corrupt_line_is_named_by_its_number(tmp_path: Path) -> None:
         read_cells(path)
 
 
-@pytest.mark.parametrize("change", ['"execution":3', '"extra":1,"execution":"eager"', '"execution":NaN'])
+@pytest.mark.parametrize(
+    "change", ['"execution":3', '"extra":1,"execution":"eager"', '"execution":NaN']
+)
 def test_wrong_type_unknown_field_and_nan_are_refused(tmp_path: Path, change: str) -> None:
     path = file_of(tmp_path, measured())
     path.write_text(path.read_text().replace('"execution":"eager"', change))
@@ -124,7 +134,9 @@ def test_wrong_type_unknown_field_and_nan_are_refused(tmp_path: Path, change: st
         read_cells(path)
 
 
-@pytest.mark.parametrize("text", ["", "hello", "batch,items\n8,94\n", '{"a": 1}\n', "[1, 2]", "\x00\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "hello", "batch,items\n8,94\n", '{"a": 1}\n', "[1, 2]", "\x00\xff"]
+)
 def test_not_a_records_file_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.txt"
     path.write_bytes(text.encode("latin-1"))
@@ -142,9 +154,21 @@ def test_missing_file_and_folder_are_bad_input(tmp_path: Path) -> None:
 
 def test_published_rows_are_the_reports() -> None:
     cells = read_cells("published")
-    assert [cell.batch_size for cell in cells if cell.variant == "awq"] == [8, 16, 32, 64, 128, 256, 512]
+    assert [cell.batch_size for cell in cells if cell.variant == "awq"] == [
+        8,
+        16,
+        32,
+        64,
+        128,
+        256,
+        512,
+    ]
     first = cells[0]
-    assert (first.variant, first.origin, first.environment.device) == ("base", "published", "NVIDIA A100-SXM4-40GB")
+    assert (first.variant, first.origin, first.environment.device) == (
+        "base",
+        "published",
+        "NVIDIA A100-SXM4-40GB",
+    )
     assert first.memory is not None
     assert first.memory.peak_bytes == 8527 * MIB
     assert all(cell.step_s == [] for cell in cells)
@@ -154,7 +178,12 @@ def test_published_rows_are_the_reports() -> None:
 
 
 def test_script_document_goes_out_and_comes_in(tmp_path: Path) -> None:
-    cells = [measured(8), measured(16), measured(32, status="oom", reason="full"), *published_cells()]
+    cells = [
+        measured(8),
+        measured(16),
+        measured(32, status="oom", reason="full"),
+        *published_cells(),
+    ]
     named = [(f"AWQ_text_queries_bs{cell.batch_size}", cell) for cell in cells]
     document = script_json(named, {"gpu": "NVIDIA A100", "cuda_version": "12.8"})
     row = document["results"]["AWQ_text_queries_bs16"]
@@ -183,7 +212,9 @@ def test_script_document_goes_out_and_comes_in(tmp_path: Path) -> None:
         ("AWQ_high_batch_bs1024", ("awq", "queries", 1024)),
     ],
 )
-def test_script_names_say_variant_workload_and_batch(tmp_path: Path, name: str, expected: tuple[str, str, int]) -> None:
+def test_script_names_say_variant_workload_and_batch(
+    tmp_path: Path, name: str, expected: tuple[str, str, int]
+) -> None:
     row = {"throughput_items_per_s": 10.0, "cuda_max_memory_allocated_MB": 100.0}
     metadata = {"text_batch_size": 4, "image_batch_size": 2}
     path = tmp_path / "script.json"
@@ -192,7 +223,9 @@ def test_script_names_say_variant_workload_and_batch(tmp_path: Path, name: str, 
     assert (cell.variant, cell.workload.kind, cell.batch_size) == expected
 
 
-@pytest.mark.parametrize("results", [{"AWQ_text_queries": {}}, {"AWQ_bsx": {"a": 1}}, [1], {"AWQ_text_queries_bs8": 3}])
+@pytest.mark.parametrize(
+    "results", [{"AWQ_text_queries": {}}, {"AWQ_bsx": {"a": 1}}, [1], {"AWQ_text_queries_bs8": 3}]
+)
 def test_odd_script_document_is_bad_input(tmp_path: Path, results: Any) -> None:
     path = tmp_path / "script.json"
     path.write_text(json.dumps({"metadata": {}, "results": results}))
@@ -218,7 +251,9 @@ def test_store_resumes_a_torn_file_whole(tmp_path: Path) -> None:
         assert read_cells(path) == [measured(8)]
     said: list[str] = []
     with Store(path, keep=lambda cell: True, say=said.append) as store:
-        assert said == [f"{path}: the last line is torn and left out; a sweep was killed while it wrote it"]
+        assert said == [
+            f"{path}: the last line is torn and left out; a sweep was killed while it wrote it"
+        ]
         assert [cell.batch_size for cell in store.cells] == [8]
         store.add([measured(16)])
     assert [cell.batch_size for cell in read_cells(path)] == [8, 16]
@@ -233,7 +268,9 @@ def test_store_resumes_a_sweep_killed_in_its_first_line(tmp_path: Path, written:
 
 
 @pytest.mark.parametrize("room", [0, 1, 700])
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+def test_a_full_disk_leaves_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
     """The system takes a part of a line, then no more."""
 
     class Full(io.FileIO):
@@ -246,7 +283,10 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     path = file_of(tmp_path, measured(8))
     with Store(path, keep=lambda cell: True) as store:
         monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Full(path, "ab"))
-        with pytest.raises(Unmet, match=r"cannot write .*: No space left on device; what was measured is on file"):
+        with pytest.raises(
+            MissingRequirement,
+            match=r"cannot write .*: No space left on device; what was measured is on file",
+        ):
             store.add([measured(16)])
         monkeypatch.undo()
         assert read_cells(path) == [measured(8)] == store.cells
@@ -254,7 +294,9 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     assert read_cells(path) == [measured(8), measured(16)]
 
 
-@pytest.mark.parametrize(("schema", "says"), [(2, "schema: Input should be 1"), (0, "schema"), ("1", "schema")])
+@pytest.mark.parametrize(
+    ("schema", "says"), [(2, "schema: Input should be 1"), (0, "schema"), ("1", "schema")]
+)
 def test_another_schema_is_refused_in_one_line(tmp_path: Path, schema: object, says: str) -> None:
     row = json.loads(measured().to_line()) | {"schema": schema}
     path = file_of(tmp_path, measured(), tail=json.dumps(row) + "\n")
@@ -267,7 +309,11 @@ def test_another_schema_is_refused_in_one_line(tmp_path: Path, schema: object, s
 def test_a_row_from_the_future_is_a_row(tmp_path: Path) -> None:
     cell = measured()
     skewed = cell.model_copy(
-        update={"environment": cell.environment.model_copy(update={"started_at": "2999-01-01T00:00:00+00:00"})}
+        update={
+            "environment": cell.environment.model_copy(
+                update={"started_at": "2999-01-01T00:00:00+00:00"}
+            )
+        }
     )
     assert skewed.environment.identity() == cell.environment.identity()
     assert read_cells(file_of(tmp_path, skewed)) == [skewed]
@@ -312,7 +358,9 @@ def test_a_link_to_a_file_is_held_as_the_file(tmp_path: Path) -> None:
 def test_what_lies_beside_a_records_file_is_no_records_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"rows.{kind}"
     for write in (lambda: Store(path, keep=lambda cell: True), lambda: write_cells(path, [])):
-        with pytest.raises(BadInput, match=r"lies beside a records file; valid: .*such as rows\.jsonl"):
+        with pytest.raises(
+            BadInput, match=r"lies beside a records file; valid: .*such as rows\.jsonl"
+        ):
             write()
     assert not list(tmp_path.iterdir())
 
@@ -344,18 +392,25 @@ def test_folder_that_cannot_be_made_is_bad_input(tmp_path: Path) -> None:
 def test_key_tells_cells_apart_and_identity_forgets_the_hour() -> None:
     assert measured(8).key() == measured(8, status="oom").key()
     assert len({measured(8).key(), measured(16).key(), measured(8, "base").key()}) == 3
-    early, late = Environment(gpu="A", started_at="1", commit="a"), Environment(gpu="A", started_at="2", commit="b")
+    early, late = (
+        Environment(gpu="A", started_at="1", commit="a"),
+        Environment(gpu="A", started_at="2", commit="b"),
+    )
     assert early.identity() == late.identity()
     assert early.identity() != Environment(gpu="B").identity()
 
 
-def test_a_torn_line_s_warning_names_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_line_s_warning_names_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.warns(UserWarning, match=r"^~/cells\.jsonl: the last line is torn"):
         read_cells(file_of(tmp_path, measured(), tail='{"schema":1,'))
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"results": ' + "[" * 100_000, '{"schema":1,' + '"a":[' * 50_000])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"results": ' + "[" * 100_000, '{"schema":1,' + '"a":[' * 50_000]
+)
 def test_deep_nesting_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "deep.jsonl").write_text(text + "\n")
     with pytest.raises(BadInput, match="line 1 is not a record"):
@@ -368,12 +423,16 @@ def test_a_name_that_no_file_can_have_is_bad_input(name: str) -> None:
         read_cells(name)
 
 
-@pytest.mark.parametrize("value", ["Infinity", "NaN", "1" + "0" * 400, "1" + "0" * 5000, "1e400", "-1", "0"])
+@pytest.mark.parametrize(
+    "value", ["Infinity", "NaN", "1" + "0" * 400, "1" + "0" * 5000, "1e400", "-1", "0"]
+)
 @pytest.mark.parametrize("field", ["throughput_items_per_s", "cuda_max_memory_allocated_MB"])
 def test_odd_figures_of_the_script_are_bad_input(tmp_path: Path, field: str, value: str) -> None:
     row = {"throughput_items_per_s": "1.5", "cuda_max_memory_allocated_MB": "10"} | {field: value}
     content = ", ".join(f'"{name}": {figure}' for name, figure in row.items())
-    (tmp_path / "script.json").write_text(f'{{"metadata": {{}}, "results": {{"BASE_bs8": {{{content}}}}}}}')
+    (tmp_path / "script.json").write_text(
+        f'{{"metadata": {{}}, "results": {{"BASE_bs8": {{{content}}}}}}}'
+    )
     with pytest.raises(BadInput):
         read_cells(tmp_path / "script.json")
 
@@ -391,7 +450,9 @@ def test_odd_figures_of_the_script_are_bad_input(tmp_path: Path, field: str, val
         ("environment", "threads", 10**30),
     ],
 )
-def test_figures_out_of_bounds_are_refused(tmp_path: Path, part: str, field: str, value: float) -> None:
+def test_figures_out_of_bounds_are_refused(
+    tmp_path: Path, part: str, field: str, value: float
+) -> None:
     row = json.loads(measured().to_line())
     row[part][field] = value
     (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
@@ -400,7 +461,11 @@ def test_figures_out_of_bounds_are_refused(tmp_path: Path, part: str, field: str
 
 
 def test_every_committed_record_is_within_the_bounds() -> None:
-    committed = [path for path in (ROOT / "outputs").rglob("*.jsonl") if '"workload":' in path.read_text()[:2000]]
+    committed = [
+        path
+        for path in (ROOT / "outputs").rglob("*.jsonl")
+        if '"workload":' in path.read_text()[:2000]
+    ]
     assert len(committed) > 5
     for path in committed:
         assert read_cells(path)

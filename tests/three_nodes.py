@@ -24,7 +24,7 @@ from colqwen_lab.records import Cell, read_cells
 
 NODES, KILL_AT = 3, 3
 #: What two runs of one cell on one machine may differ in.
-TIMING = ("step_s", "control_s", "items_per_s", "limits", "gpu_state", "notes")
+TIMING = ("step_s", "control_s", "items_per_s", "limits", "gpu_state", "interference")
 MOMENT = ("started_at", "commit", "threads")
 SWEEP = ["sweep", "-m", "base", "-m", "awq", "--size", "tiny", "-b", "8,16,32"]
 
@@ -39,7 +39,9 @@ def three_nodes(**of_node: Any) -> Iterator[Any]:
 
     lean = {"object_store_memory": 80 * 2**20, "include_log_monitor": False}
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    cluster = Cluster(True, head_node_args=lean | {"num_cpus": 0, "include_dashboard": False, "no_monitor": True})
+    cluster = Cluster(
+        True, head_node_args=lean | {"num_cpus": 0, "include_dashboard": False, "no_monitor": True}
+    )
     try:
         for _ in range(NODES - 1):
             cluster.add_node(num_cpus=1, **lean, **of_node)
@@ -48,7 +50,9 @@ def three_nodes(**of_node: Any) -> Iterator[Any]:
     finally:
         os.environ.pop("RAY_ADDRESS", None)
         ray.shutdown()
-        started = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+        started = [
+            child for child in psutil.Process().children(recursive=True) if child.pid not in before
+        ]
         cluster.shutdown()
         for child in started:  # workers that outlived their node
             if child.is_running():
@@ -75,8 +79,10 @@ def untimed(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     found = []
     for cell in sorted(cells, key=Cell.key):
         row = cell.model_dump(exclude={*TIMING, "timing"})
-        row["environment"] = {name: value for name, value in row["environment"].items() if name not in MOMENT}
-        row["in_turn_with"] = cell.timing and cell.timing.in_turn_with
+        row["environment"] = {
+            name: value for name, value in row["environment"].items() if name not in MOMENT
+        }
+        row["interleaved_with"] = cell.timing and cell.timing.interleaved_with
         row["timed"] = bool(cell.step_s)
         found.append(row)
     return found
@@ -89,7 +95,9 @@ def main(folder: Path) -> dict[str, Any]:
     for path in (fleet, alone):
         path.unlink(missing_ok=True)
     with three_nodes() as cluster:
-        run = subprocess.Popen([*program, "--on", "ray", "-o", str(fleet)], stderr=subprocess.PIPE, text=True)
+        run = subprocess.Popen(
+            [*program, "--on", "ray", "-o", str(fleet)], stderr=subprocess.PIPE, text=True
+        )
         said = []
         for line in run.stderr or ():
             print(line, end="", file=sys.stderr)

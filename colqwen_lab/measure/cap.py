@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from colqwen_lab.cards import Card
-from colqwen_lab.errors import Unmet
-from colqwen_lab.measure.clock import synchronise
-from colqwen_lab.measure.noticing import others_on
+from colqwen_lab.errors import MissingRequirement
+from colqwen_lab.hardware import Card
+from colqwen_lab.measure.interference import others_on
+from colqwen_lab.measure.timing import synchronise
 
 # Runs near the edge fail later by fragmentation, so the batch that is reported stays this share below the edge.
 MARGIN = 0.05
@@ -25,12 +25,16 @@ def set_cap(card: Card, device: torch.device) -> tuple[int, int]:
     Set before the model loads. Outside torch is measured after a first product, which loads the libraries.
 
     Raises:
-        Unmet: no CUDA GPU, one smaller than the card, or one that others use, whose memory would count as outside.
+        MissingRequirement: no CUDA GPU, one smaller than the card, or one that others use, whose memory would count as outside.
     """
     if device.type != "cuda":
-        raise Unmet("a card's memory is a cap on a CUDA GPU, and there is none here; `colqwen-lab plan` predicts it")
+        raise MissingRequirement(
+            "a card's memory is a cap on a CUDA GPU, and there is none here; `colqwen-lab plan` predicts it"
+        )
     if others_on(device, {os.getpid()}):
-        raise Unmet("other processes are on this GPU, and their memory would count as this one's; end them first")
+        raise MissingRequirement(
+            "other processes are on this GPU, and their memory would count as this one's; end them first"
+        )
     square = torch.ones(256, 256, device=device)
     (square @ square).sum().item()
     synchronise(device)
@@ -38,7 +42,9 @@ def set_cap(card: Card, device: torch.device) -> tuple[int, int]:
     outside = total - unused - torch.cuda.memory_reserved(device)
     cap = card.usable_bytes - outside
     if not 0 < cap <= total - outside:
-        raise Unmet(f"a {card.name} card has more memory than this GPU, or less than its context; name a smaller card")
+        raise MissingRequirement(
+            f"a {card.name} card has more memory than this GPU, or less than its context; name a smaller card"
+        )
     torch.cuda.set_per_process_memory_fraction(cap / total, device)
     return cap, outside
 

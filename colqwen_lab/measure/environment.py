@@ -35,9 +35,13 @@ def code_version() -> str:
 def _commit() -> str | None:
     """The commit of the checkout, with `+` where files differ from it; None where installed."""
     try:
-        run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=5, cwd=PACKAGE)
+        run = partial(
+            subprocess.run, capture_output=True, text=True, check=True, timeout=5, cwd=PACKAGE
+        )
         run(["git", "ls-files", "--error-unmatch", "__init__.py"])
-        return run(["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]).stdout.strip()
+        return run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -112,7 +116,9 @@ def nvml_readings(device: torch.device) -> dict[str, Any]:
         "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),
         "power_limit_w": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
         "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(
+            handle, pynvml.NVML_TEMPERATURE_GPU
+        ),
         "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
         "memory_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
         "throttle_reasons": lambda: hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
@@ -133,4 +139,8 @@ def gpu_state(device: torch.device) -> dict[str, Any] | None:
 
 def pick_device() -> torch.device:
     """The CUDA GPU, else the CPU. CUDA_VISIBLE_DEVICES chooses among GPUs, and an empty one hides them."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from colqwen_lab.measure.clock import synchronise
-from colqwen_lab.measure.noticing import others_on, own_bytes
+from colqwen_lab.measure.interference import others_on, own_bytes
+from colqwen_lab.measure.timing import synchronise
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.records import Memory
 from colqwen_lab.runtime.components import resident
-from colqwen_lab.runtime.execution import STEPS
+from colqwen_lab.runtime.eager import STEPS
 from colqwen_lab.runtime.tracking import MemoryTracker
 
 
@@ -25,7 +25,9 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], None], alone: bool = True) -> Memory:
+def measure(
+    loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], None], alone: bool = True
+) -> Memory:
     """Bytes of `loaded` at rest and at the peak of two steps, the first step of a shape left out.
 
     On CUDA this counts whatever the process holds: one model a process. What the device holds in all is told by the
@@ -41,7 +43,7 @@ def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], 
             weights_bytes=loaded.weights_bytes,
             resident_bytes=loaded.weights_bytes,
             peak_bytes=tracker.peak_bytes,
-            ledger=tracker.ledger(),
+            breakdown=tracker.ledger(),
             method="tracked",
         )
     free(device)
@@ -62,7 +64,8 @@ def measure(loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], 
         resident_bytes=resident_bytes,
         peak_bytes=torch.cuda.max_memory_allocated(device),
         reserved_bytes=torch.cuda.max_memory_reserved(device),
-        device_bytes=own_bytes(device) or (total - unused if alone and not others_on(device, {os.getpid()}) else None),
+        device_bytes=own_bytes(device)
+        or (total - unused if alone and not others_on(device, {os.getpid()}) else None),
         allocation_retries=torch.cuda.memory_stats(device)["num_alloc_retries"] - retries,
         method="cuda",
     )

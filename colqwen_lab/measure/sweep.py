@@ -15,20 +15,18 @@ from typing import Any
 
 import torch
 
-from colqwen_lab.cards import Card
-from colqwen_lab.errors import BadInput, Unmet, one_of, shown
+from colqwen_lab.errors import BadInput, MissingRequirement, one_of, shown
+from colqwen_lab.hardware import Card
 from colqwen_lab.measure.cap import MARGIN, METHOD, VERIFIED_RUNS, largest_running
-from colqwen_lab.measure.clock import CLOCK, Patience, Samples, Turn, time_in_turn
 from colqwen_lab.measure.environment import environment, gpu_state, pick_device
-from colqwen_lab.measure.noticing import Noticing, spilled
+from colqwen_lab.measure.interference import InterferenceMonitor, spilled
+from colqwen_lab.measure.timing import CLOCK, Samples, StoppingRule, Turn, time_interleaved
 from colqwen_lab.measure.worker import About, Failure, Remote, Setting, Worker, attempt, failure_of
-from colqwen_lab.model.architecture import check_size, resolve_size
+from colqwen_lab.model.checkpoint import WEIGHTS, Checkpoint
+from colqwen_lab.model.config import Variant, check_size, resolve_size, resolve_variant
+from colqwen_lab.model.inputs import TEXTS, VISUAL_TOKENS
 from colqwen_lab.model.loading import DTYPES
-from colqwen_lab.model.pages import VISUAL_TOKENS
-from colqwen_lab.model.quantize import source_of
-from colqwen_lab.model.texts import TEXTS
-from colqwen_lab.model.variants import Variant, resolve_variant
-from colqwen_lab.model.weights import WEIGHTS, Source
+from colqwen_lab.model.quantize import checkpoint_of
 from colqwen_lab.records import (
     GOES_ON,
     MIB,
@@ -38,9 +36,9 @@ from colqwen_lab.records import (
     Difference,
     Limits,
     Memory,
+    Stages,
     Store,
     Timing,
-    Towers,
     Workload,
     batch_sizes_of,
     listed,
@@ -48,9 +46,9 @@ from colqwen_lab.records import (
     rate_of,
     writing,
 )
-from colqwen_lab.runtime.execution import EXECUTIONS, PROTOCOLS
-from colqwen_lab.runtime.kernels import EIGHT_BIT
-from colqwen_lab.runtime.workloads import WORKLOADS, Batches, Pages, query_batches
+from colqwen_lab.runtime.batches import WORKLOADS, Batches, Pages, query_batches
+from colqwen_lab.runtime.eager import EXECUTIONS, PROTOCOLS
+from colqwen_lab.runtime.linears import EIGHT_BIT
 from colqwen_lab.settings import outputs_folder
 
 # The report's way with its fallback kernel, by device, and the best there is.
@@ -72,9 +70,13 @@ class Way:
         if not isinstance(self.backend, str):
             raise BadInput(f"backend {self.backend!r}; valid: a kernel's name, such as auto")
         if self.execution == "fast" and PROTOCOLS[self.protocol].use_cache:
-            raise BadInput(f"protocol {self.protocol!r} keeps a KV cache, which execution fast has not; valid: lean")
+            raise BadInput(
+                f"protocol {self.protocol!r} keeps a KV cache, which execution fast has not; valid: lean"
+            )
         if self.backend in EIGHT_BIT and self.execution != "fast":
-            raise BadInput(f"backend {self.backend!r} runs in execution fast only; valid: --execution fast")
+            raise BadInput(
+                f"backend {self.backend!r} runs in execution fast only; valid: --execution fast"
+            )
 
     def __str__(self) -> str:
         return f"{self.execution}/{self.protocol}/{self.backend}"
@@ -82,9 +84,13 @@ class Way:
     @classmethod
     def of(cls, text: str, device: str) -> Way:
         """The way of `report`, `best`, or EXECUTION[/PROTOCOL[/BACKEND]]. Raises BadInput."""
-        parts = {"report": REPORT_WAY[device], "best": BEST_WAY}.get(text.strip(), text.strip()).split("/")
+        parts = {"report": REPORT_WAY[device], "best": BEST_WAY}.get(
+            text.strip(), text.strip()
+        ).split("/")
         if len(parts) > 3:
-            raise BadInput(f"way {text!r}; valid: report, best, or EXECUTION/PROTOCOL/BACKEND such as fast/lean/auto")
+            raise BadInput(
+                f"way {text!r}; valid: report, best, or EXECUTION/PROTOCOL/BACKEND such as fast/lean/auto"
+            )
         return cls(*parts)
 
     def of_weights(self, packed: bool) -> Way | None:
@@ -133,7 +139,7 @@ class Request:
     output: Path | None = None
     fresh: bool = False
     isolated: bool = True
-    patience: Patience = field(default_factory=Patience)
+    patience: StoppingRule = field(default_factory=StoppingRule)
 
     def __post_init__(self) -> None:
         check_size(self.size)
@@ -143,22 +149,37 @@ class Request:
         if self.workload == "pages" and any(way.execution == "fast" for way in self.ways):
             raise BadInput("execution fast embeds queries only; valid for workload pages: eager")
         if self.workload != "pages" and (self.pages or self.visual_tokens != VISUAL_TOKENS):
-            raise BadInput(f"pages and visual_tokens are of workload pages, not {self.workload}; valid: workload pages")
+            raise BadInput(
+                f"pages and visual_tokens are of workload pages, not {self.workload}; valid: workload pages"
+            )
         if self.workload != "queries" and self.texts != "report":
-            raise BadInput(f"texts are of workload queries, not {self.workload}; valid: workload queries")
+            raise BadInput(
+                f"texts are of workload queries, not {self.workload}; valid: workload queries"
+            )
         if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
-            raise BadInput("weights go with a named model; a folder or a hub id as model holds its own")
+            raise BadInput(
+                "weights go with a named model; a folder or a hub id as model holds its own"
+            )
         if self.weights not in WEIGHTS and not os.path.isdir(self.weights):
-            raise BadInput(f"unknown weights {self.weights!r}; valid: {', '.join(WEIGHTS)}, or a checkpoint folder")
+            raise BadInput(
+                f"unknown weights {self.weights!r}; valid: {', '.join(WEIGHTS)}, or a checkpoint folder"
+            )
         if self.weights not in WEIGHTS and len(self.variants) > 1:
-            raise BadInput("a weights folder goes with one model; name folders as models instead: -m DIR1 -m DIR2")
+            raise BadInput(
+                "a weights folder goes with one model; name folders as models instead: -m DIR1 -m DIR2"
+            )
         names = [variant.name for variant in self.variants]
         if not names or len(set(names)) < len(names):
-            raise BadInput(f"models {', '.join(names) or 'none'}; valid: one or more different ones, such as base,awq")
+            raise BadInput(
+                f"models {', '.join(names) or 'none'}; valid: one or more different ones, such as base,awq"
+            )
 
 
 def request(
-    model: str | Sequence[str], batch_sizes: str | int | Iterable[int] = "auto", device: str = "", **options: Any
+    model: str | Sequence[str],
+    batch_sizes: str | int | Iterable[int] = "auto",
+    device: str = "",
+    **options: Any,
 ) -> Request:
     """A checked request; `model` is a variant's name, several of them, or "base,awq".
 
@@ -171,14 +192,24 @@ def request(
         BadInput: a wrong value.
     """
     variants = tuple(resolve_variant(str(name).strip()) for name in listed(model))
-    one = Way(**{name: options.pop(name) for name in ("execution", "protocol", "backend") if name in options})
+    one = Way(
+        **{
+            name: options.pop(name)
+            for name in ("execution", "protocol", "backend")
+            if name in options
+        }
+    )
     named = [str(way) for way in listed(options.pop("ways", "")) if way]
     if named and one != Way():
         raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
     ways = tuple(Way.of(way, device or pick_device().type) for way in named) or (one,)
     if batch_sizes == "auto":
-        batch_sizes = WORKLOADS[one_of("workload", options.get("workload", "queries"), WORKLOADS)].batch_sizes
-    return Request(variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options)
+        batch_sizes = WORKLOADS[
+            one_of("workload", options.get("workload", "queries"), WORKLOADS)
+        ].batch_sizes
+    return Request(
+        variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options
+    )
 
 
 class Sweep:
@@ -196,15 +227,25 @@ class Sweep:
         self.device = pick_device()
         self.size = resolve_size(asked.size, self.device.type == "cuda")
         self.sources = {
-            variant.name: _checked(variant, source_of(variant, self.size, asked.weights, self.device), asked.size)
+            variant.name: _checked(
+                variant, checkpoint_of(variant, self.size, asked.weights, self.device), asked.size
+            )
             for variant in asked.variants
         }
         self.pages = Pages(asked.pages, asked.visual_tokens) if asked.workload == "pages" else None
         self.entries = self._entries()
         self.environment = environment(self.device)
-        if not asked.isolated and self.device.type == "cuda" and len({entry.model for entry in self.entries}) > 1:
-            raise BadInput("one process counts the memory of one model on a GPU; valid for several models: isolated")
-        self.workers: dict[Any, tuple[Any, About]] = {}  # of Worker or Remote, by what tells models apart
+        if (
+            not asked.isolated
+            and self.device.type == "cuda"
+            and len({entry.model for entry in self.entries}) > 1
+        ):
+            raise BadInput(
+                "one process counts the memory of one model on a GPU; valid for several models: isolated"
+            )
+        self.workers: dict[
+            Any, tuple[Any, About]
+        ] = {}  # of Worker or Remote, by what tells models apart
         self.capped: tuple[int, int] | None = None
         self.said: set[str] = set()
         name = f"sweep-{'-'.join(v.name.replace('/', '-') for v in asked.variants)}-{self.size}-{asked.workload}.jsonl"
@@ -214,9 +255,15 @@ class Sweep:
         """Every variant in every way that its weights can go."""
         found: list[Entry] = []
         for way in self.asked.ways:
-            packed = {name: source.quantization is not None for name, source in self.sources.items()}
-            going = [Entry(name, one) for name in self.sources if (one := way.of_weights(packed[name]))]
-            if not going or (way.backend not in ("auto", "torch", *EIGHT_BIT) and not any(packed.values())):
+            packed = {
+                name: source.quantization is not None for name, source in self.sources.items()
+            }
+            going = [
+                Entry(name, one) for name in self.sources if (one := way.of_weights(packed[name]))
+            ]
+            if not going or (
+                way.backend not in ("auto", "torch", *EIGHT_BIT) and not any(packed.values())
+            ):
                 kind = "packed" if not any(packed.values()) else "16-bit"
                 raise BadInput(
                     f"backend {way.backend!r} multiplies {kind} weights; valid for 16-bit weights: auto, torch, and in "
@@ -229,13 +276,13 @@ class Sweep:
         """The cells of the request, those already in the file among them, in the order asked.
 
         Raises:
-            Unmet: the file cannot be written any more, or the system refuses something else outside a cell; what was
+            MissingRequirement: the file cannot be written any more, or the system refuses something else outside a cell; what was
                 measured before is on file.
         """
         try:
             return self._run()
         except OSError as error:
-            raise Unmet(f"the sweep ended: {error}; {GOES_ON}") from None
+            raise MissingRequirement(f"the sweep ended: {error}; {GOES_ON}") from None
         finally:
             self._end()
 
@@ -243,7 +290,9 @@ class Sweep:
         with Store(self.path, self._keeps, self.emit, self.progress) as store:
             unmark(self.path)
             if store.superseded:
-                self.progress(f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl")
+                self.progress(
+                    f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl"
+                )
             for cell in (found := self._found(store.cells)).values():
                 self.progress(_line(cell, "kept, "))
             todo = {
@@ -256,13 +305,19 @@ class Sweep:
             else:
                 self._measure(todo, store)
                 known = self._found(store.cells)
-                cells = [known[entry, batch] for batch in self.asked.batch_sizes for entry in self.entries]
+                cells = [
+                    known[entry, batch]
+                    for batch in self.asked.batch_sizes
+                    for entry in self.entries
+                ]
             fresh = [cell for cell in cells if cell.timing and cell not in found.values()]
             spent = {
                 "wall_s": round(time.perf_counter() - self.started, 1),
                 "timed_s": round(sum(sum(cell.step_s) + sum(cell.control_s) for cell in fresh), 1),
             }
-            self.progress(f"{spent['wall_s']} s in all, {spent['timed_s']} s of them in timed steps")
+            self.progress(
+                f"{spent['wall_s']} s in all, {spent['timed_s']} s of them in timed steps"
+            )
             if not self.part:
                 mark(self.path, cells, spent)
         return cells
@@ -319,7 +374,9 @@ class Sweep:
         if source is None or source.size != cell.size:
             return True
         asked_for = bool(self._found([cell]))
-        return source.label == cell.weights and not (asked_for and (self.asked.fresh or cell.status == "failed"))
+        return source.label == cell.weights and not (
+            asked_for and (self.asked.fresh or cell.status == "failed")
+        )
 
     def _found(self, cells: Iterable[Cell]) -> dict[tuple[Entry, int], Cell]:
         """The cells that the request asks for."""
@@ -338,27 +395,46 @@ class Sweep:
         }
 
     def _measure(self, todo: dict[int, list[Entry]], store: Store) -> None:
-        entries = [entry for entry in self.entries if any(entry in wanted for wanted in todo.values())]
+        entries = [
+            entry for entry in self.entries if any(entry in wanted for wanted in todo.values())
+        ]
         firsts = {entry.model: entry for entry in entries}
         lost: dict[Any, Failure] = {}
         for model, first in firsts.items():
             failure = self._load(first)
             if failure and failure.status == "oom" and self.workers:
-                self.progress(f"the models do not fit together ({failure.reason}); each is timed alone")
+                self.progress(
+                    f"the models do not fit together ({failure.reason}); each is timed alone"
+                )
                 for one in firsts:
                     self._end()
-                    alone = {batch: [entry for entry in todo[batch] if entry.model == one] for batch in todo}
-                    self._measure({batch: wanted for batch, wanted in alone.items() if wanted}, store)
+                    alone = {
+                        batch: [entry for entry in todo[batch] if entry.model == one]
+                        for batch in todo
+                    }
+                    self._measure(
+                        {batch: wanted for batch, wanted in alone.items() if wanted}, store
+                    )
                 return
             if failure and not failure.ended:
                 lost[model] = failure
             elif not failure:
-                batches = [batch for batch, wanted in todo.items() if any(entry.model == model for entry in wanted)]
+                batches = [
+                    batch
+                    for batch, wanted in todo.items()
+                    if any(entry.model == model for entry in wanted)
+                ]
                 compiled = attempt(lambda: self._worker(first).compile(batches), self.device)  # noqa: B023
                 if isinstance(compiled, Failure):
-                    self.progress(f"{first}: kernels compile at their first use ({compiled.reason})")
+                    self.progress(
+                        f"{first}: kernels compile at their first use ({compiled.reason})"
+                    )
         for batch, wanted in todo.items():
-            store.add(self._lost_cell(entry, batch, lost[entry.model]) for entry in wanted if entry.model in lost)
+            store.add(
+                self._lost_cell(entry, batch, lost[entry.model])
+                for entry in wanted
+                if entry.model in lost
+            )
             for cell in self._cells([entry for entry in wanted if entry.model not in lost], batch):
                 store.add([cell])
 
@@ -369,7 +445,12 @@ class Sweep:
         self._end(entry.model)
         way, asked = entry.way, self.asked
         setting = Setting(
-            self.sources[entry.variant], self.device, way.execution, way.backend, asked.dtype, self._batches()
+            self.sources[entry.variant],
+            self.device,
+            way.execution,
+            way.backend,
+            asked.dtype,
+            self._batches(),
         )
         worker: Any = attempt(lambda: (Remote if asked.isolated else Worker)(setting), self.device)
         if isinstance(worker, Failure):
@@ -414,7 +495,9 @@ class Sweep:
 
     def _memory(self, entry: Entry, batch: int) -> Memory | Failure:
         alone = len(self.workers) == 1
-        return attempt(lambda: self._worker(entry).memory(batch, entry.way.protocol, alone), self.device)
+        return attempt(
+            lambda: self._worker(entry).memory(batch, entry.way.protocol, alone), self.device
+        )
 
     def _prepare(self, entries: list[Entry], batch: int) -> dict[Entry, Workload | Failure]:
         """Have each worker make its batches, and the steps of its entries and of their controls."""
@@ -441,36 +524,60 @@ class Sweep:
         """
         before = gpu_state(self.device)
         memories = {entry: self._load(entry) or self._memory(entry, batch) for entry in entries}
-        prepared = self._prepare([e for e, memory in memories.items() if isinstance(memory, Memory)], batch)
+        prepared = self._prepare(
+            [e for e, memory in memories.items() if isinstance(memory, Memory)], batch
+        )
         memories |= {entry: made for entry, made in prepared.items() if isinstance(made, Failure)}
         workloads = {entry: made for entry, made in prepared.items() if isinstance(made, Workload)}
         turns: dict[Any, Turn] = {entry: self._turn(entry) for entry in workloads}
         # The first model of each way a second time: an A/A control, which must come out as the same.
         first = next(iter(self.sources))
-        twice = [entry for entry in workloads if entry.variant == first and entry.way.backend not in EIGHT_BIT]
-        turns |= {("control", entry): self._turn(entry, control=True) for entry in twice if self.asked.control}
-        noticing = Noticing(self.device, (worker.pid for worker, _ in self.workers.values()))
-        samples = time_in_turn(turns, self.asked.patience)
-        states = None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
+        twice = [
+            entry
+            for entry in workloads
+            if entry.variant == first and entry.way.backend not in EIGHT_BIT
+        ]
+        turns |= {
+            ("control", entry): self._turn(entry, control=True)
+            for entry in twice
+            if self.asked.control
+        }
+        noticing = InterferenceMonitor(
+            self.device, (worker.pid for worker, _ in self.workers.values())
+        )
+        samples = time_interleaved(turns, self.asked.patience)
+        states = (
+            None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
+        )
         notes = noticing.notes(states)
         in_turn = [entry for entry in workloads if samples[entry].error is None]
         more = {entry: self._more(entry, in_turn) for entry in in_turn}
         self._rest()
         # It may be the others that took the room, or its process.
         lost = {entry: error for entry in workloads if (error := samples[entry].error)}
-        again = [entry for entry, error in lost.items() if len(samples) > 1 and not failure_of(error).ended]
+        again = [
+            entry
+            for entry, error in lost.items()
+            if len(samples) > 1 and not failure_of(error).ended
+        ]
         failed = []
         for entry in [*(entry for entry in entries if entry not in again), *again]:
             if entry in again:
-                if not self._load(entry) and isinstance(self._prepare([entry], batch)[entry], Workload):
-                    samples |= time_in_turn({entry: self._turn(entry)}, self.asked.patience)
+                if not self._load(entry) and isinstance(
+                    self._prepare([entry], batch)[entry], Workload
+                ):
+                    samples |= time_interleaved({entry: self._turn(entry)}, self.asked.patience)
                     more[entry] = self._more(entry, [entry])
                 self._rest()
             workload = workloads.get(entry, self._plain_workload(batch))
             control = samples.get(("control", entry))
-            cell = self._cell(entry, workload, memories[entry], samples.get(entry), in_turn, states, notes)
+            cell = self._cell(
+                entry, workload, memories[entry], samples.get(entry), in_turn, states, notes
+            )
             if cell.status == "ok":
-                cell = cell.model_copy(update={"control_s": control.step_s if control else [], **more[entry]})
+                cell = cell.model_copy(
+                    update={"control_s": control.step_s if control else [], **more[entry]}
+                )
             elif cell.status == "failed" and self.asked.isolated:
                 failed.append(entry.model)
             self.progress(_line(cell))
@@ -487,12 +594,16 @@ class Sweep:
         more: dict[str, Any] = {"difference": self._difference(entry, among)}
         if self.pages:
             towers = attempt(lambda: self._worker(entry).towers(entry.way.protocol), self.device)
-            more["towers"] = towers if isinstance(towers, Towers) else None
+            more["stages"] = towers if isinstance(towers, Stages) else None
         return more
 
     def _difference(self, entry: Entry, among: list[Entry]) -> Difference | None:
         """How far the token embeddings of 8-bit activations are from those of the same variant's 16-bit ones."""
-        parents = [one for one in among if one.variant == entry.variant and one.way.backend not in EIGHT_BIT]
+        parents = [
+            one
+            for one in among
+            if one.variant == entry.variant and one.way.backend not in EIGHT_BIT
+        ]
         if entry.way.backend not in EIGHT_BIT or not parents:
             return None
         both = [
@@ -503,7 +614,11 @@ class Sweep:
             return None
         own, theirs = map(torch.from_numpy, both)
         cosine = torch.nn.functional.cosine_similarity(own, theirs, dim=-1)
-        return Difference(against=str(parents[-1]), cosine_mean=cosine.mean().item(), cosine_least=cosine.min().item())
+        return Difference(
+            against=str(parents[-1]),
+            cosine_mean=cosine.mean().item(),
+            cosine_min=cosine.min().item(),
+        )
 
     def _plain_workload(self, batch: int) -> Workload:
         if self.pages:
@@ -515,7 +630,9 @@ class Sweep:
     def limits(self) -> Limits | None:
         if self.asked.card or self.device.type != "cuda":
             return None
-        found = [attempt(worker.limits, self.device) for worker, _ in list(self.workers.values())[:1]]
+        found = [
+            attempt(worker.limits, self.device) for worker, _ in list(self.workers.values())[:1]
+        ]
         self._rest()
         return next((one for one in found if isinstance(one, Limits)), None)
 
@@ -536,7 +653,9 @@ class Sweep:
         others = [other for other in in_turn if other != entry and entry in in_turn]
         worker, loaded = self.workers.get(entry.model, (None, None))
         chosen = attempt(worker.chosen, self.device) if worker and timed else None
-        engaged, schedules = chosen if isinstance(chosen, tuple) else (loaded.engaged if loaded else {}, {})
+        engaged, schedules = (
+            chosen if isinstance(chosen, tuple) else (loaded.engaged if loaded else {}, {})
+        )
         found = memory if isinstance(memory, Memory) else None
         return Cell(
             origin="measured",
@@ -552,7 +671,7 @@ class Sweep:
                 dtype=loaded.dtype if loaded else None,
                 requested_dtype=self.asked.dtype,
                 kept_16bit=loaded.kept_16bit if loaded else {},
-                schedules=schedules,
+                kernel_configs=schedules,
             ),
             status=outcome.status if outcome else "ok",  # type: ignore[arg-type]
             reason=outcome.reason if outcome else None,
@@ -564,32 +683,45 @@ class Sweep:
                 warmup_steps=timed.warmup_steps,
                 steady=timed.steady,
                 stopped=timed.stopped,
-                in_turn_with=list(dict.fromkeys(other.variant for other in others)),
-                ways_in_turn=[str(other) for other in others],
+                interleaved_with=list(dict.fromkeys(other.variant for other in others)),
+                interleaved_configurations=[str(other) for other in others],
                 clock=CLOCK,
             )
             if timed
             else None,
             gpu_state=states,
-            notes=[*notes, *spilled(found, self.environment.gpu_memory_bytes)],
+            interference=[*notes, *spilled(found, self.environment.gpu_memory_bytes)],
             environment=self.environment,
         )
 
 
-def _checked(variant: Variant, source: Source, asked_size: str) -> Source:
+def _checked(variant: Variant, source: Checkpoint, asked_size: str) -> Checkpoint:
     """`source`, if it is what the variant and the size say."""
-    if variant.folder is None and "/" not in variant.name and bool(variant.scheme) != bool(source.quantization):
+    if (
+        variant.folder is None
+        and "/" not in variant.name
+        and bool(variant.scheme) != bool(source.quantization)
+    ):
         found = "quantised" if source.quantization else "16-bit"
-        raise Unmet(f"{source.label} holds {found} weights, which is not {variant.name}; name it as a model instead")
+        raise MissingRequirement(
+            f"{source.label} holds {found} weights, which is not {variant.name}; name it as a model instead"
+        )
     if asked_size != "auto" and source.size != asked_size:
-        raise BadInput(f"{source.label} is of size {source.size}, not {asked_size}; valid: auto, or that size")
+        raise BadInput(
+            f"{source.label} is of size {source.size}, not {asked_size}; valid: auto, or that size"
+        )
     return source
 
 
 def _asked_for(cell: Cell) -> tuple[str | None, ...]:
     work = cell.workload
     texts = "report" if work.texts and work.texts.startswith("drawn") else work.texts
-    return work.budget, work.pages or texts, cell.backend.requested_dtype, cell.card.name if cell.card else None
+    return (
+        work.budget,
+        work.pages or texts,
+        cell.backend.requested_dtype,
+        cell.card.name if cell.card else None,
+    )
 
 
 def _entry_of(cell: Cell) -> Entry | None:
@@ -605,14 +737,19 @@ def _line(cell: Cell, prefix: str = "") -> str:
     head = f"{prefix}{cell.variant} {way} batch {cell.batch_size}: "
     if cell.items_per_s is None or cell.memory is None or cell.timing is None:
         return f"{head}{cell.status}: {cell.reason}"
-    steps = "; ".join([f"{len(cell.step_s)} steps, {cell.timing.stopped}", *cell.notes])
+    steps = "; ".join([f"{len(cell.step_s)} steps, {cell.timing.stopped}", *cell.interference])
     return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
 
 
 def mark(records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
     """The mark of a sweep that ended: its counts and its file, written last and whole."""
-    counts = {status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")}
-    text = json.dumps({"complete": True, "records": records.name, "cells": len(cells), **counts, **spent}, indent=1)
+    counts = {
+        status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")
+    }
+    text = json.dumps(
+        {"complete": True, "records": records.name, "cells": len(cells), **counts, **spent},
+        indent=1,
+    )
     path = neighbour(records, "result.json")
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -641,6 +778,6 @@ def sweep(
 
     Raises:
         BadInput: a wrong value, or a file that cannot be written.
-        Unmet: no weights, or no kernel for them.
+        MissingRequirement: no weights, or no kernel for them.
     """
     return Sweep(asked, progress, emit, part).run()

@@ -23,18 +23,18 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from colqwen_lab.cards import Card
 from colqwen_lab.errors import LabError, scrubbed
+from colqwen_lab.hardware import Card
 from colqwen_lab.measure.cap import set_cap
-from colqwen_lab.measure.clock import time_towers, timed
 from colqwen_lab.measure.limits import measured_limits
 from colqwen_lab.measure.memory import free, measure
+from colqwen_lab.measure.timing import time_towers, timed
+from colqwen_lab.model.checkpoint import Checkpoint
 from colqwen_lab.model.loading import Loaded, load
-from colqwen_lab.model.weights import Source
-from colqwen_lab.records import Limits, Memory, Towers, Workload
-from colqwen_lab.runtime.execution import Steps
+from colqwen_lab.records import Limits, Memory, Stages, Workload
+from colqwen_lab.runtime.batches import Batches
+from colqwen_lab.runtime.eager import Steps
 from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast
-from colqwen_lab.runtime.workloads import Batches
 
 # The longest that one answer may take: the load of a large model over a slow disk, or the compilation of a forward.
 DEADLINE_S = 1800
@@ -53,7 +53,9 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, Failure):
         return error.with_traceback(None)
     text = scrubbed(" ".join(str(error).split()))[:300]
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    memory = (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    )
     return Failure("oom" if memory else "failed", f"{type(error).__name__}: {text}")
 
 
@@ -84,7 +86,7 @@ class About:
 class Setting:
     """All that a worker starts from. `batches` makes Batches of config, tokenizer, batch_size and device."""
 
-    source: Source
+    source: Checkpoint
     device: torch.device
     execution: str
     backend: str
@@ -133,16 +135,22 @@ class Worker:
         inputs = [max(self._batches(batch).inputs, key=lambda one: one["input_ids"].shape[1])]
         return measure(self.model, inputs, self._steps(inputs, protocol), alone)
 
-    def prepare(self, batch: int, wanted: Iterable[tuple[str, bool]]) -> tuple[Workload, tuple[str, ...]]:
+    def prepare(
+        self, batch: int, wanted: Iterable[tuple[str, bool]]
+    ) -> tuple[Workload, tuple[str, ...]]:
         """Make the batches, and a stepper for each wanted protocol, the control's (True) apart; and what was said."""
         made = self._batches(batch)
         self.inputs = made.inputs
-        self.steps = {(protocol, control): self._steps(made.inputs, protocol) for protocol, control in wanted}
+        self.steps = {
+            (protocol, control): self._steps(made.inputs, protocol) for protocol, control in wanted
+        }
         return made.workload, made.said
 
     def _batches(self, batch: int) -> Batches:
         config, tokenizer = self.model.model.config, self.model.tokenizer
-        return self.setting.batches(config=config, tokenizer=tokenizer, batch_size=batch, device=self.device)
+        return self.setting.batches(
+            config=config, tokenizer=tokenizer, batch_size=batch, device=self.device
+        )
 
     def _steps(self, inputs: list[Any], protocol: str) -> Steps:
         return Steps(self.model.model, inputs, self.setting.execution, protocol)
@@ -151,9 +159,11 @@ class Worker:
         """Seconds of the next step; with `lead_in` after the same step, thrown away."""
         return timed(self.steps[protocol, control], self.device, lead_in)
 
-    def towers(self, protocol: str) -> Towers:
+    def towers(self, protocol: str) -> Stages:
         """Seconds of a step in the vision tower and in the rest: `clock.time_towers`."""
-        return time_towers(self.steps[protocol, False], self.model.model.vlm.model.visual, self.device)
+        return time_towers(
+            self.steps[protocol, False], self.model.model.vlm.model.visual, self.device
+        )
 
     def embeddings(self, protocol: str) -> np.ndarray:
         """The token embeddings of the first batch, [real tokens, 320], in float32."""
@@ -166,7 +176,11 @@ class Worker:
         """Have the kernels that `fast` tries at these batch sizes compiled, all at once."""
         fast = getattr(self.model.model, "fast", None)
         if fast is not None and any(product.tunable for product in fast.products()):
-            fast.compile(sorted({rows for batch in batch_sizes for rows in _rows(self._batches(batch).inputs)}))
+            fast.compile(
+                sorted(
+                    {rows for batch in batch_sizes for rows in _rows(self._batches(batch).inputs)}
+                )
+            )
 
     def chosen(self) -> tuple[dict[str, int], dict[str, str]]:
         """`(text linears of each kernel, schedules by product and rows)`: of the longest batch made, and of all.
@@ -178,7 +192,9 @@ class Worker:
             return self.model.engaged, {}
         rows = _rows(self.inputs)
         ends = tuple(f" x {one}" for one in rows)
-        return fast.engaged(max(rows)), {name: one for name, one in fast.chosen.items() if name.endswith(ends)}
+        return fast.engaged(max(rows)), {
+            name: one for name, one in fast.chosen.items() if name.endswith(ends)
+        }
 
     def limits(self) -> Limits:
         # Where the model's own products run: cuBLAS keeps a workspace for each stream, and later peaks would hold it.
@@ -212,7 +228,9 @@ class Remote:
         if kind == "forkserver":
             context.set_forkserver_preload(["colqwen_lab.measure.sweep"])
         self.connection, there = context.Pipe()
-        self.process = context.Process(target=serve, args=(there, setting, torch.get_num_threads()), daemon=True)
+        self.process = context.Process(
+            target=serve, args=(there, setting, torch.get_num_threads()), daemon=True
+        )
         # A caller's script without `if __name__ == "__main__"` must not run again in the child.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")

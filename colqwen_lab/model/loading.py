@@ -17,9 +17,15 @@ from accelerate.utils import set_module_tensor_to_device
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from colqwen_lab.errors import BadInput, LabError, Unmet, one_of
-from colqwen_lab.model.network import TEXT_LAYERS, ColQwen3, ColQwen3Config, empty_network, is_text_linear
-from colqwen_lab.model.weights import Source
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement, one_of
+from colqwen_lab.model.checkpoint import Checkpoint
+from colqwen_lab.model.network import (
+    TEXT_LAYERS,
+    ColQwen3,
+    ColQwen3Config,
+    empty_network,
+    is_text_linear,
+)
 
 # What AutoRound takes as regular expressions of a checkpoint; one with groups or many stars could run for ever.
 PATTERNS = ("extra_config", "dynamic", "modules_to_not_convert", "modules_in_block_to_quantize")
@@ -86,12 +92,14 @@ def skeleton(
 
     Raises:
         BadInput: `backend` is no backend of this device.
-        Unmet: no installed kernel multiplies these packed weights here; names those that would.
+        MissingRequirement: no installed kernel multiplies these packed weights here; names those that would.
     """
     model = empty_network(deepcopy(config), dtype)
     if quantization is None:
         if backend not in ("auto", "torch"):
-            raise BadInput(f"backend {backend!r} multiplies packed weights; valid for 16-bit weights: auto, torch")
+            raise BadInput(
+                f"backend {backend!r} multiplies packed weights; valid for 16-bit weights: auto, torch"
+            )
         return model, []
     from auto_round.inference.convert_model import convert_hf_model
 
@@ -103,9 +111,13 @@ def skeleton(
             model, used = convert_hf_model(model, target_device=device.type)
     except LabError:
         raise
-    except Exception as error:  # AutoRound trusts what a checkpoint says, and fails on the rest in many ways
+    except (
+        Exception
+    ) as error:  # AutoRound trusts what a checkpoint says, and fails on the rest in many ways
         why = f"{type(error).__name__}: {error}"
-        raise Unmet(f"this quantisation cannot be loaded: {why:.300}; valid packings: auto-round, gptq, awq") from None
+        raise MissingRequirement(
+            f"this quantisation cannot be loaded: {why:.300}; valid packings: auto-round, gptq, awq"
+        ) from None
     return model.requires_grad_(False), used
 
 
@@ -114,13 +126,17 @@ def _auto_round_config(quantization: dict[str, Any], backend: str) -> Any:
     from transformers import AutoRoundConfig
 
     if quantization.get("checkpoint_format") == "gptq_v2" or quantization.get("desc_act"):
-        raise Unmet("this quantisation cannot be loaded: gptq_v2 or desc_act; valid packings: auto-round, gptq, awq")
+        raise MissingRequirement(
+            "this quantisation cannot be loaded: gptq_v2 or desc_act; valid packings: auto-round, gptq, awq"
+        )
     for key in PATTERNS:
         names = list(_names(quantization.get(key)))
         odd = [name for name in names if not LAYER_NAME.fullmatch(name)]
         if odd or len(names) > MOST_NAMES:
             what = f"{odd[0]!r:.100}" if odd else f"{len(names)} names"
-            raise Unmet(f"this quantisation cannot be loaded: {key} holds {what}; valid: up to {MOST_NAMES} layers")
+            raise MissingRequirement(
+                f"this quantisation cannot be loaded: {key} holds {what}; valid: up to {MOST_NAMES} layers"
+            )
     given = {name: value for name, value in quantization.items() if value is not None}
     # AutoAWQ says zero_point where AutoRound says sym; without either AutoRound would take symmetric for granted.
     symmetric = {"sym": not given["zero_point"]} if "zero_point" in given else {}
@@ -149,28 +165,47 @@ def _require_kernel(model: ColQwen3, config: Any, device: torch.device) -> None:
     from auto_round.inference.convert_model import get_layer_config
 
     packing = _packing(config)
-    here = {name: info for name, info in BackendInfos.items() if device.type in info.device and name != FAKE}
+    here = {
+        name: info
+        for name, info in BackendInfos.items()
+        if device.type in info.device and name != FAKE
+    }
     asked = {
-        name: info for name, info in here.items() if config.backend in ("auto", name) or config.backend in info.alias
+        name: info
+        for name, info in here.items()
+        if config.backend in ("auto", name) or config.backend in info.alias
     }
     if not asked:
         aliases = sorted({alias for info in here.values() for alias in info.alias or ()})
-        raise BadInput(f"unknown backend {config.backend!r} on {device.type}; valid: auto, {', '.join(aliases)}")
+        raise BadInput(
+            f"unknown backend {config.backend!r} on {device.type}; valid: auto, {', '.join(aliases)}"
+        )
     shapes = {}
     for name, scheme in get_layer_config(model, config).items():
         layer = model.get_submodule(name)
         if scheme["bits"] <= 8 and isinstance(layer, nn.Linear):
-            shapes[(layer.in_features, layer.out_features, str(dict(scheme.items())))] = dict(scheme.items())
+            shapes[(layer.in_features, layer.out_features, str(dict(scheme.items())))] = dict(
+                scheme.items()
+            )
     if not shapes:
-        raise Unmet(f"the checkpoint's block_name_to_quantize matches no layer; the text layers are {TEXT_LAYERS}")
+        raise MissingRequirement(
+            f"the checkpoint's block_name_to_quantize matches no layer; the text layers are {TEXT_LAYERS}"
+        )
     for (rows, columns, _), scheme in shapes.items():
         layer_and_packing = (device.type, scheme, packing, rows, columns)
         if any(check_compatible(name, *layer_and_packing) for name in asked):
             continue
         can = [name for name in here if check_compatible(name, *layer_and_packing)]
-        could = [n for n in here if n not in can and check_compatible(n, *layer_and_packing, check_requirements=False)]
-        needs = {name: [need for need in here[name].requirements or () if isinstance(need, str)] for name in could}
-        raise Unmet(
+        could = [
+            n
+            for n in here
+            if n not in can and check_compatible(n, *layer_and_packing, check_requirements=False)
+        ]
+        needs = {
+            name: [need for need in here[name].requirements or () if isinstance(need, str)]
+            for name in could
+        }
+        raise MissingRequirement(
             f"backend {config.backend} has no installed kernel for {scheme['bits']}-bit weights of group "
             f"{scheme['group_size']} in packing {packing} ({rows} x {columns}) on {device.type}; installed ones that "
             f"can: {', '.join(can) or 'none'}; with more packages: "
@@ -178,28 +213,34 @@ def _require_kernel(model: ColQwen3, config: Any, device: torch.device) -> None:
         )
 
 
-def fill(model: ColQwen3, source: Source, device: torch.device) -> None:
+def fill(model: ColQwen3, source: Checkpoint, device: torch.device) -> None:
     """Put every tensor of `source` on `device`, one after the other: the host holds one at a time.
 
     Raises:
-        Unmet: a tensor is missing, unexpected or of another shape.
+        MissingRequirement: a tensor is missing, unexpected or of another shape.
     """
     expected = model.state_dict()
     source.check(expected)
     if device.type == "cuda":
         # One request for all, given back at once, as transformers does: weights then lie side by side, not each in a
         # segment rounded to 2 MiB.
-        torch.empty(sum(like.nbytes for like in expected.values()), dtype=torch.uint8, device=device)
+        torch.empty(
+            sum(like.nbytes for like in expected.values()), dtype=torch.uint8, device=device
+        )
     for name, like in expected.items():
-        set_module_tensor_to_device(model, name, device, value=source.read(name, like, device), dtype=like.dtype)
+        set_module_tensor_to_device(
+            model, name, device, value=source.read(name, like, device), dtype=like.dtype
+        )
 
 
-def load(source: Source, device: torch.device, backend: str = "auto", dtype: str = "bfloat16") -> Loaded:
+def load(
+    source: Checkpoint, device: torch.device, backend: str = "auto", dtype: str = "bfloat16"
+) -> Loaded:
     """The model of `source` on `device`, complete and with a real kernel in every layer.
 
     Raises:
         BadInput: an unknown backend or dtype.
-        Unmet: a tensor is missing, unexpected or of another shape; no kernel can serve the packing.
+        MissingRequirement: a tensor is missing, unexpected or of another shape; no kernel can serve the packing.
     """
     wanted = DTYPES[one_of("dtype", dtype, DTYPES)]
     model, backends = skeleton(source.config, source.quantization, device, backend, wanted)
@@ -236,7 +277,7 @@ def engaged_kernels(model: ColQwen3, backends: list[str]) -> dict[str, int]:
     """How many text linears each kernel multiplies, read off the modules' own classes.
 
     Raises:
-        Unmet: a layer runs on AutoRound's fake backend.
+        MissingRequirement: a layer runs on AutoRound's fake backend.
     """
     names = {nn.Linear: DENSE}
     if backends:
@@ -245,22 +286,34 @@ def engaged_kernels(model: ColQwen3, backends: list[str]) -> dict[str, int]:
         config = model.config.quantization_config
         scheme = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
         for backend in backends:
-            names[dynamic_import_inference_linear(backend, scheme, packing_format=_packing(config))] = backend
+            names[
+                dynamic_import_inference_linear(backend, scheme, packing_format=_packing(config))
+            ] = backend
     engaged: Counter[str] = Counter()
     for name, module in model.named_modules():
         if is_text_linear(name):
-            kernel = names.get(type(module), f"{type(module).__module__}.{type(module).__qualname__}")
+            kernel = names.get(
+                type(module), f"{type(module).__module__}.{type(module).__qualname__}"
+            )
             if "fake" in kernel.lower():
-                raise Unmet(f"{name} runs on AutoRound's fake backend ({kernel}); no figure is made with it")
+                raise MissingRequirement(
+                    f"{name} runs on AutoRound's fake backend ({kernel}); no figure is made with it"
+                )
             engaged[kernel] += 1
     return dict(engaged)
 
 
 def _kept_16bit(model: ColQwen3) -> dict[str, int]:
     """How many linears stayed at 16 bits, by the part of the network."""
-    parts = {"vlm.model.visual": "vision tower", "embedding_proj_layer": "head", TEXT_LAYERS: "text tower"}
+    parts = {
+        "vlm.model.visual": "vision tower",
+        "embedding_proj_layer": "head",
+        TEXT_LAYERS: "text tower",
+    }
     kept: Counter[str] = Counter()
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
-            kept[next((part for prefix, part in parts.items() if name.startswith(prefix)), "other")] += 1
+            kept[
+                next((part for prefix, part in parts.items() if name.startswith(prefix)), "other")
+            ] += 1
     return dict(kept)

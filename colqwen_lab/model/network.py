@@ -17,7 +17,7 @@ from transformers import Cache, Qwen3VLConfig, Qwen3VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLPreTrainedModel
 from transformers.utils import ModelOutput
 
-from colqwen_lab.model.architecture import EMBED_DIM, SIZES
+from colqwen_lab.model.config import EMBED_DIM, SIZES
 
 TEXT_LAYERS = "vlm.model.language_model.layers"
 # The 8B checkpoint carries a language-model head that the forward never calls; it is left out, and reported.
@@ -102,7 +102,9 @@ class ColQwen3(Qwen3VLPreTrainedModel):
             mm_token_type_ids=mm_token_type_ids,
             use_cache=use_cache,
         )
-        embeddings = nn.functional.normalize(self.embedding_proj_layer(outputs.last_hidden_state), dim=-1)
+        embeddings = nn.functional.normalize(
+            self.embedding_proj_layer(outputs.last_hidden_state), dim=-1
+        )
         if attention_mask is not None:
             embeddings = embeddings * attention_mask.unsqueeze(-1)
         return ColQwen3Output(embeddings=embeddings, past_key_values=outputs.past_key_values)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colqwen_lab.errors import Unmet
-from colqwen_lab.model.weights import Source
+from colqwen_lab.errors import MissingRequirement
+from colqwen_lab.model.checkpoint import Checkpoint
 
 # Which of eight neighbouring outputs each nibble of an AWQ word holds, lowest first. Source: AutoAWQ's packing.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -16,7 +16,9 @@ def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
     """The codes of `words`, lowest first, along `dim`: uint8, 32 / bits times as long there."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     shifts = shifts.view(-1, *[1] * (words.ndim - dim - 1))
-    return ((words.unsqueeze(dim + 1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(dim, dim + 1)
+    return (
+        ((words.unsqueeze(dim + 1) >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(dim, dim + 1)
+    )
 
 
 def packed(codes: Tensor, bits: int, dim: int) -> Tensor:
@@ -31,20 +33,33 @@ def packed(codes: Tensor, bits: int, dim: int) -> Tensor:
 
 def _in_order(codes: Tensor) -> Tensor:
     """AWQ codes [rows, outputs] with their outputs in order."""
-    return codes.unflatten(1, (-1, 8))[..., [AWQ_ORDER.index(place) for place in range(8)]].flatten(1)
+    return codes.unflatten(1, (-1, 8))[..., [AWQ_ORDER.index(place) for place in range(8)]].flatten(
+        1
+    )
 
 
-class Repacked(Source):
+class Repacked(Checkpoint):
     """An AWQ-packed checkpoint, read as GPTQ-packed: the same codes, zero points and scales."""
 
-    def __init__(self, source: Source) -> None:
-        self.source, self.label, self.config, self.tokenizer = source, source.label, source.config, source.tokenizer
+    def __init__(self, source: Checkpoint) -> None:
+        self.source, self.label, self.config, self.tokenizer = (
+            source,
+            source.label,
+            source.config,
+            source.tokenizer,
+        )
         self.unused = getattr(source, "unused", ())
         if (source.quantization or {}).get("bits") != 4:
-            raise Unmet("the awq packing holds 4 bits; valid for other bits: the packings auto-round and gptq")
+            raise MissingRequirement(
+                "the awq packing holds 4 bits; valid for other bits: the packings auto-round and gptq"
+            )
         asked = source.quantization or {}
         symmetric = asked.get("sym", not asked.get("zero_point", False))
-        kept = {name: asked[name] for name in ("bits", "group_size", "block_name_to_quantize") if asked.get(name)}
+        kept = {
+            name: asked[name]
+            for name in ("bits", "group_size", "block_name_to_quantize")
+            if asked.get(name)
+        }
         # AutoRound's name for zero points stored as they are.
         packing = {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}
         self.quantization = kept | packing | {"sym": symmetric}
@@ -66,7 +81,11 @@ def _awq_like(name: str, like: Tensor) -> Tensor:
     return torch.empty((8 * words, outputs // 8), dtype=like.dtype, device="meta")
 
 
-def gptq_packed(source: Source) -> Source:
+def gptq_packed(source: Checkpoint) -> Checkpoint:
     """`source`, if its codes are packed as GPTQ does, else a reader that makes them so."""
     asked = source.quantization or {}
-    return Repacked(source) if "awq" in f"{asked.get('packing_format')} {asked.get('quant_method')}" else source
+    return (
+        Repacked(source)
+        if "awq" in f"{asked.get('packing_format')} {asked.get('quant_method')}"
+        else source
+    )

@@ -24,12 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from colqwen_lab.errors import BadInput, Unmet, one_of
-from colqwen_lab.model import loading, texts
+from colqwen_lab.errors import BadInput, MissingRequirement, one_of
+from colqwen_lab.model import inputs, loading
+from colqwen_lab.model.checkpoint import Checkpoint, FolderCheckpoint, default_checkpoint
+from colqwen_lab.model.config import VARIANTS, Variant, scheme_parts
+from colqwen_lab.model.inputs import PAD, pad_id
 from colqwen_lab.model.network import is_text_linear
-from colqwen_lab.model.processing import PAD, pad_id
-from colqwen_lab.model.variants import VARIANTS, Variant, scheme_parts
-from colqwen_lab.model.weights import FolderSource, Source, default_source
 from colqwen_lab.records import sync
 from colqwen_lab.settings import cache_folder, in_use, writable_folder
 
@@ -51,14 +51,16 @@ class Recipe:
         scheme_parts(self.scheme)
         one_of("format", self.format, FORMATS)
         if self.format == "auto_awq" and scheme_parts(self.scheme)[0] != 4:
-            raise BadInput(f"format auto_awq holds 4 bits, not {self.scheme}; valid: auto_round, auto_gptq, or W4A16")
+            raise BadInput(
+                f"format auto_awq holds 4 bits, not {self.scheme}; valid: auto_round, auto_gptq, or W4A16"
+            )
         for name, least in (("iters", 0), ("samples", 1), ("seqlen", 2)):
             if getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; valid: {least} or more")
 
 
 def quantize(
-    source: Source,
+    source: Checkpoint,
     folder: Path,
     recipe: Recipe | None = None,
     device: torch.device | None = None,
@@ -80,16 +82,20 @@ def quantize(
 
     Raises:
         BadInput: the folder is in use, now or by the end, or the texts are too few for samples x seqlen tokens.
-        Unmet: the source is quantised already, the result would be incomplete, or it cannot be written.
+        MissingRequirement: the source is quantised already, the result would be incomplete, or it cannot be written.
     """
     recipe, device = recipe or Recipe(), device or torch.device("cpu")
     if source.quantization is not None:
-        raise Unmet(f"{source.label} is quantised already; quantise the 16-bit weights")
+        raise MissingRequirement(
+            f"{source.label} is quantised already; quantise the 16-bit weights"
+        )
     _check_free(folder, replace)
     writable_folder(folder.parent)
     loaded = loading.load(source, device)
     samples = _samples(loaded, recipe, calibration)
-    before = {name: tensor.to("cpu", copy=True) for name, tensor in loaded.model.state_dict().items()}
+    before = {
+        name: tensor.to("cpu", copy=True) for name, tensor in loaded.model.state_dict().items()
+    }
     started = time.perf_counter()
     try:
         with (
@@ -101,7 +107,7 @@ def quantize(
             if source.tokenizer is not None:
                 source.tokenizer.save(str(made / "tokenizer.json"), pretty=False)
             elapsed = time.perf_counter() - started
-            errors = _account_for(before, FolderSource(made), device)
+            errors = _account_for(before, FolderCheckpoint(made), device)
             record = {
                 "source": source.label,
                 "recipe": asdict(recipe),
@@ -121,10 +127,12 @@ def quantize(
             os.replace(made, folder)
             sync(folder.parent)
     except Timeout:
-        raise BadInput(f"another quantisation writes to {folder}; wait for it or name another folder") from None
+        raise BadInput(
+            f"another quantisation writes to {folder}; wait for it or name another folder"
+        ) from None
     except (OSError, SafetensorError) as error:
         left = "nothing is left there, and the same command starts again"
-        raise Unmet(f"cannot write {folder}: {error}; {left}") from None
+        raise MissingRequirement(f"cannot write {folder}: {error}; {left}") from None
     return record
 
 
@@ -137,7 +145,9 @@ def _check_free(folder: Path, replace: bool) -> None:
 def calibration_file(path: str) -> list[str]:
     """The texts of a file, one a line. Raises BadInput if it cannot be read or holds none."""
     try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except (OSError, ValueError) as error:
         raise BadInput(f"calibration texts {path} cannot be read: {error}") from None
     if not lines:
@@ -145,7 +155,9 @@ def calibration_file(path: str) -> list[str]:
     return lines
 
 
-def _samples(loaded: loading.Loaded, recipe: Recipe, calibration: Sequence[str] | None) -> list[torch.Tensor]:
+def _samples(
+    loaded: loading.Loaded, recipe: Recipe, calibration: Sequence[str] | None
+) -> list[torch.Tensor]:
     """`recipe.samples` windows of token ids, each [1, seqlen], cut from the texts laid end to end."""
     need = recipe.samples * recipe.seqlen
     if loaded.tokenizer is None:
@@ -153,7 +165,9 @@ def _samples(loaded: loading.Loaded, recipe: Recipe, calibration: Sequence[str] 
         vocabulary = loaded.model.config.text_config.vocab_size
         stream = torch.randint(vocabulary, (need,), generator=generator)
     else:
-        ids = loaded.tokenizer.encode_batch(list(calibration or texts.calibration_texts()), add_special_tokens=False)
+        ids = loaded.tokenizer.encode_batch(
+            list(calibration or inputs.calibration_texts()), add_special_tokens=False
+        )
         pad = pad_id(loaded.tokenizer)
         stream = torch.tensor([token for encoding in ids for token in (*encoding.ids, pad)])
     if len(stream) < need:
@@ -164,7 +178,9 @@ def _samples(loaded: loading.Loaded, recipe: Recipe, calibration: Sequence[str] 
     return list(stream[:need].view(recipe.samples, 1, recipe.seqlen))
 
 
-def _run_auto_round(loaded: loading.Loaded, recipe: Recipe, samples: list[torch.Tensor], work: Path) -> Path:
+def _run_auto_round(
+    loaded: loading.Loaded, recipe: Recipe, samples: list[torch.Tensor], work: Path
+) -> Path:
     """The folder under `work` that AutoRound wrote."""
     from auto_round import AutoRound
     from tokenizers import Tokenizer, models
@@ -172,7 +188,9 @@ def _run_auto_round(loaded: loading.Loaded, recipe: Recipe, samples: list[torch.
 
     # AutoRound wants a tokenizer and, for a network with a vision tower, a processor; it uses neither on token ids.
     stand_in = Tokenizer(models.BPE(vocab={PAD: 0}, merges=[]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=loaded.tokenizer or stand_in, pad_token=PAD)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=loaded.tokenizer or stand_in, pad_token=PAD
+    )
     # AutoRound takes the last linear, our head, for a language-model head, and leaves it out where that is tied.
     tied, loaded.model.config.tie_word_embeddings = loaded.model.config.tie_word_embeddings, False
     # A CPU without BF16 tunes in float32, and AutoRound would then do otherwise on another CPU: here all do.
@@ -198,12 +216,16 @@ def _run_auto_round(loaded: loading.Loaded, recipe: Recipe, samples: list[torch.
                 amp=not on_cpu,
             ).quantize_and_save(output_dir=str(work), format=recipe.format)
     except ValueError as error:
-        raise Unmet(f"AutoRound cannot make {recipe.scheme} as {recipe.format}: {error}") from None
+        raise MissingRequirement(
+            f"AutoRound cannot make {recipe.scheme} as {recipe.format}: {error}"
+        ) from None
     finally:
         gc.unfreeze()
     path = next(iter(sorted(work.rglob("config.json"))))
     config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"tie_word_embeddings": tied}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(config | {"tie_word_embeddings": tied}, indent=1) + "\n", encoding="utf-8"
+    )
     return path.parent
 
 
@@ -212,31 +234,48 @@ def _give_types_back(folder: Path, before: dict[str, torch.Tensor]) -> None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        typed = {name: tensor.to(before[name].dtype) if name in before else tensor for name, tensor in found.items()}
+        typed = {
+            name: tensor.to(before[name].dtype) if name in before else tensor
+            for name, tensor in found.items()
+        }
         save_file(typed, path, metadata={"format": "pt"})
 
 
-def _account_for(before: dict[str, torch.Tensor], made: FolderSource, device: torch.device) -> dict[str, float]:
+def _account_for(
+    before: dict[str, torch.Tensor], made: FolderCheckpoint, device: torch.device
+) -> dict[str, float]:
     """The relative weight error of each quantised linear, after checking that nothing else changed or is missing.
 
     Raises:
-        Unmet: a tensor of the source is neither in the result nor quantised, or an untouched one differs.
+        MissingRequirement: a tensor of the source is neither in the result nor quantised, or an untouched one differs.
     """
     quantized = [name for name in before if is_text_linear(name.removesuffix(".weight"))]
     untouched = [name for name in before if name not in quantized]
     lost = [name for name in untouched if name not in made.files]
-    lost += [name for name in quantized if name.removesuffix("weight") + "qweight" not in made.files]
+    lost += [
+        name for name in quantized if name.removesuffix("weight") + "qweight" not in made.files
+    ]
     if lost:
-        raise Unmet(f"AutoRound's checkpoint lacks {len(lost)} tensors of the source: {', '.join(lost[:5])}")
+        raise MissingRequirement(
+            f"AutoRound's checkpoint lacks {len(lost)} tensors of the source: {', '.join(lost[:5])}"
+        )
     cpu = torch.device("cpu")
-    changed = [name for name in untouched if not torch.equal(made.read(name, before[name], cpu), before[name])]
+    changed = [
+        name
+        for name in untouched
+        if not torch.equal(made.read(name, before[name], cpu), before[name])
+    ]
     if changed:
-        raise Unmet(f"AutoRound changed {len(changed)} tensors outside the text linears: {', '.join(changed[:5])}")
+        raise MissingRequirement(
+            f"AutoRound changed {len(changed)} tensors outside the text linears: {', '.join(changed[:5])}"
+        )
     model = loading.load(made, device).model
     errors = {}
     for name in quantized:
         layer, original = name.removesuffix(".weight"), before[name].to(device).float()
-        difference = dequantized(model.get_submodule(layer), original.shape[1], device).float() - original
+        difference = (
+            dequantized(model.get_submodule(layer), original.shape[1], device).float() - original
+        )
         errors[layer] = float(difference.norm() / original.norm())
     return errors
 
@@ -246,14 +285,21 @@ def dequantized(layer: nn.Module, columns: int, device: torch.device) -> torch.T
     return layer(torch.eye(columns, dtype=torch.bfloat16, device=device)).T
 
 
-def cached_checkpoint(variant: Variant, size: str, device: torch.device, recipe: Recipe | None = None) -> Path:
+def cached_checkpoint(
+    variant: Variant, size: str, device: torch.device, recipe: Recipe | None = None
+) -> Path:
     """The folder of `variant` at `size`, quantised from that size's default weights on first use and kept.
 
     Two processes that want it at once make it once. The folder's name holds all that the result depends on.
     """
     recipe = recipe or Recipe(scheme=variant.scheme or "W4A16")
-    source = default_source(VARIANTS["base"], size, "auto", device)
-    asked = [source.label, source.config.to_json_string(), asdict(recipe), texts.calibration_texts()]
+    source = default_checkpoint(VARIANTS["base"], size, "auto", device)
+    asked = [
+        source.label,
+        source.config.to_json_string(),
+        asdict(recipe),
+        inputs.calibration_texts(),
+    ]
     state = json.dumps([*asked, version("auto-round"), version("torch"), version("transformers")])
     name = f"{size}-{recipe.scheme}-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
     folder = writable_folder(cache_folder()) / name
@@ -264,9 +310,11 @@ def cached_checkpoint(variant: Variant, size: str, device: torch.device, recipe:
     return folder
 
 
-def source_of(variant: Variant, size: str, weights: str, device: torch.device, recipe: Recipe | None = None) -> Source:
-    """Where `variant` comes from: `weights.default_source`, or at `tiny`, or with a `recipe`, what is made here."""
+def checkpoint_of(
+    variant: Variant, size: str, weights: str, device: torch.device, recipe: Recipe | None = None
+) -> Checkpoint:
+    """Where `variant` comes from: `weights.default_checkpoint`, or at `tiny`, or with a `recipe`, what is made here."""
     if variant.scheme and weights == "auto" and (recipe or size == "tiny"):
         folder = cached_checkpoint(variant, size, device, recipe)
-        return FolderSource(folder, label=f"made here from the {size} default ({folder.name})")
-    return default_source(variant, size, weights, device)
+        return FolderCheckpoint(folder, label=f"made here from the {size} default ({folder.name})")
+    return default_checkpoint(variant, size, weights, device)

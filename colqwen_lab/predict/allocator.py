@@ -54,7 +54,9 @@ class Allocator:
     peak_allocated: int = 0
     reserved: int = 0
     peak_reserved: int = 0
-    _free: defaultdict[Place, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    _free: defaultdict[Place, list[tuple[int, int]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     _at: dict[int, Block] = field(default_factory=dict)
     _end: int = 0
 
@@ -64,11 +66,17 @@ class Allocator:
         small = size <= SMALL
         free = self._free[pool, small]
         found = bisect_left(free, (size, 0))
-        block = self._at[free.pop(found)[1]] if found < len(free) else self._segment(size, (pool, small))
+        block = (
+            self._at[free.pop(found)[1]]
+            if found < len(free)
+            else self._segment(size, (pool, small))
+        )
         block.free = False
         remaining = block.size - size
         if remaining >= ROUND if small else remaining > SMALL:
-            rest = Block(block.address + size, remaining, block.place, block, block.after, free=True)
+            rest = Block(
+                block.address + size, remaining, block.place, block, block.after, free=True
+            )
             if block.after:
                 block.after.before = rest
             block.after, block.size = rest, size
@@ -111,7 +119,13 @@ class Allocator:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
     def _segment(self, size: int, place: Place) -> Block:
-        total = SMALL_SEGMENT if place[1] else LARGE_SEGMENT if size < LARGE_BELOW else rounded(size, SEGMENT_ROUND)
+        total = (
+            SMALL_SEGMENT
+            if place[1]
+            else LARGE_SEGMENT
+            if size < LARGE_BELOW
+            else rounded(size, SEGMENT_ROUND)
+        )
         if self.reserved + total > self.cap:
             self.give_back()
         if self.reserved + total > self.cap:

@@ -14,12 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.model.drawn import HEIGHT, WIDTH
-from colqwen_lab.model.pages import VISUAL_TOKENS, batch_of, check_visual_tokens, prompt_ids, visual_tokens_of
-from colqwen_lab.model.variants import Variant, resolve_variant
-from colqwen_lab.predict.memory import A100, LARGEST_BATCH, Asked, Predictor, Target, Trace
+from colqwen_lab.model.config import Variant, resolve_variant
+from colqwen_lab.model.inputs import (
+    VISUAL_TOKENS,
+    batch_of,
+    check_visual_tokens,
+    prompt_ids,
+    visual_tokens_of,
+)
+from colqwen_lab.model.synthetic import HEIGHT, WIDTH
+from colqwen_lab.predict.predictor import A100, LARGEST_BATCH, Asked, Predictor, Target, Trace
 from colqwen_lab.records import Cell, Memory, Value, Work, Workload
-from colqwen_lab.runtime.workloads import INDEX_VALUE_BYTES, Pages
+from colqwen_lab.runtime.batches import INDEX_VALUE_BYTES, Pages
 
 # The larger is the largest batch that is run as it is; beyond, figures lie on the line through these two. How much of
 # the reserved memory lies in pieces goes up and down with the batch, and this line is on the upper side of it.
@@ -58,10 +64,16 @@ def _masks_as_rows(args: Any) -> Any:
     """Arguments with every list of indices free of real masks: the rows that a mask selects in its place."""
 
     def rows(index: Any) -> list[Any]:
-        mask = isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool
+        mask = (
+            isinstance(index, Tensor)
+            and not isinstance(index, FakeTensor)
+            and index.dtype == torch.bool
+        )
         return list(index.nonzero(as_tuple=True)) if mask else [index]
 
-    return tuple([row for one in arg for row in rows(one)] if isinstance(arg, list) else arg for arg in args)
+    return tuple(
+        [row for one in arg for row in rows(one)] if isinstance(arg, list) else arg for arg in args
+    )
 
 
 class PagePredictor(Predictor):
@@ -70,7 +82,12 @@ class PagePredictor(Predictor):
     multiplied = (*Predictor.multiplied, "vision tower", "mergers")
 
     def __init__(
-        self, variant: Variant, size: str, dtype: str, kernel: str, visual_tokens: int = VISUAL_TOKENS
+        self,
+        variant: Variant,
+        size: str,
+        dtype: str,
+        kernel: str,
+        visual_tokens: int = VISUAL_TOKENS,
     ) -> None:
         self.visual_tokens = check_visual_tokens(visual_tokens)
         super().__init__(variant, size, dtype, kernel)
@@ -125,7 +142,9 @@ class PagePredictor(Predictor):
             tokens = beside + visual_tokens_of(WIDTH, HEIGHT, self.config, self.visual_tokens)
         longest = self.config.text_config.max_position_embeddings
         if not beside < tokens <= longest:
-            raise BadInput(f"tokens {tokens} a page; valid at size {self.size}: {beside + 1} to {longest}")
+            raise BadInput(
+                f"tokens {tokens} a page; valid at size {self.size}: {beside + 1} to {longest}"
+            )
         workload = Workload(
             kind="pages",
             batch_size=batch_size,
@@ -164,7 +183,11 @@ def _at(share: Fraction, first: Value | None, second: Value | None, kind: type[V
 
 @lru_cache(maxsize=8)
 def page_predictor(
-    model: str, size: str, dtype: str = "bfloat16", kernel: str = "tritonv2", visual_tokens: int = VISUAL_TOKENS
+    model: str,
+    size: str,
+    dtype: str = "bfloat16",
+    kernel: str = "tritonv2",
+    visual_tokens: int = VISUAL_TOKENS,
 ) -> PagePredictor:
     """As `memory.predictor`, of pages. Raises BadInput."""
     return PagePredictor(resolve_variant(model), size, dtype, kernel, visual_tokens)

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colqwen_lab.cards import Card, Fit, fit_of, need_bytes
 from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.model.pages import VISUAL_TOKENS
-from colqwen_lab.predict.memory import A100, HOST, Predictor, Target, predictor
+from colqwen_lab.hardware import Card, Fit, fit_of, need_bytes
+from colqwen_lab.model.inputs import VISUAL_TOKENS
 from colqwen_lab.predict.pages import page_predictor
+from colqwen_lab.predict.predictor import A100, HOST, Predictor, Target, predictor
 from colqwen_lab.records import Cell, Memory
-from colqwen_lab.runtime.execution import PROTOCOLS
+from colqwen_lab.runtime.batches import WORKLOADS
+from colqwen_lab.runtime.eager import PROTOCOLS
 from colqwen_lab.runtime.fast import KINDS, bucket
-from colqwen_lab.runtime.workloads import WORKLOADS
 
 SEARCHED_TO = 4096
 # Near the edge a run may fail by how its memory lies; a sweep under a card's cap stays this share below it too.
@@ -53,7 +53,7 @@ class CardPlan:
     batch_size: int | None
     safe_batch_size: int | None
     peak_bytes: int
-    least_reserved_bytes: int | None
+    min_reserved_bytes: int | None
     headroom_bytes: int
     binds: str
 
@@ -74,28 +74,40 @@ class Planner:
         visual_tokens: int = VISUAL_TOKENS,
         execution: str = "eager",
     ) -> None:
-        self.protocol, self.tokens, self.padded = one_of("protocol", protocol, PROTOCOLS), tokens, padded
+        self.protocol, self.tokens, self.padded = (
+            one_of("protocol", protocol, PROTOCOLS),
+            tokens,
+            padded,
+        )
         self.item = "page" if workload == "pages" else "query"
         if one_of("workload", workload, WORKLOADS) == "pages":
             if execution == "fast":
                 raise BadInput("execution fast embeds queries; valid for pages: eager")
             self.predictor: Predictor = page_predictor(model, size, dtype, kernel, visual_tokens)
         elif visual_tokens != VISUAL_TOKENS:
-            raise BadInput(f"visual_tokens are of workload pages, not {workload}; valid: workload pages")
+            raise BadInput(
+                f"visual_tokens are of workload pages, not {workload}; valid: workload pages"
+            )
         else:
             self.predictor = predictor(model, size, dtype, kernel, execution)
         self._known: dict[tuple[int, Target, tuple[str, ...] | None], Cell] = {}
 
-    def cell(self, batch_size: int, target: Target = A100, ahead: tuple[str, ...] | None = None) -> Cell:
+    def cell(
+        self, batch_size: int, target: Target = A100, ahead: tuple[str, ...] | None = None
+    ) -> Cell:
         key = batch_size, target, ahead
         if key not in self._known:
-            made = self.predictor.cell(batch_size, self.protocol, target, self.tokens, self.padded, ahead)
+            made = self.predictor.cell(
+                batch_size, self.protocol, target, self.tokens, self.padded, ahead
+            )
             self._known[key] = made
         return self._known[key]
 
     def on_card(self, card: Card) -> CardPlan:
         """The largest batch that surely fits `card`, and the peak there; the smallest batch's where none does."""
-        target = Target(card.gpu.name, card.gpu.architecture.compute_capability) if card.gpu else A100
+        target = (
+            Target(card.gpu.name, card.gpu.architecture.compute_capability) if card.gpu else A100
+        )
 
         def memory(batch_size: int) -> Memory:
             found = self.cell(batch_size, target).memory
@@ -106,7 +118,9 @@ class Planner:
         if verdict != "fits":
             batch, binds = (1 if verdict == "tight" else None), f"weights and one {self.item}"
         else:
-            batch = largest(lambda size: need_bytes(memory(size))[1], card.usable_bytes, SEARCHED_TO)
+            batch = largest(
+                lambda size: need_bytes(memory(size))[1], card.usable_bytes, SEARCHED_TO
+            )
             binds = "memory" if batch < SEARCHED_TO else f"nothing up to batch {SEARCHED_TO}"
         there = memory(batch or 1)
         return CardPlan(
@@ -116,9 +130,11 @@ class Planner:
             variant=self.predictor.variant.name,
             verdict=verdict,
             batch_size=batch,
-            safe_batch_size=max(1, int(batch * (1 - MARGIN))) if verdict == "fits" and batch else None,
+            safe_batch_size=max(1, int(batch * (1 - MARGIN)))
+            if verdict == "fits" and batch
+            else None,
             peak_bytes=there.peak_bytes,
-            least_reserved_bytes=there.least_reserved_bytes,
+            min_reserved_bytes=there.min_reserved_bytes,
             headroom_bytes=card.usable_bytes - need_bytes(there)[1],
             binds=binds,
         )
@@ -179,13 +195,15 @@ def plan(
     batches = list(batch_sizes)
     cells, plans = [], []
     for model in models:
-        planner = Planner(model, size, protocol, dtype, kernel, tokens, False, workload, visual_tokens, execution)
+        planner = Planner(
+            model, size, protocol, dtype, kernel, tokens, False, workload, visual_tokens, execution
+        )
         cells += [planner.cell(batch) for batch in batches]
         plans += [planner.on_card(card) for card in cards]
     return cells, plans
 
 
-def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
+def predictions(cells: Iterable[Cell]) -> list[Cell | None]:
     """For each measured or published cell the predicted one under its settings; None where it is not modelled."""
     planners: dict[tuple[Any, ...], Planner] = {}
 
@@ -198,7 +216,13 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
             return None  # pages of several sizes, or not recorded
         # The report's queries are known by their batch; others, and pages, by the length they were padded to.
         tokens = work.tokens if pages or (work.texts and work.texts.startswith("natural")) else None
-        asked: tuple[Any, ...] = (cell.variant, cell.size, cell.protocol, cell.backend.dtype or "bfloat16", kernel)
+        asked: tuple[Any, ...] = (
+            cell.variant,
+            cell.size,
+            cell.protocol,
+            cell.backend.dtype or "bfloat16",
+            kernel,
+        )
         asked += (
             tokens,
             tokens is not None and not pages,
@@ -211,11 +235,15 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
                 planners[asked] = Planner(*asked)
             except BadInput:
                 return None  # a folder or a repository: its network is not one of the named sizes
-        capability = tuple(int(part) for part in (cell.environment.compute_capability or "8.0").split("."))
+        capability = tuple(
+            int(part) for part in (cell.environment.compute_capability or "8.0").split(".")
+        )
         on_gpu = cell.environment.gpu is not None
         target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
         made = planners[asked].cell(cell.batch_size, target, ahead_of(cell))
-        return made.model_copy(update={"workload": made.workload.model_copy(update={"pages": work.pages})})
+        return made.model_copy(
+            update={"workload": made.workload.model_copy(update={"pages": work.pages})}
+        )
 
     return [like(cell) for cell in cells]
 
@@ -223,7 +251,7 @@ def predict_like(cells: Iterable[Cell]) -> list[Cell | None]:
 def ahead_of(cell: Cell) -> tuple[str, ...]:
     """The products whose weights a measured run dequantised ahead."""
     rows = cell.batch_size * bucket(cell.workload.tokens or 1)
-    chosen = cell.backend.schedules.get(f"dequantised ahead x {rows}", "").split("+")
+    chosen = cell.backend.kernel_configs.get(f"dequantised ahead x {rows}", "").split("+")
     return tuple(kind for kind in KINDS if kind in chosen)
 
 

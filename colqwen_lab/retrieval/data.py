@@ -17,12 +17,12 @@ from typing import Any
 
 from PIL import Image
 
-from colqwen_lab.errors import BadInput, Unmet
-from colqwen_lab.model import drawn
+from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.model import synthetic
 
 GENERATED, VIDORE = "generated", "vidore:"
 #: Pages held out whose facts all differ; from there on they come back.
-HELD_OUT = drawn.different("held-out")
+HELD_OUT = synthetic.different("held-out")
 Page = Image.Image | str
 
 
@@ -46,7 +46,7 @@ def load(
     source: str,
     queries: int = 0,
     pages: int = 0,
-    width: int = drawn.WIDTH,
+    width: int = synthetic.WIDTH,
     say: Callable[[str], object] = warnings.warn,
 ) -> Corpus:
     """The data set of this name, or the first of its queries and pages; of those what can be read.
@@ -63,7 +63,7 @@ def load(
 
     Raises:
         BadInput: no such data set, or one that cannot be read.
-        Unmet: the package `datasets` or the hub is needed.
+        MissingRequirement: the package `datasets` or the hub is needed.
     """
     if min(queries, pages) < 0:
         raise BadInput(f"queries {queries}, pages {pages}; valid: 0 for all, or 1 or more")
@@ -79,7 +79,9 @@ def load(
         )
     for what, ids in (("page", found.page_ids), ("query", found.query_ids)):
         if twice := [one for one, count in Counter(ids).items() if count > 1]:
-            raise BadInput(f"{found.label}: the {what} id {twice[0]!r} stands twice; valid: each once")
+            raise BadInput(
+                f"{found.label}: the {what} id {twice[0]!r} stands twice; valid: each once"
+            )
     for query, text in zip(found.query_ids, found.queries, strict=True):
         if not isinstance(text, str):
             raise BadInput(f"{found.label}: the text of query {query!r} is {text!r}; valid: a text")
@@ -96,17 +98,25 @@ def _cut(corpus: Corpus, queries: int, pages: int, say: Callable[[str], object] 
         say(f"{corpus.label}: {refused} of {len(numbers)} pages are left out")
     known = set(page_ids)
     judged = {
-        query: {page: score for page, score in corpus.relevance.get(query, {}).items() if page in known}
+        query: {
+            page: score for page, score in corpus.relevance.get(query, {}).items() if page in known
+        }
         for query in corpus.query_ids
     }
-    kept = [place for place, query in enumerate(corpus.query_ids) if any(s > 0 for s in judged[query].values())]
+    kept = [
+        place
+        for place, query in enumerate(corpus.query_ids)
+        if any(s > 0 for s in judged[query].values())
+    ]
     kept = kept[: queries or None]
     if not kept:
         raise BadInput(f"{corpus.label}: none of {len(page_ids)} pages answers a query")
     ids = [corpus.query_ids[place] for place in kept]
     texts = [corpus.queries[place] for place in kept]
     relevance = {query: judged[query] for query in ids}
-    return Corpus(corpus.label, page_ids, lambda at: corpus.page(legible[at]), ids, texts, relevance, refused)
+    return Corpus(
+        corpus.label, page_ids, lambda at: corpus.page(legible[at]), ids, texts, relevance, refused
+    )
 
 
 def _legible(corpus: Corpus, number: int, say: Callable[[str], object]) -> bool:
@@ -122,10 +132,10 @@ def _generated(pages: int, queries: int, width: int) -> Corpus:
     return Corpus(
         label=f"generated, held out, {width} px",
         page_ids=[f"p{number}" for number in range(pages)],
-        page=lambda number: drawn.page(number, "held-out", width),
+        page=lambda number: synthetic.page(number, "held-out", width),
         query_ids=[f"q{number}" for number in range(queries)],
-        queries=[drawn.query(number, "held-out") for number in range(queries)],
-        relevance=drawn.relevance(queries, pages, "held-out"),
+        queries=[synthetic.query(number, "held-out") for number in range(queries)],
+        relevance=synthetic.relevance(queries, pages, "held-out"),
     )
 
 
@@ -133,10 +143,13 @@ def _generated(pages: int, queries: int, width: int) -> Corpus:
 
 
 def _folder(folder: Path) -> Corpus:
-    from colqwen_lab.model.pages import decoding, digest, to_rgb
+    from colqwen_lab.model.inputs import decoding, digest, to_rgb
 
     names = [folder / name for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")]
-    corpus, path = [_page_row(names[0], *numbered) for numbered in _json_lines(names[0], "_id")], names[2]
+    corpus, path = (
+        [_page_row(names[0], *numbered) for numbered in _json_lines(names[0], "_id")],
+        names[2],
+    )
     queries = [row for _, row in _json_lines(names[1], "_id", "text")]
     relevance: dict[str, dict[str, int]] = {}
     for number, line in _lines(path):
@@ -147,12 +160,17 @@ def _folder(folder: Path) -> Corpus:
             query, answer, score = parts
             relevance.setdefault(query, {})[answer] = int(score)
         except ValueError:
-            raise BadInput(f"{path} line {number} is not QUERY-ID, CORPUS-ID and a whole SCORE, by tabs") from None
+            raise BadInput(
+                f"{path} line {number} is not QUERY-ID, CORPUS-ID and a whole SCORE, by tabs"
+            ) from None
 
     def page(number: int) -> Page:
         row = corpus[number]
         if row.get("image"):
-            with decoding(f"page {row['_id']}, {row['image']},"), Image.open(folder / row["image"]) as image:
+            with (
+                decoding(f"page {row['_id']}, {row['image']},"),
+                Image.open(folder / row["image"]) as image,
+            ):
                 return to_rgb(image)
         return " ".join(str(row[name]) for name in ("title", "text") if row.get(name))
 
@@ -171,7 +189,9 @@ def _page_row(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
     """`row`, if it is a page. Raises BadInput."""
     if image := row.get("image"):
         if not isinstance(image, str) or Path(image).is_absolute() or ".." in Path(image).parts:
-            raise BadInput(f"{path} line {number}: image {image!r}; valid: the path of a file within {path.parent}")
+            raise BadInput(
+                f"{path} line {number}: image {image!r}; valid: the path of a file within {path.parent}"
+            )
     elif not isinstance(row.get("text"), str):
         raise BadInput(f"{path} line {number} has neither a text nor the path of an image")
     return row
@@ -207,10 +227,12 @@ def _vidore(name: str) -> Corpus:
     try:
         import datasets
     except ImportError:
-        raise Unmet('ViDoRe needs the package datasets: `pip install -e ".[data]"`') from None
+        raise MissingRequirement(
+            'ViDoRe needs the package datasets: `pip install -e ".[data]"`'
+        ) from None
     from huggingface_hub.utils import logging
 
-    from colqwen_lab.model.pages import digest
+    from colqwen_lab.model.inputs import digest
 
     folder = os.path.isdir(name)
     repository = name if folder or "/" in name else f"vidore/{name}"
@@ -231,13 +253,17 @@ def _vidore(name: str) -> Corpus:
         if set(configs) >= {"corpus", "queries", "qrels"}:
             return _beir(label, subset("corpus"), subset("queries"), subset("qrels"))
         if len(configs) > 1:
-            raise BadInput(f"{repository} has the subsets {', '.join(configs)}; valid: one, or corpus, queries, qrels")
+            raise BadInput(
+                f"{repository} has the subsets {', '.join(configs)}; valid: one, or corpus, queries, qrels"
+            )
         return _questions(label, subset(configs[0]))
     except BadInput:
         raise
-    except Exception as error:  # the library raises those of the hub, of its builders and of pyarrow
+    except (
+        Exception
+    ) as error:  # the library raises those of the hub, of its builders and of pyarrow
         get = f"where there is a network: `hf download --repo-type dataset {repository}`"
-        raise Unmet(f"cannot get {repository}: {error!s:.200}; {get}") from None
+        raise MissingRequirement(f"cannot get {repository}: {error!s:.200}; {get}") from None
     finally:
         logging.set_verbosity(told)
 
@@ -254,7 +280,9 @@ def _commit(repository: str) -> str | None:
 
 def _with(table: Any, *columns: str) -> Any:
     """`table`, its ids named as version 2 names them (corpus-id, and not corpus_id), if it has these columns."""
-    table = table.rename_columns({name: name.replace("_id", "-id") for name in table.column_names if "_id" in name})
+    table = table.rename_columns(
+        {name: name.replace("_id", "-id") for name in table.column_names if "_id" in name}
+    )
     if missing := set(columns) - set(table.column_names):
         raise BadInput(
             f"no column {sorted(missing)[0]} among {', '.join(table.column_names)}; valid: query, image; or subsets "
@@ -265,7 +293,7 @@ def _with(table: Any, *columns: str) -> Any:
 
 def _content(page_id: str, rows: Any, number: int) -> Page:
     """The text of a row, or its image. Raises BadInput where that is missing, or cannot be read."""
-    from colqwen_lab.model.pages import decoding, to_rgb
+    from colqwen_lab.model.inputs import decoding, to_rgb
 
     name = "image" if "image" in rows.column_names else "text"
     with decoding(f"page {page_id}"):
@@ -297,7 +325,10 @@ def _questions(label: str, rows: Any) -> Corpus:
     """A page stands in as many rows as it has questions, under one file name; rows without a question are pages too."""
     rows = _with(rows, "query", "image")
     names = [
-        str(name) for name in (rows["image_filename"] if "image_filename" in rows.column_names else range(len(rows)))
+        str(name)
+        for name in (
+            rows["image_filename"] if "image_filename" in rows.column_names else range(len(rows))
+        )
     ]
     first: dict[str, int] = {}
     for number, name in enumerate(names):

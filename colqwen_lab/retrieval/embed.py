@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from colqwen_lab.errors import Unmet
-from colqwen_lab.measure.clock import synchronise
+from colqwen_lab.errors import MissingRequirement
+from colqwen_lab.measure.timing import synchronise
+from colqwen_lab.model.inputs import encode_queries, left_padded, pad_id, page_batch
 from colqwen_lab.model.loading import Loaded
-from colqwen_lab.model.pages import page_batch
-from colqwen_lab.model.processing import encode_queries, left_padded, pad_id
 from colqwen_lab.retrieval.data import Page
 from colqwen_lab.retrieval.maxsim import unpadded
 
@@ -22,9 +21,9 @@ TEXT_TOKENS = 2048
 
 
 def query_inputs(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
-    """The keyword arguments of a forward for queries. Raises Unmet without a tokenizer."""
+    """The keyword arguments of a forward for queries. Raises MissingRequirement without a tokenizer."""
     if loaded.tokenizer is None:
-        raise Unmet(f"{loaded.weights} has no tokenizer, and texts need one")
+        raise MissingRequirement(f"{loaded.weights} has no tokenizer, and texts need one")
     rows = [row[-TEXT_TOKENS:] for row in encode_queries(loaded.tokenizer, texts)]
     ids, mask = left_padded(rows, pad_id(loaded.tokenizer))
     return {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
@@ -41,7 +40,9 @@ def embed(loaded: Loaded, inputs: dict[str, Tensor]) -> tuple[list[Tensor], floa
     return [row.cpu() for row in unpadded(padded, inputs["attention_mask"])], elapsed
 
 
-def embed_pages(loaded: Loaded, pages: Sequence[Page], visual_tokens: int) -> tuple[list[Tensor], float]:
+def embed_pages(
+    loaded: Loaded, pages: Sequence[Page], visual_tokens: int
+) -> tuple[list[Tensor], float]:
     """The same for pages, in their order: the images in one forward, the texts, as queries are, in another."""
     images = [page for page in pages if isinstance(page, Image.Image)]
     texts = [page for page in pages if isinstance(page, str)]
@@ -49,7 +50,9 @@ def embed_pages(loaded: Loaded, pages: Sequence[Page], visual_tokens: int) -> tu
     read: list[Tensor] = []
     of_images = of_texts = 0.0
     if images:
-        batch = page_batch(images, loaded.tokenizer, loaded.model.config, visual_tokens, loaded.device)
+        batch = page_batch(
+            images, loaded.tokenizer, loaded.model.config, visual_tokens, loaded.device
+        )
         shown, of_images = embed(loaded, batch)
     if texts:
         read, of_texts = embed(loaded, query_inputs(loaded, texts))

@@ -19,7 +19,9 @@ def unpadded(embeddings: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[keep] for row, keep in zip(embeddings, mask.bool(), strict=True)]
 
 
-def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor], budget_bytes: int = BUDGET_BYTES) -> Tensor:
+def maxsim(
+    queries: Sequence[Tensor], pages: Sequence[Tensor], budget_bytes: int = BUDGET_BYTES
+) -> Tensor:
     """Scores [queries, pages] in float32, or in float64 for float64 embeddings, on the device of the queries.
 
     Source: ColBERT (Khattab and Zaharia 2020), equation 3.
@@ -48,7 +50,9 @@ def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor], budget_bytes: int
             best = torch.segment_reduce(
                 page @ query.T, "max", lengths=_lengths(pages[columns], device), initial=-torch.inf
             )
-            summed = torch.segment_reduce(best.T.contiguous(), "sum", lengths=query_lengths, initial=0)
+            summed = torch.segment_reduce(
+                best.T.contiguous(), "sum", lengths=query_lengths, initial=0
+            )
             scores[rows, columns] = summed
     return scores
 

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 RETRIEVAL = {"nDCG@5": "nDCG@5", "nDCG@10": "nDCG@10", "R@5": "recall@5", "R@10": "recall@10"}
 OVERLAP_AT = (5, 10)
 #: All that a record holds by query.
-NAMES = (*RETRIEVAL.values(), *(f"overlap@{k}" for k in OVERLAP_AT), "Kendall's tau", "score error", "query cosine")
+NAMES = (
+    *RETRIEVAL.values(),
+    *(f"overlap@{k}" for k in OVERLAP_AT),
+    "Kendall's tau",
+    "score error",
+    "query cosine",
+)
 
 Relevance = Mapping[str, Mapping[str, int]]
 
@@ -25,7 +31,10 @@ def ranking(scores: NDArray[np.floating]) -> NDArray[np.intp]:
 
 
 def retrieval(
-    ranked: NDArray[np.intp], query_ids: Sequence[str], page_ids: Sequence[str], relevance: Relevance
+    ranked: NDArray[np.intp],
+    query_ids: Sequence[str],
+    page_ids: Sequence[str],
+    relevance: Relevance,
 ) -> dict[str, list[float]]:
     """nDCG and recall of each query, by ir-measures. Every query has a relevant page; `ranked` [queries, pages]."""
     import ir_measures
@@ -45,7 +54,9 @@ def retrieval(
 def overlap(ranked: NDArray[np.intp], base: NDArray[np.intp], k: int) -> list[float]:
     """The share of BASE's best k pages that are among the best k here; of all pages where there are fewer."""
     k = min(k, base.shape[1])
-    return [len(set(ours[:k]) & set(theirs[:k])) / k for ours, theirs in zip(ranked, base, strict=True)]
+    return [
+        len(set(ours[:k]) & set(theirs[:k])) / k for ours, theirs in zip(ranked, base, strict=True)
+    ]
 
 
 def kendall(scores: NDArray[np.floating], base: NDArray[np.floating]) -> list[float]:

@@ -19,11 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.measure.environment import pick_device
-from colqwen_lab.model.architecture import EMBED_DIM, resolve_size
+from colqwen_lab.model.config import EMBED_DIM, resolve_size, resolve_variant
+from colqwen_lab.model.inputs import VISUAL_TOKENS, decoding, to_rgb
 from colqwen_lab.model.loading import load
-from colqwen_lab.model.pages import VISUAL_TOKENS, decoding, to_rgb
-from colqwen_lab.model.quantize import source_of
-from colqwen_lab.model.variants import resolve_variant
+from colqwen_lab.model.quantize import checkpoint_of
 from colqwen_lab.retrieval.data import Page
 from colqwen_lab.retrieval.embed import embed_pages
 from colqwen_lab.retrieval.maxsim import maxsim, unpadded
@@ -42,7 +41,7 @@ class MtebModel:
 
     Raises:
         BadInput: an unknown model or size.
-        Unmet: no weights, or no kernel for them, here.
+        MissingRequirement: no weights, or no kernel for them, here.
     """
 
     def __init__(
@@ -58,10 +57,17 @@ class MtebModel:
     ) -> None:
         where = torch.device(device) if device else pick_device()
         size = resolve_size(size, where.type == "cuda")
-        self.loaded = load(source_of(resolve_variant(model_name), size, weights, where), where)
+        self.loaded = load(checkpoint_of(resolve_variant(model_name), size, weights, where), where)
         self.visual_tokens = visual_tokens
-        named = {"name": f"colqwen-lab/{model_name.replace('/', '--')}-{size}", "revision": self.loaded.weights}
-        known = {"embed_dim": EMBED_DIM, "similarity_fn_name": ScoringFunction.MAX_SIM, "modalities": ["text", "image"]}
+        named = {
+            "name": f"colqwen-lab/{model_name.replace('/', '--')}-{size}",
+            "revision": self.loaded.weights,
+        }
+        known = {
+            "embed_dim": EMBED_DIM,
+            "similarity_fn_name": ScoringFunction.MAX_SIM,
+            "modalities": ["text", "image"],
+        }
         self.mteb_model_meta = ModelMeta.create_empty(named | known)
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **_: Any) -> Tensor:

@@ -5,30 +5,13 @@ A file is JSON lines, BASE's first. Values are kept by query, so every interval 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
-from colqwen_lab.errors import BadInput
-from colqwen_lab.records import (
-    Backend,
-    Environment,
-    Rate,
-    Value,
-    append,
-    locked,
-    neighbour,
-    opening,
-    own_file,
-    rate_of,
-    read_line,
-    replace,
-)
+from colqwen_lab.records import Backend, Environment, Rate, Row, Value, rate_of, read_rows
 from colqwen_lab.retrieval.metrics import NAMES
-from colqwen_lab.settings import writable_folder
 
 
 class Cosines(Value):
@@ -43,7 +26,7 @@ class Cosines(Value):
     mean: float
 
 
-class Fidelity(Value):
+class Fidelity(Row):
     """One variant on one data set.
 
     `values` holds by metric one figure a query, in the order of `query_ids`; `top` each query's best pages. `iters` is
@@ -51,7 +34,6 @@ class Fidelity(Value):
     over `page_batch` pages, the first one thrown away; variants are not timed in turn.
     """
 
-    schema_: Literal[1] = Field(default=1, alias="schema")
     kind: Literal["fidelity"] = "fidelity"
     variant: str
     size: str
@@ -59,7 +41,7 @@ class Fidelity(Value):
     iters: int | None = None
     data: str
     pages: int = Field(gt=0)
-    refused: int = Field(default=0, ge=0)
+    skipped: int = Field(default=0, ge=0, validation_alias=AliasChoices("skipped", "refused"))
     visual_tokens: int
     backend: Backend
     weights_bytes: int = Field(gt=0)
@@ -76,11 +58,16 @@ class Fidelity(Value):
     def _by_query(self) -> Self:
         if missing := set(NAMES) - self.values.keys():
             raise ValueError(f"no values of {', '.join(sorted(missing))}")
-        lengths = {"top": len(self.top)} | {name: len(values) for name, values in self.values.items()}
+        lengths = {"top": len(self.top)} | {
+            name: len(values) for name, values in self.values.items()
+        }
         for name, length in lengths.items():
             if length != len(self.query_ids):
                 raise ValueError(f"{name} of {length} queries, and there are {len(self.query_ids)}")
         return self
+
+    def key(self) -> tuple[str, ...]:
+        return (self.label, self.weights, str(self.inputs))
 
     @property
     def inputs(self) -> tuple[object, ...]:
@@ -97,41 +84,6 @@ class Fidelity(Value):
         return rate_of(self.page_step_s, self.page_batch) if self.page_step_s else None
 
 
-@contextmanager
-def writing(path: Path, say: Callable[[str], object]) -> Iterator[Callable[[Sequence[Fidelity]], None]]:
-    """The function that writes a run's records so far to a file, which is whole at any moment and this run's alone.
-
-    Its first call moves what was in the file to `NAME.superseded.jsonl` beside it; `say` hears of waiting for another.
-
-    Raises:
-        BadInput: the file is of something else, or cannot be written.
-    """
-    path = own_file(path)
-    writable_folder(path.parent)
-    with ExitStack() as held:
-        with opening(path):
-            held.enter_context(locked(path, "another run", say))
-            old = read(path) if path.exists() and path.stat().st_size else []
-
-        def write(records: Sequence[Fidelity]) -> None:
-            with opening(path):
-                if old:
-                    append(neighbour(path, "superseded.jsonl"), old)
-                replace(path, records)
-            old.clear()
-
-        yield write
-
-
 def read(path: str | Path) -> list[Fidelity]:
-    """The records of a file.
-
-    Raises:
-        BadInput: no such file, or a line that is no such record; it is named.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as fidelity records: {error}") from None
-    numbered = enumerate(lines, 1)
-    return [read_line(Fidelity, line, f"{path} line {number} is no fidelity", "fidelity`") for number, line in numbered]
+    """The newest record of each variant in a file; raises BadInput if it holds none."""
+    return read_rows(Path(path), Fidelity, "fidelity")

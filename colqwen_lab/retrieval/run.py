@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.measure.environment import environment
+from colqwen_lab.model.checkpoint import Checkpoint, default_checkpoint
+from colqwen_lab.model.config import VARIANTS, Variant, resolve_variant
+from colqwen_lab.model.inputs import VISUAL_TOKENS, check_visual_tokens
 from colqwen_lab.model.loading import Loaded, load
-from colqwen_lab.model.pages import VISUAL_TOKENS, check_visual_tokens
-from colqwen_lab.model.quantize import Recipe, source_of
-from colqwen_lab.model.variants import VARIANTS, Variant, resolve_variant
-from colqwen_lab.model.weights import Source, default_source
-from colqwen_lab.records import Backend
+from colqwen_lab.model.quantize import Recipe, checkpoint_of
+from colqwen_lab.records import Backend, RecordsFile
 from colqwen_lab.retrieval import metrics
 from colqwen_lab.retrieval.data import Corpus
 from colqwen_lab.retrieval.embed import blocks, embed, embed_pages, query_inputs
 from colqwen_lab.retrieval.maxsim import maxsim
-from colqwen_lab.retrieval.record import Cosines, Fidelity, writing
+from colqwen_lab.retrieval.record import Cosines, Fidelity
 
 MOST_ITERS = 1000
 QUERY_BATCH, PAGE_BATCH, TOP = 32, 8, 10
@@ -59,21 +59,29 @@ def subjects(models: Sequence[str], size: str, iters: int, plain: bool) -> list[
     if twice := next((name for name in names if names.count(name) > 1), ""):
         raise BadInput(f"two models are called {twice}; valid: different ones")
     if names == ["base"]:
-        raise BadInput("base is what models are held against; valid: awq, an AutoRound scheme, a folder or a hub id")
+        raise BadInput(
+            "base is what models are held against; valid: awq, an AutoRound scheme, a folder or a hub id"
+        )
     for variant in variants:
         if variant.name == "base":
             continue
         if variant.scheme and size not in variant.hub:
-            found += [Subject(variant, steps) for steps in ([iters, 0] if plain and iters else [iters])]
+            found += [
+                Subject(variant, steps) for steps in ([iters, 0] if plain and iters else [iters])
+            ]
         else:
             found.append(Subject(variant))
     return found
 
 
-def _source(subject: Subject, size: str, weights: str, device: torch.device) -> Source:
+def _source(subject: Subject, size: str, weights: str, device: torch.device) -> Checkpoint:
     if subject.iters is None:
-        return default_source(subject.variant, size, weights if subject.variant.name == "base" else "auto", device)
-    return source_of(subject.variant, size, "auto", device, Recipe(subject.variant.scheme or "", subject.iters))
+        return default_checkpoint(
+            subject.variant, size, weights if subject.variant.name == "base" else "auto", device
+        )
+    return checkpoint_of(
+        subject.variant, size, "auto", device, Recipe(subject.variant.scheme or "", subject.iters)
+    )
 
 
 @dataclass(frozen=True)
@@ -100,10 +108,12 @@ def run(
     Raises:
         BadInput: random weights, weights that a scheme cannot be made from, a budget of images where there is none, or
             a file that is of something else.
-        Unmet: no weights, no kernel, no tokenizer.
+        MissingRequirement: no weights, no kernel, no tokenizer.
     """
     if weights == "random":
-        raise BadInput("random weights say nothing of retrieval; valid: auto, hub, or a checkpoint folder")
+        raise BadInput(
+            "random weights say nothing of retrieval; valid: auto, hub, or a checkpoint folder"
+        )
     made_here = [subject for subject in asked if subject.iters is not None]
     if made_here and weights not in ("auto", "hub"):
         raise BadInput(
@@ -113,27 +123,40 @@ def run(
     if check_visual_tokens(visual_tokens) != VISUAL_TOKENS and not any(
         isinstance(corpus.page(number), Image.Image) for number in range(len(corpus.page_ids))
     ):
-        raise BadInput(f"visual_tokens {visual_tokens}, and no page of {corpus.label} is an image; leave it out")
+        raise BadInput(
+            f"visual_tokens {visual_tokens}, and no page of {corpus.label} is an image; leave it out"
+        )
     records: list[Fidelity] = []
     base: _Embedded | None = None
-    with writing(path, progress) as write:
+    with RecordsFile(path, Fidelity, "fidelity", progress) as file:
         for subject in asked:
             source = _source(subject, size, weights, device)
             if source.size != size:
-                raise Unmet(f"{source.label} is of size {source.size}, not {size}; name its size")
-            record, embedded = _one(subject, load(source, device), corpus, size, visual_tokens, base)
+                raise MissingRequirement(
+                    f"{source.label} is of size {source.size}, not {size}; name its size"
+                )
+            record, embedded = _one(
+                subject, load(source, device), corpus, size, visual_tokens, base
+            )
             base = base or embedded
             records.append(record)
-            write(records)
+            file.append([record])
             mean = np.mean(record.values["nDCG@5"])
-            progress(f"{record.label} {size}: nDCG@5 {mean:.4f} on {corpus.label}, {record.weights}")
+            progress(
+                f"{record.label} {size}: nDCG@5 {mean:.4f} on {corpus.label}, {record.weights}"
+            )
             if device.type == "cuda":
                 gc.collect()  # before the next model needs the memory
     return records
 
 
 def _one(
-    subject: Subject, loaded: Loaded, corpus: Corpus, size: str, visual_tokens: int, base: _Embedded | None
+    subject: Subject,
+    loaded: Loaded,
+    corpus: Corpus,
+    size: str,
+    visual_tokens: int,
+    base: _Embedded | None,
 ) -> tuple[Fidelity, _Embedded]:
     count = len(corpus.page_ids)
     queries: list[Tensor] = []
@@ -144,7 +167,9 @@ def _one(
     cosines, steps = [], []
     for part in blocks(count, PAGE_BATCH):
         made, elapsed = embed_pages(loaded, [corpus.page(i) for i in part], visual_tokens)
-        scores[:, part.start : part.stop] = maxsim([q.to(loaded.device) for q in queries], made).cpu()
+        scores[:, part.start : part.stop] = maxsim(
+            [q.to(loaded.device) for q in queries], made
+        ).cpu()
         steps += [elapsed] if len(part) == PAGE_BATCH else []
         theirs = base.pages[part.start : part.stop] if base else made
         cosines += [_cosine(*pair) for pair in zip(made, theirs, strict=True)]
@@ -158,10 +183,13 @@ def _one(
         iters=subject.iters,
         data=corpus.label,
         pages=count,
-        refused=corpus.refused,
+        skipped=corpus.refused,
         visual_tokens=visual_tokens,
         backend=Backend(
-            requested=loaded.requested_backend, engaged=loaded.engaged, dtype=loaded.dtype, kept_16bit=loaded.kept_16bit
+            requested=loaded.requested_backend,
+            engaged=loaded.engaged,
+            dtype=loaded.dtype,
+            kept_16bit=loaded.kept_16bit,
         ),
         weights_bytes=loaded.weights_bytes,
         query_cosine=_quantiles(of_queries),
@@ -175,24 +203,35 @@ def _one(
     return record, against
 
 
-def _values(scores: np.ndarray, base: np.ndarray, cosines: Sequence[Tensor], corpus: Corpus) -> dict[str, Any]:
+def _values(
+    scores: np.ndarray, base: np.ndarray, cosines: Sequence[Tensor], corpus: Corpus
+) -> dict[str, Any]:
     ranked, before = metrics.ranking(scores), metrics.ranking(base)
     values = metrics.retrieval(ranked, corpus.query_ids, corpus.page_ids, corpus.relevance)
     values |= {f"overlap@{k}": metrics.overlap(ranked, before, k) for k in metrics.OVERLAP_AT}
-    values |= {"Kendall's tau": metrics.kendall(scores, base), "score error": metrics.score_error(scores, base)}
+    values |= {
+        "Kendall's tau": metrics.kendall(scores, base),
+        "score error": metrics.score_error(scores, base),
+    }
     values |= {"query cosine": [float(one.mean()) for one in cosines]}
     top = [[corpus.page_ids[page] for page in row[:TOP]] for row in ranked]
-    rounded = {metric: [round(value, DIGITS) for value in every] for metric, every in values.items()}
+    rounded = {
+        metric: [round(value, DIGITS) for value in every] for metric, every in values.items()
+    }
     return {"values": rounded, "top": top}
 
 
 def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:
     """The cosine of each token [tokens], in float64: embeddings in 16 bits are not quite of length 1."""
-    return torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=-1).clamp(-1, 1)
+    return torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=-1).clamp(
+        -1, 1
+    )
 
 
 def _quantiles(cosines: Sequence[Tensor]) -> Cosines:
     every = torch.cat(list(cosines)).numpy()
     q01, q05, q25, median = (float(value) for value in np.quantile(every, [0.01, 0.05, 0.25, 0.5]))
     least, mean = float(every.min()), float(every.mean())
-    return Cosines(tokens=len(every), least=least, q01=q01, q05=q05, q25=q25, median=median, mean=mean)
+    return Cosines(
+        tokens=len(every), least=least, q01=q01, q05=q05, q25=q25, median=median, mean=mean
+    )

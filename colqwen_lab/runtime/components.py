@@ -8,17 +8,29 @@ from torch import Tensor
 
 from colqwen_lab.model.network import ColQwen3, is_text_linear
 
-PACKED = {"qweight": "text linears: codes", "scales": "text linears: scales", "qzeros": "text linears: zeros"}
-FAST_PARTS = PACKED | {"weight": PACKED["qweight"], "scale": PACKED["scales"], "blocked": "text linears: 16 bits"}
+PACKED = {
+    "qweight": "text linears: codes",
+    "scales": "text linears: scales",
+    "qzeros": "text linears: zeros",
+}
+FAST_PARTS = PACKED | {
+    "weight": PACKED["qweight"],
+    "scale": PACKED["scales"],
+    "blocked": "text linears: 16 bits",
+}
 
 
 def component(name: str) -> str:
     """The part that a parameter or buffer of this name belongs to."""
     module, _, leaf = name.rpartition(".")
-    if name.startswith("fast."):  # products of execution fast; 16-bit ones share the storage of their linears
+    if name.startswith(
+        "fast."
+    ):  # products of execution fast; 16-bit ones share the storage of their linears
         return FAST_PARTS.get(leaf, "text linears: other")
     if is_text_linear(module):
-        return PACKED.get(leaf, "text linears: 16 bits" if leaf in ("weight", "bias") else "text linears: other")
+        return PACKED.get(
+            leaf, "text linears: 16 bits" if leaf in ("weight", "bias") else "text linears: other"
+        )
     if "embed_tokens" in name:
         return "embeddings"
     if "merger" in name:

@@ -30,13 +30,13 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn import functional
 
-from colqwen_lab.errors import Unmet
+from colqwen_lab.errors import MissingRequirement
+from colqwen_lab.model.checkpoint import Checkpoint
+from colqwen_lab.model.inputs import digest
 from colqwen_lab.model.loading import DTYPES, Loaded, load
 from colqwen_lab.model.network import ColQwen3, ColQwen3Output, is_text_linear
 from colqwen_lab.model.packing import gptq_packed
-from colqwen_lab.model.pages import digest
-from colqwen_lab.model.weights import Source
-from colqwen_lab.runtime.kernels import (
+from colqwen_lab.runtime.linears import (
     EIGHT_BIT,
     PACKED_KERNELS,
     Dense,
@@ -64,7 +64,17 @@ FOLLOWS = {"o": (0, "gate_up"), "down": (1, "qkv")}
 CHOSEN_IN_ORDER = ("qkv", "gate_up", "o", "down")
 # From how many rows on weights may be dequantised ahead, and of which products.
 FEWEST_AHEAD = 512
-AHEAD = ((), ("o",), ("qkv",), ("down",), ("qkv", "o"), ("gate_up",), ("qkv", "o", "down"), ("gate_up", "down"), KINDS)
+AHEAD = (
+    (),
+    ("o",),
+    ("qkv",),
+    ("down",),
+    ("qkv", "o"),
+    ("gate_up",),
+    ("qkv", "o", "down"),
+    ("gate_up", "down"),
+    KINDS,
+)
 
 
 def bucket(tokens: int) -> int:
@@ -95,7 +105,13 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def heads_of(
-    qkv: Tensor, sizes: Sequence[int], q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+    qkv: Tensor,
+    sizes: Sequence[int],
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [batch, heads, tokens, size] of qkv [batch, tokens, all heads x size]."""
     size = q_weight.shape[0]
@@ -145,7 +161,9 @@ def real_first(mask: Tensor) -> Tensor:
 class Layer(nn.Module):
     """The four products of a decoder layer, and its norms."""
 
-    def __init__(self, layer: Any, dense: Callable[..., Product], packed: Callable[..., Product]) -> None:
+    def __init__(
+        self, layer: Any, dense: Callable[..., Product], packed: Callable[..., Product]
+    ) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.head_norms = [attention.q_norm.weight, attention.k_norm.weight]
@@ -154,13 +172,17 @@ class Layer(nn.Module):
 
         def product(parent: Any, *names: str) -> Product:
             linears = [getattr(parent, name) for name in names]
-            made = (dense if all(isinstance(one, nn.Linear) for one in linears) else packed)(linears)
+            made = (dense if all(isinstance(one, nn.Linear) for one in linears) else packed)(
+                linears
+            )
             if not isinstance(made, Dense):
                 for name in names:  # their weights live in the product now
                     setattr(parent, name, None)
             return made
 
-        self.sizes = [features_of(getattr(attention, name))[1] for name in ("q_proj", "k_proj", "v_proj")]
+        self.sizes = [
+            features_of(getattr(attention, name))[1] for name in ("q_proj", "k_proj", "v_proj")
+        ]
         self.kv_heads = self.sizes[1] // attention.head_dim
         self.qkv = product(attention, "q_proj", "k_proj", "v_proj")
         self.o = product(attention, "o_proj")
@@ -176,10 +198,17 @@ class Fast(nn.Module):
     kinds of products whose weights are dequantised ahead and multiplied by cuBLAS.
     """
 
-    def __init__(self, model: ColQwen3, dense: Callable[..., Product], packed: Callable[..., Product]) -> None:
+    def __init__(
+        self, model: ColQwen3, dense: Callable[..., Product], packed: Callable[..., Product]
+    ) -> None:
         super().__init__()
         text: Any = model.vlm.model.language_model
-        self.parts: Any = (text.embed_tokens, text.rotary_emb, text.norm, model.embedding_proj_layer)
+        self.parts: Any = (
+            text.embed_tokens,
+            text.rotary_emb,
+            text.norm,
+            model.embedding_proj_layer,
+        )
         self.layers: Any = nn.ModuleList(Layer(layer, dense, packed) for layer in text.layers)
         for products in map(self.of_kind, KINDS):  # they all take the same schedule
             alike = all(product.dequantises for product in products)
@@ -197,7 +226,9 @@ class Fast(nn.Module):
         for kind in KINDS:
             dense = kind in self.ahead.get(rows, ())
             for product in self.of_kind(kind):
-                found["cuBLAS, dequantised ahead" if dense else product.kernel_for(rows)] += product.linears
+                found["cuBLAS, dequantised ahead" if dense else product.kernel_for(rows)] += (
+                    product.linears
+                )
         return dict(found)
 
     def of_kind(self, kind: str) -> list[Product]:
@@ -207,14 +238,18 @@ class Fast(nn.Module):
     def products(self) -> list[Product]:
         return [getattr(layer, kind) for layer in self.layers for kind in KINDS]
 
-    def forward(self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False) -> ColQwen3Output:
+    def forward(
+        self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False
+    ) -> ColQwen3Output:
         """Unit vectors [batch, tokens, 320] of `input_ids` and `attention_mask`, zero at padding.
 
         Raises:
-            Unmet: pages, or a KV cache.
+            MissingRequirement: pages, or a KV cache.
         """
         if use_cache or "pixel_values" in inputs:
-            raise Unmet("execution fast embeds queries without a KV cache; valid otherwise: eager")
+            raise MissingRequirement(
+                "execution fast embeds queries without a KV cache; valid otherwise: eager"
+            )
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
@@ -223,7 +258,9 @@ class Fast(nn.Module):
         if ids.device.type == "cuda":
             return ColQwen3Output(embeddings=self._graph(ids.shape[0], length).replay(ids, mask))
         more = (0, length - tokens)
-        return ColQwen3Output(embeddings=self.embed(functional.pad(ids, more), functional.pad(mask, more))[:, :tokens])
+        return ColQwen3Output(
+            embeddings=self.embed(functional.pad(ids, more), functional.pad(mask, more))[:, :tokens]
+        )
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The whole of a forward, with shapes that are a bucket's. Captured as one graph on a GPU."""
@@ -262,10 +299,12 @@ class Fast(nn.Module):
     def attention(self, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """From the product QKV to what goes into O, [batch, tokens, heads x size]."""
         if qkv.device.type == "cuda" and qkv.shape[1] <= MOST_TOKENS:
-            from colqwen_lab.runtime.own_kernels import attend_short
+            from colqwen_lab.runtime.triton_kernels import attend_short
 
             return attend_short(qkv, layer.kv_heads, layer.head_norms, layer.eps, (cos, sin))
-        return attended(*self.small(heads_of)(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin))
+        return attended(
+            *self.small(heads_of)(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin)
+        )
 
     def _graph(self, batch: int, length: int) -> Graph:
         graph = self.graphs.pop((batch, length), None)
@@ -285,14 +324,20 @@ class Fast(nn.Module):
 
     def compile(self, every: Sequence[int]) -> None:
         """Have the schedules to try for these numbers of rows compiled, all at once; or the one that is known."""
-        kinds = {kind: getattr(self.layers[0], kind) for kind in KINDS if getattr(self.layers[0], kind).tunable}
+        kinds = {
+            kind: getattr(self.layers[0], kind)
+            for kind in KINDS
+            if getattr(self.layers[0], kind).tunable
+        }
         known = _remembered() if kinds else {}
         wanted: dict[tuple[str, int], list[str]] = {}
         for kind, product in kinds.items():
             for rows in every:
                 if rows not in product.chosen and (kind, rows) not in self.candidates:
                     best = known.get(_key(product, rows))
-                    schedules = [best] if best and product.compiles(best) else product.schedules(rows)
+                    schedules = (
+                        [best] if best and product.compiles(best) else product.schedules(rows)
+                    )
                     wanted[kind, rows] = schedules
         device = self.parts[0].weight.device
 
@@ -324,21 +369,33 @@ class Fast(nn.Module):
                 product.chosen[rows] = best
             self.chosen[f"{kind} x {rows}"] = best
         _remember(new)
-        if rows >= FEWEST_AHEAD and rows not in self.ahead and all(one.dequantises for one in self.products()):
+        if (
+            rows >= FEWEST_AHEAD
+            and rows not in self.ahead
+            and all(one.dequantises for one in self.products())
+        ):
             self._tune_ahead(rows)
 
     def _fastest(self, kind: str, rows: int, schedules: Sequence[str]) -> str:
         """The schedule by which all products of a kind are soonest done, with their share of the norms and the gate."""
         products, like, multiply = self.of_kind(kind), self.parts[0].weight, self.multiply(())
-        x = normed(like.new_empty(rows, products[0].in_features).normal_(), torch.ones_like(like[0, :1]), 0.0)
-        unnormed = Unnormed(x, x.new_full((rows, x.shape[1] // 64), 64, dtype=torch.float32), 0.0)  # of mean square one
+        x = normed(
+            like.new_empty(rows, products[0].in_features).normal_(),
+            torch.ones_like(like[0, :1]),
+            0.0,
+        )
+        unnormed = Unnormed(
+            x, x.new_full((rows, x.shape[1] // 64), 64, dtype=torch.float32), 0.0
+        )  # of mean square one
         total = like.new_empty(rows if kind in FOLLOWS else 0, products[0].out_features).normal_()
 
         def result_of(index: int) -> Tensor:
             if kind in FOLLOWS:
                 return multiply.add_normed(index, kind, x, total, self.layers[index].norms[1])[0]
             given = unnormed if products[index].norms(rows) else x
-            return multiply.opened(index, given) if kind == "gate_up" else multiply(index, kind, given)
+            return (
+                multiply.opened(index, given) if kind == "gate_up" else multiply(index, kind, given)
+            )
 
         def all_layers() -> None:
             for index in range(len(products)):
@@ -357,7 +414,10 @@ class Fast(nn.Module):
                         times |= medians_ms({schedule: all_layers})
                 except torch.cuda.OutOfMemoryError:
                     raise
-                except (RuntimeError, AssertionError):  # it compiles, but this GPU does not launch it
+                except (
+                    RuntimeError,
+                    AssertionError,
+                ):  # it compiles, but this GPU does not launch it
                     if schedule == schedules[0]:
                         raise
         finally:
@@ -377,23 +437,32 @@ class Fast(nn.Module):
                 with torch.cuda.stream(capture_stream()):
                     known = self._best_ahead(rows)
                 _remember({key: known})
-            except (torch.cuda.OutOfMemoryError, Unmet):
+            except (torch.cuda.OutOfMemoryError, MissingRequirement):
                 known = ""
         self.ahead[rows] = tuple(known.split("+")) if known else ()
         self.chosen[f"dequantised ahead x {rows}"] = known or "none"
 
     def _best_ahead(self, rows: int) -> str:
-        """The kinds, joined by +. Raises Unmet if what is dequantised does not multiply as the packed weights do."""
+        """The kinds, joined by +. Raises MissingRequirement if what is dequantised does not multiply as the packed weights do."""
         like, first = self.parts[0].weight, self.layers[0]
-        x = {kind: like.new_empty(rows, getattr(first, kind).in_features).normal_() for kind in KINDS}
+        x = {
+            kind: like.new_empty(rows, getattr(first, kind).in_features).normal_() for kind in KINDS
+        }
         if not all(_dequantised_alike(getattr(first, kind), x[kind]) for kind in KINDS):
-            raise Unmet("weights dequantised do not multiply as packed ones do")
+            raise MissingRequirement("weights dequantised do not multiply as packed ones do")
 
         def size(kinds: Sequence[str]) -> int:
-            return sum(getattr(first, kind).in_features * getattr(first, kind).out_features for kind in kinds)
+            return sum(
+                getattr(first, kind).in_features * getattr(first, kind).out_features
+                for kind in kinds
+            )
 
-        medians = medians_ms({kinds: partial(self.all_products, x, kinds) for kinds in sorted(AHEAD, key=size)})
-        return "+".join(next(kinds for kinds, ms in medians.items() if ms <= 1.01 * min(medians.values())))
+        medians = medians_ms(
+            {kinds: partial(self.all_products, x, kinds) for kinds in sorted(AHEAD, key=size)}
+        )
+        return "+".join(
+            next(kinds for kinds, ms in medians.items() if ms <= 1.01 * min(medians.values()))
+        )
 
 
 def _dequantised_alike(product: Product, x: Tensor) -> bool:
@@ -416,7 +485,9 @@ def _key(product: Product, rows: int) -> str:
 @cache
 def _sources() -> str:
     """With other sources of kernels, or of what is chosen among, schedules are timed anew."""
-    return digest(Path(__file__).parent / name for name in ("fast.py", "kernels.py", "w4.py", "w4.cu"))
+    return digest(
+        Path(__file__).parent / name for name in ("fast.py", "linears.py", "w4.py", "w4.cu")
+    )
 
 
 def _cache() -> Path:
@@ -446,10 +517,15 @@ class Multiply:
     stream with less priority than the one that multiplies: it fills what a product leaves idle as it ends.
     """
 
-    def __init__(self, layers: Sequence[Any], kinds: Sequence[str], small: Callable[..., Any]) -> None:
+    def __init__(
+        self, layers: Sequence[Any], kinds: Sequence[str], small: Callable[..., Any]
+    ) -> None:
         self.layers, self.gate, self.then_norm = layers, small(gated), small(add_normed)
         like, products = layers[0].norms[0], {kind: getattr(layers[0], kind) for kind in kinds}
-        self.weights = {kind: like.new_empty(one.out_features, one.in_features) for kind, one in products.items()}
+        self.weights = {
+            kind: like.new_empty(one.out_features, one.in_features)
+            for kind, one in products.items()
+        }
         self.ready = {kind: self._make(0, kind) for kind in kinds}
 
     def __call__(self, index: int, kind: str, x: Tensor | Unnormed) -> Tensor:
@@ -532,7 +608,9 @@ def _replayed_ms(graph: torch.cuda.CUDAGraph) -> float:
 class Graph:
     """A captured forward of one bucket: its inputs stand where the graph reads them, its result where it writes."""
 
-    def __init__(self, embed: Callable[..., Tensor], batch: int, length: int, device: torch.device, pool: Any) -> None:
+    def __init__(
+        self, embed: Callable[..., Tensor], batch: int, length: int, device: torch.device, pool: Any
+    ) -> None:
         self.ids = torch.zeros((batch, length), dtype=torch.int64, device=device)
         self.mask = torch.ones_like(self.ids)
         self.graph, self.result = _captured(lambda: embed(self.ids, self.mask), pool)
@@ -549,7 +627,9 @@ class Graph:
 # ---------------------------------------------------------------- loading for it
 
 
-def load_fast(source: Source, device: torch.device, kernel: str = "auto", dtype: str = "bfloat16") -> Loaded:
+def load_fast(
+    source: Checkpoint, device: torch.device, kernel: str = "auto", dtype: str = "bfloat16"
+) -> Loaded:
     """The model of `source` made ready for `fast`: linears fused, packed weights in the kernel's own layout.
 
     `kernel` is auto, one of `kernels.PACKED_KERNELS` or `kernels.EIGHT_BIT`, or a backend of AutoRound, whose modules
@@ -557,7 +637,7 @@ def load_fast(source: Source, device: torch.device, kernel: str = "auto", dtype:
 
     Raises:
         BadInput: an unknown kernel.
-        Unmet: a kernel that cannot serve here.
+        MissingRequirement: a kernel that cannot serve here.
     """
     asked = source.quantization
     chosen: Kernel | None = None
@@ -567,7 +647,9 @@ def load_fast(source: Source, device: torch.device, kernel: str = "auto", dtype:
         chosen = pick(kernel, device, (asked["bits"], asked["group_size"]))
     if asked is not None and chosen and chosen.bfloat16 and dtype != "bfloat16":
         if kernel != "auto":
-            raise Unmet(f"kernel {kernel} multiplies in bfloat16, not {dtype}; valid here: auto, modules")
+            raise MissingRequirement(
+                f"kernel {kernel} multiplies in bfloat16, not {dtype}; valid here: auto, modules"
+            )
         chosen = PACKED_KERNELS["modules"]
     raw = chosen is not None and chosen is not PACKED_KERNELS["modules"]
     if asked is None:

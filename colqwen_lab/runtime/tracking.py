@@ -25,19 +25,32 @@ ACTIVATIONS = "activations"
 
 
 def _attention_flops(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, causal: bool = False, **more: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float = 0.0,
+    causal: bool = False,
+    **more: Any,
 ) -> int:
     """All pairs of positions, or where attention is causal (said so, or by a mask) the half that may be seen."""
     pairs = sdpa_flop_count(query.shape, key.shape, value.shape)
     tokens = query.shape[-2]
-    return pairs * (tokens + 1) // (2 * tokens) if causal or more.get("attn_mask") is not None else pairs
+    return (
+        pairs * (tokens + 1) // (2 * tokens)
+        if causal or more.get("attn_mask") is not None
+        else pairs
+    )
 
 
 # The operator that attention is on CPU tensors; PyTorch's registry knows only those of GPUs.
-FLOPS = flop_registry | {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+FLOPS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
+}
 
 
-def ledger_of(log: Sequence[tuple[int, int]], labels: Sequence[str], peak_bytes: int) -> dict[str, int]:
+def ledger_of(
+    log: Sequence[tuple[int, int]], labels: Sequence[str], peak_bytes: int
+) -> dict[str, int]:
     """Live bytes by label at the first moment when they are `peak_bytes`."""
     live: dict[int, int] = {}
     total = 0

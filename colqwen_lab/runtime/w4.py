@@ -21,7 +21,7 @@ import torch
 from humming.jit.runtime import KernelRuntime
 from torch import Tensor
 
-from colqwen_lab.runtime.kernels import Unnormed
+from colqwen_lab.runtime.linears import Unnormed
 
 SOURCE = (Path(__file__).parent / "w4.cu").read_text(encoding="utf-8")
 # More take more registers for their sums than a warp has.
@@ -52,7 +52,9 @@ def _launch(func: Any, blocks: int, threads: int, shared: int, *values: Any) -> 
     given = [_argument(one) for one in values]
     (result,) = driver.cuLaunchKernelEx(config, func, tuple(zip(*given, strict=True)), 0)
     if result != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"{result}: {blocks} blocks of {threads} threads, {shared} bytes of shared memory")
+        raise RuntimeError(
+            f"{result}: {blocks} blocks of {threads} threads, {shared} bytes of shared memory"
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -82,9 +84,17 @@ class FewRows(KernelRuntime):
         self.prepare()
 
     def __call__(
-        self, x: Tensor | Unnormed, codes: Tensor, scales: Tensor, added: tuple[Tensor, Tensor, float] | None = None
+        self,
+        x: Tensor | Unnormed,
+        codes: Tensor,
+        scales: Tensor,
+        added: tuple[Tensor, Tensor, float] | None = None,
     ) -> Any:
-        given, squares, eps = (x.weighted, x.squares, x.eps) if isinstance(x, Unnormed) else (x.contiguous(), None, 0.0)
+        given, squares, eps = (
+            (x.weighted, x.squares, x.eps)
+            if isinstance(x, Unnormed)
+            else (x.contiguous(), None, 0.0)
+        )
         rows, halves = given.shape[0], 2 if self.gated else 1
         out = given.new_empty(rows, self.outs // halves)
         found: Unnormed | None = None

@@ -45,9 +45,21 @@ def main() -> None:
         took_s[kind] = round(time.monotonic() - began, 1)
         print(f"{kind} ({took_s[kind]} s): {json.dumps(found[kind])}", file=sys.stderr, flush=True)
     lost = sum(figures.get(bad, 0) for figures in found.values() for bad in ("lost", "orphans"))
-    unclear = sum(figures.get(bad, 0) for figures in found.values() for bad in ("unclear", "executed"))
-    used = {name: version(name) for name in ("torch", "transformers", "safetensors", "pydantic", "hypothesis")}
-    record = {"seed": asked.seed, "quick": quick, "lost": lost, "unclear": unclear, "faults": found, "took_s": took_s}
+    unclear = sum(
+        figures.get(bad, 0) for figures in found.values() for bad in ("unclear", "executed")
+    )
+    used = {
+        name: version(name)
+        for name in ("torch", "transformers", "safetensors", "pydantic", "hypothesis")
+    }
+    record = {
+        "seed": asked.seed,
+        "quick": quick,
+        "lost": lost,
+        "unclear": unclear,
+        "faults": found,
+        "took_s": took_s,
+    }
     record |= {
         "code": code_version(),
         "versions": used | {"python": platform.python_version()},

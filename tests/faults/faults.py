@@ -33,27 +33,37 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from colqwen_lab.analysis.compare import by_place as compare
+from colqwen_lab.analysis.results import Results
 from colqwen_lab.errors import LabError
 from colqwen_lab.measure import worker
-from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.environment import environment
 from colqwen_lab.measure.sweep import request, sweep
+from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.model import loading
-from colqwen_lab.model.variants import VARIANTS
-from colqwen_lab.model.weights import FolderSource, default_source
+from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
+from colqwen_lab.model.config import VARIANTS
 from colqwen_lab.records import Cell, Store, read_cells
-from colqwen_lab.report.compare import by_place as compare
-from colqwen_lab.report.series import Results
 from colqwen_lab.runtime import execution
 
 CPU = torch.device("cpu")
-QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
+QUICK = StoppingRule(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
 BATCHES = (1, 2, 3, 4, 5, 6)
 
 
-def run(path: Path, batches: tuple[int, ...] = BATCHES, isolated: bool = False, **options: Any) -> list[Cell]:
-    options = {"weights": "random", "backend": "torch", "patience": QUICK, "isolated": isolated} | options
-    return sweep(request("base,awq", batches, output=path, **options), progress=options.pop("say", lambda line: None))
+def run(
+    path: Path, batches: tuple[int, ...] = BATCHES, isolated: bool = False, **options: Any
+) -> list[Cell]:
+    options = {
+        "weights": "random",
+        "backend": "torch",
+        "patience": QUICK,
+        "isolated": isolated,
+    } | options
+    return sweep(
+        request("base,awq", batches, output=path, **options),
+        progress=options.pop("say", lambda line: None),
+    )
 
 
 @contextlib.contextmanager
@@ -93,11 +103,18 @@ def kills(rng: random.Random, group: int, group_isolated: int, parent_only: int)
     environment(CPU)  # asked once, not in every child
     took_s: dict[bool, float] = {}  # of a whole sweep, the span of the random moments
     figures = Counter(lost=0, unclear=0, orphans=0, files=0, rows_kept=0, ended_before=0)
-    kinds = [(False, True)] * group + [(True, True)] * group_isolated + [(True, False)] * parent_only
+    kinds = (
+        [(False, True)] * group + [(True, True)] * group_isolated + [(True, False)] * parent_only
+    )
     with scratch() as folder:
         for isolated in {isolated for isolated, _ in kinds}:
             began = time.monotonic()
-            os.waitpid(forked(lambda isolated=isolated: run(folder / f"{isolated}.jsonl", isolated=isolated)), 0)
+            os.waitpid(
+                forked(
+                    lambda isolated=isolated: run(folder / f"{isolated}.jsonl", isolated=isolated)
+                ),
+                0,
+            )
             took_s[isolated] = time.monotonic() - began
         path, before = folder / "0.jsonl", set()
         while kinds:
@@ -105,7 +122,9 @@ def kills(rng: random.Random, group: int, group_isolated: int, parent_only: int)
             began = time.monotonic()
             pid = forked(lambda path=path, isolated=isolated: run(path, isolated=isolated))
             moment = rng.uniform(0, 0.9 * took_s[isolated])
-            while (ended := os.waitpid(pid, os.WNOHANG)[0]) == 0 and time.monotonic() - began < moment:
+            while (
+                ended := os.waitpid(pid, os.WNOHANG)[0]
+            ) == 0 and time.monotonic() - began < moment:
                 time.sleep(0.002)
             if ended:
                 figures["ended_before"] += 1
@@ -139,7 +158,11 @@ def _whole(path: Path) -> bool:
     cells = read_cells(path)
     found = Counter((cell.variant, cell.batch_size) for cell in cells)
     asked = set(itertools.product(("base", "awq"), BATCHES))
-    return set(found) == asked and set(found.values()) == {1} and all(cell.status == "ok" for cell in cells)
+    return (
+        set(found) == asked
+        and set(found.values()) == {1}
+        and all(cell.status == "ok" for cell in cells)
+    )
 
 
 def killed_workers(rng: random.Random, count: int) -> dict[str, Any]:
@@ -206,13 +229,17 @@ def interleaved_writes(rng: random.Random, count: int) -> dict[str, Any]:
         for _ in range(count):
             figures["tried"] += 1
             cut = rng.randrange(1, len(rows[1]) - 1)
-            path.write_text("\n".join([rows[0], rows[1][:cut] + rows[2] + rows[1][cut:], rows[3], ""]))
+            path.write_text(
+                "\n".join([rows[0], rows[1][:cut] + rows[2] + rows[1][cut:], rows[3], ""])
+            )
             text = path.read_bytes()
             try:
                 Store(path, keep=lambda cell: True)
                 figures["unclear"] += 1
             except LabError as error:
-                figures["unclear"] += not is_one_line(error) or "line 2 is not a record" not in str(error)
+                figures["unclear"] += not is_one_line(error) or "line 2 is not a record" not in str(
+                    error
+                )
             figures["lost"] += path.read_bytes() != text
     return dict(figures)
 
@@ -242,7 +269,9 @@ def full_disk(every: int) -> dict[str, Any]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             found = [Cell.model_validate_json(line) for line in lines(path)]
             figures["lost"] += found != cells[:written]
-            figures["unclear"] += written == len(cells) or not path.read_bytes().endswith((b"\n", b""))
+            figures["unclear"] += written == len(cells) or not path.read_bytes().endswith(
+                (b"\n", b"")
+            )
         for limit in (0, sizes[0] + 1, sum(sizes[:3]) + 1):
             figures["tried"] += 1
             path.unlink(missing_ok=True)
@@ -250,16 +279,23 @@ def full_disk(every: int) -> dict[str, Any]:
         mount = folder / "mount"
         mount.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(mount)]
-        if shutil.which("mount") and subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        if (
+            shutil.which("mount")
+            and subprocess.run(command, capture_output=True, check=False).returncode == 0
+        ):
             try:
                 figures["full_file_systems"] += 1
-                figures.update(_ends_in_a_line(lambda: run(mount / "rows.jsonl"), mount / "rows.jsonl"))
+                figures.update(
+                    _ends_in_a_line(lambda: run(mount / "rows.jsonl"), mount / "rows.jsonl")
+                )
             finally:
                 subprocess.run(["umount", str(mount)], check=True)
     return dict(figures)
 
 
-def _ends_in_a_line(work: Callable[[], object], path: Path, limit: tuple[int, int] | None = None) -> Counter[str]:
+def _ends_in_a_line(
+    work: Callable[[], object], path: Path, limit: tuple[int, int] | None = None
+) -> Counter[str]:
     soft_hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         if limit:
@@ -305,7 +341,9 @@ def out_of_memory(every: int) -> dict[str, Any]:
                 figures["unclear"] += sum(cell.status != "oom" for cell in lost)
                 # A model that does not load beside no other has no cell at all; all else costs one, or none.
                 figures["lost"] += len(lost) > (2 if position < 2 else 1)
-                figures["lost"] += sorted(map(Cell.key, read_cells(path))) != sorted(map(Cell.key, cells))
+                figures["lost"] += sorted(map(Cell.key, read_cells(path))) != sorted(
+                    map(Cell.key, cells)
+                )
     finally:
         worker.load, execution.EXECUTIONS["eager"] = really, plain
     return dict(figures)
@@ -327,13 +365,18 @@ class Bomb:
 def checkpoint(folder: Path) -> Path:
     """The tiny network as a checkpoint with all that a hostile one has beside it: a pickle, and code in `auto_map`."""
     folder.mkdir()
-    model = loading.load(default_source(VARIANTS["base"], "tiny", "auto", CPU), CPU).model
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    model = loading.load(default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU), CPU).model
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        folder / "model.safetensors",
+    )
     config = model.config.to_dict() | {"auto_map": {"AutoModel": "modeling_evil.Evil"}}
     (folder / "config.json").write_text(json.dumps(config))
     mark = folder.parent / "executed"
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
-    (folder / "modeling_evil.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()\n")
+    (folder / "modeling_evil.py").write_text(
+        f"import pathlib; pathlib.Path({str(mark)!r}).touch()\n"
+    )
     return folder
 
 
@@ -358,7 +401,7 @@ def headers(rng: random.Random, flips: int, every: int) -> dict[str, Any]:
                 (source / name).symlink_to(content)
             began = time.monotonic()
             try:
-                loading.load(FolderSource(source), CPU)
+                loading.load(FolderCheckpoint(source), CPU)
                 figures["harmless"] += 1
             except Exception as error:
                 figures["refused"] += is_one_line(error)
@@ -373,10 +416,16 @@ def headers(rng: random.Random, flips: int, every: int) -> dict[str, Any]:
         executed = (folder / "executed").exists()
     figures["unclear"] += slowest > 5
     figures["unclear"] += grown > 2**30
-    return dict(figures) | {"executed": executed, "slowest_s": round(slowest, 2), "grown_bytes": grown}
+    return dict(figures) | {
+        "executed": executed,
+        "slowest_s": round(slowest, 2),
+        "grown_bytes": grown,
+    }
 
 
-def _corruptions(source: Path, rng: random.Random, flips: int) -> Iterator[tuple[str, bytes | Path]]:
+def _corruptions(
+    source: Path, rng: random.Random, flips: int
+) -> Iterator[tuple[str, bytes | Path]]:
     """(file, its new content or where it links to)."""
     file, data = "model.safetensors", (source / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -404,14 +453,37 @@ def _corruptions(source: Path, rng: random.Random, flips: int) -> Iterator[tuple
     for path in _leaves(config):
         for bad in (10**12, -1, 0, "x", None, [], {}, 1e308):
             yield "config.json", json.dumps(_changed(config, path, bad)).encode()
-    quantized = [{"quant_method": "auto-round", "bits": bits, "group_size": 128} for bits in (0, -1, 10**9, "x", None)]
+    quantized = [
+        {"quant_method": "auto-round", "bits": bits, "group_size": 128}
+        for bits in (0, -1, 10**9, "x", None)
+    ]
     for bad in (*quantized, [], 3, {"quant_method": "__import__('os').system('true')"}):
         yield "config.json", json.dumps(config | {"quantization_config": bad}).encode()
-    for bad in (b"", b"[]", b"\xff\xfe", b"[" * 100_000, b"{" * 1000, b'{"model_type": "colqwen3"}', b" " * (65 << 20)):
+    for bad in (
+        b"",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"{" * 1000,
+        b'{"model_type": "colqwen3"}',
+        b" " * (65 << 20),
+    ):
         yield "config.json", bad
-    outside = ("../executed", "/etc/passwd", "..", "", ".", "a/b.safetensors", "..\\x", "pytorch_model.bin")
+    outside = (
+        "../executed",
+        "/etc/passwd",
+        "..",
+        "",
+        ".",
+        "a/b.safetensors",
+        "..\\x",
+        "pytorch_model.bin",
+    )
     for target in (*outside, None, 3, ["x"]):
-        yield "model.safetensors.index.json", json.dumps({"weight_map": {"embedding_proj_layer.bias": target}}).encode()
+        yield (
+            "model.safetensors.index.json",
+            json.dumps({"weight_map": {"embedding_proj_layer.bias": target}}).encode(),
+        )
     for bad in (b"", b"[]", b'{"weight_map": []}', b'{"weight_map": {}}'):
         yield "model.safetensors.index.json", bad
     for bad in (b"", b"garbage", b"{}", b'{"model": {}}', rng.randbytes(10_000), b" " * (65 << 20)):
@@ -437,7 +509,9 @@ def _changed(value: Any, path: tuple[str, ...], new: Any) -> Any:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 # Of the right kind, and at its ends.
@@ -486,8 +560,12 @@ def fuzzed_records(examples: int) -> dict[str, Any]:
         changed = st.tuples(st.sampled_from(paths), json_values | extremes).map(
             lambda one: f"{json.dumps(_changed(row, *one))}\n{json.dumps(other)}\n".encode()
         )
-        schema = st.integers(-5, 5).map(lambda number: (json.dumps(row | {"schema": number}) + "\n").encode())
-        document = json_values.map(lambda value: json.dumps({"results": value, "metadata": value}).encode())
+        schema = st.integers(-5, 5).map(
+            lambda number: (json.dumps(row | {"schema": number}) + "\n").encode()
+        )
+        document = json_values.map(
+            lambda value: json.dumps({"results": value, "metadata": value}).encode()
+        )
         _fuzzed(changed | schema | document | st.binary(max_size=200), take, examples)
     return dict(figures)
 
@@ -497,9 +575,32 @@ def fuzzed_parameters(examples: int) -> dict[str, Any]:
     import colqwen_lab as lab
 
     figures = Counter(tried=0, taken=0, refused=0, lost=0, unclear=0)
-    names = ("size", "workload", "texts", "weights", "execution", "backend", "protocol", "dtype", "ways")
+    names = (
+        "size",
+        "workload",
+        "texts",
+        "weights",
+        "execution",
+        "backend",
+        "protocol",
+        "dtype",
+        "ways",
+    )
     words = st.sampled_from(
-        ["", "auto", "base", "awq", "best", "fast", "eager/lean", "tiny", "../..", "/", "\x00", "😀"]
+        [
+            "",
+            "auto",
+            "base",
+            "awq",
+            "best",
+            "fast",
+            "eager/lean",
+            "tiny",
+            "../..",
+            "/",
+            "\x00",
+            "😀",
+        ]
     )
     values = words | json_values
     options = st.dictionaries(st.sampled_from(names), values, max_size=3)

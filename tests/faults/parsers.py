@@ -13,7 +13,14 @@ def fuzz(seed: int, runs: int) -> dict[str, Any]:
     """Figures of `runs` inputs, in a process of its own, as the fuzzer ends its process; none without atheris."""
     if importlib.util.find_spec("atheris") is None:
         return {"lost": 0, "unclear": 0, "skipped": "atheris is not installed"}
-    command = [sys.executable, "-m", "tests.faults.parsers", f"-runs={runs}", f"-seed={seed}", "-max_len=4096"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults.parsers",
+        f"-runs={runs}",
+        f"-seed={seed}",
+        "-max_len=4096",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     covered = re.findall(r"cov: (\d+)", done.stderr)
     if done.returncode:
@@ -36,9 +43,9 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["colqwen_lab"]):
         from colqwen_lab import records
-        from colqwen_lab.cards import find_card
         from colqwen_lab.errors import BadInput
-        from colqwen_lab.model.variants import resolve_variant
+        from colqwen_lab.hardware import find_card
+        from colqwen_lab.model.config import resolve_variant
 
     warnings.simplefilter("ignore")
     path = Path(tempfile.mkdtemp(prefix="colqwen-lab-parsers-")) / "fuzzed.jsonl"

@@ -11,18 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colqwen_lab.cards import find_card
-from colqwen_lab.errors import Unmet
+from colqwen_lab.errors import MissingRequirement
+from colqwen_lab.hardware import find_card
 from colqwen_lab.measure import cap, worker
 from colqwen_lab.measure import sweep as module
 from colqwen_lab.measure.cap import MARGIN, largest_running, set_cap
-from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.environment import pick_device
 from colqwen_lab.measure.sweep import request, sweep
+from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.records import Cell, read_cells
-from colqwen_lab.runtime import execution
+from colqwen_lab.runtime import eager as execution
 
-QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
+QUICK = StoppingRule(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
 
 
 @given(st.integers(0, 5000), st.integers(1, 4096))
@@ -43,13 +43,15 @@ def test_search_finds_the_edge_to_its_margin(edge: int, limit: int) -> None:
 
 
 def test_a_cap_needs_a_gpu() -> None:
-    with pytest.raises(Unmet, match="there is none here; `colqwen-lab plan` predicts it"):
+    with pytest.raises(
+        MissingRequirement, match="there is none here; `colqwen-lab plan` predicts it"
+    ):
         set_cap(find_card("8"), torch.device("cpu"))
 
 
 def test_a_cap_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cap, "others_on", lambda device, own: 2)
-    with pytest.raises(Unmet, match="other processes are on this GPU"):
+    with pytest.raises(MissingRequirement, match="other processes are on this GPU"):
         set_cap(find_card("8"), torch.device("cuda", 0))
 
 
@@ -86,7 +88,9 @@ def finite(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return device
 
 
-def test_finds_verifies_and_records_the_largest_batch(tmp_path: Path, finite: dict[str, int]) -> None:
+def test_finds_verifies_and_records_the_largest_batch(
+    tmp_path: Path, finite: dict[str, int]
+) -> None:
     (cell,) = cells = run(tmp_path / "rows.jsonl")
     assert (cell.status, cell.batch_size) == ("ok", 10)
     assert cell.card is not None
@@ -103,7 +107,8 @@ def test_cards_and_plain_cells_are_different_rows(tmp_path: Path, finite: dict[s
     finite["edge"] = 40
     assert run(path, card="12")[0].batch_size == 38
     plain = sweep(
-        request("base", "10", weights="random", output=path, patience=QUICK, isolated=False), progress=lambda line: None
+        request("base", "10", weights="random", output=path, patience=QUICK, isolated=False),
+        progress=lambda line: None,
     )
     assert [cell.card and cell.card.name for cell in read_cells(path)] == ["8 GB", "12 GB", None]
     assert plain[0].card is None
@@ -117,7 +122,9 @@ def test_not_even_one(tmp_path: Path, finite: dict[str, int]) -> None:
     assert cell.card.verified_runs == 0
 
 
-def test_a_defect_is_no_edge_of_memory(tmp_path: Path, finite: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_is_no_edge_of_memory(
+    tmp_path: Path, finite: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def forward(model: Any, inputs: Any, use_cache: bool) -> Any:
         if inputs["input_ids"].shape[0] > 4:
             raise ValueError("a shape that does not fit")
@@ -129,7 +136,9 @@ def test_a_defect_is_no_edge_of_memory(tmp_path: Path, finite: dict[str, int], m
     assert "a shape that does not fit" in (cell.reason or "")
 
 
-def test_steps_down_until_all_pass(tmp_path: Path, finite: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_down_until_all_pass(
+    tmp_path: Path, finite: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     really = module.largest_running
 
     def then_less(runs: Any) -> int:

@@ -6,12 +6,14 @@ import torch
 from colqwen_lab.measure.memory import measure
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.records import Memory
-from colqwen_lab.runtime.execution import Steps
-from colqwen_lab.runtime.workloads import query_batches
+from colqwen_lab.runtime.batches import query_batches
+from colqwen_lab.runtime.eager import Steps
 
 
 def peak(loaded: Loaded, batch: int, protocol: str = "lean") -> Memory:
-    batches = query_batches(loaded.model.config, loaded.tokenizer, batch, "report", 64, torch.device("cpu"))
+    batches = query_batches(
+        loaded.model.config, loaded.tokenizer, batch, "report", 64, torch.device("cpu")
+    )
     return measure(loaded, batches.inputs, Steps(loaded.model, batches.inputs, "eager", protocol))
 
 

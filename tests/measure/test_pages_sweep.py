@@ -9,21 +9,33 @@ import pytest
 from PIL import Image
 
 import colqwen_lab as lab
+from colqwen_lab.analysis.results import PAGE_COLUMNS, Results
 from colqwen_lab.errors import BadInput
-from colqwen_lab.measure.clock import Patience
-from colqwen_lab.measure.fleet import matrix
+from colqwen_lab.measure.cluster import matrix
 from colqwen_lab.measure.sweep import request, sweep
+from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.records import Cell, read_cells
-from colqwen_lab.report.series import PAGE_COLUMNS, Results
 
-QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
+QUICK = StoppingRule(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
 
 
 def run(
-    path: Path, model: str = "base", batches: Any = "1", said: list[str] | None = None, **options: Any
+    path: Path,
+    model: str = "base",
+    batches: Any = "1",
+    said: list[str] | None = None,
+    **options: Any,
 ) -> list[Cell]:
-    given = {"workload": "pages", "pages": "64x64", "visual_tokens": 64, "size": "tiny", "weights": "random"}
-    asked = request(model, batches, output=path, **given | {"patience": QUICK, "isolated": False} | options)
+    given = {
+        "workload": "pages",
+        "pages": "64x64",
+        "visual_tokens": 64,
+        "size": "tiny",
+        "weights": "random",
+    }
+    asked = request(
+        model, batches, output=path, **given | {"patience": QUICK, "isolated": False} | options
+    )
     return sweep(asked, progress=(said if said is not None else []).append)
 
 
@@ -41,7 +53,8 @@ def test_other_pages_and_budgets_are_other_cells(path: Path, other: dict[str, An
     assert run(path, **other) == second
     assert read_cells(path) == [*first, *second]
     with pytest.raises(
-        BadInput, match=r"not comparable: .* is tiny pages of 64 visual tokens \(drawn, 64 x 64 pixels\)"
+        BadInput,
+        match=r"not comparable: .* is tiny pages of 64 visual tokens \(drawn, 64 x 64 pixels\)",
     ):
         lab.compare(Results(tuple(first)), Results(tuple(second)))
 
@@ -49,10 +62,14 @@ def test_other_pages_and_budgets_are_other_cells(path: Path, other: dict[str, An
 def test_a_table_of_pages(path: Path) -> None:
     (cell,) = run(path, batches="2")
     (row,) = lab.load(path).table()[[*PAGE_COLUMNS]].to_dict("records")
-    work, towers = cell.workload, cell.towers
-    seconds = (towers.vision_s, towers.decoder_s, work.preprocess_s)
+    work, towers = cell.workload, cell.stages
+    seconds = (towers.vision_encoder_s, towers.language_model_s, work.preprocess_s)
     assert min(seconds) > 0
-    wanted = [cell.items_per_s.median * work.tokens, *(1e3 * one for one in seconds), work.tokens * 320 * 2 / 1e3]
+    wanted = [
+        cell.items_per_s.median * work.tokens,
+        *(1e3 * one for one in seconds),
+        work.tokens * 320 * 2 / 1e3,
+    ]
     assert [*row.values()] == pytest.approx(wanted, rel=0.01)
     assert (work.kind, work.visual_tokens, work.distinct, work.refused) == ("pages", 64, 4, 0)
 
@@ -81,7 +98,11 @@ def test_a_folder_goes_on_past_files_that_cannot_be_read(path: Path, tmp_path: P
 
 
 def test_texts_are_of_queries_alone() -> None:
-    with pytest.raises(BadInput, match="texts are of workload queries, not pages; valid: workload queries"):
+    with pytest.raises(
+        BadInput, match="texts are of workload queries, not pages; valid: workload queries"
+    ):
         request("base", "1", workload="pages", texts="natural")
-    queries, pages = matrix("base", "1", workload="queries,pages", texts="natural", visual_tokens=64)
+    queries, pages = matrix(
+        "base", "1", workload="queries,pages", texts="natural", visual_tokens=64
+    )
     assert (queries.texts, pages.texts, pages.visual_tokens) == ("natural", "report", 64)

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from colqwen_lab.errors import Unmet
+from colqwen_lab.errors import MissingRequirement
 from colqwen_lab.measure import worker
-from colqwen_lab.measure.clock import Patience
 from colqwen_lab.measure.sweep import request, sweep
+from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.measure.worker import Remote, failure_of
 from colqwen_lab.records import Cell, read_cells
 
-QUICK = Patience(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
+QUICK = StoppingRule(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
 
 
 def run(path: Path, model: str = "base,awq", batches: str = "1,2", **options: Any) -> list[Cell]:
@@ -51,22 +51,30 @@ def send(number: int) -> Callable[[Remote], None]:
 
 
 def test_the_same_rows_as_in_one_process(tmp_path: Path) -> None:
-    ways = {"ways": "eager/lean/torch,eager/published/torch,fast", "control": True, "backend": "auto"}
+    ways = {
+        "ways": "eager/lean/torch,eager/published/torch,fast",
+        "control": True,
+        "backend": "auto",
+    }
     apart = run(tmp_path / "apart.jsonl", batches="2", **ways)
     together = run(tmp_path / "together.jsonl", batches="2", isolated=False, **ways)
 
     def untimed(cell: Cell) -> dict[str, Any]:
-        return cell.model_dump(exclude={"step_s", "control_s", "items_per_s", "timing", "environment", "notes"})
+        return cell.model_dump(
+            exclude={"step_s", "control_s", "items_per_s", "timing", "environment", "interference"}
+        )
 
     assert [untimed(cell) for cell in apart] == [untimed(cell) for cell in together]
-    assert [cell.timing and cell.timing.ways_in_turn for cell in apart] == [
-        cell.timing and cell.timing.ways_in_turn for cell in together
+    assert [cell.timing and cell.timing.interleaved_configurations for cell in apart] == [
+        cell.timing and cell.timing.interleaved_configurations for cell in together
     ]
     assert [bool(cell.control_s) for cell in apart] == [bool(cell.control_s) for cell in together]
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="libraries on a GPU keep memory of their own")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="libraries on a GPU keep memory of their own"
+)
 @pytest.mark.parametrize("way", ["fast", "eager/lean/auto"])
 def test_a_peak_does_not_depend_on_what_was_measured_before(way: str, tmp_path: Path) -> None:
     (alone,) = run(tmp_path / "alone.jsonl", "base", "2", size="tiny", ways=way, backend="auto")
@@ -84,23 +92,32 @@ def test_a_killed_process_costs_one_cell_at_most(
     cells = run(tmp_path / "rows.jsonl")
     lost = [cell for cell in cells if cell.status != "ok"]
     assert len(lost) == (at[0] != "load")
-    assert all(cell.status == "failed" and "its process ended: signal 9 (SIGKILL" in cell.reason for cell in lost)
+    assert all(
+        cell.status == "failed" and "its process ended: signal 9 (SIGKILL" in cell.reason
+        for cell in lost
+    )
     assert read_cells(tmp_path / "rows.jsonl") == cells
     before.clear()
     again = run(tmp_path / "rows.jsonl")
     assert [cell.status for cell in again] == ["ok"] * 4
-    assert [cell for cell in cells if cell.status == "ok"] == [cell for cell in again if cell in cells]
+    assert [cell for cell in cells if cell.status == "ok"] == [
+        cell for cell in again if cell in cells
+    ]
 
 
 def test_ways_that_share_a_killed_process_are_timed_in_another(
     tmp_path: Path, before: dict[tuple[str, int], Callable[[Remote], None]]
 ) -> None:
     before["turn", 5] = send(signal.SIGKILL)
-    cells = run(tmp_path / "rows.jsonl", "base", "1", ways="eager/lean,eager/published", backend="auto")
+    cells = run(
+        tmp_path / "rows.jsonl", "base", "1", ways="eager/lean,eager/published", backend="auto"
+    )
     assert sorted(cell.status for cell in cells) == ["failed", "ok"]
 
 
-def test_a_process_that_cannot_start_is_a_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_start_is_a_failed_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def start(self: Any) -> None:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
@@ -113,7 +130,9 @@ def test_a_process_that_cannot_start_is_a_failed_row(tmp_path: Path, monkeypatch
 
 
 def test_a_process_that_hangs_is_ended(
-    tmp_path: Path, before: dict[tuple[str, int], Callable[[Remote], None]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    before: dict[tuple[str, int], Callable[[Remote], None]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def hang(one: Remote) -> None:
         send(signal.SIGSTOP)(one)
@@ -128,7 +147,7 @@ def test_a_process_that_hangs_is_ended(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be able to")
 def test_an_unmet_need_of_a_process_is_the_sweep_s(tmp_path: Path) -> None:
-    with pytest.raises(Unmet, match="kernel fp8 needs a CUDA GPU"):
+    with pytest.raises(MissingRequirement, match="kernel fp8 needs a CUDA GPU"):
         run(tmp_path / "rows.jsonl", "base", ways="fast/lean/fp8", backend="auto")
     assert not multiprocessing.active_children()
 

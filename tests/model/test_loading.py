@@ -14,14 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.model import checkpoint as loading_weights
 from colqwen_lab.model import loading
-from colqwen_lab.model import weights as loading_weights
-from colqwen_lab.model.architecture import SIZES
+from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
+from colqwen_lab.model.config import SIZES, VARIANTS, resolve_variant
+from colqwen_lab.model.inputs import encode_queries, read_tokenizer
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
-from colqwen_lab.model.processing import encode_queries, read_tokenizer
-from colqwen_lab.model.variants import VARIANTS, resolve_variant
-from colqwen_lab.model.weights import FolderSource, default_source
 
 CPU = torch.device("cpu")
 LAYER = "vlm.model.language_model.layers.1.mlp.up_proj"
@@ -30,7 +29,7 @@ Edit = Callable[..., Path]
 
 
 def load(folder: Path, **options: Any) -> loading.Loaded:
-    return loading.load(FolderSource(folder), CPU, **options)
+    return loading.load(FolderCheckpoint(folder), CPU, **options)
 
 
 def embed(loaded: loading.Loaded) -> torch.Tensor:
@@ -64,18 +63,22 @@ def test_sharded_folder_loads(base_folder: Path, tmp_path: Path, tiny: loading.L
     torch.testing.assert_close(embed(load(folder)), embed(tiny), rtol=0, atol=0)
     index["weight_map"][names[0]] = "../base/model.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(Unmet, match="outside its folder"):
+    with pytest.raises(MissingRequirement, match="outside its folder"):
         load(folder)
 
 
-def test_half_precision_checkpoint_is_cast(base_folder: Path, edited: Edit, tiny: loading.Loaded) -> None:
+def test_half_precision_checkpoint_is_cast(
+    base_folder: Path, edited: Edit, tiny: loading.Loaded
+) -> None:
     folder = edited(base_folder, tensors=lambda t: t.update({k: v.half() for k, v in t.items()}))
     assert load(folder).dtype == "bfloat16"
     assert load(folder, dtype="float16").dtype == "float16"
 
 
 def test_the_8b_s_unused_head_is_left_out_and_said(base_folder: Path, edited: Edit) -> None:
-    folder = edited(base_folder, tensors=lambda t: t.update({"vlm.lm_head.weight": torch.zeros(1536, 128)}))
+    folder = edited(
+        base_folder, tensors=lambda t: t.update({"vlm.lm_head.weight": torch.zeros(1536, 128)})
+    )
     assert load(folder).left_out == ("vlm.lm_head.weight",)
 
 
@@ -92,9 +95,20 @@ def test_every_packing_loads_onto_a_real_kernel(format: str, packed: Callable[[s
 
 
 def test_awq_checkpoint_is_the_same_codes_in_another_packing(packed: Callable[[str], Path]) -> None:
-    assert json.loads((packed("auto_awq") / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
-    assert load_file(packed("auto_awq") / "model.safetensors")[f"{LAYER}.qweight"].shape == (128, 32)
-    assert load_file(packed("auto_gptq") / "model.safetensors")[f"{LAYER}.qweight"].shape == (16, 256)
+    assert (
+        json.loads((packed("auto_awq") / "config.json").read_text())["quantization_config"][
+            "quant_method"
+        ]
+        == "awq"
+    )
+    assert load_file(packed("auto_awq") / "model.safetensors")[f"{LAYER}.qweight"].shape == (
+        128,
+        32,
+    )
+    assert load_file(packed("auto_gptq") / "model.safetensors")[f"{LAYER}.qweight"].shape == (
+        16,
+        256,
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,19 +117,33 @@ def test_awq_checkpoint_is_the_same_codes_in_another_packing(packed: Callable[[s
         (lambda t: t.pop(f"{LAYER}.weight"), f"missing {LAYER}.weight"),
         (lambda t: t.pop("embedding_proj_layer.bias"), "missing embedding_proj_layer.bias"),
         (lambda t: t.update({"vlm.extra": torch.zeros(2)}), "unexpected vlm.extra"),
-        (lambda t: t.update({"vlm\nx\x1b[2J" + "y" * 10**5: torch.zeros(2)}), r"unexpected vlm x\[2Jy{50,300}$"),
-        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 64)}), rf"{LAYER}.weight has shape \[256, 64\]"),
-        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128, dtype=torch.int32)}), "is I32, not"),
-        (lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128).double()}), "is F64; valid: BF16"),
+        (
+            lambda t: t.update({"vlm\nx\x1b[2J" + "y" * 10**5: torch.zeros(2)}),
+            r"unexpected vlm x\[2Jy{50,300}$",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 64)}),
+            rf"{LAYER}.weight has shape \[256, 64\]",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128, dtype=torch.int32)}),
+            "is I32, not",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128).double()}),
+            "is F64; valid: BF16",
+        ),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(base_folder: Path, edited: Edit, change: Any, says: str) -> None:
-    with pytest.raises(Unmet, match=says):
+def test_a_tensor_that_does_not_fit_is_named(
+    base_folder: Path, edited: Edit, change: Any, says: str
+) -> None:
+    with pytest.raises(MissingRequirement, match=says):
         load(edited(base_folder, tensors=change))
 
 
 def test_many_problems_are_counted(base_folder: Path, edited: Edit) -> None:
-    with pytest.raises(Unmet, match=r"missing .* and \d+ more"):
+    with pytest.raises(MissingRequirement, match=r"missing .* and \d+ more"):
         load(edited(base_folder, tensors=lambda t: [t.pop(name) for name in list(t)[:20]]))
 
 
@@ -124,11 +152,15 @@ def test_truncated_file_is_named(base_folder: Path, edited: Edit, keep: int) -> 
     folder = edited(base_folder)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(Unmet, match=r"model\.safetensors is missing, truncated or not safetensors"):
+    with pytest.raises(
+        MissingRequirement, match=r"model\.safetensors is missing, truncated or not safetensors"
+    ):
         load(folder)
 
 
-def test_links_out_of_the_folder_are_refused_but_for_the_hub_s_own(base_folder: Path, tmp_path: Path) -> None:
+def test_links_out_of_the_folder_are_refused_but_for_the_hub_s_own(
+    base_folder: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "models--x" / "snapshots" / "abc"
     blobs = tmp_path / "models--x" / "blobs"
     for made in (folder, blobs):
@@ -141,7 +173,7 @@ def test_links_out_of_the_folder_are_refused_but_for_the_hub_s_own(base_folder: 
         link = (folder / name).readlink()
         (folder / name).unlink()
         (folder / name).symlink_to(base_folder / name)
-        with pytest.raises(Unmet, match=f"{name} points outside its folder"):
+        with pytest.raises(MissingRequirement, match=f"{name} points outside its folder"):
             load(folder)
         (folder / name).unlink()
         (folder / name).symlink_to(link)
@@ -150,16 +182,28 @@ def test_links_out_of_the_folder_are_refused_but_for_the_hub_s_own(base_folder: 
 @pytest.mark.parametrize(
     ("part", "change", "says"),
     [
-        ("text_config", {"num_hidden_layers": 10**12}, "describes a network that its files do not hold"),
-        ("text_config", {"intermediate_size": 10**9}, "describes a network that its files do not hold"),
-        ("vision_config", {"intermediate_size": 10**9}, "describes a network that its files do not hold"),
+        (
+            "text_config",
+            {"num_hidden_layers": 10**12},
+            "describes a network that its files do not hold",
+        ),
+        (
+            "text_config",
+            {"intermediate_size": 10**9},
+            "describes a network that its files do not hold",
+        ),
+        (
+            "vision_config",
+            {"intermediate_size": 10**9},
+            "describes a network that its files do not hold",
+        ),
         ("text_config", {"head_dim": 0}, "is not the configuration of a ColQwen3"),
     ],
 )
 def test_no_memory_is_reserved_for_what_the_files_do_not_hold(
     base_folder: Path, edited: Edit, part: str, change: dict[str, int], says: str
 ) -> None:
-    with pytest.raises(Unmet, match=says):
+    with pytest.raises(MissingRequirement, match=says):
         load(edited(base_folder, config=lambda c: c[part].update(change)))
 
 
@@ -167,30 +211,34 @@ def test_a_header_that_claims_too_much_is_named(base_folder: Path, edited: Edit)
     folder = edited(base_folder)
     file = folder / "model.safetensors"
     file.write_bytes((10**15).to_bytes(8, "little") + file.read_bytes()[8:])
-    with pytest.raises(Unmet, match=r"model\.safetensors is missing, truncated or not safetensors"):
+    with pytest.raises(
+        MissingRequirement, match=r"model\.safetensors is missing, truncated or not safetensors"
+    ):
         load(folder)
     with (folder / "tokenizer.json").open("ab") as grown:
         grown.truncate(loading_weights.TOKENIZER_BYTES + 1)
     file.write_bytes((base_folder / file.name).read_bytes())
-    with pytest.raises(Unmet, match=r"tokenizer\.json has \d+ bytes; valid: up to"):
+    with pytest.raises(MissingRequirement, match=r"tokenizer\.json has \d+ bytes; valid: up to"):
         load(folder)
     (folder / "config.json").write_bytes(b" " * (loading_weights.JSON_BYTES + 1))
-    with pytest.raises(Unmet, match=r"config\.json has \d+ bytes; valid: up to"):
+    with pytest.raises(MissingRequirement, match=r"config\.json has \d+ bytes; valid: up to"):
         load(folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+)
 def test_only_files_are_read(name: str, base_folder: Path, edited: Edit) -> None:
     """A pipe would be waited for."""
     folder = edited(base_folder)
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(Unmet, match=f"{name} is not a file"):
+    with pytest.raises(MissingRequirement, match=f"{name} is not a file"):
         load(folder)
     (folder / name).unlink()
     (folder / name).symlink_to(name)
     if name in ("config.json", "model.safetensors"):
-        with pytest.raises(Unmet, match=name):
+        with pytest.raises(MissingRequirement, match=name):
             load(folder)
 
 
@@ -198,15 +246,34 @@ def test_only_files_are_read(name: str, base_folder: Path, edited: Edit) -> None
 def test_an_index_names_files(name: str, base_folder: Path, edited: Edit) -> None:
     folder = edited(base_folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    with pytest.raises(Unmet, match=r"^.{,400}$"):
+    with pytest.raises(MissingRequirement, match=r"^.{,400}$"):
         load(folder)
 
 
 @pytest.mark.parametrize(
     ("change", "taken"),
     [
-        ({"padding": {"strategy": {"Fixed": 20_000_000}, "direction": "Right", "pad_to_multiple_of": None}}, True),
-        ({"truncation": {"max_length": 1, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}}, True),
+        (
+            {
+                "padding": {
+                    "strategy": {"Fixed": 20_000_000},
+                    "direction": "Right",
+                    "pad_to_multiple_of": None,
+                }
+            },
+            True,
+        ),
+        (
+            {
+                "truncation": {
+                    "max_length": 1,
+                    "stride": 0,
+                    "strategy": "LongestFirst",
+                    "direction": "Right",
+                }
+            },
+            True,
+        ),
         ({"normalizer": {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}}, False),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}, False),
         ({"normalizer": None}, True),
@@ -222,16 +289,18 @@ def test_a_tokenizer_neither_pads_nor_cuts_nor_rewrites(
     (folder / "tokenizer.json").write_text(json.dumps(changed))
     if taken:
         tokenizer, plain = (read_tokenizer(one / "tokenizer.json") for one in (folder, base_folder))
-        assert encode_queries(tokenizer, ["where is the tree?"]) == encode_queries(plain, ["where is the tree?"])
+        assert encode_queries(tokenizer, ["where is the tree?"]) == encode_queries(
+            plain, ["where is the tree?"]
+        )
     else:
-        with pytest.raises(Unmet, match=r"has a normalizer .*; valid: NFC, or none"):
+        with pytest.raises(MissingRequirement, match=r"has a normalizer .*; valid: NFC, or none"):
             load(folder)
 
 
 def test_pickled_weights_are_never_read(base_folder: Path, edited: Edit) -> None:
     folder = edited(base_folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(Unmet, match=r"model\.safetensors is missing"):
+    with pytest.raises(MissingRequirement, match=r"model\.safetensors is missing"):
         load(folder)
 
 
@@ -239,49 +308,79 @@ def test_pickled_weights_are_never_read(base_folder: Path, edited: Edit) -> None
     ("change", "says"),
     [
         (lambda c: c.update(model_type="qwen3_vl"), "model_type is 'qwen3_vl'"),
-        (lambda c: c.update(model_type="x" * 10**6), "^.{,300}model_type is 'x{,100}, not 'colqwen3'$"),
-        (lambda c: c["vision_config"].update(deepstack_visual_indexes=[0] * 80_000), "files do not hold"),
-        (lambda c: c["vision_config"].update(deepstack_visual_indexes=list(range(80_000))), "files do not hold"),
-        (lambda c: c["text_config"].update(hidden_size="wide"), "not the configuration of a ColQwen3"),
-        (lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "bits": 4}), "valid packings"),
+        (
+            lambda c: c.update(model_type="x" * 10**6),
+            "^.{,300}model_type is 'x{,100}, not 'colqwen3'$",
+        ),
+        (
+            lambda c: c["vision_config"].update(deepstack_visual_indexes=[0] * 80_000),
+            "files do not hold",
+        ),
+        (
+            lambda c: c["vision_config"].update(deepstack_visual_indexes=list(range(80_000))),
+            "files do not hold",
+        ),
+        (
+            lambda c: c["text_config"].update(hidden_size="wide"),
+            "not the configuration of a ColQwen3",
+        ),
+        (
+            lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "bits": 4}),
+            "valid packings",
+        ),
     ],
 )
-def test_a_wrong_configuration_is_named(base_folder: Path, edited: Edit, change: Any, says: str) -> None:
-    with pytest.raises(Unmet, match=says):
+def test_a_wrong_configuration_is_named(
+    base_folder: Path, edited: Edit, change: Any, says: str
+) -> None:
+    with pytest.raises(MissingRequirement, match=says):
         load(edited(base_folder, config=change))
 
 
 def test_not_a_checkpoint_folder(tmp_path: Path) -> None:
-    with pytest.raises(Unmet, match=r"has no config\.json"):
-        FolderSource(tmp_path)
+    with pytest.raises(MissingRequirement, match=r"has no config\.json"):
+        FolderCheckpoint(tmp_path)
     (tmp_path / "config.json").write_text("[1")
-    with pytest.raises(Unmet, match="cannot be read"):
-        FolderSource(tmp_path)
+    with pytest.raises(MissingRequirement, match="cannot be read"):
+        FolderCheckpoint(tmp_path)
 
 
-def test_blocks_that_match_nothing_are_an_error(packed: Callable[[str], Path], edited: Edit) -> None:
+def test_blocks_that_match_nothing_are_an_error(
+    packed: Callable[[str], Path], edited: Edit
+) -> None:
     """AutoRound would go on with freshly drawn 16-bit linears."""
     folder = edited(
-        packed("auto_round"), config=lambda c: c["quantization_config"].update(block_name_to_quantize="model.layers")
+        packed("auto_round"),
+        config=lambda c: c["quantization_config"].update(block_name_to_quantize="model.layers"),
     )
-    with pytest.raises(Unmet, match="matches no layer"):
+    with pytest.raises(MissingRequirement, match="matches no layer"):
         load(folder)
 
 
-def test_a_packing_that_no_kernel_serves_is_an_error(packed: Callable[[str], Path], edited: Edit) -> None:
+def test_a_packing_that_no_kernel_serves_is_an_error(
+    packed: Callable[[str], Path], edited: Edit
+) -> None:
     """AutoRound would choose its fake backend, or end the process."""
     folder = edited(
-        packed("auto_round"), config=lambda c: c["quantization_config"].update(packing_format="auto_round:nowhere")
+        packed("auto_round"),
+        config=lambda c: c["quantization_config"].update(packing_format="auto_round:nowhere"),
     )
-    with pytest.raises(Unmet, match="no installed kernel for 4-bit weights of group 128 in packing auto_round:nowhere"):
+    with pytest.raises(
+        MissingRequirement,
+        match="no installed kernel for 4-bit weights of group 128 in packing auto_round:nowhere",
+    ):
         load(folder)
-    with pytest.raises(Unmet, match=r"backend torch has no installed kernel .* auto_round_kernel_awq"):
+    with pytest.raises(
+        MissingRequirement, match=r"backend torch has no installed kernel .* auto_round_kernel_awq"
+    ):
         load(packed("auto_awq"), backend="torch")
 
 
 def test_asymmetric_codes_have_no_fallback(packed: Callable[[str], Path], edited: Edit) -> None:
-    folder = edited(packed("auto_round"), config=lambda c: c["quantization_config"].update(sym=False))
-    with pytest.raises(Unmet, match="backend torch has no installed kernel"):
+    folder = edited(
+        packed("auto_round"), config=lambda c: c["quantization_config"].update(sym=False)
+    )
+    with pytest.raises(MissingRequirement, match="backend torch has no installed kernel"):
         load(folder, backend="torch")
 
 
@@ -289,9 +388,13 @@ def zeros(word: int) -> Callable[[dict[str, torch.Tensor]], Any]:
     return lambda t: [value.fill_(word) for name, value in t.items() if name.endswith("qzeros")]
 
 
-def test_zero_points_of_symmetric_codes_must_be_the_middle(packed: Callable[[str], Path], edited: Edit) -> None:
+def test_zero_points_of_symmetric_codes_must_be_the_middle(
+    packed: Callable[[str], Path], edited: Edit
+) -> None:
     """Kernels for symmetric codes do not read them: the checkpoint would load and be wrong."""
-    with pytest.raises(Unmet, match=r"qzeros holds zero points, but the codes are symmetric"):
+    with pytest.raises(
+        MissingRequirement, match=r"qzeros holds zero points, but the codes are symmetric"
+    ):
         load(edited(packed("auto_round"), tensors=zeros(0x33333333)), backend="torch")
 
 
@@ -302,7 +405,9 @@ def test_autoawq_s_zero_point_is_asymmetric(packed: Callable[[str], Path], edite
 
     shifted = load(edited(packed("auto_awq"), tensors=zeros(0x33333333), config=autoawq))
     plain = load(packed("auto_awq"))
-    assert torch.cosine_similarity(embed(shifted), embed(plain), dim=-1).mean() < 0.9, "the zeros count"
+    assert torch.cosine_similarity(embed(shifted), embed(plain), dim=-1).mean() < 0.9, (
+        "the zeros count"
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,7 +417,9 @@ def test_autoawq_s_zero_point_is_asymmetric(packed: Callable[[str], Path], edite
         lambda q: q.update(checkpoint_format="gptq_v2"),
         lambda q: q.update(bits="four"),
         lambda q: q.update(quant_method=None),
-        lambda q: q.update(bits="x", packing_format="auto_round:auto_gptq", quant_method="auto-round"),
+        lambda q: q.update(
+            bits="x", packing_format="auto_round:auto_gptq", quant_method="auto-round"
+        ),
         lambda q: q.update(extra_config={"(": {"bits": 16}}),
         lambda q: q.update(extra_config={"(a+)+$": {"bits": 16}}),
         lambda q: q.update(extra_config={"a.*b.*c.*d.*": {"bits": 16}}),
@@ -329,7 +436,7 @@ def test_autoawq_s_zero_point_is_asymmetric(packed: Callable[[str], Path], edite
 def test_a_quantisation_that_cannot_be_loaded_is_one_line(
     packed: Callable[[str], Path], edited: Edit, change: Any
 ) -> None:
-    with pytest.raises(Unmet) as caught:
+    with pytest.raises(MissingRequirement) as caught:
         load(edited(packed("auto_gptq"), config=lambda c: change(c["quantization_config"])))
     assert "\n" not in str(caught.value)
 
@@ -353,17 +460,21 @@ def test_layers_that_a_quantisation_keeps_are_kept(
             tensors.pop(part, None)
         tensors[f"{LAYER}.weight"] = torch.zeros(256, 128)
 
-    folder = edited(packed("auto_gptq"), tensors=unpack, config=lambda c: c["quantization_config"].update({key: value}))
+    folder = edited(
+        packed("auto_gptq"),
+        tensors=unpack,
+        config=lambda c: c["quantization_config"].update({key: value}),
+    )
     assert load(folder, backend="torch").engaged["torch.nn.Linear"] == 1
 
 
 def test_quantization_config_must_be_an_object(packed: Callable[[str], Path], edited: Edit) -> None:
-    with pytest.raises(Unmet, match="quantization_config is not an object"):
+    with pytest.raises(MissingRequirement, match="quantization_config is not an object"):
         load(edited(packed("auto_gptq"), config=lambda c: c.update(quantization_config="x")))
 
 
 def test_the_source_s_configuration_stays_its_own(packed: Callable[[str], Path]) -> None:
-    source = FolderSource(packed("auto_round"))
+    source = FolderCheckpoint(packed("auto_round"))
     loading.load(source, CPU, "torch")
     assert not hasattr(source.config, "quantization_config")
 
@@ -381,7 +492,7 @@ def test_fake_backend_is_refused_by_name_and_on_the_module(packed: Callable[[str
 
     fake = FakeActQuantLinear.from_original(QuantizationScheme.from_dict(scheme), original)
     loaded.model.set_submodule(LAYER, fake)
-    with pytest.raises(Unmet, match="fake backend"):
+    with pytest.raises(MissingRequirement, match="fake backend"):
         loading.engaged_kernels(loaded.model, ["auto_round:torch_zp"])
     loaded.model.set_submodule(LAYER, layer)
 
@@ -395,11 +506,14 @@ def test_engaged_is_read_off_the_modules(packed: Callable[[str], Path]) -> None:
     }
 
 
-def test_a_reordered_group_index_is_not_ignored(packed: Callable[[str], Path], edited: Edit) -> None:
+def test_a_reordered_group_index_is_not_ignored(
+    packed: Callable[[str], Path], edited: Edit
+) -> None:
     folder = edited(
-        packed("auto_gptq"), tensors=lambda t: t.update({f"{LAYER}.g_idx": t[f"{LAYER}.g_idx"].flip(0) + 1})
+        packed("auto_gptq"),
+        tensors=lambda t: t.update({f"{LAYER}.g_idx": t[f"{LAYER}.g_idx"].flip(0) + 1}),
     )
-    with pytest.raises(Unmet, match=f"unexpected {LAYER}.g_idx"):
+    with pytest.raises(MissingRequirement, match=f"unexpected {LAYER}.g_idx"):
         load(folder)
 
 
@@ -420,7 +534,7 @@ def test_an_odd_group_index_is_unexpected(
         tensors=lambda t: t.update({f"{LAYER}.g_idx": index}),
         config=lambda c: c["quantization_config"].update(config),
     )
-    with pytest.raises(Unmet, match=r"unexpected .*g_idx|cannot be loaded"):
+    with pytest.raises(MissingRequirement, match=r"unexpected .*g_idx|cannot be loaded"):
         load(folder)
 
 
@@ -441,7 +555,8 @@ def test_backend_for_plain_weights(base_folder: Path) -> None:
 def test_random_weights_run_and_depend_on_the_seed_alone(scheme: str | None) -> None:
     variant = resolve_variant(scheme or "base")
     first, again, other = (
-        loading.load(default_source(variant, "tiny", "random", CPU, seed), CPU, backend="torch") for seed in (1, 1, 2)
+        loading.load(default_checkpoint(variant, "tiny", "random", CPU, seed), CPU, backend="torch")
+        for seed in (1, 1, 2)
     )
     torch.testing.assert_close(embed(first), embed(again), rtol=0, atol=0)
     assert not torch.allclose(embed(first), embed(other), atol=1e-2)
@@ -455,7 +570,9 @@ def test_random_codes_dequantise_to_the_spread_of_random_weights(scheme: str) ->
     """And to their mean, zero: else a deep network turns every token the same way."""
     from colqwen_lab.model.quantize import dequantized
 
-    loaded = loading.load(default_source(resolve_variant(scheme), "tiny", "random", CPU), CPU, backend="torch")
+    loaded = loading.load(
+        default_checkpoint(resolve_variant(scheme), "tiny", "random", CPU), CPU, backend="torch"
+    )
     weight = dequantized(loaded.model.get_submodule(LAYER), 128, CPU).float()
     assert weight.shape == (256, 128)
     assert weight.std() == pytest.approx(0.02, rel=0.03)
@@ -464,10 +581,12 @@ def test_random_codes_dequantise_to_the_spread_of_random_weights(scheme: str) ->
 
 def test_4b_skeleton_counts_the_published_bytes() -> None:
     """3,336.2 MiB with packed zeros of 13.6 MiB more; source: the project's facts."""
-    source = default_source(VARIANTS["awq"], "4b", "random", CPU)
+    source = default_checkpoint(VARIANTS["awq"], "4b", "random", CPU)
     model, used = loading.skeleton(source.config, source.quantization, CPU, backend="torch")
     sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-    packed_bytes = sum(size for name, size in sizes.items() if name.rsplit(".", 1)[-1] in ("qweight", "scales"))
+    packed_bytes = sum(
+        size for name, size in sizes.items() if name.rsplit(".", 1)[-1] in ("qweight", "scales")
+    )
     zeros = sum(size for name, size in sizes.items() if name.endswith("qzeros"))
     assert packed_bytes / 2**20 == pytest.approx(1786.6, abs=0.05)
     assert (packed_bytes + zeros) / 2**20 == pytest.approx(1800.2, abs=0.05)
@@ -477,18 +596,21 @@ def test_4b_skeleton_counts_the_published_bytes() -> None:
 
 def test_no_network_says_what_to_do() -> None:
     with pytest.raises(
-        Unmet, match=r"hf download TomoroAI/tomoro-colqwen3-embed-4b --revision 6a32fb.*--weights random"
+        MissingRequirement,
+        match=r"hf download TomoroAI/tomoro-colqwen3-embed-4b --revision 6a32fb.*--weights random",
     ):
-        default_source(VARIANTS["base"], "4b", "auto", CPU)
-    with pytest.raises(Unmet, match="no hub repository is known for awq at size tiny"):
-        default_source(VARIANTS["awq"], "tiny", "hub", CPU)
+        default_checkpoint(VARIANTS["base"], "4b", "auto", CPU)
+    with pytest.raises(MissingRequirement, match="no hub repository is known for awq at size tiny"):
+        default_checkpoint(VARIANTS["awq"], "tiny", "hub", CPU)
 
 
-def test_hub_revision_is_recorded(base_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_revision_is_recorded(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Over the hub library's own cache layout, found without a network: a pinned commit, and a branch resolved."""
     from huggingface_hub import constants
 
-    from colqwen_lab.model.weights import Repository, hub_folder
+    from colqwen_lab.model.checkpoint import Repository, hub_folder
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     pinned, branch = VARIANTS["base"].hub["4b"], Repository("someone/else")
@@ -497,19 +619,26 @@ def test_hub_revision_is_recorded(base_folder: Path, monkeypatch: pytest.MonkeyP
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     assert hub_folder(branch)[1] == "0" * 40
-    shutil.copytree(base_folder, tmp_path / "models--TomoroAI--tomoro-colqwen3-embed-4b/snapshots" / pinned.revision)
-    source = default_source(VARIANTS["base"], "4b", "hub", CPU)
+    shutil.copytree(
+        base_folder,
+        tmp_path / "models--TomoroAI--tomoro-colqwen3-embed-4b/snapshots" / pinned.revision,
+    )
+    source = default_checkpoint(VARIANTS["base"], "4b", "hub", CPU)
     assert source.label == f"hub:{pinned.name}@{pinned.revision}"
     assert source.size == "tiny"
 
 
 def test_size_is_told_from_the_configuration(base_folder: Path, edited: Edit) -> None:
-    assert FolderSource(base_folder).size == "tiny"
+    assert FolderCheckpoint(base_folder).size == "tiny"
     assert (
-        FolderSource(edited(base_folder, config=lambda c: c["text_config"].update(num_hidden_layers=3))).size
+        FolderCheckpoint(
+            edited(base_folder, config=lambda c: c["text_config"].update(num_hidden_layers=3))
+        ).size
         == "custom"
     )
-    assert {default_source(VARIANTS["base"], size, "random", CPU).size for size in SIZES} == set(SIZES)
+    assert {
+        default_checkpoint(VARIANTS["base"], size, "random", CPU).size for size in SIZES
+    } == set(SIZES)
 
 
 class _Counted:
@@ -531,14 +660,18 @@ class _Counted:
 
 
 @pytest.mark.parametrize("format", ["base", "auto_round"])
-def test_loading_streams_to_the_device(format: str, base_folder: Path, packed: Callable[[str], Path]) -> None:
+def test_loading_streams_to_the_device(
+    format: str, base_folder: Path, packed: Callable[[str], Path]
+) -> None:
     """With a device that is not the host, the host holds one tensor at a time."""
-    source = FolderSource(base_folder if format == "base" else packed(format))
+    source = FolderCheckpoint(base_folder if format == "base" else packed(format))
     (file,) = set(source.files.values())
     counted = _Counted(file)
     source.files = dict.fromkeys(source.files, counted)  # type: ignore[arg-type]
     meta = torch.device("meta")
-    model, _ = loading.skeleton(source.config, source.quantization, CPU, "torch" if source.quantization else "auto")
+    model, _ = loading.skeleton(
+        source.config, source.quantization, CPU, "torch" if source.quantization else "auto"
+    )
     loading.fill(model, source, meta)
     assert counted.most == max(like.nbytes for like in model.state_dict().values())
     assert counted.live == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen3VLModel
 
-from colqwen_lab.model.architecture import SIZES, resolve_size
+from colqwen_lab.model.config import SIZES, resolve_size
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config, empty_network, is_text_linear
 
 MIB = 2**20
@@ -52,7 +52,9 @@ def test_parameter_counts_are_the_published_ones() -> None:
 def test_parts_of_the_4b() -> None:
     model = empty_network(ColQwen3Config.of_size("4b"), torch.bfloat16)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    linears = {name: size for name, size in sizes.items() if is_text_linear(name.removesuffix(".weight"))}
+    linears = {
+        name: size for name, size in sizes.items() if is_text_linear(name.removesuffix(".weight"))
+    }
     assert len(linears) == 252
     assert sum(linears.values()) == 3_633_315_840
     assert sizes["vlm.model.language_model.embed_tokens.weight"] == 388_956_160
@@ -60,7 +62,9 @@ def test_parts_of_the_4b() -> None:
     assert sizes["embedding_proj_layer.weight"] + sizes["embedding_proj_layer.bias"] == 819_520
     assert {name.split(".")[0] for name in sizes} == {"vlm", "embedding_proj_layer"}
     buffers = dict(model.named_buffers())
-    assert all(buffer.dtype == torch.float32 for name, buffer in buffers.items() if "inv_freq" in name)
+    assert all(
+        buffer.dtype == torch.float32 for name, buffer in buffers.items() if "inv_freq" in name
+    )
 
 
 def test_tiny_has_every_part_of_the_real_one() -> None:
@@ -92,7 +96,9 @@ def test_left_padding_changes_nothing(model: ColQwen3) -> None:
     tokens = ids(1, 8)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), tokens], dim=1)
     mask = torch.tensor([[0] * 5 + [1] * 8])
-    torch.testing.assert_close(model(padded, mask).embeddings[:, 5:], model(tokens).embeddings, atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        model(padded, mask).embeddings[:, 5:], model(tokens).embeddings, atol=2e-5, rtol=0
+    )
 
 
 def test_attention_is_causal(model: ColQwen3) -> None:

@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.model import quantize
+from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
+from colqwen_lab.model.config import VARIANTS, resolve_variant, scheme_parts
 from colqwen_lab.model.quantize import RECORD, Recipe
-from colqwen_lab.model.variants import VARIANTS, resolve_variant, scheme_parts
-from colqwen_lab.model.weights import FolderSource, default_source
 
 CPU = torch.device("cpu")
 
 
 def source() -> Any:
-    return default_source(VARIANTS["base"], "tiny", "auto", CPU)
+    return default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU)
 
 
 @pytest.mark.parametrize("format", ["auto_round", "auto_gptq", "auto_awq"])
@@ -56,7 +56,10 @@ def test_record_says_what_was_done(packed: Callable[[str], Path]) -> None:
 
 def test_fewer_bits_err_more(tmp_path: Path, packed: Callable[[str], Path]) -> None:
     quantize.quantize(source(), tmp_path / "w8", Recipe("W8A16", iters=0, samples=2, seqlen=16))
-    errors = [json.loads((f / RECORD).read_text())["relative_error"] for f in (tmp_path / "w8", packed("auto_round"))]
+    errors = [
+        json.loads((f / RECORD).read_text())["relative_error"]
+        for f in (tmp_path / "w8", packed("auto_round"))
+    ]
     assert all(errors[0][name] < errors[1][name] / 8 for name in errors[0])
 
 
@@ -74,12 +77,21 @@ def test_a_lost_or_changed_tensor_is_an_error(
         monkeypatch.setattr(quantize, "_run_auto_round", run)
         quantize.quantize(source(), tmp_path / "made", Recipe(samples=2, seqlen=8))
 
-    with pytest.raises(Unmet, match=r"lacks 1 tensors of the source: embedding_proj_layer\.bias"):
+    with pytest.raises(
+        MissingRequirement, match=r"lacks 1 tensors of the source: embedding_proj_layer\.bias"
+    ):
         losing(lambda tensors: tensors.pop("embedding_proj_layer.bias"))
-    with pytest.raises(Unmet, match=r"changed 1 tensors outside the text linears: embedding_proj_layer\.bias"):
+    with pytest.raises(
+        MissingRequirement,
+        match=r"changed 1 tensors outside the text linears: embedding_proj_layer\.bias",
+    ):
         losing(lambda tensors: tensors["embedding_proj_layer.bias"].add_(1))
-    with pytest.raises(Unmet, match=r"lacks 1 tensors .*q_proj"):
-        losing(lambda tensors: tensors.pop("vlm.model.language_model.layers.0.self_attn.q_proj.qweight"))
+    with pytest.raises(MissingRequirement, match=r"lacks 1 tensors .*q_proj"):
+        losing(
+            lambda tensors: tensors.pop(
+                "vlm.model.language_model.layers.0.self_attn.q_proj.qweight"
+            )
+        )
     assert [one.name for one in tmp_path.iterdir()] == [".made.lock"]
 
 
@@ -102,8 +114,8 @@ def test_bad_recipe(values: dict[str, Any], says: str) -> None:
 def test_bad_request(tmp_path: Path, packed: Callable[[str], Path]) -> None:
     with pytest.raises(BadInput, match="calibration texts hold"):
         quantize.quantize(source(), tmp_path / "new", Recipe(samples=10_000, seqlen=64))
-    with pytest.raises(Unmet, match="is quantised already"):
-        quantize.quantize(FolderSource(packed("auto_round")), tmp_path / "new")
+    with pytest.raises(MissingRequirement, match="is quantised already"):
+        quantize.quantize(FolderCheckpoint(packed("auto_round")), tmp_path / "new")
     with pytest.raises(BadInput, match="is not empty"):
         quantize.quantize(source(), packed("auto_round"))
     with pytest.raises(BadInput, match="cannot be read"):
@@ -137,7 +149,9 @@ def test_a_second_one_into_the_same_folder_is_refused(
     folder, asked = tmp_path / "made", Recipe(samples=2, seqlen=8)
 
     def run(loaded: Any, recipe: Any, samples: Any, work: Path) -> Path:
-        with pytest.raises(BadInput, match=r"another quantisation writes to .*made; wait for it or name another"):
+        with pytest.raises(
+            BadInput, match=r"another quantisation writes to .*made; wait for it or name another"
+        ):
             quantize.quantize(source(), folder, asked, replace=True)
         return Path(shutil.copytree(packed("auto_round"), work / "done"))
 
@@ -154,8 +168,12 @@ def test_all_of_it_is_on_disk_before_it_has_its_name(
 ) -> None:
     done: list[int] = []  # inodes, and 0 as it gets its name
     folder, checkpoint, sync, rename = tmp_path / "made", packed("auto_round"), os.fsync, os.replace
-    monkeypatch.setattr(quantize, "_run_auto_round", lambda *asked: shutil.copytree(checkpoint, asked[-1] / "done"))
-    monkeypatch.setattr(os, "fsync", lambda opened: done.append(os.fstat(opened).st_ino) or sync(opened))
+    monkeypatch.setattr(
+        quantize, "_run_auto_round", lambda *asked: shutil.copytree(checkpoint, asked[-1] / "done")
+    )
+    monkeypatch.setattr(
+        os, "fsync", lambda opened: done.append(os.fstat(opened).st_ino) or sync(opened)
+    )
     monkeypatch.setattr(os, "replace", lambda *names: done.append(0) or rename(*names))
     quantize.quantize(source(), folder, Recipe(samples=2, seqlen=8))
     named = done.index(0)
@@ -184,7 +202,9 @@ def test_cached_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert quantize.cached_checkpoint(resolve_variant("W8A16"), "tiny", CPU) not in folders
 
 
-def test_half_made_checkpoint_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_made_checkpoint_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path))
 
     def killed(source: Any, folder: Path, recipe: Recipe, device: torch.device) -> None:
@@ -206,11 +226,16 @@ def test_variants() -> None:
         resolve_variant("nope")
 
 
-def test_a_full_disk_leaves_nothing_and_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_and_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(quantize, "_run_auto_round", full)
-    with pytest.raises(Unmet, match=r"cannot write .*No space left on device.*the same command starts again"):
+    with pytest.raises(
+        MissingRequirement,
+        match=r"cannot write .*No space left on device.*the same command starts again",
+    ):
         quantize.quantize(source(), tmp_path / "made")
     assert [one.name for one in tmp_path.iterdir()] == [".made.lock"]

@@ -11,28 +11,34 @@ import colqwen_lab as lab
 from colqwen_lab.errors import BadInput
 from colqwen_lab.measure.memory import measure
 from colqwen_lab.model.loading import Loaded
-from colqwen_lab.predict.memory import HOST, Predictor
 from colqwen_lab.predict.pages import page_predictor
-from colqwen_lab.predict.plan import predict_like
+from colqwen_lab.predict.plan import predictions
+from colqwen_lab.predict.predictor import HOST, Predictor
 from colqwen_lab.records import MIB, Memory, read_cells
-from colqwen_lab.runtime.execution import Steps
-from colqwen_lab.runtime.workloads import Pages
+from colqwen_lab.runtime.batches import Pages
+from colqwen_lab.runtime.eager import Steps
 
 H100 = Path(__file__).parents[2] / "outputs" / "h100" / "pages.jsonl"
 
 
 @pytest.mark.parametrize("variant", ["base", "awq"])
 @pytest.mark.parametrize("protocol", ["lean", "published"])
-def test_agrees_with_the_tracker_here(variant: str, protocol: str, tiny: Loaded, tiny_awq: Loaded) -> None:
+def test_agrees_with_the_tracker_here(
+    variant: str, protocol: str, tiny: Loaded, tiny_awq: Loaded
+) -> None:
     loaded = tiny if variant == "base" else tiny_awq
     pages = Pages("192x256", visual_tokens=64)
     for batch in (1, 8):
         made = pages.batches(loaded.model.config, loaded.tokenizer, batch, 0, torch.device("cpu"))
-        tracked = measure(loaded, made.inputs[:1], Steps(loaded.model, made.inputs[:1], "eager", protocol))
-        cell = page_predictor(variant, "tiny", kernel="torch").cell(batch, protocol, HOST, made.workload.tokens)
+        tracked = measure(
+            loaded, made.inputs[:1], Steps(loaded.model, made.inputs[:1], "eager", protocol)
+        )
+        cell = page_predictor(variant, "tiny", kernel="torch").cell(
+            batch, protocol, HOST, made.workload.tokens
+        )
         assert cell.memory is not None
         assert cell.memory.peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
-        assert sum((cell.memory.ledger or {}).values()) == cell.memory.peak_bytes
+        assert sum((cell.memory.breakdown or {}).values()) == cell.memory.peak_bytes
         assert cell.workload.index_bytes == made.workload.index_bytes
 
 
@@ -43,7 +49,9 @@ def test_beyond_the_largest_run_figures_lie_on_a_line() -> None:
     assert run.memory is not None
     assert line.memory.peak_bytes == pytest.approx(run.memory.peak_bytes, rel=0.01)
     assert line.work == run.work
-    assert sum((line.memory.ledger or {}).values()) == pytest.approx(line.memory.peak_bytes, abs=10)
+    assert sum((line.memory.breakdown or {}).values()) == pytest.approx(
+        line.memory.peak_bytes, abs=10
+    )
 
 
 def test_an_a4_page_of_the_4b() -> None:
@@ -63,7 +71,7 @@ def test_peaks_that_an_h100_measured(variant: str, within: float) -> None:
     every = [cell for cell in read_cells(H100) if cell.variant == variant]
     rows = [cell for cell in every if (cell.workload.visual_tokens, cell.batch_size) in chosen]
     assert len(rows) == 2
-    for cell, twin in zip(rows, predict_like(rows), strict=True):
+    for cell, twin in zip(rows, predictions(rows), strict=True):
         assert cell.memory is not None
         assert twin is not None
         assert twin.memory is not None
@@ -71,10 +79,16 @@ def test_peaks_that_an_h100_measured(variant: str, within: float) -> None:
 
 
 def test_bad_input() -> None:
-    for given in ({"workload": "page"}, {"visual_tokens": 0, "workload": "pages"}, {"tokens": 5, "workload": "pages"}):
+    for given in (
+        {"workload": "page"},
+        {"visual_tokens": 0, "workload": "pages"},
+        {"tokens": 5, "workload": "pages"},
+    ):
         with pytest.raises(BadInput, match="valid"):
             lab.plan("base", 1, size="tiny", **given)  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match="visual_tokens are of workload pages, not queries; valid: workload pages"):
+    with pytest.raises(
+        BadInput, match="visual_tokens are of workload pages, not queries; valid: workload pages"
+    ):
         lab.plan("base", 1, size="tiny", visual_tokens=256)
 
 
@@ -89,10 +103,12 @@ def test_a_measured_cell_of_pages_beside_its_prediction() -> None:
             "workload": made.workload.model_copy(update={"pages": "drawn, 64 x 64 pixels"}),
         }
     )
-    (twin,) = predict_like([seen])
+    (twin,) = predictions([seen])
     assert twin is not None
     assert twin.memory is not None
     assert twin.memory.peak_bytes == made.memory.peak_bytes
     assert twin.settings() == seen.settings()
-    sizes = seen.model_copy(update={"workload": seen.workload.model_copy(update={"padded_share": 0.2})})
-    assert predict_like([sizes]) == [None]
+    sizes = seen.model_copy(
+        update={"workload": seen.workload.model_copy(update={"padded_share": 0.2})}
+    )
+    assert predictions([sizes]) == [None]

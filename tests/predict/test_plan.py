@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import colqwen_lab as lab
-from colqwen_lab.cards import GPUS, OUTSIDE_TORCH_BYTES, find_card, gpu_of, need_bytes
+from colqwen_lab.analysis.plan import ceiling, explained, ledger_plot, ledger_table
 from colqwen_lab.errors import BadInput
-from colqwen_lab.predict.memory import HOST
-from colqwen_lab.predict.plan import Planner, ahead_of, largest, predict_like
+from colqwen_lab.hardware import GPUS, OUTSIDE_TORCH_BYTES, find_card, gpu_of, need_bytes
+from colqwen_lab.predict.plan import Planner, ahead_of, largest, predictions
+from colqwen_lab.predict.predictor import HOST
 from colqwen_lab.records import Cell, Memory
-from colqwen_lab.report.plan import ceiling, explained, ledger_plot, ledger_table
 from colqwen_lab.runtime.fast import AHEAD, bucket
 
 ROWS = Path(__file__).parents[2] / "outputs" / "h100" / "ways.jsonl"
@@ -49,15 +49,19 @@ def test_found_largest_batch_fits_and_the_next_does_not() -> None:
     assert need_bytes(fitting)[1] <= card.usable_bytes < need_bytes(next_one)[1]
     assert plan.headroom_bytes == card.usable_bytes - need_bytes(fitting)[1] >= 0
     assert plan.safe_batch_size == int(0.95 * plan.batch_size)
-    assert fitting.least_reserved_bytes is not None
-    assert fitting.peak_bytes < fitting.least_reserved_bytes <= (fitting.reserved_bytes or 0)
+    assert fitting.min_reserved_bytes is not None
+    assert fitting.peak_bytes < fitting.min_reserved_bytes <= (fitting.reserved_bytes or 0)
     assert plan.binds == "memory"
 
 
 def test_a_card_that_nothing_fits_and_one_that_holds_all() -> None:
     planner = Planner("base", "4b", "lean", "bfloat16", "tritonv2")
     small = planner.on_card(find_card("RTX 3070"))
-    assert (small.verdict, small.batch_size, small.binds) == ("does not fit", None, "weights and one query")
+    assert (small.verdict, small.batch_size, small.binds) == (
+        "does not fit",
+        None,
+        "weights and one query",
+    )
     assert small.headroom_bytes < 0
     tiny = Planner("awq", "tiny", "lean", "bfloat16", "tritonv2").on_card(find_card("H200"))
     assert (tiny.verdict, tiny.batch_size, tiny.binds) == ("fits", 4096, "nothing up to batch 4096")
@@ -76,7 +80,9 @@ def test_plan_is_the_contract_s_object() -> None:
 
 def test_tables_and_figures() -> None:
     made = lab.plan("base,awq", "2,64", size="tiny", protocol="published", cards="8")
-    assert list(made.table()["peak MiB"]) == sorted(made.table()["peak MiB"][:2]) + sorted(made.table()["peak MiB"][2:])
+    assert list(made.table()["peak MiB"]) == sorted(made.table()["peak MiB"][:2]) + sorted(
+        made.table()["peak MiB"][2:]
+    )
     ledger = ledger_table(made.results)
     assert list(ledger.index[-3:]) == ["peak", "outside torch, assumed", "on the card"]
     assert (ledger.iloc[:-3].sum() - ledger.loc["peak"]).abs().max() < 0.1
@@ -86,21 +92,33 @@ def test_tables_and_figures() -> None:
     bars = ledger_plot(made.results.cells).axes[0]
     tops = {round(bar.get_y() + bar.get_height(), 3) for bar in bars.patches}
     peaks = [cell.memory.peak_bytes for cell in made.results if cell.memory]
-    assert {round((peak + more) / 2**20, 3) for peak in peaks for more in (0, OUTSIDE_TORCH_BYTES[1])} <= tops
+    assert {
+        round((peak + more) / 2**20, 3) for peak in peaks for more in (0, OUTSIDE_TORCH_BYTES[1])
+    } <= tops
 
 
 def test_what_a_measured_cell_leaves_unexplained_is_a_line() -> None:
     predicted = Planner("awq", "tiny", "lean", "bfloat16", "tritonv2").cell(8)
     assert predicted.memory is not None
-    seen = {"peak_bytes": predicted.memory.peak_bytes + 3 * 2**20, "ledger": None, "method": "cuda"}
+    seen = {
+        "peak_bytes": predicted.memory.peak_bytes + 3 * 2**20,
+        "breakdown": None,
+        "method": "cuda",
+    }
     memory = Memory(**seen, reserved_bytes=2**30, device_bytes=2**30 + 500 * 2**20)
-    found = explained([predicted.model_copy(update={"memory": memory, "origin": "measured"})], [predicted])
-    assert predicted.memory.ledger is not None
-    assert found.cells[0].memory.ledger == predicted.memory.ledger | {"unexplained": 3 * 2**20}
+    found = explained(
+        [predicted.model_copy(update={"memory": memory, "origin": "measured"})], [predicted]
+    )
+    assert predicted.memory.breakdown is not None
+    assert found.cells[0].memory.breakdown == predicted.memory.breakdown | {
+        "unexplained": 3 * 2**20
+    }
     table = ledger_table(found)
     assert table.loc["unexplained"].item() == 3
     assert table.loc["outside torch, measured"].item() == 500
-    assert table.loc["on the card"].item() == pytest.approx(table.loc["peak"].item() + 500, abs=0.02)
+    assert table.loc["on the card"].item() == pytest.approx(
+        table.loc["peak"].item() + 500, abs=0.02
+    )
     tracked = Planner("awq", "tiny", "lean", "bfloat16", "torch").cell(8, HOST)
     assert list(ledger_table([tracked]).index)[-1] == "peak"
 
@@ -140,16 +158,23 @@ def test_ecc_takes_a_sixteenth() -> None:
 def test_predicted_under_the_row_s_own_length_and_kernel() -> None:
     row = Planner("awq", "tiny", "lean", "bfloat16", "tritonv2").cell(8)
     rows = []
-    for engaged, texts, tokens in (("tritonv2", "report", 18), ("marlin", "report", 18), ("tritonv2", "natural", 40)):
-        update = {"backend": row.backend.model_copy(update={"engaged": {engaged: 28}}), "origin": "measured"}
+    for engaged, texts, tokens in (
+        ("tritonv2", "report", 18),
+        ("marlin", "report", 18),
+        ("tritonv2", "natural", 40),
+    ):
+        update = {
+            "backend": row.backend.model_copy(update={"engaged": {engaged: 28}}),
+            "origin": "measured",
+        }
         update["workload"] = row.workload.model_copy(update={"texts": texts, "tokens": tokens})
         rows.append(row.model_copy(update=update))
-    found = [cell.memory.peak_bytes if cell and cell.memory else 0 for cell in predict_like(rows)]
+    found = [cell.memory.peak_bytes if cell and cell.memory else 0 for cell in predictions(rows)]
     assert found[1] < found[0] < found[2]
     assert row.memory is not None
     assert found[0] == row.memory.peak_bytes
     other = row.model_copy(update={"execution": "fast"})
-    assert predict_like([other]) == [None]
+    assert predictions([other]) == [None]
 
 
 def test_published_beside_predicted() -> None:
@@ -166,7 +191,9 @@ def test_an_unmodelled_kernel_is_said_so() -> None:
     cells = lab.load("published").select(variant="awq").cells[:1]
     backend = cells[0].backend.model_copy(update={"engaged": {"auto_round_kernel_zp": 252}})
     table = lab.beside(
-        type(lab.load("published"))((cells[0].model_copy(update={"backend": backend, "origin": "measured"}),))
+        type(lab.load("published"))(
+            (cells[0].model_copy(update={"backend": backend, "origin": "measured"}),)
+        )
     )
     assert table["note"][0] == "this kernel's buffers are not modelled"
     assert table["predicted MiB"].isna().all()
@@ -181,7 +208,8 @@ def test_ceiling_is_the_bandwidth_s_and_then_the_arithmetic_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tflops"), [("A100 40GB", 312), ("RTX 4090", 165.2), ("H100", 989), ("RTX 5090", 209.5), ("L4", 121)]
+    ("name", "tflops"),
+    [("A100 40GB", 312), ("RTX 4090", 165.2), ("H100", 989), ("RTX 5090", 209.5), ("L4", 121)],
 )
 def test_rates_are_the_vendor_s(name: str, tflops: float) -> None:
     assert GPUS[name].flops() / 1e12 == pytest.approx(tflops, rel=0.005)
@@ -189,7 +217,13 @@ def test_rates_are_the_vendor_s(name: str, tflops: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "card"),
-    [("8", "8 GB"), (8, "8 GB"), ("8gb", "8 GB"), ("rtx4070", "RTX 4070"), ("NVIDIA GeForce RTX 3060", "RTX 3060")],
+    [
+        ("8", "8 GB"),
+        (8, "8 GB"),
+        ("8gb", "8 GB"),
+        ("rtx4070", "RTX 4070"),
+        ("NVIDIA GeForce RTX 3060", "RTX 3060"),
+    ],
 )
 def test_cards_by_any_name(name: Any, card: str) -> None:
     assert find_card(name).name == card
@@ -224,6 +258,9 @@ def test_bad_request(options: dict[str, Any], says: str) -> None:
 def test_what_a_run_dequantised_ahead_is_read_off_its_row(kinds: tuple[str, ...]) -> None:
     row = Cell.model_validate_json(ROWS.read_text(encoding="utf-8").splitlines()[0])
     rows = row.batch_size * bucket(row.workload.tokens or 1)
-    said = {f"dequantised ahead x {rows}": "+".join(kinds) or "none", f"dequantised ahead x {rows + 1}": "qkv"}
-    backend = row.backend.model_copy(update={"schedules": said})
+    said = {
+        f"dequantised ahead x {rows}": "+".join(kinds) or "none",
+        f"dequantised ahead x {rows + 1}": "qkv",
+    }
+    backend = row.backend.model_copy(update={"kernel_configs": said})
     assert ahead_of(row.model_copy(update={"backend": backend})) == kinds

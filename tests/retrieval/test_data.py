@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from colqwen_lab.errors import BadInput, Unmet
-from colqwen_lab.model import drawn
+from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.model import synthetic
 from colqwen_lab.retrieval import data
 
 
@@ -22,12 +22,15 @@ def picture(shade: int) -> Image.Image:
 def test_generated_is_the_held_out_split() -> None:
     corpus = data.load("generated", queries=5, pages=40, width=128)
     assert corpus.page_ids == [f"p{number}" for number in range(40)]
-    assert corpus.page(3).tobytes() == drawn.page(3, "held-out", 128).tobytes()  # type: ignore[union-attr]
+    assert corpus.page(3).tobytes() == synthetic.page(3, "held-out", 128).tobytes()  # type: ignore[union-attr]
     assert len(corpus.queries) == 5
-    assert corpus.queries[0] == drawn.query(0, "held-out")
+    assert corpus.queries[0] == synthetic.query(0, "held-out")
     assert corpus.relevance["q0"]["p0"] == 1
-    assert drawn.facts(data.HELD_OUT, "held-out") == drawn.facts(0, "held-out")
-    assert len({drawn.facts(number, "held-out") for number in range(data.HELD_OUT)}) == data.HELD_OUT
+    assert synthetic.facts(data.HELD_OUT, "held-out") == synthetic.facts(0, "held-out")
+    assert (
+        len({synthetic.facts(number, "held-out") for number in range(data.HELD_OUT)})
+        == data.HELD_OUT
+    )
 
 
 @pytest.fixture
@@ -38,11 +41,17 @@ def beir(tmp_path: Path) -> Path:
         {"_id": "d3", "image": "three.png"},
         {"_id": "d4", "image": "broken.png"},
     ]
-    queries = [{"_id": "1", "text": "grain"}, {"_id": "2", "text": "ice"}, {"_id": "3", "text": "not judged"}]
+    queries = [
+        {"_id": "1", "text": "grain"},
+        {"_id": "2", "text": "ice"},
+        {"_id": "3", "text": "not judged"},
+    ]
     for name, rows in (("corpus", corpus), ("queries", queries)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "qrels").mkdir()
-    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\td1\t2\n2\td2\t1\n2\td1\t0\n3\td9\t1\n")
+    (tmp_path / "qrels" / "test.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n1\td1\t2\n2\td2\t1\n2\td1\t0\n3\td9\t1\n"
+    )
     picture(9).convert("LA").save(tmp_path / "three.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     return tmp_path
@@ -71,17 +80,41 @@ def test_a_beir_folder_of_texts_and_images(beir: Path) -> None:
     [
         ("qrels/test.tsv", "1\td9\t1\n", "none of 3 pages answers a query"),
         ("qrels/test.tsv", "1\td1\n", r"test\.tsv line 1 is not QUERY-ID"),
-        ("queries.jsonl", '{"_id": "1"}\n', r"queries\.jsonl line 1 is not a JSON object with _id, text"),
-        ("queries.jsonl", '\n{"_id": "1", "text": null}', r"queries\.jsonl line 2 is not a JSON object with _id, text"),
-        ("queries.jsonl", '{"_id": "1", "text": "a"}\n{"_id": 1, "text": "b"}', "the query id '1' stands twice"),
-        ("corpus.jsonl", '{"_id": "1", "text": "a"}\n{"_id": 1, "text": "b"}', "the page id '1' stands twice"),
-        ("corpus.jsonl", '{"_id": "d1", "title": "a"}', r"corpus\.jsonl line 1 has neither a text nor the path"),
+        (
+            "queries.jsonl",
+            '{"_id": "1"}\n',
+            r"queries\.jsonl line 1 is not a JSON object with _id, text",
+        ),
+        (
+            "queries.jsonl",
+            '\n{"_id": "1", "text": null}',
+            r"queries\.jsonl line 2 is not a JSON object with _id, text",
+        ),
+        (
+            "queries.jsonl",
+            '{"_id": "1", "text": "a"}\n{"_id": 1, "text": "b"}',
+            "the query id '1' stands twice",
+        ),
+        (
+            "corpus.jsonl",
+            '{"_id": "1", "text": "a"}\n{"_id": 1, "text": "b"}',
+            "the page id '1' stands twice",
+        ),
+        (
+            "corpus.jsonl",
+            '{"_id": "d1", "title": "a"}',
+            r"corpus\.jsonl line 1 has neither a text nor the path",
+        ),
         (
             "corpus.jsonl",
             '{"_id": "d1", "image": "a/../../b.png"}',
             r"line 1: image 'a/\.\./\.\./b\.png'; valid: the path",
         ),
-        ("corpus.jsonl", '{"_id": "d1", "image": "/b.png"}', r"line 1: image '/b\.png'; valid: the path"),
+        (
+            "corpus.jsonl",
+            '{"_id": "d1", "image": "/b.png"}',
+            r"line 1: image '/b\.png'; valid: the path",
+        ),
         ("corpus.jsonl", '{"_id": "d1", "image": [1]}', r"line 1: image \[1\]; valid: the path"),
         ("corpus.jsonl", "[1]\n", r"corpus\.jsonl line 1 is not a JSON object"),
         ("corpus.jsonl", None, r"corpus\.jsonl cannot be read"),
@@ -97,7 +130,8 @@ def test_lines_end_at_newlines_only_and_a_byte_order_mark_is_none(beir: Path) ->
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
         path = beir / name
         path.write_bytes(
-            b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n").replace(b"melt", "m\u2028e\x85lt".encode())
+            b"\xef\xbb\xbf"
+            + path.read_bytes().replace(b"\n", b"\r\n").replace(b"melt", "m\u2028e\x85lt".encode())
         )
     corpus = data.load(str(beir), say=list)
     assert corpus.page(1) == "glaciers m\u2028e\x85lt"
@@ -140,12 +174,19 @@ def parquet(folder: Path, subsets: dict[str, dict[str, list[Any]]]) -> Path:
     datasets = pytest.importorskip("datasets")
     lines = ["---", "configs:"]
     for name, columns in subsets.items():
-        features = datasets.Dataset.from_dict({key: value for key, value in columns.items() if key != "image"})
+        features = datasets.Dataset.from_dict(
+            {key: value for key, value in columns.items() if key != "image"}
+        )
         if "image" in columns:
             features = features.add_column("image", columns["image"], feature=datasets.Image())
         (folder / name).mkdir(parents=True)
         features.to_parquet(folder / name / "test.parquet")
-        lines += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}/test.parquet"]
+        lines += [
+            f"- config_name: {name}",
+            "  data_files:",
+            "  - split: test",
+            f"    path: {name}/test.parquet",
+        ]
     (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
     return folder
 
@@ -161,9 +202,20 @@ def test_vidore_in_three_subsets(tmp_path: Path, dash: str) -> None:
     folder = parquet(
         tmp_path / "set",
         {
-            "corpus": {f"corpus{dash}id": [10, 11, 12], "image": [encoded(shade) for shade in (0, 100, 200)]},
-            "queries": {f"query{dash}id": [0, 1], "query": ["red?", "blue?"], "language": ["en", "en"]},
-            "qrels": {f"query{dash}id": [0, 1, 1], f"corpus{dash}id": [12, 10, 11], "score": [1, 2, 1]},
+            "corpus": {
+                f"corpus{dash}id": [10, 11, 12],
+                "image": [encoded(shade) for shade in (0, 100, 200)],
+            },
+            "queries": {
+                f"query{dash}id": [0, 1],
+                "query": ["red?", "blue?"],
+                "language": ["en", "en"],
+            },
+            "qrels": {
+                f"query{dash}id": [0, 1, 1],
+                f"corpus{dash}id": [12, 10, 11],
+                "score": [1, 2, 1],
+            },
         },
     )
     corpus = data.load(f"vidore:{folder}")
@@ -175,7 +227,12 @@ def test_vidore_in_three_subsets(tmp_path: Path, dash: str) -> None:
 
 def test_vidore_goes_on_past_images_that_cannot_be_read(tmp_path: Path) -> None:
     clear = Image.new("RGBA", (40, 56), (255, 0, 0, 0))
-    images = [None, {"bytes": b"no image", "path": None}, encoded(clear), encoded(Image.new("RGB", (20_000, 10)))]
+    images = [
+        None,
+        {"bytes": b"no image", "path": None},
+        encoded(clear),
+        encoded(Image.new("RGB", (20_000, 10))),
+    ]
     subsets: dict[str, dict[str, list[Any]]] = {
         "corpus": {"corpus-id": [0, 1, 2, 3], "image": images},
         "queries": {"query-id": [0, 1], "query": ["red?", "none?"]},
@@ -205,18 +262,24 @@ def test_vidore_of_questions(tmp_path: Path) -> None:
     corpus = data.load(f"vidore:{parquet(tmp_path / 'set', {'default': rows})}")
     assert corpus.page_ids == ["r.png", "b.png", "x.png"]
     assert corpus.queries == ["red?", "blue?", "more red?"]
-    assert corpus.relevance == {"q0": {"r.png": 1, "b.png": 1}, "q1": {"b.png": 1}, "q2": {"r.png": 1}}
+    assert corpus.relevance == {
+        "q0": {"r.png": 1, "b.png": 1},
+        "q1": {"b.png": 1},
+        "q2": {"r.png": 1},
+    }
     assert corpus.page(2).getpixel((0, 0)) == (50, 0, 205)  # type: ignore[union-attr]
 
 
 def test_vidore_of_other_columns_or_not_here(tmp_path: Path) -> None:
     two = {name: {"query": ["?"], "image": [encoded(0)]} for name in ("english", "french")}
-    with pytest.raises(BadInput, match="has the subsets english, french; valid: one, or corpus, queries, qrels"):
+    with pytest.raises(
+        BadInput, match="has the subsets english, french; valid: one, or corpus, queries, qrels"
+    ):
         data.load(f"vidore:{parquet(tmp_path / 'two', two)}")
     folder = parquet(tmp_path / "set", {"default": {"question": ["?"]}})
     with pytest.raises(BadInput, match="no column image among question; valid: query, image"):
         data.load(f"vidore:{folder}")
-    with pytest.raises(Unmet, match="cannot get vidore/none"):
+    with pytest.raises(MissingRequirement, match="cannot get vidore/none"):
         data.load("vidore:none")
 
 
@@ -233,7 +296,10 @@ def test_without_a_network_the_hub_s_retries_are_not_told(
     monkeypatch.setattr("datasets.get_dataset_config_names", unreached)
     monkeypatch.setattr(said, "handlers", [caplog.handler])
     level = said.getEffectiveLevel()
-    with pytest.raises(Unmet, match="cannot get vidore/none: Couldn't reach it; where there is a network"):
+    with pytest.raises(
+        MissingRequirement,
+        match="cannot get vidore/none: Couldn't reach it; where there is a network",
+    ):
         data.load("vidore:none")
     assert not caplog.records
     assert said.getEffectiveLevel() == level

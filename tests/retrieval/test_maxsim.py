@@ -18,14 +18,21 @@ from colqwen_lab.retrieval.metrics import ranking
 
 def ragged(lengths: list[int], seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(length, 16, generator=generator, dtype=torch.float64).to(dtype) for length in lengths]
+    return [
+        torch.randn(length, 16, generator=generator, dtype=torch.float64).to(dtype)
+        for length in lengths
+    ]
 
 
 def plain(query: Tensor, page: Tensor) -> float:
     total = 0.0
     for ours in query.tolist():
         total += max(
-            (math.fsum(a * b for a, b in zip(ours, theirs, strict=True)) for theirs in page.tolist()), default=-math.inf
+            (
+                math.fsum(a * b for a, b in zip(ours, theirs, strict=True))
+                for theirs in page.tolist()
+            ),
+            default=-math.inf,
         )
     return total
 
@@ -36,9 +43,13 @@ def plain(query: Tensor, page: Tensor) -> float:
     st.lists(st.integers(0, 9), min_size=1, max_size=7),
     st.sampled_from([1, 400, 3000, 2**28]),
 )
-def test_a_plain_double_loop_in_float64(query_lengths: list[int], page_lengths: list[int], budget: int) -> None:
+def test_a_plain_double_loop_in_float64(
+    query_lengths: list[int], page_lengths: list[int], budget: int
+) -> None:
     queries, pages = ragged(query_lengths, 1), ragged(page_lengths, 2)
-    expected = torch.tensor([[plain(query, page) for page in pages] for query in queries], dtype=torch.float64)
+    expected = torch.tensor(
+        [[plain(query, page) for page in pages] for query in queries], dtype=torch.float64
+    )
     torch.testing.assert_close(maxsim(queries, pages, budget), expected, rtol=1e-12, atol=1e-12)
 
 

@@ -24,7 +24,9 @@ def test_ndcg_and_recall_by_hand() -> None:
 
 def test_recall_counts_only_the_first_k() -> None:
     pages = [f"p{number}" for number in range(12)]
-    values = metrics.retrieval(np.arange(12)[None], ["a"], pages, {"a": {"p4": 1, "p5": 1, "p11": 1, "p0": 1}})
+    values = metrics.retrieval(
+        np.arange(12)[None], ["a"], pages, {"a": {"p4": 1, "p5": 1, "p11": 1, "p0": 1}}
+    )
     assert values["recall@5"] == [0.5]
     assert values["recall@10"] == [0.75]
 

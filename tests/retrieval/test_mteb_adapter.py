@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from colqwen_lab.model import drawn
+from colqwen_lab.model import synthetic
 from colqwen_lab.retrieval import data
 from colqwen_lab.retrieval.embed import embed, embed_pages, query_inputs
 from colqwen_lab.retrieval.maxsim import maxsim
@@ -21,7 +21,7 @@ def task() -> Any:
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    corpus = data.load("generated", queries=4, pages=6, width=drawn.SMALL_WIDTH)
+    corpus = data.load("generated", queries=4, pages=6, width=synthetic.SMALL_WIDTH)
 
     class Drawn(AbsTaskRetrieval):
         metadata = TaskMetadata(
@@ -38,12 +38,20 @@ def task() -> Any:
         )
 
         def load_data(self, num_proc: int | None = None, **_: Any) -> None:
-            images = [{"id": page, "image": corpus.page(number)} for number, page in enumerate(corpus.page_ids)]
-            texts = [{"id": query, "text": text} for query, text in zip(corpus.query_ids, corpus.queries, strict=True)]
+            images = [
+                {"id": page, "image": corpus.page(number)}
+                for number, page in enumerate(corpus.page_ids)
+            ]
+            texts = [
+                {"id": query, "text": text}
+                for query, text in zip(corpus.query_ids, corpus.queries, strict=True)
+            ]
             self.dataset = {
                 "default": {
                     "test": {
-                        "corpus": datasets.Dataset.from_list(images).cast_column("image", datasets.Image()),
+                        "corpus": datasets.Dataset.from_list(images).cast_column(
+                            "image", datasets.Image()
+                        ),
                         "queries": datasets.Dataset.from_list(texts),
                         "relevant_docs": corpus.relevance,
                         "top_ranked": None,
@@ -63,7 +71,9 @@ def test_mteb_scores_with_the_lab_s_scores(task: Any, monkeypatch: pytest.Monkey
     model, (made, corpus), seen = MtebModel("base", size="tiny"), task, []
     assert isinstance(model, EncoderProtocol)
     similarity = model.similarity
-    monkeypatch.setattr(model, "similarity", lambda *both: seen.append(similarity(*both)) or seen[-1])
+    monkeypatch.setattr(
+        model, "similarity", lambda *both: seen.append(similarity(*both)) or seen[-1]
+    )
     result = mteb.evaluate(model, made, cache=None, show_progress_bar=False).task_results[0]
     queries, _ = embed(model.loaded, query_inputs(model.loaded, corpus.queries))
     pages, _ = embed_pages(model.loaded, [corpus.page(number) for number in range(6)], 1280)
@@ -79,7 +89,11 @@ def test_documents_of_texts_and_of_images(task: Any) -> None:
 
     model, image = MtebModel("base", size="tiny"), task[1].page(0)
     both = model.encode([{"text": ["wheat", None, "ice"], "image": [None, image, None]}])
-    apart = [model.encode([{"text": ["wheat"]}]), model.encode([{"image": [image]}]), model.encode([{"text": ["ice"]}])]
+    apart = [
+        model.encode([{"text": ["wheat"]}]),
+        model.encode([{"image": [image]}]),
+        model.encode([{"text": ["ice"]}]),
+    ]
     scores = torch.cat([model.similarity(one, both[:1])[0] for one in apart])
     torch.testing.assert_close(model.similarity(both, both[:1])[:, 0], scores, atol=0.05, rtol=0)
     with pytest.raises(BadInput, match="neither text nor image"):
@@ -90,7 +104,9 @@ def test_padding_and_pairs(task: Any) -> None:
     from colqwen_lab.retrieval.mteb_adapter import MtebModel
 
     model = MtebModel("base", size="tiny", weights="random")
-    made = model.encode([{"text": ["wheat", "a much longer question about the price of wheat"]}, {"text": ["x"]}])
+    made = model.encode(
+        [{"text": ["wheat", "a much longer question about the price of wheat"]}, {"text": ["x"]}]
+    )
     assert made.shape[0] == 3
     assert made[0, -1].abs().sum() == 0
     every = model.similarity(made, made)

@@ -56,7 +56,9 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path, text: str) ->
     assert path.read_text() == text
 
 
-def test_two_runs_into_one_file_wait_for_each_other(record: Callable[..., Fidelity], tmp_path: Path) -> None:
+def test_two_runs_into_one_file_wait_for_each_other(
+    record: Callable[..., Fidelity], tmp_path: Path
+) -> None:
     path, said, order = tmp_path / "rows.jsonl", Queue[str](), []
 
     def other() -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import colqwen_lab as lab
-from colqwen_lab.errors import BadInput, Unmet
-from colqwen_lab.model import drawn
-from colqwen_lab.model.variants import VARIANTS
-from colqwen_lab.report.fidelity import loss
+from colqwen_lab.analysis.fidelity import loss
+from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.model import synthetic
+from colqwen_lab.model.config import VARIANTS
 from colqwen_lab.retrieval import run
 from colqwen_lab.retrieval.data import Corpus
 from colqwen_lab.retrieval.record import read
@@ -23,19 +23,30 @@ from colqwen_lab.retrieval.record import read
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """Text to text: each query is the beginning of its page."""
-    words = ["wheat prices rose", "glaciers melt in June", "museums close early", "traffic on the coast"] * 3
+    words = [
+        "wheat prices rose",
+        "glaciers melt in June",
+        "museums close early",
+        "traffic on the coast",
+    ] * 3
     pages = [f"{text} in the year {1990 + number}" for number, text in enumerate(words)]
     folder = tmp_path / "beir"
     (folder / "qrels").mkdir(parents=True)
     corpus = [json.dumps({"_id": f"d{number}", "text": page}) for number, page in enumerate(pages)]
-    queries = [json.dumps({"_id": f"q{number}", "text": page[:20]}) for number, page in enumerate(pages)]
+    queries = [
+        json.dumps({"_id": f"q{number}", "text": page[:20]}) for number, page in enumerate(pages)
+    ]
     (folder / "corpus.jsonl").write_text("\n".join(corpus))
     (folder / "queries.jsonl").write_text("\n".join(queries))
-    (folder / "qrels" / "test.tsv").write_text("".join(f"q{number}\td{number}\t1\n" for number in range(len(pages))))
+    (folder / "qrels" / "test.tsv").write_text(
+        "".join(f"q{number}\td{number}\t1\n" for number in range(len(pages)))
+    )
     return folder
 
 
-def test_base_against_itself_is_the_same(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_against_itself_is_the_same(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     twins = [run.Subject(VARIANTS["base"])] * 2
     monkeypatch.setattr(run, "subjects", lambda *_: twins)
     found = lab.fidelity("base", str(texts), size="tiny", output=str(tmp_path / "rows.jsonl"))
@@ -50,7 +61,9 @@ def test_base_against_itself_is_the_same(texts: Path, tmp_path: Path, monkeypatc
 
 def test_a_checkpoint_folder_on_texts(texts: Path, tmp_path: Path, packed: Any) -> None:
     folder = packed("auto_round")
-    found = lab.fidelity(str(folder), str(texts), size="tiny", queries=8, output=str(tmp_path / "rows.jsonl"))
+    found = lab.fidelity(
+        str(folder), str(texts), size="tiny", queries=8, output=str(tmp_path / "rows.jsonl")
+    )
     record = found.pick()
     assert record.variant == folder.name
     assert len(record.query_ids) == 8
@@ -85,7 +98,7 @@ def test_images_among_texts_and_one_that_is_broken(
     before = lab.fidelity(model, str(texts), size="tiny", output=str(tmp_path / "rows.jsonl"))
     rows[3], rows[5] = ('{"_id": "d3", "image": "a.png"}', '{"_id": "d5", "image": "b.png"}')
     (texts / "corpus.jsonl").write_text("\n".join(rows))
-    drawn.page(0, width=128).save(texts / "a.png")
+    synthetic.page(0, width=128).save(texts / "a.png")
     (texts / "b.png").write_text("no image")
     found = lab.fidelity(model, str(texts), size="tiny", output=str(tmp_path / "mixed.jsonl"))
     assert (found.base.pages, found.base.refused, len(found.base.query_ids)) == (11, 1, 11)
@@ -99,7 +112,9 @@ def test_images_among_texts_and_one_that_is_broken(
     )
 
 
-def test_cosines_and_scores_are_of_the_same_inputs(texts: Path, tmp_path: Path, edited: Any, packed: Any) -> None:
+def test_cosines_and_scores_are_of_the_same_inputs(
+    texts: Path, tmp_path: Path, edited: Any, packed: Any
+) -> None:
     """With a head of half the size every unit vector stays, so nothing is lost."""
 
     def halve(tensors: dict[str, torch.Tensor]) -> None:
@@ -108,7 +123,9 @@ def test_cosines_and_scores_are_of_the_same_inputs(texts: Path, tmp_path: Path, 
 
     one, other = packed("auto_round"), edited(packed("auto_round"), halve)
     found = [
-        lab.fidelity(str(folder), str(texts), size="tiny", output=str(tmp_path / "rows.jsonl")).pick()
+        lab.fidelity(
+            str(folder), str(texts), size="tiny", output=str(tmp_path / "rows.jsonl")
+        ).pick()
         for folder in (one, other)
     ]
     assert found[0].values == found[1].values
@@ -123,9 +140,13 @@ def test_cosines_and_scores_are_of_the_same_inputs(texts: Path, tmp_path: Path, 
         ({"margin": 0}, BadInput, "margin 0.0; valid: above 0"),
         ({"data": "nothing"}, BadInput, "unknown data 'nothing'"),
         ({"model": "W5A16"}, BadInput, "unknown model 'W5A16'"),
-        ({"size": "4b", "queries": 1}, Unmet, "cannot get TomoroAI"),
+        ({"size": "4b", "queries": 1}, MissingRequirement, "cannot get TomoroAI"),
         ({"visual_tokens": 0}, BadInput, "visual_tokens 0"),
-        ({"data": "TEXTS", "visual_tokens": 64}, BadInput, "visual_tokens 64, and no page of folder beir #.* is an"),
+        (
+            {"data": "TEXTS", "visual_tokens": 64},
+            BadInput,
+            "visual_tokens 64, and no page of folder beir #.* is an",
+        ),
         ({"iters": -1}, BadInput, "iters -1; valid: 0 for plain rounding, to 1000"),
         ({"iters": 1001}, BadInput, "iters 1001"),
         ({"model": "base"}, BadInput, "base is what models are held against"),
@@ -143,7 +164,9 @@ def test_wrong_values(
 ) -> None:
     folders = {"DIR": str(base_folder), "TEXTS": str(texts)}
     given = {name: folders.get(value, value) for name, value in given.items()}
-    monkeypatch.setattr(run, "_one", lambda *_: pytest.fail("must be refused before anything is embedded"))
+    monkeypatch.setattr(
+        run, "_one", lambda *_: pytest.fail("must be refused before anything is embedded")
+    )
     with pytest.raises(error, match=says):
         lab.fidelity(**{"size": "tiny", "pages": 2, "output": str(tmp_path / "rows.jsonl")} | given)
 
@@ -157,7 +180,9 @@ def test_schemes_that_are_quantised_here_come_plain_too() -> None:
 
 def test_two_bits_are_worse_than_four_and_eight_are_not_told_from_base(tmp_path: Path) -> None:
     """Plain rounding of the trained tiny model, on all pages and queries held out."""
-    found = lab.fidelity("W8A16,W4A16,W2A16", size="tiny", iters=0, output=str(tmp_path / "rows.jsonl"))
+    found = lab.fidelity(
+        "W8A16,W4A16,W2A16", size="tiny", iters=0, output=str(tmp_path / "rows.jsonl")
+    )
     eight, four, two = found.others
     assert np.mean(found.base.values["nDCG@5"]) > 0.8
     row = found.loss(eight, "nDCG@5")

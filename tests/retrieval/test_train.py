@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.model import drawn
-from colqwen_lab.model.architecture import SIZES
+from colqwen_lab.model import synthetic
+from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
+from colqwen_lab.model.config import SIZES, VARIANTS
+from colqwen_lab.model.inputs import TINY
 from colqwen_lab.model.loading import Loaded, load
-from colqwen_lab.model.processing import TINY
 from colqwen_lab.model.quantize import RECORD
-from colqwen_lab.model.variants import VARIANTS
-from colqwen_lab.model.weights import FolderSource, default_source
 from colqwen_lab.retrieval import train
 
 CPU = torch.device("cpu")
@@ -25,22 +24,28 @@ SHIPPED = json.loads((TINY / RECORD).read_text())
 def test_loss_is_the_share_of_right_pages() -> None:
     scores = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(3), 0.0, -torch.inf, -torch.inf]])
     answers = torch.tensor([[True, True, False, False], [True, False, False, False]])
-    assert train.contrastive_loss(scores, answers).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
+    assert train.contrastive_loss(scores, answers).item() == pytest.approx(
+        (math.log(2) + math.log(4 / 3)) / 2
+    )
 
 
 def test_batches_are_of_training_and_alike_as_asked() -> None:
-    batch = [drawn.facts(number) for number in train._batch(Random(0), 8)]
+    batch = [synthetic.facts(number) for number in train._batch(Random(0), 8)]
     assert len(batch) == train.BATCH
     for start in range(0, train.BATCH, 8):
         assert len({(has.kind, has.colour) for has in batch[start : start + 8]}) == 1
         assert len(set(batch[start : start + 8])) == 8
 
 
-def test_a_short_training_learns_and_hangs_on_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_training_learns_and_hangs_on_the_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draws: list[float] = []
     splits: set[str] = set()
-    facts = drawn._facts
-    monkeypatch.setattr(train, "_batch", lambda random, _: draws.append(random.random()) or list(range(6)))
+    facts = synthetic._facts
+    monkeypatch.setattr(
+        train, "_batch", lambda random, _: draws.append(random.random()) or list(range(6))
+    )
     monkeypatch.setattr(drawn, "_facts", lambda split: splits.add(split) or facts(split))
     said: list[str] = []
     record = train.train_tiny(tmp_path / "made", 1, ((64, 20, 1),), said.append)
@@ -53,8 +58,11 @@ def test_a_short_training_learns_and_hangs_on_the_seed(tmp_path: Path, monkeypat
     assert draws == 2 * [expected.random() for _ in range(20)]
     assert losses[0] == pytest.approx(record["loss"]["first"], abs=1e-4)
     assert losses[-1] < losses[0] / 4
-    saved = load(FolderSource(tmp_path / "made"), CPU).model.state_dict()
-    assert all(torch.equal(saved[name], tensor.bfloat16()) for name, tensor in again.model.state_dict().items())
+    saved = load(FolderCheckpoint(tmp_path / "made"), CPU).model.state_dict()
+    assert all(
+        torch.equal(saved[name], tensor.bfloat16())
+        for name, tensor in again.model.state_dict().items()
+    )
     with pytest.raises(BadInput, match="seed -1; valid: 0 to 18446744073709551615"):
         train.train_tiny(tmp_path / "another", -1)
     with pytest.raises(BadInput, match="seed 18446744073709551616"):
@@ -65,7 +73,7 @@ def test_a_short_training_learns_and_hangs_on_the_seed(tmp_path: Path, monkeypat
 
 
 def test_the_weights_in_the_package_are_what_their_record_says(tiny: Loaded) -> None:
-    source = default_source(VARIANTS["base"], "tiny", "auto", CPU)
+    source = default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU)
     assert source.label == f"tiny default (trained, #{SHIPPED['digest']})"
     for part in ("text_config", "vision_config"):
         assert SIZES["tiny"][part].items() <= getattr(source.config, part).to_dict().items()

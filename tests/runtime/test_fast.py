@@ -14,20 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from colqwen_lab.errors import BadInput, Unmet
+from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.model.checkpoint import Checkpoint, FolderCheckpoint, default_checkpoint
+from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.model.loading import load
-from colqwen_lab.model.variants import resolve_variant
-from colqwen_lab.model.weights import FolderSource, Source, default_source
 from colqwen_lab.runtime.fast import KINDS, bucket, load_fast, real_first
-from colqwen_lab.runtime.kernels import Dense, Unnormed, dense_product
+from colqwen_lab.runtime.linears import Dense, Unnormed, dense_product
 
 CPU = torch.device("cpu")
 # Batches of queries by their real lengths: mixed, one alone, one token, very long.
 LENGTHS = [[18, 17, 19], [18], [1], [1, 40, 7], [700, 3]]
 
 
-def random_source(variant: str) -> Source:
-    return default_source(resolve_variant(variant), "tiny", "random", CPU)
+def random_source(variant: str) -> Checkpoint:
+    return default_checkpoint(resolve_variant(variant), "tiny", "random", CPU)
 
 
 def padded(lengths: list[int], side: str) -> dict[str, Tensor]:
@@ -63,8 +63,11 @@ def least_cosine(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("variant", ["base", "awq", "W3A16", "W8A16G32"])
 def test_same_as_eager_in_bfloat16(variant: str, packed: Callable[[str], Path]) -> None:
-    source = FolderSource(packed("auto_round")) if variant == "awq" else random_source(variant)
-    eager, fast = load(source, CPU, "auto" if variant == "base" else "torch").model, load_fast(source, CPU).model
+    source = FolderCheckpoint(packed("auto_round")) if variant == "awq" else random_source(variant)
+    eager, fast = (
+        load(source, CPU, "auto" if variant == "base" else "torch").model,
+        load_fast(source, CPU).model,
+    )
     for lengths in LENGTHS:
         left = padded(lengths, "left")
         expected = real_rows(eager, left, fast=False)
@@ -76,26 +79,32 @@ def test_same_as_eager_in_bfloat16(variant: str, packed: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize(("variant", "within"), [("base", 1e-4), ("awq", 1e-3)])
-def test_same_as_eager_in_float32(variant: str, within: float, packed: Callable[[str], Path]) -> None:
+def test_same_as_eager_in_float32(
+    variant: str, within: float, packed: Callable[[str], Path]
+) -> None:
     """AutoRound's own module multiplies packed weights in FP16, whatever is asked."""
-    source = FolderSource(packed("auto_round")) if variant == "awq" else random_source(variant)
+    source = FolderCheckpoint(packed("auto_round")) if variant == "awq" else random_source(variant)
     kernel = "auto" if variant == "base" else "torch"
     eager = load(source, CPU, kernel, "float32").model
     fast = load_fast(source, CPU, kernel, "float32").model
     for lengths in LENGTHS:
         left = padded(lengths, "left")
-        assert (real_rows(fast, left, fast=True) - real_rows(eager, left, fast=False)).abs().max() < within
+        assert (
+            real_rows(fast, left, fast=True) - real_rows(eager, left, fast=False)
+        ).abs().max() < within
 
 
 @pytest.mark.parametrize("packing", ["auto_round", "auto_gptq", "auto_awq"])
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
 def test_every_packing(packing: str, kernel: str, packed: Callable[[str], Path]) -> None:
-    source = FolderSource(packed(packing))
+    source = FolderCheckpoint(packed(packing))
     inputs = padded([18, 5], "left")
-    expected = real_rows(load(FolderSource(packed("auto_round")), CPU, "torch").model, inputs, fast=False)
+    expected = real_rows(
+        load(FolderCheckpoint(packed("auto_round")), CPU, "torch").model, inputs, fast=False
+    )
     if (packing, kernel) == ("auto_awq", "torch"):
         with pytest.raises(
-            Unmet, match="auto_awq"
+            MissingRequirement, match="auto_awq"
         ):  # AutoRound's own module does not take it; fast repacks for its own
             load_fast(source, CPU, kernel)
         return
@@ -108,7 +117,9 @@ def test_weights_are_there_once() -> None:
     source = random_source("base")
     assert load_fast(source, CPU).weights_bytes == load(source, CPU).weights_bytes
     packed_bytes = load_fast(random_source("awq"), CPU).weights_bytes
-    assert packed_bytes == pytest.approx(load(random_source("awq"), CPU, "torch").weights_bytes, rel=0.01)
+    assert packed_bytes == pytest.approx(
+        load(random_source("awq"), CPU, "torch").weights_bytes, rel=0.01
+    )
 
 
 @given(st.integers(1, 5000))
@@ -127,9 +138,13 @@ def test_real_tokens_come_first_in_their_order(rows: list[list[int]]) -> None:
 def test_what_it_does_not_do() -> None:
     loaded = load_fast(random_source("base"), CPU)
     ids = torch.zeros((1, 2), dtype=torch.int64)
-    with pytest.raises(Unmet, match="embeds queries without a KV cache; valid otherwise: eager"):
+    with pytest.raises(
+        MissingRequirement, match="embeds queries without a KV cache; valid otherwise: eager"
+    ):
         loaded.model.fast(loaded.model, {"input_ids": ids}, use_cache=True)
-    with pytest.raises(Unmet, match="kernel modules multiplies packed weights; valid here: auto"):
+    with pytest.raises(
+        MissingRequirement, match="kernel modules multiplies packed weights; valid here: auto"
+    ):
         load_fast(random_source("base"), CPU, "modules")
     with pytest.raises(BadInput, match="unknown"):
         load_fast(random_source("awq"), CPU, "nope")
@@ -158,7 +173,7 @@ class Streams:
 def test_weights_dequantised_ahead_multiply_as_packed_ones_do(
     kinds: tuple[str, ...], packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load_fast(FolderSource(packed("auto_round")), CPU, "int4")
+    loaded = load_fast(FolderCheckpoint(packed("auto_round")), CPU, "int4")
     model: Any = loaded.model.fast
     made: list[int] = []
 
@@ -168,9 +183,17 @@ def test_weights_dequantised_ahead_multiply_as_packed_ones_do(
         weight.copy_(self(torch.eye(self.in_features, dtype=weight.dtype)).T)
 
     monkeypatch.setattr(type(model.layers[0].o), "dequantise", dequantise)
-    for name, stub in {"current_stream": Streams, "current_device": int, "stream": nullcontext}.items():
-        monkeypatch.setattr(torch.cuda, name, stub if name == "stream" else lambda stub=stub: stub())
-    monkeypatch.setattr("colqwen_lab.runtime.fast._side_stream", lambda device, priority=-1: Streams())
+    for name, stub in {
+        "current_stream": Streams,
+        "current_device": int,
+        "stream": nullcontext,
+    }.items():
+        monkeypatch.setattr(
+            torch.cuda, name, stub if name == "stream" else lambda stub=stub: stub()
+        )
+    monkeypatch.setattr(
+        "colqwen_lab.runtime.fast._side_stream", lambda device, priority=-1: Streams()
+    )
     inputs = padded([18, 17, 19], "left")
     expected = real_rows(loaded.model, inputs, fast=True)
     model.ahead = {3 * bucket(19): kinds}
@@ -179,19 +202,25 @@ def test_weights_dequantised_ahead_multiply_as_packed_ones_do(
     assert len(made) == len(set(made)) == len(kinds) * len(model.layers)
     # Nothing is written before what reads it is done, and nothing read before it is written: the event of that writing.
     told = Streams.told
-    assert [told[at - 1] for at, what in enumerate(told) if what == "written"] == ["free"] * len(made)
+    assert [told[at - 1] for at, what in enumerate(told) if what == "written"] == ["free"] * len(
+        made
+    )
     assert sorted(what for what in told if what.startswith("waited")) == sorted(
         f"waited for event {n + 1}" for n in range(len(made))
     )
 
 
 @pytest.mark.parametrize(
-    ("norming", "shared"), [(KINDS, 2), (("o", "gate_up", "down"), 1), (("qkv", "o", "down"), 1), (("o", "down"), 0)]
+    ("norming", "shared"),
+    [(KINDS, 2), (("o", "gate_up", "down"), 1), (("qkv", "o", "down"), 1), (("o", "down"), 0)],
 )
 def test_norms_are_shared_out_only_between_two_products_that_can(
-    norming: tuple[str, ...], shared: int, packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    norming: tuple[str, ...],
+    shared: int,
+    packed: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loaded = load_fast(FolderSource(packed("auto_round")), CPU, "int4")
+    loaded = load_fast(FolderCheckpoint(packed("auto_round")), CPU, "int4")
     model: Any = loaded.model.fast
     inputs = padded([18, 17, 19], "left")
     expected = real_rows(loaded.model, inputs, fast=True)
@@ -203,14 +232,21 @@ def test_norms_are_shared_out_only_between_two_products_that_can(
         if not isinstance(x, Unnormed):
             return multiplied(self, x)
         assert id(self) in able
-        return multiplied(self, x.weighted) * (x.squares.mean(-1, keepdim=True) + x.eps).rsqrt().bfloat16()
+        return (
+            multiplied(self, x.weighted)
+            * (x.squares.mean(-1, keepdim=True) + x.eps).rsqrt().bfloat16()
+        )
 
-    def add_normed(self: Any, x: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Unnormed]:
+    def add_normed(
+        self: Any, x: Tensor, total: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Unnormed]:
         left.append(self)
         total = total + self(x)
         return total, Unnormed(total * weight, total.float().pow(2), eps)
 
-    monkeypatch.setattr(kernel, "norms", lambda self, rows: rows == 3 * bucket(19) and id(self) in able)
+    monkeypatch.setattr(
+        kernel, "norms", lambda self, rows: rows == 3 * bucket(19) and id(self) in able
+    )
     monkeypatch.setattr(kernel, "forward", forward)
     monkeypatch.setattr(kernel, "add_normed", add_normed)
     assert least_cosine(real_rows(loaded.model, inputs, fast=True), expected) > 0.9995
@@ -221,13 +257,21 @@ def test_norms_are_shared_out_only_between_two_products_that_can(
 @pytest.fixture
 def on_hopper() -> Any:
     """`fast` of awq, random and of middle size, on a GPU that runs the lab's own kernels."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9 or find_spec("humming") is None:
+    if (
+        not torch.cuda.is_available()
+        or torch.cuda.get_device_capability()[0] != 9
+        or find_spec("humming") is None
+    ):
         pytest.skip("kernels for Hopper, and humming's layout of weights")
     device = torch.device("cuda")
-    return load_fast(default_source(resolve_variant("awq"), "mid", "random", device), device).model.fast
+    return load_fast(
+        default_checkpoint(resolve_variant("awq"), "mid", "random", device), device
+    ).model.fast
 
 
-def test_few_rows_share_out_the_norms_in_a_captured_graph(on_hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_share_out_the_norms_in_a_captured_graph(
+    on_hopper: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = torch.randint(0, 1000, (1, 18), device="cuda")
     model, kernel, shared, found = on_hopper, type(on_hopper.layers[0].o), [], []
     for layer in model.layers:
@@ -242,14 +286,18 @@ def test_few_rows_share_out_the_norms_in_a_captured_graph(on_hopper: Any, monkey
     for own in (False, True):
         for kind in KINDS:
             for product in model.of_kind(kind):
-                product.chosen[18] = next(one for one in product.schedules(18) if ("few_rows" in one) is own)
+                product.chosen[18] = next(
+                    one for one in product.schedules(18) if ("few_rows" in one) is own
+                )
         found.append(model._graph(*ids.shape).replay(ids, torch.ones_like(ids)).float())
         assert len(shared) == own * 2 * (2 * len(model.layers) - 1)  # run once, then captured
         model.forget()
     assert least_cosine(*found) > 0.9995
 
 
-def test_weights_dequantised_ahead_in_a_captured_graph(on_hopper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_dequantised_ahead_in_a_captured_graph(
+    on_hopper: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = torch.randint(0, 1000, (32, 18), device="cuda")
     model, found = on_hopper, []
     for kinds in ((), KINDS):
@@ -265,20 +313,26 @@ def test_weights_dequantised_ahead_in_a_captured_graph(on_hopper: Any, monkeypat
     model._graph(*ids.shape)
     assert any(key.startswith("ahead ") for key in new)  # timed here, and it did not give up
     model.forget()
-    assert torch.cuda.memory_allocated() == before  # choosing leaves nothing behind, a workspace of cuBLAS say
+    assert (
+        torch.cuda.memory_allocated() == before
+    )  # choosing leaves nothing behind, a workspace of cuBLAS say
 
 
 def test_schedules_of_every_number_of_rows_compile_at_once(
     packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own is kept whatever the compiler says, others only where they compile; what is known is not tried anew."""
-    loaded = load_fast(FolderSource(packed("auto_round")), CPU, "int4")
+    loaded = load_fast(FolderCheckpoint(packed("auto_round")), CPU, "int4")
     model: Any = loaded.model.fast
     product = type(model.layers[0].o)
     monkeypatch.setattr(product, "tunable", True)
-    monkeypatch.setattr(product, "schedules", lambda self, rows: [f"own {rows}", f"bad {rows}", f"good {rows}"])
+    monkeypatch.setattr(
+        product, "schedules", lambda self, rows: [f"own {rows}", f"bad {rows}", f"good {rows}"]
+    )
     monkeypatch.setattr(product, "compiles", lambda self, schedule: schedule.startswith("good"))
-    monkeypatch.setattr("colqwen_lab.runtime.fast._key", lambda product, rows: f"{product.in_features} x {rows}")
+    monkeypatch.setattr(
+        "colqwen_lab.runtime.fast._key", lambda product, rows: f"{product.in_features} x {rows}"
+    )
     tiny = model.layers[0]
     known = {f"{tiny.o.in_features} x 18": "good known", f"{tiny.down.in_features} x 18": "no more"}
     monkeypatch.setattr("colqwen_lab.runtime.fast._remembered", lambda: known)

@@ -43,7 +43,10 @@ def test_views_and_known_tensors_count_once() -> None:
 def test_sees_inside_composite_operators_and_modules() -> None:
     layer = torch.nn.Linear(64, 64)
     x = torch.ones(2, 3, 64)
-    with torch.no_grad(), MemoryTracker(("weights", t) for t in (x, *layer.parameters())) as tracker:
+    with (
+        torch.no_grad(),
+        MemoryTracker(("weights", t) for t in (x, *layer.parameters())) as tracker,
+    ):
         y = torch.nn.functional.gelu(layer(x))
     resident = x.nbytes + sum(p.nbytes for p in layer.parameters())
     assert tracker.peak_bytes >= resident + 2 * y.nbytes

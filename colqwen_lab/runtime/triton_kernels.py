@@ -1,0 +1,153 @@
+"""The lab's own kernels, in Triton, for what no library's kernel does well. Both work on a GPU only.
+
+Causal attention of short texts, from the product QKV to what goes into O, in one kernel: the flash kernels that PyTorch
+calls work on tiles of 128 tokens, and most of a tile is empty when a query has 18. Here a tile holds the query heads
+that share a key head, side by side; norm and rotary positions are applied on the way.
+
+FP8 codes of rows, of a gated MLP's too: each row is read once, where the compiler's kernels read it twice or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from colqwen_lab.runtime.linears import FP8, FP8_MAX
+
+# About the multiprocessors of the GPUs that this is for.
+ENOUGH_PROGRAMS = 128
+
+
+@triton.jit
+def _ready(at, real, position, weight, cos, sin, eps, SIZE: tl.constexpr):
+    """Both halves of heads at `at`, RMS-normed and rotated, in the type of `at`."""
+    half = tl.arange(0, SIZE // 2)[None, :]
+    left = tl.load(at + half, mask=real[:, None], other=0.0).to(tl.float32)
+    right = tl.load(at + half + SIZE // 2, mask=real[:, None], other=0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / SIZE + eps)[:, None]
+    left = left * scale * tl.load(weight + half).to(tl.float32)
+    right = right * scale * tl.load(weight + half + SIZE // 2).to(tl.float32)
+    c = tl.load(cos + position[:, None] * SIZE + half, mask=real[:, None], other=0.0).to(tl.float32)
+    s = tl.load(sin + position[:, None] * SIZE + half, mask=real[:, None], other=0.0).to(tl.float32)
+    kind = at.dtype.element_ty
+    return (left * c - right * s).to(kind), (right * c + left * s).to(kind)
+
+
+@triton.jit
+def _attend(
+    qkv,
+    out,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    tokens,
+    eps,
+    factor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK tokens of HEADS of the GROUP query heads that share a key head, of one text."""
+    text, part, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    head = part * HEADS // GROUP
+    rows = tl.arange(0, HEADS * BLOCK)
+    position = block * BLOCK + rows // HEADS
+    real = position < tokens
+    WIDTH: tl.constexpr = (GROUP + 2) * KV_HEADS * SIZE
+    line = qkv + text * tokens * WIDTH
+    q_head = (part * HEADS + rows % HEADS) * SIZE
+    q_left, q_right = _ready(
+        line + (position * WIDTH + q_head)[:, None], real, position, q_weight, cos, sin, eps, SIZE
+    )
+    whole = tl.arange(0, SIZE)[None, :]
+    largest = tl.full([HEADS * BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS * BLOCK], tl.float32)
+    result = tl.zeros([HEADS * BLOCK, SIZE], tl.float32)
+    for start in range(0, (block + 1) * BLOCK, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        there = key < tokens
+        k_at = line + (key * WIDTH + (KV_HEADS * GROUP + head) * SIZE)[:, None]
+        k_left, k_right = _ready(k_at, there, key, k_weight, cos, sin, eps, SIZE)
+        v = tl.load(k_at + KV_HEADS * SIZE + whole, mask=there[:, None], other=0.0)
+        score = tl.dot(q_left, tl.trans(k_left)) + tl.dot(q_right, tl.trans(k_right))
+        score = tl.where(key[None, :] <= position[:, None], score * factor, float("-inf"))
+        higher = tl.maximum(largest, tl.max(score, 1))
+        share = tl.exp(score - higher[:, None])
+        before = tl.exp(largest - higher)
+        total = total * before + tl.sum(share, 1)
+        result = result * before[:, None] + tl.dot(share.to(v.dtype), v)
+        largest = higher
+    result = result / total[:, None]
+    to = out + ((text * tokens + position) * GROUP * KV_HEADS * SIZE + q_head)[:, None] + whole
+    tl.store(to, result.to(out.dtype.element_ty), mask=real[:, None])
+
+
+def attend_short(
+    qkv: Tensor,
+    kv_heads: int,
+    norms: Sequence[Tensor],
+    eps: float,
+    positions: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Attention [batch, tokens, heads x size] of qkv [batch, tokens, (heads + 2 x kv_heads) x size], all causal.
+
+    `norms` are the weights [size] of the norms of queries and keys, `positions` the cos and sin [tokens, 1, size].
+    """
+    batch, tokens, width = qkv.shape
+    size = norms[0].shape[0]
+    group = width // size // kv_heads - 2
+    block = 16 if tokens <= 16 else 32
+    out = torch.empty((batch, tokens, group * kv_heads * size), dtype=qkv.dtype, device=qkv.device)
+    blocks = triton.cdiv(tokens, block)
+    # Few texts leave multiprocessors idle where a program takes all heads of a group.
+    heads = group if batch * kv_heads * blocks >= ENOUGH_PROGRAMS else 1
+    grid = (batch, kv_heads * group // heads, blocks)
+    shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEADS": heads, "SIZE": size, "BLOCK": block}
+    warps = max(1, heads * block // 16)
+    _attend[grid](qkv, out, *norms, *positions, tokens, eps, size**-0.5, **shape, num_warps=warps)
+    return out
+
+
+@triton.jit
+def _quantise(
+    x,
+    codes,
+    scales,
+    LARGEST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: a row of WIDTH codes; GATED, SiLU of the first half of x times the second."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at, real = x + row * WIDTH * (2 if GATED else 1) + column, column < WIDTH
+    values = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    if GATED:
+        values = (
+            values * tl.sigmoid(values) * tl.load(at + WIDTH, mask=real, other=0.0).to(tl.float32)
+        )
+    scale = tl.maximum(tl.max(tl.abs(values), 0) / LARGEST, 1e-12)
+    tl.store(scales + row, scale)
+    small = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
+    tl.store(codes + row * WIDTH + column, small.to(codes.dtype.element_ty), mask=real)
+
+
+def fp8_rows_at_once(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """What `kernels.fp8_rows` says of x [rows, width]; of x [rows, 2 width], of SiLU of one half times the other."""
+    assert x.shape[1] in (width, 2 * width)
+    x = x.contiguous()
+    codes = torch.empty((x.shape[0], width), dtype=FP8, device=x.device)
+    scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    gated = x.shape[1] == 2 * width
+    _quantise[(x.shape[0],)](
+        x, codes, scales, FP8_MAX, width, gated, block, num_warps=max(4, block // 1024)
+    )
+    return codes, scales

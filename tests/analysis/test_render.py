@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+
+import pytest
+from nbconvert.filters.markdown_mistune import markdown2html_mistune as markdown2html
+
+from colqwen_lab.analysis.compare import compare
+from colqwen_lab.analysis.render import escape, table
+from colqwen_lab.analysis.results import Results
+from colqwen_lab.records import Environment, published_cells
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+ODD = "<script>alert(1)</script>[x](javascript:alert(2))"
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    results = Results.load("published")
+    return compare(results, results).markdown()
+
+
+def test_sections_stand_in_the_reports_order(text: str) -> None:
+    assert re.findall(r"^## (.*)$", text, re.M) == [
+        "Overview",
+        "Test environment",
+        "Batch size sweep",
+        "Memory-constrained scenarios",
+        "Comparison at the same batch size",
+        "Crossover",
+        "Recommendations",
+        "Caveats",
+        "The report's claims against its own rows",
+    ]
+    assert re.findall(r"^### (.*)$", text, re.M)[:4] == ["8 GB", "12 GB", "16 GB", "24 GB"]
+    assert text.rstrip().endswith(
+        "*published · NVIDIA A100-SXM4-40GB · 4b · queries · eager · protocol published*"
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| 8 | 191 queries/s | 8,527 MiB | 94 queries/s | 3,458 MiB |",
+        "| 512 | - | - | 951 queries/s | 6,963 MiB |",
+        "| base | does not fit | - | - | - | - | batch 8 alone peaks at 8,527 MiB |",
+        "| awq | fits | 512 | 951 queries/s | 6,963 MiB | 291 MiB | larger not measured |",
+        "| 16 | 374 queries/s | 152 queries/s | -59.4 % | - | slower | 59.1 % |",
+        "| overhead -51 % at batch 8 | -50.8 % | yes |",
+        "| gpu | NVIDIA A100-SXM4-40GB | NVIDIA A100-SXM4-40GB |",
+    ],
+)
+def test_rows_hold_the_figures(text: str, row: str) -> None:
+    assert row in text.splitlines()
+
+
+def test_tables_are_whole(text: str) -> None:
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        lines = block.splitlines()
+        assert set(lines[1]) <= set("|- ")
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_claims_only_of_the_published_figures() -> None:
+    results = Results(tuple(cell for cell in published_cells() if cell.batch_size != 32))
+    assert "claims against" not in compare(results, results).markdown()
+
+
+def test_lost_cell_is_in_the_sweep_with_its_reason() -> None:
+    cells = published_cells()
+    change = {"status": "oom", "reason": "2 GiB | <b>", "items_per_s": None, "memory": None}
+    cells[-1] = cells[-1].model_copy(update=change)
+    results = Results(tuple(cells))
+    assert "| 512 | - | - | oom | 2 GiB \\| &lt;b&gt; |" in compare(results, results).markdown()
+
+
+def test_strings_from_records_are_escaped() -> None:
+    odd = Environment(gpu="a|b <img src=x>\n# title", cuda="[x](javascript:y) `z` **w**")
+    changes = {"environment": odd, "variant": ODD, "weights": "<script>"}
+    results = Results(tuple(cell.model_copy(update=changes) for cell in published_cells()[:6]))
+    text = compare(results, results).markdown()
+    assert not re.search(r"<(script|img)|\[x\]\(", text)
+    assert "\n# title" not in text
+    assert r"a\|b &lt;img src=x&gt; # title" in text
+    assert r"[x\](javascript:y) \`z\` \*\*w\*\*" in text
+
+
+def test_table_shows_gaps_as_a_dash_and_keeps_zero() -> None:
+    assert (
+        table(["a", "b"], [[None, 0], ["", "**no**"]])
+        == "| a | b |\n| --- | --- |\n| - | 0 |\n| - | **no** |"
+    )
+    assert escape("a\\|b") == r"a\\\|b"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "_em_ __b__ *a* **b** ~~x~~ ~x~ `c` a_b_ _a_b snake_case auto_round:torch_zp",
+        "<https://evil> https://evil www.evil.com <b>b</b> &lt; &amp;",
+        "![x](javascript:y) [x](y) [x][y] [x]: y [a [b](c)](d) \\[x](y) [x\\](y) [-0.5 to 0.4], [^1]",
+        "[x]: javascript:y",
+        *(
+            "# title",
+            "- item",
+            "+ item",
+            "---",
+            "- - -",
+            "===",
+            "1. item",
+            "12) item",
+            "> quote",
+            "-0.4 %",
+            "$x$ | y",
+        ),
+    ],
+)
+def test_escaped_text_is_shown_as_it_is(text: str) -> None:
+    shown = markdown2html(escape(text)).strip()
+    assert re.fullmatch(r"<p>[^<]*</p>", shown)
+    assert html.unescape(shown)[3:-4] == text
+    assert not re.search(r"(?<!\\)://|www\.|(?<!\\)\]\(", escape(text))
+
+
+def test_control_characters_are_dropped_and_the_lab_s_own_words_are_left() -> None:
+    assert escape("a\x1b[2Jb\x00\x9b31m\r\nc\x7f") == "a[2Jb31m c"
+    plain = "W4A16 at batch 8 (-0.000 [-0.005 to +0.004]), 94 % of base's pages; auto_round:torch_zp x 28: hub:a/b@c1"
+    assert escape(plain) == plain
+
+
+def test_notebooks_escape_what_a_record_says() -> None:
+    """Their Markdown is made of the lab's words, figures and what goes through `lab.escape`."""
+    sources = [
+        "".join(cell["source"])
+        for path in NOTEBOOKS.glob("*.ipynb")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ]
+    shown = [source for source in sources if "Markdown(" in source]
+    assert len(shown) >= 10
+    for source in shown:
+        raw = re.sub(r"lab\.escape\((?:[^()]|\([^()]*\))*\)", "", source)
+        assert not re.search(
+            r"\.(verdict\(|variant\}|label|device|sentence|derived|card\}|card\.name\})|caveat\}|rows\.variant",
+            raw,
+        ), raw

@@ -1,0 +1,107 @@
+"""What disturbs a measurement is noticed, against a fake driver."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from colqwen_lab.measure.interference import InterferenceMonitor, own_bytes, spilled
+from colqwen_lab.records import GIB, Memory
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class FakeNvml:
+    """A GPU with these processes and displays; what is None its driver does not tell."""
+
+    def __init__(self, compute: Any = (), graphics: Any = (), display: int | None = 0) -> None:
+        self.told = {"Compute": compute, "Graphics": graphics, "Display": display}
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import pynvml
+
+        def tell(what: str) -> Any:
+            if self.told[what] is None:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+            return self.told[what]
+
+        def processes(what: str) -> list[Any]:
+            return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in tell(what)]
+
+        monkeypatch.setattr(noticing, "gpu_handle", lambda device: "handle")
+        monkeypatch.setattr(
+            pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: processes("Compute")
+        )
+        monkeypatch.setattr(
+            pynvml, "nvmlDeviceGetGraphicsRunningProcesses", lambda _: processes("Graphics")
+        )
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetDisplayActive", lambda _: tell("Display"))
+        monkeypatch.setattr(pynvml, "nvmlDeviceGetDisplayMode", lambda _: 1)  # as an H100 says
+
+
+@pytest.mark.parametrize(
+    ("nvml", "notes"),
+    [
+        (FakeNvml([(os.getpid(), 5), (os.getppid(), 5)]), []),
+        (FakeNvml([(os.getpid(), 5), (1, 7)], [(2, 7), (1, 7)]), ["2 other processes on the GPU"]),
+        (FakeNvml([(999_999, 5)]), []),  # a container: our own, under another number
+        (FakeNvml([(999_999, 5), (999_998, 5)]), ["1 other process on the GPU"]),
+        (FakeNvml(None, [(os.getpid(), 5)], display=1), ["a display is attached to the GPU"]),
+        (FakeNvml(None, None, None), []),
+    ],
+)
+def test_others_on_the_gpu(
+    nvml: FakeNvml, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml.install(monkeypatch)
+    own = [os.getppid()] if len(nvml.told["Compute"] or ()) == 2 and not notes else []
+    assert InterferenceMonitor(CUDA, own)._on_the_gpu() == notes
+
+
+def test_a_clock_that_was_held_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noticing, "gpu_handle", lambda device: None)
+    idle = {"before": {"throttle_reasons": "0x1"}, "after": {"sm_clock_mhz": 1980}}
+    assert InterferenceMonitor(CUDA, []).notes(idle) == []
+    busy = {"before": {"throttle_reasons": "0x1"}, "after": {"throttle_reasons": hex(0x4 | 0x40)}}
+    assert InterferenceMonitor(CUDA, []).notes(busy) == [
+        "the clock was held down by the power limit, temperature, by hardware"
+    ]
+
+
+def test_another_busy_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its time, and not of the sweep's own processes, the share is said."""
+    monkeypatch.setattr(noticing.psutil, "cpu_count", lambda: 2)
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        theirs, ours = InterferenceMonitor(CPU, []), InterferenceMonitor(CPU, [other.pid])
+        time.sleep(0.8)
+        assert re.match(r"other processes took \d+% of the CPU", theirs._busy_cpu()[0])
+        difference_s, used = (
+            (theirs._others_s() or 0) - (ours._others_s() or 0),
+            psutil.Process(other.pid).cpu_times(),
+        )
+        assert difference_s == pytest.approx(used.user + used.system, abs=0.1)
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_memory_of_the_host_and_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Memory(peak_bytes=7 * GIB, reserved_bytes=9 * GIB, method="cuda")
+    assert spilled(held, 8 * GIB) == ["9.0 GiB held on a GPU of 8.0 GiB: the host's memory is used"]
+    assert spilled(held, 10 * GIB) == spilled(None, 8 * GIB) == spilled(held, None) == []
+    FakeNvml([(1, 3), (os.getpid(), 5)]).install(monkeypatch)
+    assert own_bytes(CUDA) == 5
+    FakeNvml([(1, 3)]).install(monkeypatch)
+    assert own_bytes(CUDA) is None
+    monkeypatch.undo()
+    assert own_bytes(CPU) is None

@@ -1,0 +1,209 @@
+"""Page images to tensors, held against transformers' own processor, and against pages one by one."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pypdfium2
+import pytest
+import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from colqwen_lab.errors import BadInput
+from colqwen_lab.model.inputs import (
+    TINY_TOKENIZER,
+    digest,
+    page_batch,
+    page_files,
+    patches,
+    prompt_ids,
+    read_pages,
+    read_tokenizer,
+    to_rgb,
+    visual_tokens_of,
+)
+from colqwen_lab.model.network import ColQwen3, ColQwen3Config
+from colqwen_lab.model.synthetic import page
+
+CONFIG = ColQwen3Config.of_size("tiny")
+
+
+@pytest.mark.parametrize(
+    ("size", "visual", "tokens"),
+    [
+        ((1240, 1754), 1260, 1271),
+        ((1654, 2339), 1260, 1271),
+        ((1275, 1650), 1240, 1251),
+        ((1280, 720), 880, 891),
+        ((512, 512), 256, 267),
+    ],
+)
+def test_token_counts_are_the_published_ones(
+    size: tuple[int, int], visual: int, tokens: int
+) -> None:
+    assert visual_tokens_of(*size, CONFIG) == visual
+    assert len(prompt_ids(None, ColQwen3Config.of_size("4b"), visual)) == tokens
+
+
+def test_the_prompt_is_the_published_one() -> None:
+    """Without a tokenizer its places are taken, and those of the image are known."""
+    tokenizer = read_tokenizer(TINY_TOKENIZER)
+    ids = prompt_ids(tokenizer, CONFIG, 3)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|>"
+        "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
+    )
+    assert ids[-2:] == [tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    start, image, end = (
+        CONFIG.vision_start_token_id,
+        CONFIG.image_token_id,
+        CONFIG.vision_end_token_id,
+    )
+    assert [one for one in ids if one in (start, image, end)] == [start, image, image, image, end]
+    assert prompt_ids(None, CONFIG, 3)[3:8] == [start, image, image, image, end]
+
+
+def test_the_image_s_tokens_are_told_apart() -> None:
+    images = [page(0).resize(size) for size in ((96, 96), (64, 224))]
+    batch = page_batch(images, read_tokenizer(TINY_TOKENIZER), CONFIG, 20)
+    types, grids = batch["mm_token_type_ids"], batch["image_grid_thw"]
+    assert types.sum(1).tolist() == (grids.prod(1) // 4).tolist()
+    assert types.tolist() == (batch["input_ids"] == CONFIG.image_token_id).int().tolist()
+
+
+@pytest.mark.parametrize("size", [(620, 877), (1, 1), (900, 60)])
+def test_equals_transformers_processor(size: tuple[int, int]) -> None:
+    image = page(3).resize(size)
+    # preprocessor_config.json of Qwen3-VL, with the budget as the area of 32 x 32 pixels each.
+    theirs = Qwen2VLImageProcessorPil(
+        patch_size=16,
+        temporal_patch_size=2,
+        merge_size=2,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+        size={"longest_edge": 100 * 32 * 32, "shortest_edge": 65536},
+    )(images=[image], return_tensors="pt")
+    pixels, grid = patches(image, CONFIG, 100)
+    assert torch.equal(pixels, theirs["pixel_values"])
+    assert [list(grid)] == theirs["image_grid_thw"].tolist()
+    assert pixels.shape[0] // 4 <= 100
+
+
+def test_a_batch_of_several_sizes_equals_each_page_alone() -> None:
+    torch.manual_seed(0)
+    model = ColQwen3(CONFIG).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.1)
+    tokenizer = read_tokenizer(TINY_TOKENIZER)
+    images = [
+        page(number).resize(size) for number, size in enumerate([(160, 96), (64, 224), (96, 96)])
+    ]
+    batch = page_batch(images, tokenizer, CONFIG, 20)
+    together = model(**batch).embeddings
+    for image, row, mask in zip(images, together, batch["attention_mask"].bool(), strict=True):
+        alone = model(**page_batch([image], tokenizer, CONFIG, 20)).embeddings[0]
+        torch.testing.assert_close(row[mask], alone, atol=2e-5, rtol=0)
+        assert not row[~mask].any()
+
+
+def test_modes_of_an_image() -> None:
+    grey = np.tile(np.arange(64, dtype=np.uint8) * 4, (32, 1))
+    plain = np.asarray(to_rgb(Image.fromarray(grey)))
+    deep = to_rgb(Image.fromarray(grey.astype(np.uint16) * 257))
+    assert np.array_equal(np.asarray(deep), plain)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey.astype(np.int32) * 257))), plain)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey.astype(np.int32)))), plain)
+    clear = to_rgb(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30])
+    assert to_rgb(palette).getpixel((0, 0)) == (10, 20, 30)
+    assert to_rgb(Image.new("CMYK", (8, 8), (0, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    turned = Image.new("RGB", (8, 4))
+    turned.getexif()[0x0112] = 6
+    assert to_rgb(turned).size == (4, 8)
+    with pytest.raises(ValueError, match="not 16-bit"):
+        to_rgb(Image.new("F", (8, 8)))
+
+
+def test_a_folder_goes_on_past_what_it_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "a-dot.png")
+    (tmp_path / "b-broken.png").write_bytes(b"\x89PNG no")
+    document = pypdfium2.PdfDocument.new()
+    document.new_page(72, 144), document.new_page(72, 72)
+    document.save(tmp_path / "c.pdf")
+    Image.new("RGB", (20_000, 300)).save(tmp_path / "e-panorama.png")
+    Image.new("RGB", (20_000, 10)).save(tmp_path / "f-line.png")
+    Image.new("RGB", (3000, 3000)).save(tmp_path / "g-bomb.png")
+    frames = [Image.new("L", (40, 30)), Image.new("L", (30, 40))]
+    frames[0].save(tmp_path / "h.tiff", save_all=True, append_images=frames[1:])
+    (tmp_path / "notes.txt").write_text("no page")
+    encrypted(tmp_path / "d-encrypted.pdf")
+    (tmp_path / "i-gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "j.png").mkdir()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7_000_000)
+    said: list[str] = []
+    found = [image.size for image in read_pages(page_files(tmp_path), said.append)]
+    assert found == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
+    names = ["b-broken.png", "d-encrypted.pdf", "f-line.png", "g-bomb.png", "i-gone.png"]
+    assert [line.split(" is left out: ")[0] for line in said] == names
+    assert all("\n" not in line for line in said)
+    assert "password" in said[1].lower()
+
+
+def test_the_reader_s_filter_of_warnings_is_not_its_caller_s(tmp_path: Path) -> None:
+    frames = [Image.new("L", (8, 8)) for _ in range(2)]
+    frames[0].save(tmp_path / "two.tiff", save_all=True, append_images=frames[1:])
+    before = warnings.filters[:]
+    for _ in read_pages(page_files(tmp_path), pytest.fail):
+        assert warnings.filters == before
+
+
+def encrypted(path: Path) -> None:
+    """A PDF that asks for a password: its trailer names an encryption of which nobody has the key."""
+    path.write_bytes(
+        b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[]/Count 0>>endobj\n"
+        b"trailer<</Root 1 0 R/ID[<00><00>]/Encrypt<</Filter/Standard/V 1/R 2/P -4/O<" + b"00" * 32 + b">/U<" 
+        + b"00" * 32 + b">>>>>\n%%EOF"
+    )  # fmt: skip
+
+
+def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
+    def of(folder: str, **files: str) -> str:
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text)
+        return digest(sorted((tmp_path / folder).iterdir()))
+
+    same = of("a", x="1", y="2")
+    assert of("b", x="1", y="2") == same
+    assert (
+        len(
+            {
+                same,
+                of("c", x="1", y="3"),
+                of("d", x="1", z="2"),
+                of("e", x="1"),
+                of("f", x="2", y="1"),
+            }
+        )
+        == 5
+    )
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(
+        BadInput, match=r"no pages at .+; valid: a folder of images, an image, or a PDF"
+    ):
+        page_files(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="holds no image and no PDF"):
+        page_files(tmp_path)
+    for budget in (0, 16_385):
+        with pytest.raises(BadInput, match=f"visual_tokens {budget}; valid: 1 to 16384"):
+            patches(Image.new("RGB", (64, 64)), CONFIG, budget)
