@@ -1,0 +1,401 @@
+"""Every option of every command, declared once: type, default, valid values and help.
+
+The command line (`cli.py`), the Python functions (`__init__.py`) and the parameters cells of the
+notebooks derive from these models. papermill passes texts: "false" and "8,16" are understood.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.hardware import Card, find_card
+from colqwen_lab.model.config import SIZES
+from colqwen_lab.records import EIGHT_BIT_KERNELS, Configuration
+
+EXECUTIONS = ("eager", "fast")
+PROTOCOLS = ("lean", "published")
+DTYPES = ("bfloat16", "float16", "float32")
+TEXTS = ("report", "natural")
+WEIGHTS = ("auto", "hub", "random")
+FORMATS = ("auto_round", "auto_gptq", "auto_awq")
+VISUAL_TOKENS = 1280
+MOST_VISUAL_TOKENS = 16_384
+
+
+class WorkloadDefaults(NamedTuple):
+    """What a sweep of a workload measures unless told: batch sizes, and the fewest timed steps.
+
+    A page costs as much as seventy queries; six steps are the fewest that give an interval.
+    """
+
+    batch_sizes: tuple[int, ...]
+    min_steps: int
+
+
+WORKLOADS = {
+    "queries": WorkloadDefaults((8, 16, 32, 64, 128, 256), 10),
+    "pages": WorkloadDefaults((1, 2, 4), 6),
+}
+# The report's configuration, with its fallback kernel by device, and the best one.
+REPORT = {"cuda": "eager/published/tritonv2", "cpu": "eager/published/torch"}
+BEST = "fast/lean/auto"
+
+
+# ---------------------------------------------------------------- types
+
+
+def listed(value: Any) -> list[Any]:
+    """The items of "a,b", of a list, or of one value."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, dict) or not isinstance(value, Iterable):
+        return [value]
+    return list(value)
+
+
+def _joined(value: Any) -> str:
+    parts = listed(value)
+    if not all(
+        isinstance(part, (str, int, float)) and not isinstance(part, bool) for part in parts
+    ):
+        raise BadInput(f"must be a text such as 'a,b' or a list of texts, got {value!r}")
+    return ",".join(str(part).strip() for part in parts)
+
+
+def batch_sizes_of(value: Any) -> tuple[int, ...]:
+    """Batch sizes from "8,16", 8 or [8, 16]; `auto` is (), the workload's default.
+
+    Raises:
+        BadInput: not different whole numbers of 1 or more.
+    """
+    if value in ("auto", "", ()):
+        return ()
+    try:
+        parts = listed(value.strip("[ ]") if isinstance(value, str) else value)
+        sizes = [int(str(part)) for part in parts]
+    except (TypeError, ValueError):
+        sizes = []
+    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+        raise BadInput(f"must be different whole numbers of 1 or more, such as 8,16, got {value!r}")
+    return tuple(sizes)
+
+
+def _each_of(*valid: str) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        return ",".join(dict.fromkeys(one_of("value", part, valid) for part in value.split(",")))
+
+    return check
+
+
+def _one_of(*valid: str) -> Callable[[str], str]:
+    return lambda value: one_of("value", value, valid)
+
+
+Several = Annotated[str, BeforeValidator(_joined)]
+BatchSizes = Annotated[tuple[int, ...], BeforeValidator(batch_sizes_of)]
+Size = Annotated[str, AfterValidator(lambda value: one_of("size", value.lower(), ["auto", *SIZES]))]
+VisualTokens = Annotated[int, Field(ge=1, le=MOST_VISUAL_TOKENS)]
+
+
+def option(default: Any, help: str, *flags: str, shown: str = "") -> Any:
+    """A field with its help, its short or different flags, and its default as help shows it."""
+    return Field(
+        default, description=help, json_schema_extra={"flags": list(flags), "shown": shown}
+    )
+
+
+class Options(BaseModel):
+    """The options of one command. Wrong values raise BadInput, one line that names the valid ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """Checked options from names and values."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise BadInput(_message(cls, error.errors()[0])) from None
+
+
+EXPECTED = {
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a number",
+    "string": "a text",
+}
+
+
+def _message(options: type[Options], error: ErrorDetails) -> str:
+    name = str(error["loc"][0]) if error["loc"] else ""
+    cause = error.get("ctx", {}).get("error")
+    if error["type"] == "extra_forbidden":
+        one_of_message = ", ".join(options.model_fields)
+        try:
+            one_of("option", name, options.model_fields)
+        except BadInput as unknown:
+            return str(unknown)
+        return f"unknown option {name!r}; valid: {one_of_message}"
+    if isinstance(cause, BadInput):
+        text = str(cause).replace("unknown value", f"unknown {name}", 1)
+        return f"{name} {text}" if text.startswith("must be") else text
+    kind = next((text for key, text in EXPECTED.items() if error["type"].startswith(key)), "")
+    expected = kind or error["msg"].removeprefix("Input should be ")
+    default = options.model_fields[name].default
+    return f"{name} must be {expected}, such as {default!r}, got {error['input']!r}"
+
+
+# ---------------------------------------------------------------- the commands
+
+
+class SweepOptions(Options):
+    """Options of `sweep`. `size`, `workload` and `execution` take several values: a matrix."""
+
+    model: Several = option(
+        "awq",
+        "base, awq, an AutoRound scheme such as W8A16, a checkpoint folder or a hub id; several "
+        "are interleaved: base,awq",
+        *("-m", "--model"),
+    )
+    batch_sizes: BatchSizes = option(
+        (), "such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages", *("-b",), shown="auto"
+    )
+    size: Several = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
+    workload: Annotated[Several, AfterValidator(_each_of(*WORKLOADS))] = option(
+        "queries", "queries or pages"
+    )
+    texts: Annotated[str, AfterValidator(_one_of(*TEXTS))] = option(
+        "report", "queries: report (the report's formula) or natural (several lengths)"
+    )
+    visual_tokens: VisualTokens = option(
+        VISUAL_TOKENS, "pages: the budget of an image, in visual tokens of 32 x 32 pixels"
+    )
+    pages: str = option(
+        "", "pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"
+    )
+    weights: str = option("auto", "auto (tiny: built in, else the hub), hub, random, or a folder")
+    execution: Annotated[Several, AfterValidator(_each_of(*EXECUTIONS))] = option(
+        "eager", "eager (transformers' forward) or fast (fused, length buckets, CUDA graphs)"
+    )
+    kernel: str = option(
+        "auto",
+        "kernel of packed weights: auto, torch, ark, tritonv2, marlin, humming; fast: also int4, "
+        "and with 8-bit activations fp8, w4-fp8, w4-int8",
+    )
+    protocol: Annotated[str, AfterValidator(_one_of(*PROTOCOLS))] = option(
+        "lean", "lean (no KV cache, last output released) or published (as the report was made)"
+    )
+    configuration: Several = option(
+        "",
+        "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL",
+        *("-c", "--configuration"),
+    )
+    control: bool = option(False, "time the first model of each configuration twice: A/A control")
+    dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
+        "bfloat16", "bfloat16, float16 or float32"
+    )
+    card: Annotated[str, BeforeValidator(str)] = option(
+        "", "find the largest batch under the memory of this card (GB or a GPU's name)"
+    )
+    output: str = option("", "the records file, .jsonl; by default under outputs/", *("-o",))
+    fresh: bool = option(False, "measure again what is on file")
+    min_steps: Annotated[int, Field(ge=0)] = option(
+        0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
+    )
+    max_s: Annotated[float, Field(gt=0)] = option(3.0, "most seconds to time a cell")
+    on: Annotated[str, AfterValidator(_one_of("here", "ray"))] = option(
+        "here", "here, or ray: over a Ray cluster, one task per size, workload and execution"
+    )
+    accelerator: Several = option("", "ray: GPU types to measure on, such as A100,L4")
+    address: str = option("", "ray: the cluster's address; by default RAY_ADDRESS, else auto")
+
+    def model_post_init(self, _: Any) -> None:
+        names, workloads = self.models, self.workload.split(",")
+        for size in self.size.split(","):
+            one_of("size", size.lower(), ["auto", *SIZES])
+        if not names or len(set(names)) < len(names):
+            raise BadInput(f"model must be one or more different models, got {self.model!r}")
+        if "pages" not in workloads and (self.pages or self.visual_tokens != VISUAL_TOKENS):
+            raise BadInput("pages and visual_tokens are options of workload pages")
+        if "queries" not in workloads and self.texts != "report":
+            raise BadInput("texts is an option of workload queries")
+        if self.weights not in WEIGHTS:
+            if not os.path.isdir(self.weights):
+                valid = ", ".join(WEIGHTS)
+                raise BadInput(f"weights must be {valid} or a folder, got {self.weights!r}")
+            if len(names) > 1:
+                raise BadInput("a weights folder goes with one model; name folders as models")
+        if self.on == "here" and (self.accelerator or self.address):
+            raise BadInput("accelerator and address are options of a Ray cluster: --on ray")
+        single = (self.execution, self.protocol, self.kernel)
+        if self.configuration and single != ("eager", "lean", "auto"):
+            raise BadInput("give configuration, or execution, protocol and kernel, not both")
+        for configuration in self.configurations("cpu"):
+            if "pages" in workloads and configuration.execution == "fast":
+                raise BadInput("execution fast embeds queries only; use eager for workload pages")
+        self.memory_budget  # noqa: B018  (checks the card's name)
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the variants."""
+        return listed(self.model)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes, or the workload's default ones."""
+        return self.batch_sizes or WORKLOADS[self.workload].batch_sizes
+
+    @property
+    def memory_budget(self) -> Card | None:
+        """The card whose memory caps the run, if any."""
+        return find_card(self.card) if self.card else None
+
+    def configurations(self, device: str) -> list[Configuration]:
+        """Every model in every configuration, on `device` (cuda or cpu).
+
+        Raises:
+            BadInput: a configuration that does not exist.
+        """
+        texts = listed(self.configuration) or [
+            f"{execution}/{self.protocol}/{self.kernel}" for execution in self.execution.split(",")
+        ]
+        return [
+            _configuration(text, variant, self.dtype, device)
+            for text in texts
+            for variant in self.models
+        ]
+
+    def matrix(self) -> list[SweepOptions]:
+        """One copy for each size x workload x execution, without the options of other workloads."""
+        own = {
+            "queries": {"pages": "", "visual_tokens": VISUAL_TOKENS},
+            "pages": {"texts": "report"},
+        }
+        return [
+            self.model_copy(
+                update={"size": size, "workload": workload, "execution": execution} | own[workload]
+            )
+            for size in self.size.split(",")
+            for workload in self.workload.split(",")
+            for execution in self.execution.split(",")
+        ]
+
+
+def _configuration(text: str, variant: str, dtype: str, device: str) -> Configuration:
+    parts = {"report": REPORT[device], "best": BEST}.get(text, text).split("/")
+    if len(parts) > 3:
+        raise BadInput(
+            f"configuration must be report, best or EXECUTION/PROTOCOL/KERNEL, got {text!r}"
+        )
+    execution, protocol, kernel = [*parts, *("eager", "lean", "auto")[len(parts) :]]
+    one_of("execution", execution, EXECUTIONS)
+    one_of("protocol", protocol, PROTOCOLS)
+    if execution == "fast" and protocol != "lean":
+        raise BadInput("execution fast keeps no KV cache; use protocol lean")
+    if kernel in EIGHT_BIT_KERNELS and execution != "fast":
+        raise BadInput(f"kernel {kernel} runs in execution fast only")
+    return Configuration(
+        variant=variant, execution=execution, protocol=protocol, kernel=kernel, dtype=dtype
+    )
+
+
+class PlanOptions(Options):
+    """Options of `plan`."""
+
+    model: Several = option(
+        "base,awq", "base, awq, a scheme such as W8A16, a folder, or several", *("-m", "--model")
+    )
+    batch_sizes: BatchSizes = option(
+        (8, 16, 32, 64, 128, 256, 512), "such as 8,512", *("-b",), shown="8,16,...,512"
+    )
+    size: Annotated[str, AfterValidator(_one_of(*SIZES))] = option("4b", "tiny, mid, 4b, 8b")
+    cards: Several = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070", *("--card",))
+    protocol: Annotated[str, AfterValidator(_one_of(*PROTOCOLS))] = option(
+        "lean", "lean or published"
+    )
+    kernel: str = option(
+        "tritonv2", "kernel of packed weights: tritonv2, torch, fused; fast: also int4, fp8"
+    )
+    dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
+        "bfloat16", "bfloat16, float16 or float32"
+    )
+    workload: Annotated[str, AfterValidator(_one_of(*WORKLOADS))] = option(
+        "queries", "queries or pages"
+    )
+    visual_tokens: VisualTokens = option(VISUAL_TOKENS, "pages: the budget of an image")
+    tokens: Annotated[int, Field(ge=0)] = option(
+        0, "tokens of every item; 0 is the report's queries, or A4 pages"
+    )
+    execution: Annotated[str, AfterValidator(_one_of(*EXECUTIONS))] = option(
+        "eager", "eager or fast"
+    )
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the variants."""
+        return listed(self.model)
+
+    @property
+    def memory_budgets(self) -> list[Card]:
+        """The cards to fit."""
+        return [find_card(card) for card in listed(self.cards)]
+
+
+class CompareOptions(Options):
+    """Options of `compare`. `base` and `awq` are Results, records files, or `published`."""
+
+    base: Any = option("published", "a records file that holds BASE, or the word published")
+    awq: Any = option("", "a records file that holds the quantised model; by default the same")
+    cards: Several = option("8,12,16,24", "memory budgets in GB, or GPUs by name", *("--card",))
+
+    @property
+    def memory_budgets(self) -> list[Card]:
+        """The cards to fit."""
+        return [find_card(card) for card in listed(self.cards)]
+
+
+class QuantizeOptions(Options):
+    """Options of `quantize`."""
+
+    scheme: str = option("W4A16", "an AutoRound scheme: W4A16 (group 128), W8A16, W2A16G32 ...")
+    size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
+    weights: str = option("auto", "the 16-bit weights: auto, hub, random, or a checkpoint folder")
+    iters: int = option(50, "tuning steps a layer; 0 is plain rounding")
+    samples: int = option(64, "calibration samples")
+    seqlen: int = option(64, "tokens a sample")
+    format: Annotated[str, AfterValidator(_one_of(*FORMATS))] = option(
+        "auto_round", "the packing: auto_round, auto_gptq, auto_awq"
+    )
+    texts: str = option("", "a file of calibration texts, one a line; by default built in")
+    output: str = option("", "a new folder; by default outputs/SIZE-SCHEME", *("-o",))
+
+
+class FidelityOptions(Options):
+    """Options of `fidelity`."""
+
+    model: Several = option(
+        "awq", "awq, a scheme such as W8A16, a folder, a hub id, or several", *("-m", "--model")
+    )
+    data: str = option(
+        "generated", "generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"
+    )
+    size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
+    weights: str = option("auto", "BASE's weights: auto, hub, or a checkpoint folder")
+    iters: int = option(50, "tuning steps a layer of schemes that are quantised here; 0 is plain")
+    plain: bool = option(False, "each of these schemes also without tuning")
+    margin: Annotated[float, Field(gt=0, lt=1)] = option(0.01, "smaller differences do not count")
+    queries: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
+    pages: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
+    visual_tokens: VisualTokens = option(VISUAL_TOKENS, "the budget of a page")
+    output: str = option("", "the records file, .jsonl; by default under outputs/", *("-o",))
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the variants."""
+        return listed(self.model)
