@@ -24,7 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite, notebooks included, runs in two to four processes; a file stays together."""
     option = config.option
-    # Tests see no GPU, so that they are the same everywhere; `-m gpu` shows it to those that need it.
+    # Tests see no GPU, so that they are the same everywhere; `-m gpu` shows it to them.
     if "gpu" not in option.markexpr.replace("not gpu", "").split():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     whole = getattr(option, "nbval", False) and config.args_source is config.ArgsSource.TESTPATHS
