@@ -97,7 +97,7 @@ def test_disturbed_rows_keep_their_numbers_and_lose_their_verdict(name: str) -> 
             )
             if any(notes) and row["percent"] is not None:
                 assert row["verdict"] == "inconclusive"
-                assert row["reason"].startswith("disturbed: ")
+                assert row["reason"].startswith("disturbed (")
             else:
                 assert row["verdict"] == expected["verdict"]
             changed += row["verdict"] != expected["verdict"]

@@ -106,7 +106,7 @@ def shares(results: Results) -> pd.DataFrame:
 
 
 def eight_bits(results: Results) -> pd.DataFrame:
-    """One row a batch and 8-bit configuration: its speed vs base's best, and the cosine to 16 bits."""
+    """One row a batch and 8-bit configuration: speed vs base's best, and cosine to 16 bits."""
     ends = _first_and_best(results, "base")
     rows = []
     for series in results.series():
@@ -148,8 +148,9 @@ def verdict(results: Results) -> str:
     """What the run shows, in a few sentences."""
     parts = []
     for name, pair in _speed_lines(results).items():
-        sentences = [one.sentence for one in speed_sentences(*pair, speeds(*pair))]
-        parts.append(f"{name}: {' '.join(sentences)}")
+        variants = pair[0].variant, pair[1].variant
+        sentences = [one.sentence for one in speed_sentences(*variants, speeds(*pair))]
+        parts.append(f"In the {name}: {' '.join(sentences)}")
     for variant in results.variants:
         if ends := _first_and_best(results, variant):
             times = [1 + speed.percent / 100 for speed in speeds(*ends)]
@@ -164,8 +165,8 @@ def verdict(results: Results) -> str:
         times, faster = rows["times base"], rows["batch"][rows["verdict"] == "faster"]
         parts.append(
             f"{name} with 8-bit activations is {times.min()} to {times.max()} times as fast as "
-            f"base, faster at batch {', '.join(map(str, faster)) or 'none'}; its cosine to "
-            f"16 bits is {rows['cosine, mean'].min():.3f} (mean), {rows['cosine, min'].min():.3f} (min)."
+            f"base, faster at batch {', '.join(map(str, faster)) or 'none'}; its cosine to 16 bits "
+            f"is {rows['cosine, mean'].min():.3f} (mean), {rows['cosine, min'].min():.3f} (min)."
         )
     twins = [speed for pair in _twins(results).values() for speed in speeds(*pair)]
     if twins:
@@ -192,11 +193,13 @@ def _first_and_best(results: Results, variant: str) -> Pair | None:
 def _speed_lines(results: Results) -> dict[str, Pair]:
     """The quantised model against base, in their first and in their best configurations."""
     variants = sorted(results.variants, key=lambda variant: variant != "base")[:2]
-    ends = [_first_and_best(results, variant) for variant in variants]
-    if len(ends) < 2 or ends[0] is None or ends[1] is None:
+    ends = [pair for variant in variants if (pair := _first_and_best(results, variant))]
+    if len(ends) < 2:
         return {}
-    pairs = zip(("first configuration", "best configuration"), *ends, strict=True)
-    return {f"{what}: {s.first.configuration.label}": (base, s) for what, base, s in pairs}
+    return {
+        f"{which} configuration: {other.first.configuration.label}": (base, other)
+        for which, base, other in zip(("first", "best"), ends[0], ends[1], strict=True)
+    }
 
 
 def _twins(results: Results) -> dict[str, Pair]:
@@ -235,8 +238,8 @@ def _percent(speed: Speed) -> str:
 
 
 def _times(speed: Speed) -> str:
-    ends = [None if end is None else 1 + end / 100 for end in (speed.low, speed.high)]
-    return f"{1 + speed.percent / 100:.2f} {interval(*ends, digits=2)}"
+    low, high = (end if end is None else 1 + end / 100 for end in (speed.low, speed.high))
+    return f"{1 + speed.percent / 100:.2f} {interval(low, high, 2)}"
 
 
 def _name(series: Series) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 from colqwen_lab.analysis.render import mib
 from colqwen_lab.analysis.speed import differences, speed_ratio
 from colqwen_lab.analysis.table import Pair, Series, memory_of, peak, rate
-from colqwen_lab.hardware import USABLE_SHARE, fit_of, need_bytes, usable
+from colqwen_lab.hardware import USABLE_SHARE, Fit, fit_of, need_bytes, usable
 from colqwen_lab.records import GIB, Cell
 
 
@@ -60,7 +60,7 @@ def _fit(series: Series, card_gb: float) -> dict[str, Any]:
     }
 
 
-def _note(series: Series, fits: dict[int, str], largest: Cell | None) -> str:
+def _note(series: Series, fits: dict[int, Fit], largest: Cell | None) -> str:
     """What limits the largest batch."""
     if largest is None:
         smallest = min(series.sized.values(), key=peak, default=None)

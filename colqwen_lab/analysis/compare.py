@@ -9,10 +9,11 @@ import json
 import math
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from html import escape as html_escape
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
@@ -43,13 +44,16 @@ from colqwen_lab.analysis.table import (
     conditions,
     disturbed,
     frame,
+    kernels,
+    peak,
     pick,
     random_weights,
+    rate,
     unit,
 )
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.hardware import OUTSIDE_TORCH_BYTES
-from colqwen_lab.records import GIB, MIB, Cell, published_cells
+from colqwen_lab.records import GIB, Cell, published_cells
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,11 +61,18 @@ if TYPE_CHECKING:
 __all__ = ["CARDS_GB", "SAME_PERCENT", "Comparison", "Speed", "compare", "speed_ratio", "speeds"]
 
 CARDS_GB = (8, 12, 16, 24)
-ENVIRONMENT = ["gpu", "driver", "cuda", "cpu", "threads", "attention", "torch", "transformers"]
-ENVIRONMENT += ["auto_round", "python", "os"]
-USES = {"awq": "Use {1} when", "base": "Use {0} when", "either": "It does not matter when"}
+PARAMETERS = ["variant", "weights", "kernels", "gpu", "driver", "cuda", "cpu", "threads"]
+PARAMETERS += ["attention", "torch", "transformers", "auto_round", "python", "os"]
+SUMMARY = (
+    "Overview",
+    "Comparison at the same batch size",
+    "Memory-constrained scenarios",
+    "Caveats",
+)
 USE_OF = {"faster": "awq", "only awq": "awq", "slower": "base", "only base": "base"}
 EACH = "each at its largest batch that fits"
+
+Block: TypeAlias = pd.DataFrame | list[str]
 
 
 class Recommendation(NamedTuple):
@@ -135,7 +146,7 @@ class Comparison:
 
     @cached_property
     def crossover(self) -> dict[str, Any]:
-        """The memory from which on base is at least as fast; empty without: see `find_crossover`."""
+        """The memory from which on base is at least as fast: see `find_crossover`."""
         return {} if self.no_budgets else find_crossover(self.budgets)
 
     @cached_property
@@ -149,85 +160,68 @@ class Comparison:
 
     @cached_property
     def claims_table(self) -> pd.DataFrame:
-        """The report's claims, what its rows say, and whether each follows; empty for other rows."""
+        """The report's claims, what its rows say, whether each follows; empty for other rows."""
         published = self.cells == published_cells()
         return claims(self.pair, self.rows, self.budgets) if published else pd.DataFrame()
 
     def speed_table(self) -> pd.DataFrame:
-        """One row a batch of both sides: rates, speed vs base with its verdict, memory saved."""
-        return self._tables("_speed_table")
+        """One row a shared batch: rates, speed vs base with its verdict, memory saved."""
+        rows, what = self.rows.dropna(subset="percent"), unit(self.base.first)
+        ends = rows[["low", "high"]].to_numpy()
+        columns = {
+            "batch": rows["batch_size"],
+            f"{self.base.label} {what}": rows["base_items_per_s"].map(render.rounded),
+            f"{self.awq.label} {what}": rows["awq_items_per_s"].map(render.rounded),
+            "speed vs base, %": rows["percent"].map("{:+.1f}".format),
+            "95 % interval": [interval(low, high, sign="+") for low, high in ends],
+            "verdict": rows["verdict"],
+            "memory saved, %": rows["saving_percent"].round(1),
+        }
+        return render.screen(columns | ({"reason": rows["reason"]} if any(rows["reason"]) else {}))
 
     def card_table(self) -> pd.DataFrame:
         """One row a card and side: does it fit, the largest batch, the rate there, the headroom."""
-        return self._tables("_card_table")
-
-    def _tables(self, name: str) -> pd.DataFrame:
-        tables = {where: getattr(place, name)() for where, place in self.places.items()}
-        if len(tables) == 1:
-            return render.screen(next(iter(tables.values())))
-        return render.screen(pd.concat(tables, names=["where"]).reset_index(0))
-
-    def _speed_table(self) -> pd.DataFrame:
-        rows = self.rows.dropna(subset="percent")
-        table = pd.DataFrame({"batch": rows["batch_size"]})
-        for side, series in (("base", self.base), ("awq", self.awq)):
-            table[f"{series.label} {unit(series.first)}"] = rows[f"{side}_items_per_s"].map(
-                render.rounded
-            )
-        table["speed vs base, %"] = rows["percent"].map("{:+.1f}".format)
-        table["95 % interval"] = [
-            interval(*ends, sign="+") for ends in rows[["low", "high"]].to_numpy()
-        ]
-        table["verdict"] = rows["verdict"]
-        table["memory saved, %"] = rows["saving_percent"].round(1)
-        return table.assign(reason=rows["reason"]) if rows["reason"].any() else table
-
-    def _card_table(self) -> pd.DataFrame:
         cards = self.cards
-        if cards.empty:
-            return cards
-        return pd.DataFrame(
-            {
-                "card GB": cards["card_gb"],
-                "variant": cards["label"],
-                "verdict": cards["verdict"],
-                "largest batch": cards["batch_size"],
-                unit(self.base.first): cards["items_per_s"].map(render.rounded, "ignore"),
-                "peak MiB": cards["peak_bytes"].map(render.in_mib, "ignore"),
-                "headroom": cards["headroom_bytes"].map(mib, "ignore"),
-                "note": cards["note"],
-            }
-        )
+        columns = {
+            "card GB": cards["card_gb"],
+            "variant": cards["label"],
+            "verdict": cards["verdict"],
+            "largest batch": cards["batch_size"],
+            unit(self.base.first): cards["items_per_s"].map(render.rounded, "ignore"),
+            "peak MiB": cards["peak_bytes"].map(render.in_mib, "ignore"),
+            "headroom": cards["headroom_bytes"].map(mib, "ignore"),
+            "note": cards["note"],
+        }
+        return render.screen(columns)
 
     def side_by_side(self) -> pd.DataFrame:
-        """One row a batch, and for each place the speed vs base with its verdict and the saving."""
-        columns = {}
-        for where, place in self.places.items():
-            table = place.speed_table().set_index("batch")
-            columns[f"{where}: speed vs base, %"] = (
-                table["speed vs base, %"] + " " + table["verdict"]
-            )
-            columns[f"{where}: memory saved, %"] = table["memory saved, %"]
-        return render.screen(pd.DataFrame(columns).sort_index().reset_index(names="batch"))
+        """One row a batch, a column a place: the speed vs base with its verdict, and the saving."""
+        columns = {
+            where: {
+                speed.batch_size: f"{speed.percent:+.1f} % {speed.verdict}"
+                for speed in place.speeds
+            }
+            for where, place in self.places.items()
+        }
+        return render.screen(pd.DataFrame(columns).sort_index().rename_axis("batch"))
 
     def place_table(self) -> pd.DataFrame:
-        """One row a place and side: the largest batch that ran, its rate and peak, the fastest."""
+        """One row a place and variant: the largest batch, its rate and peak, the fastest batch."""
         rows = []
         for where, place in self.places.items():
             for series in place.pair:
-                ok = frame([cell for cell in series.cells if cell.status == "ok"])
-                largest = ok.nlargest(1, "batch_size").to_dict("records")
-                fastest = ok.nlargest(1, "items_per_s").to_dict("records")
-                row = {"where": where, "variant": series.variant}
-                for at in largest:
-                    row |= {"largest batch": at["batch_size"], "items/s": short(at["items_per_s"])}
-                    row |= {"peak MiB": at["peak_bytes"] / MIB}
-                for at in fastest:
-                    row |= {"fastest batch": at["batch_size"]}
-                    row |= {"items/s there": short(at["items_per_s"])}
+                row: dict[str, Any] = {"where": where, "variant": series.variant}
+                if series.rated:
+                    largest = series.rated[max(series.rated)]
+                    fastest = max(series.rated.values(), key=rate)
+                    row |= {"largest batch": largest.batch_size}
+                    row |= {"items/s": render.rounded(rate(largest))}
+                    row |= {"peak MiB": largest.memory and render.in_mib(peak(largest))}
+                    row |= {"fastest batch": fastest.batch_size}
+                    row |= {"items/s there": render.rounded(rate(fastest))}
                 failed = [f"{cell.batch_size} {cell.status}" for cell in series.failed]
                 rows.append(row | {"not ok": ", ".join(failed)})
-        return render.screen(pd.DataFrame(rows).round(1))
+        return render.screen(rows)
 
     # ------------------------------------------------------------ output
 
@@ -242,11 +236,18 @@ class Comparison:
         return tuple(_caveats(self))
 
     def verdict(self) -> str:
-        """Memory, speed at the same batch, and the crossover, in a few sentences; a line a place."""
+        """Memory, speed at the same batch, and the crossover, in a few sentences a place."""
         if len(self.pairs) > 1:
             return "\n".join(f"{where}: {one.verdict()}" for where, one in self.places.items())
-        spoken = [one.sentence for one in speed_sentences(*self.pair, self.speeds)]
-        return " ".join([*_saving_sentences(self), *spoken, _crossover_sentence(self)])
+        return " ".join(self.sentences)
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        """The sentences of the verdict."""
+        spoken = [
+            one.sentence for one in speed_sentences(self.base.label, self.awq.label, self.speeds)
+        ]
+        return [*_saving_sentences(self), *spoken, _crossover_sentence(self)]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON: schema 2, and the parts of each place."""
@@ -266,32 +267,56 @@ class Comparison:
 
     def text(self, width: int | None = None) -> str:
         """The comparison as plain text of at most `width` columns; default: the terminal's."""
-        width = width or shutil.get_terminal_size().columns
-        several = len(self.pairs) > 1
-        blocks: list[str | pd.DataFrame] = []
-        blocks += [self.side_by_side(), self.place_table()] if several else []
-        for where, place in self.places.items():
-            title = f"{place.awq.label} against {place.base.label}"
-            sentences = place.verdict().replace(". ", ".\n")
-            blocks += [f"{title}: {where}" if several else title]
-            blocks += [f"{conditions(place.cells)}\n{sentences}"]
-            blocks += [place.speed_table(), place.card_table()]
-            blocks += ["\n".join(f"- {caveat}" for caveat in place.caveats)]
-        return "\n\n".join(
-            render.text(block, width) if isinstance(block, pd.DataFrame) else _wrapped(block, width)
-            for block in [*blocks, *self.skipped]
-            if len(block)
-        )
+        columns = width or shutil.get_terminal_size().columns
+
+        def wrapped(sentence: str) -> str:
+            return textwrap.fill(sentence, columns, initial_indent="- ", subsequent_indent="  ")
+
+        return self._document("{}".format, wrapped, lambda t: render.text(t, columns), SUMMARY)
 
     def markdown(self) -> str:
         """The comparison as Markdown, in the layout of the report it grew from."""
-        parts = [] if len(self.pairs) == 1 else ["# Side by side", *map(escape, self.skipped)]
-        parts += [markdown(table) for table in (self.side_by_side(), self.place_table()) if parts]
+        overhead = {"speed vs base, %": "Overhead, %"}
+        return self._document(
+            lambda title: f"## {escape(title)}",
+            lambda sentence: f"- {escape(sentence)}",
+            lambda table: markdown(table.rename(columns=overhead)),
+        )
+
+    def _repr_html_(self) -> str:
+        return self._document(
+            lambda title: f"<h4>{html_escape(title)}</h4>",
+            lambda sentence: f"<p>{html_escape(sentence)}</p>",
+            render.html,
+            SUMMARY,
+        )
+
+    def __repr__(self) -> str:
+        return self.text(100)
+
+    def _document(
+        self,
+        heading: Callable[[str], str],
+        line: Callable[[str], str],
+        table: Callable[[pd.DataFrame], str],
+        titles: Sequence[str] = (),
+    ) -> str:
+        """Titles, sentences and tables of all places; of the sections only `titles`, if any."""
+        sections: list[tuple[str, list[Block]]] = []
+        if several := len(self.pairs) > 1:
+            side_by_side = [self.side_by_side(), self.place_table(), list(self.skipped)]
+            sections.append(("Side by side", side_by_side))
         for where, place in self.places.items():
-            parts += [f"# {escape(where)}"] if len(self.pairs) > 1 else []
-            for section in _report(place):
-                parts.append(section if isinstance(section, str) else markdown(section))
-        return "\n\n".join(parts) + "\n"
+            title = f"{place.awq.label} against {place.base.label}"
+            sections.append((f"{title}: {where}" if several else title, []))
+            sections += [s for s in _sections(place).items() if not titles or s[0] in titles]
+        parts = []
+        for title, blocks in sections:
+            parts.append(heading(title))
+            for block in blocks:
+                frame_ = isinstance(block, pd.DataFrame)
+                parts += [table(block) if frame_ else "\n".join(map(line, block))]
+        return "\n\n".join(filter(None, parts)) + "\n"
 
     def plot(self, kind: str = "speed", **options: Any) -> Figure:
         """A figure: speed, throughput, memory (with `cards=(8, 12)` in GB), tradeoff or roofline.
@@ -299,30 +324,18 @@ class Comparison:
         Raises:
             BadInput: an unknown kind.
         """
-        plots, series = analysis.plots, list(self.pair)
+        plots = analysis.plots
+        series: Sequence[Series] = self.pair
         one_of("plot", kind, ["speed", *plots.KINDS])
         if len(self.pairs) > 1:
             cells = {id(cell): cell for place in self.places.values() for cell in place.cells}
-            series = list(Results(tuple(cells.values())).series())
+            series = Results(tuple(cells.values())).series()
+        if kind == "speed" and len(self.pairs) == 1:
+            return plots.speed_vs_base(self)
         if kind == "speed":
-            lines = {where: place.speeds for where, place in self.places.items()}
-            return plots.speed_lines(series, lines) if len(lines) > 1 else plots.speed_vs_base(self)
+            return plots.speed_lines(series, {n: one.speeds for n, one in self.places.items()})
         cards = {"cards": self.cards_gb} if kind == "memory" and self.cards_gb != CARDS_GB else {}
         return plots.KINDS[kind](series, **cards | options)
-
-    def __repr__(self) -> str:
-        return self.text(100)
-
-    def _repr_html_(self) -> str:
-        several = len(self.pairs) > 1
-        notes = [*self.verdict().split("\n"), *(self.skipped if several else self.caveats)]
-        first = [self.side_by_side(), self.place_table()] if several else [self.speed_table()]
-        tables = [*first, *([] if several else [self.card_table()])]
-        return "".join([*map(render.html, tables), render.html(pd.DataFrame({"notes": notes}))])
-
-
-def _wrapped(block: str, width: int) -> str:
-    return "\n".join(textwrap.fill(line, width) for line in block.split("\n"))
 
 
 # ---------------------------------------------------------------- which series
@@ -344,7 +357,8 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
     if len(every) > 1:  # a single model that is on both sides would be compared with itself
         alone = [p for p in shared if sides[0][p] == sides[1][p] and len(sides[0][p].variants) == 1]
         shared = [place for place in shared if place not in alone]
-    varied = [n for n, values in enumerate(zip(*every, strict=True)) if not n or len({*values}) > 1]
+    columns = enumerate(zip(*every, strict=True))
+    varied = [n for n, values in columns if len({*values}) > 1] or [0]
     names = {place: ", ".join(place[n] for n in varied) for place in every}
     skipped = [
         f"{names[place]}: nothing to compare with." for place in every if place not in shared
@@ -394,7 +408,7 @@ def _pair(base: Results, awq: Results) -> Pair:
 # ---------------------------------------------------------------- sentences
 
 
-def speed_sentences(base: Series, other: Series, rows: Sequence[Speed]) -> list[Recommendation]:
+def speed_sentences(base: str, other: str, rows: Sequence[Speed]) -> list[Recommendation]:
     """A sentence for the batch sizes of each verdict, and what it speaks for."""
     table = pd.DataFrame(map(asdict, rows), columns=["verdict", "reason", "batch_size", "percent"])
     sentences = []
@@ -407,9 +421,11 @@ def speed_sentences(base: Series, other: Series, rows: Sequence[Speed]) -> list[
             sentence = f"No significant difference at {where} {signed}."
         else:
             row = rows[group.index[0]]
-            ends = sorted(abs(end) for end in (row.low, row.high) if end is not None)
-            within = f" {interval(*ends, digits=0)}" if ends and len(group) == 1 else ""
-            what = f"{other.label} is {size} % {verdict} than {base.label}"
+            within = ""
+            if len(group) == 1 and row.low is not None and row.high is not None:
+                low, high = sorted((abs(row.low), abs(row.high)))
+                within = f" {interval(low, high, 0)}"
+            what = f"{other} is {size} % {verdict} than {base}"
             sentence = f"{what}{within} at {where}."
         sentences.append(Recommendation(USE_OF.get(verdict, "either"), sentence))
     return sentences
@@ -473,7 +489,7 @@ def _recommendations(one: Comparison) -> Iterator[Recommendation]:
         if sentence:
             free = _free(row.start_bytes, row.end_bytes)
             yield Recommendation(USE_OF.get(row.outcome, "either"), f"{free}, {sentence}.")
-    yield from speed_sentences(*one.pair, one.speeds)
+    yield from speed_sentences(base, awq, one.speeds)
     for row in one.speeds[:1]:
         ours, theirs = (
             f"{short(1000 * row.batch_size / items)} ms with {label}"
@@ -484,50 +500,44 @@ def _recommendations(one: Comparison) -> Iterator[Recommendation]:
 
 
 def _caveats(one: Comparison) -> Iterator[str]:
-    cells, rows = one.cells, one.rows
-    table = frame(cells)
-    ok = [cell for cell in cells if cell.status == "ok"]
-    memories = [cell.memory for cell in ok if cell.memory]
+    cells, table = one.cells, frame(one.cells)
+    ok, count = table[table["status"] == "ok"], disturbed(cells)
+    shared = one.rows.dropna(subset="percent")
     differing = differences(one.base.cells, one.awq.cells)
-    shared = rows.dropna(subset="percent")
     unlike = [
-        f"{name} ({ours} against {theirs})".replace("nan", "not recorded")
+        f"{name} ({ours} against {theirs})"
         for name in ("texts", "tokens", "dtype")
-        for ours, theirs in [*zip(shared[f"base_{name}"].map(str), shared[f"awq_{name}"].map(str))][
-            :1
-        ]
+        for ours, theirs in shared[[f"base_{name}", f"awq_{name}"]].map(render.shown).to_numpy()[:1]
         if ours != theirs
     ]
-    apart = any(
-        one.base.variant not in cell.timing.interleaved_with
-        for batch, cell in one.awq.rated.items()
-        if cell.timing and batch in one.base.rated
-    )
     least, most = (amount // 10**6 for amount in OUTSIDE_TORCH_BYTES)
     devices = " and ".join(table["device"].unique())
+    timings = [(cell.timing, one.base.rated.get(b)) for b, cell in one.awq.rated.items()]
+    methods = {cell.memory.method == "tracked" for cell in cells if cell.memory}
+    few = [c for c in cells if c.status == "ok" and len(c.step_s) < FEWEST_SAMPLES]
+    origins = {*table["origin"]}
     sentences = {
-        "These figures come from the report; they were not measured here.": "published"
-        in {*table["origin"]},
-        "These figures are predictions; they were not measured.": "predicted" in {*table["origin"]},
+        "These figures come from the report; they were not measured here.": "published" in origins,
+        "These figures are predictions; they were not measured.": "predicted" in origins,
         f"No verdict on speed: the two sides differ in {'; '.join(differing)}.": differing,
-        f"{disturbed(cells)} of {len(cells)} cells were disturbed and give no verdict on speed: "
-        f"{'; '.join(table['interference'].dropna().unique())}.": disturbed(cells),
+        f"{count} of {len(cells)} cells were disturbed and give no verdict on speed.": count,
         "No batch size was measured on both sides.": shared.empty,
-        "Some rows have no error bars: their source kept fewer than "
-        f"{FEWEST_SAMPLES} samples.": any(len(cell.step_s) < FEWEST_SAMPLES for cell in ok),
-        "Peaks come from different methods: tracked tensors and the CUDA allocator.": len(
-            {memory.method == "tracked" for memory in memories}
-        )
-        > 1,
-        f"Some rows lack the memory outside torch: {least} to {most} MB are assumed.": any(
-            memory.device_bytes is None or memory.reserved_bytes is None for memory in memories
-        ),
+        f"Some rows have no error bars: they kept fewer than {FEWEST_SAMPLES} samples.": few,
+        "Peaks come from tracked tensors and from the CUDA allocator.": len(methods) > 1,
+        f"Some rows lack the memory outside torch: {least} to {most} MB are assumed.": ok[
+            ["device_bytes", "reserved_bytes"]
+        ]
+        .isna()
+        .any(axis=None),
         f"Rates under a memory budget are those of {devices}, not those of a smaller card.": True,
         "Some rates come from a CPU and say nothing about a GPU.": any(
             cell.environment.cpu and not cell.environment.gpu for cell in cells
         ),
         f"The two sides differ in {', '.join(unlike)}.": unlike,
-        "The two were not interleaved: a drift between the runs looks like a difference.": apart,
+        "The two were not interleaved: a drift between the runs looks like a difference.": any(
+            timing and base and base.variant not in timing.interleaved_with
+            for timing, base in timings
+        ),
     }
     yield from (sentence for sentence, holds in sentences.items() if holds)
     for series in one.pair:
@@ -546,61 +556,38 @@ def _caveats(one: Comparison) -> Iterator[str]:
 # ---------------------------------------------------------------- the report's layout
 
 
-def _report(one: Comparison) -> Iterator[str | pd.DataFrame]:
-    """The titles, tables and sentences of the Markdown report."""
-    labels = [series.label for series in one.pair]
-    yield f"# {escape(labels[1])} against {escape(labels[0])}"
-    yield "## Overview"
-    both = pd.concat([frame(s.cells).assign(model=s.label) for s in one.pair])
-    yield both[["model", "variant", "weights", "kernels_used"]].drop_duplicates()
-    yield escape(one.verdict())
-    yield "## Test environment"
-    values = {
-        series.label: pd.DataFrame([dict(cell.environment) for cell in series.cells])[
-            ENVIRONMENT
-        ].agg(lambda column: " and ".join(map(str, column.dropna().unique())))
+def _sections(one: Comparison) -> dict[str, list[Block]]:
+    """Title to tables and sentences, in the order of the report."""
+    base, awq = one.pair
+    parameters = {
+        series.label: pd.DataFrame(
+            [
+                {"variant": c.variant, "weights": c.weights, "kernels": kernels(c)}
+                | dict(c.environment)
+                for c in series.cells
+            ]
+        )[PARAMETERS].agg(lambda column: " and ".join(map(str, column.dropna().unique())))
         for series in one.pair
     }
-    environment = pd.DataFrame(values).rename_axis("Parameter")
-    yield environment[environment.ne("").any(axis=1)]
-    yield "## Batch size sweep"
-    yield _sweep(one)
-    yield "## Memory-constrained scenarios"
-    if small := too_small(one.pair, one.cards_gb):
-        yield escape(f"Cards say nothing of models this small: {small}.")
-    for card, table in [] if small else one.card_table().groupby("card GB"):
-        yield f"### {card:g} GB"
-        yield table.drop(columns="card GB")
-    yield "## Comparison at the same batch size"
-    yield one.speed_table().rename(columns={"speed vs base, %": "Overhead, %"})
-    yield "## Crossover"
-    yield escape(_crossover_sentence(one))
-    if cross := one.crossover:
-        yield f"A card of {mib(cross['nominal_bytes'])} has these {mib(cross['need_bytes'])}."
-    yield "## Recommendations"
-    for use, title in USES.items():
-        if chosen := [row.sentence for row in one.recommendations if row.use == use]:
-            yield "### " + escape(title.format(*labels))
-            yield "\n".join(f"- {escape(sentence)}" for sentence in chosen)
-    yield "## Caveats"
-    yield "\n".join(f"- {escape(caveat)}" for caveat in one.caveats)
+    table = pd.DataFrame(parameters).rename_axis("Parameter")
+    small = too_small(one.pair, one.cards_gb)
+    crossover, cross = [_crossover_sentence(one)], one.crossover
+    if cross:
+        nominal, need = mib(cross["nominal_bytes"]), mib(cross["need_bytes"])
+        crossover.append(f"A card of {nominal} has these {need}.")
+    names = {"base": f"Use {base.label}", "awq": f"Use {awq.label}", "either": "Either"}
+    sections: dict[str, list[Block]] = {
+        "Overview": [[conditions(one.cells), *one.sentences]],
+        "Test environment": [table[table.ne("").any(axis=1)]],
+        "Batch size sweep": [Results(tuple(one.cells)).table()],
+        "Memory-constrained scenarios": [
+            [f"Cards say nothing of models this small: {small}."] if small else one.card_table()
+        ],
+        "Comparison at the same batch size": [one.speed_table()],
+        "Crossover": [crossover],
+        "Recommendations": [[f"{names[row.use]}: {row.sentence}" for row in one.recommendations]],
+        "Caveats": [list(one.caveats)],
+    }
     if len(one.claims_table):
-        yield "## The report's claims against its own rows"
-        yield one.claims_table.rename(columns={"rows_say": "the rows say"})
-    yield f"*{escape(conditions(one.cells))}*"
-
-
-def _sweep(one: Comparison) -> pd.DataFrame:
-    """One row a batch: rate and peak of both sides; a failed cell has its status and reason."""
-    table = pd.DataFrame({"Batch size": one.rows["batch_size"]})
-    for side, series in (("base", one.base), ("awq", one.awq)):
-        what = unit(series.first)
-        rates = one.rows[f"{side}_items_per_s"].map(
-            lambda r, what=what: f"{short(r)} {what}", "ignore"
-        )
-        failed = one.rows[f"{side}_status"].isin(["oom", "failed"])
-        peaks = one.rows[f"{side}_peak_bytes"].map(mib, "ignore")
-        table[f"{series.label} throughput"] = rates.where(~failed, one.rows[f"{side}_status"])
-        table[f"{series.label} peak memory"] = peaks.where(~failed, one.rows[f"{side}_reason"])
-    notes = one.rows["awq_interference"].fillna(one.rows["base_interference"])
-    return table.assign(**{"Disturbed by": notes}) if notes.notna().any() else table
+        sections["The report's claims against its own rows"] = [one.claims_table]
+    return sections

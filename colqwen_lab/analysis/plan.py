@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from colqwen_lab import analysis
 from colqwen_lab.analysis import render
 from colqwen_lab.analysis.table import Results, limit_of, memory_of, peak
 from colqwen_lab.hardware import OUTSIDE_TORCH_BYTES, Gpu, find_card, outside_bytes
@@ -62,7 +61,7 @@ class Plan:
         return plans[0] if len(plans) == 1 else {"plans": plans}
 
     def table(self) -> pd.DataFrame:
-        """One row a cell: tokens, weights, peak, what the allocator reserves, the work of a step."""
+        """One row a cell: tokens, weights, peak, reserved memory, the work of a step."""
         raw = self.results.to_frame()
         table = raw[["variant", "batch_size", "tokens"]].rename(columns={"batch_size": "batch"})
         for name in ("weights", "peak", "reserved"):

@@ -109,17 +109,23 @@ def text(frame: pd.DataFrame, width: int | None = None) -> str:
             above += [f"{name}: {cells[0]}"] if cells[0] != MISSING else []
             continue
         body = [textwrap.wrap(cell, LONGEST) for cell in cells]
-        size = max([6, *(len(line) for lines in body for line in lines)])
-        head = textwrap.wrap(str(name), max([size, *map(len, str(name).split())]))
-        size = max(len(line) for lines in [head, *body] for line in lines)
-        adjust = str.rjust if figures else str.ljust
-        columns.append([[adjust(line, size) for line in c] for c in [head, ["-" * size], *body]])
+        words = str(name).split()
+        head = textwrap.wrap(str(name), max([6, *map(len, words), *map(_longest, body)]))
+        size = max(map(_longest, [head, *body]))
+        align = ">" if figures else "<"
+        lines = [head, ["-" * size], *body]
+        columns.append([[f"{line:{align}{size}}" for line in cell] for cell in lines])
     blocks = [columns[:2]]
     for column in columns[2:]:
         if sum(len(each[1][0]) + 2 for each in [*blocks[-1], column]) > width + 2:
             blocks.append(columns[:2])
         blocks[-1] = [*blocks[-1], column]
-    return printable("\n".join([*textwrap.wrap("; ".join(above), width), *map(_block, blocks)]))
+    constant = [f"{line}\n" for line in textwrap.wrap("; ".join(above), width)]
+    return printable("".join(constant) + "\n\n".join(map(_block, blocks)))
+
+
+def _longest(lines: list[str]) -> int:
+    return max(map(len, lines), default=0)
 
 
 def _block(columns: list[list[list[str]]]) -> str:

@@ -20,6 +20,10 @@ RESAMPLES, FEWEST_SAMPLES, SEED = 2000, 6, 0
 #: What both sides must share before a difference in speed is the variant's and not the machine's.
 MACHINE = ("gpu", "driver", "cuda", "cpu", "threads", "power_limit_w", "torch")
 
+# The columns of the tidy frame that a comparison keeps of each side.
+KEPT = ["batch_size", "items_per_s", "peak_bytes", "status", "reason", "interference"]
+KEPT += ["texts", "tokens", "dtype"]
+
 Verdict = Literal["faster", "slower", "inconclusive"]
 
 
@@ -48,8 +52,8 @@ def speed_ratio(base: Cell, other: Cell) -> Speed:
     percent = 100 * (rate(other) / rate(base) - 1)
     machines = differences([base], [other])
     low, high = (None, None) if machines else _interval(base, other)
-    notes = dict.fromkeys([*base.interference, *other.interference])
-    reason = "; ".join(machines or [f"disturbed: {note}" for note in notes])
+    notes = "; ".join(dict.fromkeys([*base.interference, *other.interference]))
+    reason = "; ".join(machines) or (f"disturbed ({notes})" if notes else "")
     one_sided = low is None or high is None or low * high > 0
     verdict: Verdict = "inconclusive"
     if not reason and one_sided and abs(percent) >= SAME_PERCENT:
@@ -86,7 +90,7 @@ def same_batch(base: Series, awq: Series, rows: Iterable[Speed]) -> pd.DataFrame
     sides = []
     for side, series in (("base_", base), ("awq_", awq)):
         last_ok = {c.batch_size: c for c in sorted(series.cells, key=lambda c: c.status == "ok")}
-        sides.append(frame(last_ok.values()).set_index("batch_size").add_prefix(side))
+        sides.append(frame(last_ok.values())[KEPT].set_index("batch_size").add_prefix(side))
     columns = [field.name for field in fields(Speed)]
     speed = pd.DataFrame(map(asdict, rows), columns=columns).set_index("batch_size").iloc[:, 2:]
     merged = sides[0].join(sides[1], how="outer").join(speed).reset_index()

@@ -350,7 +350,7 @@ def device(environment: Environment) -> str:
 
 
 def limit_of(cell: Cell, work: Work | None) -> tuple[float | None, str]:
-    """`(items per second at most, origin of the limit)`: rates measured in the run, else the data sheet's.
+    """`(items per second at most, origin)`: from rates of the same run, else the data sheet.
 
     None for 8-bit GEMMs, which have other limits, and where none is known.
     """
