@@ -75,7 +75,7 @@ def shown(value: Any) -> str:
 
 def screen(rows: Any) -> pd.DataFrame:
     """Rows or a frame to look at: every missing value is "-", and whole numbers stay whole."""
-    table = pd.DataFrame(rows).convert_dtypes(convert_string=False).astype(object)
+    table = pd.DataFrame(rows).convert_dtypes().astype(object)
     return table.where(table.notna() & (table != ""), MISSING)
 
 
