@@ -30,7 +30,7 @@ DISTURBED = {
 
 def load(name: str, quiet: bool = False) -> Results:
     results = Results.load(name if name == "published" else ROOT / name)
-    clear = {"interference": []} if quiet else {}
+    clear: dict[str, list[str]] = {"interference": []} if quiet else {}
     return Results(tuple(cell.model_copy(update=clear) for cell in results))
 
 

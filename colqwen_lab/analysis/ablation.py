@@ -149,25 +149,13 @@ def verdict(results: Results) -> str:
     parts = []
     for name, pair in _speed_lines(results).items():
         variants = pair[0].variant, pair[1].variant
-        sentences = [one.sentence for one in speed_sentences(*variants, speeds(*pair))]
+        sentences = [row.sentence for row in speed_sentences(*variants, speeds(*pair))]
         parts.append(f"In the {name}: {' '.join(sentences)}")
     for variant in results.variants:
         if ends := _first_and_best(results, variant):
             times = [1 + speed.percent / 100 for speed in speeds(*ends)]
             most = f"{min(times):.1f} to {max(times):.1f} times"
             parts.append(f"The best configuration of {variant} is {most} as fast as its first.")
-    limits = shares(results)
-    for column in limits.filter(like="fast/lean/auto"):
-        best = pd.to_numeric(limits[column], errors="coerce")
-        parts.append(f"{column} reaches {best.max():.0f} % of the limit at batch {best.idxmax()}.")
-    eights = eight_bits(results)
-    for name, rows in eights.groupby("configuration") if len(eights) else ():
-        times, faster = rows["times base"], rows["batch"][rows["verdict"] == "faster"]
-        parts.append(
-            f"{name} with 8-bit activations is {times.min()} to {times.max()} times as fast as "
-            f"base, faster at batch {', '.join(map(str, faster)) or 'none'}; its cosine to 16 bits "
-            f"is {rows['cosine, mean'].min():.3f} (mean), {rows['cosine, min'].min():.3f} (min)."
-        )
     twins = [speed for pair in _twins(results).values() for speed in speeds(*pair)]
     if twins:
         same = sum(speed.verdict == "inconclusive" for speed in twins)
@@ -179,8 +167,8 @@ def verdict(results: Results) -> str:
 
 
 def _plain(results: Results, variant: str) -> list[Series]:
-    series = [one for one in results.series() if one.variant == variant]
-    return [one for one in series if not one.first.configuration.eight_bit]
+    own = [series for series in results.series() if series.variant == variant]
+    return [series for series in own if not series.first.configuration.eight_bit]
 
 
 def _first_and_best(results: Results, variant: str) -> Pair | None:

@@ -28,20 +28,20 @@ def claims(pair: Pair, rows: pd.DataFrame, budgets: pd.DataFrame) -> pd.DataFram
     """Every claim of the report that rows can decide; `rows` and `budgets` are a comparison's."""
     report = published_report()["claims"]
     shared = rows.dropna(subset="percent").set_index("batch_size")
-    found = [
+    decided = [
         _saving(report["memory_saving"], shared["saving_percent"]),
         *_speeds(report["overhead_percent"], shared["percent"]),
         *(claim for card in report["cards"] for claim in _card(pair, card)),
         *_use(report, shared, stretches(budgets)),
     ]
-    return pd.DataFrame(found, columns=list(Claim._fields))
+    return pd.DataFrame(decided, columns=list(Claim._fields))
 
 
 def _saving(claim: str, savings: pd.Series[float]) -> Claim:
     """Holds where every saving rounds to the claimed one at the nearest ten, as "about" says."""
     holds = savings.round(-1) == int(re.findall(r"\d+", claim)[0])
-    held = f"{span(savings[holds], 1)} % at {holds.sum()} of {len(savings)} batch sizes"
-    parts = [held] if holds.any() else []
+    share = f"{span(savings[holds], 1)} % at {holds.sum()} of {len(savings)} batch sizes"
+    parts = [share] if holds.any() else []
     parts += [f"{percent:.1f} % at batch {batch}" for batch, percent in savings[~holds].items()]
     return Claim(claim, ", ".join(parts), bool(holds.all()))
 

@@ -238,14 +238,14 @@ class Comparison:
     def verdict(self) -> str:
         """Memory, speed at the same batch, and the crossover, in a few sentences a place."""
         if len(self.pairs) > 1:
-            return "\n".join(f"{where}: {one.verdict()}" for where, one in self.places.items())
+            return "\n".join(f"{where}: {place.verdict()}" for where, place in self.places.items())
         return " ".join(self.sentences)
 
     @cached_property
     def sentences(self) -> list[str]:
         """The sentences of the verdict."""
         spoken = [
-            one.sentence for one in speed_sentences(self.base.label, self.awq.label, self.speeds)
+            row.sentence for row in speed_sentences(self.base.label, self.awq.label, self.speeds)
         ]
         return [*_saving_sentences(self), *spoken, _crossover_sentence(self)]
 
@@ -260,7 +260,7 @@ class Comparison:
                 {"where": where, "base": place.base.to_dict(), "awq": place.awq.to_dict()}
                 | {name: json.loads(table) for name, table in tables.items()}
                 | {"crossover": place.crossover, "verdict": place.verdict()}
-                | {"recommendations": [one._asdict() for one in place.recommendations]}
+                | {"recommendations": [row._asdict() for row in place.recommendations]}
                 | {"caveats": list(place.caveats)}
             )
         return {"schema": 2, "places": places, "skipped": list(self.skipped)}
@@ -333,7 +333,9 @@ class Comparison:
         if kind == "speed" and len(self.pairs) == 1:
             return plots.speed_vs_base(self)
         if kind == "speed":
-            return plots.speed_lines(series, {n: one.speeds for n, one in self.places.items()})
+            return plots.speed_lines(
+                series, {where: place.speeds for where, place in self.places.items()}
+            )
         cards = {"cards": self.cards_gb} if kind == "memory" and self.cards_gb != CARDS_GB else {}
         return plots.KINDS[kind](series, **cards | options)
 
@@ -366,17 +368,17 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
     pairs: dict[str, Pair] = {}
     for place in shared:
         name, both = names[place], (sides[0][place], sides[1][place])
-        bases = [one for one in both[0].series() if one.variant == "base"]
-        plain = [one for one in bases if not one.first.configuration.eight_bit]
-        others = [one for one in both[1].series() if one.variant != "base"]
+        bases = [series for series in both[0].series() if series.variant == "base"]
+        plain = [series for series in bases if not series.first.configuration.eight_bit]
+        others = [series for series in both[1].series() if series.variant != "base"]
         if len(plain) != 1 or not others:
             pairs[name] = _pair(*both)
             continue
-        own = [one.label for one in bases if one is not plain[0]]
+        own = [series.label for series in bases if series is not plain[0]]
         skipped += [f"{name}: {label} is a configuration of base itself." for label in own]
-        for one in others:
-            where = f"{name}, {one.label}" if len(others) > 1 else name
-            pairs[where] = Series("base", plain[0].cells), Series(one.variant, one.cells)
+        for other in others:
+            where = f"{name}, {other.label}" if len(others) > 1 else name
+            pairs[where] = Series("base", plain[0].cells), Series(other.variant, other.cells)
     if not pairs:
         pairs, skipped = {" against ".join(names.values()): _pair(base, awq)}, []
     return Comparison(pairs, tuple(cards), tuple(skipped))
@@ -391,9 +393,9 @@ def _by_place(results: Results) -> dict[tuple[str, ...], Results]:
 
 def _pair(base: Results, awq: Results) -> Pair:
     quantised = [variant for variant in awq.variants if variant != "base"]
-    one_awq = quantised if len(quantised) == 1 else awq.variants
+    only = quantised if len(quantised) == 1 else awq.variants
     first = pick(base, "base" if "base" in base.variants else base.variants, "base")
-    second = pick(awq, one_awq, "awq")
+    second = pick(awq, only, "awq")
     if first.first.settings() != second.first.settings():
         ours, theirs = (" ".join(series.first.settings()) for series in (first, second))
         raise BadInput(
@@ -436,11 +438,11 @@ def _batches(sizes: Iterable[int]) -> str:
     return "batch " + " and ".join(", ".join(map(str, sizes)).rsplit(", ", 1))
 
 
-def _saving_sentences(one: Comparison) -> Iterator[str]:
-    rows = one.rows[one.rows["saving_percent"] > 0]
+def _saving_sentences(place: Comparison) -> Iterator[str]:
+    rows = place.rows[place.rows["saving_percent"] > 0]
     if len(rows):
-        saved = f"{span(rows['saving_percent'])} % of {one.base.label}'s peak memory"
-        yield f"{one.awq.label} saves {saved} at {_batches(rows['batch_size'])}."
+        saved = f"{span(rows['saving_percent'])} % of {place.base.label}'s peak memory"
+        yield f"{place.awq.label} saves {saved} at {_batches(rows['batch_size'])}."
 
 
 def _free(start: float, end: float | None = None) -> str:
@@ -448,13 +450,13 @@ def _free(start: float, end: float | None = None) -> str:
     return f"With {start / GIB:.1f}{upper} free"
 
 
-def _crossover_sentence(one: Comparison) -> str:
-    base, cross = one.base.label, one.crossover
-    if one.no_budgets:
-        return f"No crossover: {one.no_budgets}."
+def _crossover_sentence(place: Comparison) -> str:
+    base, cross = place.base.label, place.crossover
+    if place.no_budgets:
+        return f"No crossover: {place.no_budgets}."
     if not cross:
-        why = f"{one.awq.label} is faster"
-        if one.budgets["outcome"].iloc[-1] == "inconclusive":
+        why = f"{place.awq.label} is faster"
+        if place.budgets["outcome"].iloc[-1] == "inconclusive":
             why = "no significant difference"
         return f"No crossover: {why} where every row fits, {EACH}."
     ours, theirs = cross["base_items_per_s"], cross["awq_items_per_s"]
@@ -466,31 +468,32 @@ def _crossover_sentence(one: Comparison) -> str:
     return f"{_free(cross['need_bytes'])}, {what}, {EACH}."
 
 
-def _recommendations(one: Comparison) -> Iterator[Recommendation]:
-    base, awq = one.base.label, one.awq.label
-    yield from (Recommendation("awq", sentence) for sentence in _saving_sentences(one))
-    if differences(one.base.cells, one.awq.cells):
+def _recommendations(place: Comparison) -> Iterator[Recommendation]:
+    base, awq = place.base.label, place.awq.label
+    yield from (Recommendation("awq", sentence) for sentence in _saving_sentences(place))
+    if differences(place.base.cells, place.awq.cells):
         return
-    steps = one.budgets if not too_small(one.pair, one.cards_gb) else one.budgets[:0]
+    steps = place.budgets if not too_small(place.pair, place.cards_gb) else place.budgets[:0]
     for row in stretches(steps).itertuples():
         signed = f"({span(row.percents, 1, '+')} %)" if row.percents else ""
         size = span(map(abs, row.percents)) if row.percents else ""
         within = bool(row.percents) and max(map(abs, row.percents)) < SAME_PERCENT
         undecided = "no verdict" if row.disturbed else "no significant difference"
+        inconclusive = f"{undecided} {signed}, {EACH}"
+        if within and not row.disturbed:
+            inconclusive = f"the two are within {SAME_PERCENT:g} %, {EACH}"
         sentence = {
             "only awq": f"only {awq} fits",
             "only base": f"only {base} fits",
             "faster": f"{awq} is {size} % faster, {EACH}",
             "slower": f"{awq} is {size} % slower, {EACH}",
-            "inconclusive": f"the two are within {SAME_PERCENT:g} %, {EACH}"
-            if within and not row.disturbed
-            else f"{undecided} {signed}, {EACH}",
+            "inconclusive": inconclusive,
         }.get(row.outcome)
         if sentence:
             free = _free(row.start_bytes, row.end_bytes)
             yield Recommendation(USE_OF.get(row.outcome, "either"), f"{free}, {sentence}.")
-    yield from speed_sentences(base, awq, one.speeds)
-    for row in one.speeds[:1]:
+    yield from speed_sentences(base, awq, place.speeds)
+    for row in place.speeds[:1]:
         ours, theirs = (
             f"{short(1000 * row.batch_size / items)} ms with {label}"
             for label, items in ((base, row.base_items_per_s), (awq, row.items_per_s))
@@ -499,22 +502,26 @@ def _recommendations(one: Comparison) -> Iterator[Recommendation]:
         yield Recommendation(use, f"A step of {row.batch_size} takes {ours}, {theirs}.")
 
 
-def _caveats(one: Comparison) -> Iterator[str]:
-    cells, table = one.cells, frame(one.cells)
+def _caveats(place: Comparison) -> Iterator[str]:
+    cells, table = place.cells, frame(place.cells)
     ok, count = table[table["status"] == "ok"], disturbed(cells)
-    shared = one.rows.dropna(subset="percent")
-    differing = differences(one.base.cells, one.awq.cells)
-    unlike = [
-        f"{name} ({ours} against {theirs})"
-        for name in ("texts", "tokens", "dtype")
-        for ours, theirs in shared[[f"base_{name}", f"awq_{name}"]].map(render.shown).to_numpy()[:1]
-        if ours != theirs
-    ]
+    shared = place.rows.dropna(subset="percent")
+    differing = differences(place.base.cells, place.awq.cells)
+    unlike: list[str] = []
+    for name in ("texts", "tokens", "dtype"):
+        values = shared[[f"base_{name}", f"awq_{name}"]].map(render.shown).to_numpy()
+        different = [
+            f"{name} ({ours} against {theirs})" for ours, theirs in values if ours != theirs
+        ]
+        unlike += different[:1]
     least, most = (amount // 10**6 for amount in OUTSIDE_TORCH_BYTES)
     devices = " and ".join(table["device"].unique())
-    timings = [(cell.timing, one.base.rated.get(b)) for b, cell in one.awq.rated.items()]
+    timings = [(cell.timing, place.base.rated.get(b)) for b, cell in place.awq.rated.items()]
     methods = {cell.memory.method == "tracked" for cell in cells if cell.memory}
     few = [c for c in cells if c.status == "ok" and len(c.step_s) < FEWEST_SAMPLES]
+    on_cpu = [c for c in cells if c.environment.cpu and not c.environment.gpu]
+    outside = ok["device_bytes"].isna() | ok["reserved_bytes"].isna()
+    apart = [t for t, c in timings if t and c and c.variant not in t.interleaved_with]
     origins = {*table["origin"]}
     sentences = {
         "These figures come from the report; they were not measured here.": "published" in origins,
@@ -524,23 +531,14 @@ def _caveats(one: Comparison) -> Iterator[str]:
         "No batch size was measured on both sides.": shared.empty,
         f"Some rows have no error bars: they kept fewer than {FEWEST_SAMPLES} samples.": few,
         "Peaks come from tracked tensors and from the CUDA allocator.": len(methods) > 1,
-        f"Some rows lack the memory outside torch: {least} to {most} MB are assumed.": ok[
-            ["device_bytes", "reserved_bytes"]
-        ]
-        .isna()
-        .any(axis=None),
+        f"Some rows lack the memory outside torch: {least} to {most} MB are assumed.": any(outside),
         f"Rates under a memory budget are those of {devices}, not those of a smaller card.": True,
-        "Some rates come from a CPU and say nothing about a GPU.": any(
-            cell.environment.cpu and not cell.environment.gpu for cell in cells
-        ),
+        "Some rates come from a CPU and say nothing about a GPU.": on_cpu,
         f"The two sides differ in {', '.join(unlike)}.": unlike,
-        "The two were not interleaved: a drift between the runs looks like a difference.": any(
-            timing and base and base.variant not in timing.interleaved_with
-            for timing, base in timings
-        ),
+        "The two were not interleaved: a drift between the runs looks like a difference.": apart,
     }
     yield from (sentence for sentence, holds in sentences.items() if holds)
-    for series in one.pair:
+    for series in place.pair:
         unsteady = [c.batch_size for c in series.cells if c.timing and not c.timing.steady]
         if any(map(random_weights, series.cells)):
             yield f"{series.label} has random weights: its embeddings mean nothing."
@@ -556,9 +554,9 @@ def _caveats(one: Comparison) -> Iterator[str]:
 # ---------------------------------------------------------------- the report's layout
 
 
-def _sections(one: Comparison) -> dict[str, list[Block]]:
+def _sections(place: Comparison) -> dict[str, list[Block]]:
     """Title to tables and sentences, in the order of the report."""
-    base, awq = one.pair
+    base, awq = place.pair
     parameters = {
         series.label: pd.DataFrame(
             [
@@ -567,27 +565,27 @@ def _sections(one: Comparison) -> dict[str, list[Block]]:
                 for c in series.cells
             ]
         )[PARAMETERS].agg(lambda column: " and ".join(map(str, column.dropna().unique())))
-        for series in one.pair
+        for series in place.pair
     }
     table = pd.DataFrame(parameters).rename_axis("Parameter")
-    small = too_small(one.pair, one.cards_gb)
-    crossover, cross = [_crossover_sentence(one)], one.crossover
+    small = too_small(place.pair, place.cards_gb)
+    crossover, cross = [_crossover_sentence(place)], place.crossover
     if cross:
         nominal, need = mib(cross["nominal_bytes"]), mib(cross["need_bytes"])
         crossover.append(f"A card of {nominal} has these {need}.")
     names = {"base": f"Use {base.label}", "awq": f"Use {awq.label}", "either": "Either"}
     sections: dict[str, list[Block]] = {
-        "Overview": [[conditions(one.cells), *one.sentences]],
+        "Overview": [[conditions(place.cells), *place.sentences]],
         "Test environment": [table[table.ne("").any(axis=1)]],
-        "Batch size sweep": [Results(tuple(one.cells)).table()],
+        "Batch size sweep": [Results(tuple(place.cells)).table()],
         "Memory-constrained scenarios": [
-            [f"Cards say nothing of models this small: {small}."] if small else one.card_table()
+            [f"Cards say nothing of models this small: {small}."] if small else place.card_table()
         ],
-        "Comparison at the same batch size": [one.speed_table()],
+        "Comparison at the same batch size": [place.speed_table()],
         "Crossover": [crossover],
-        "Recommendations": [[f"{names[row.use]}: {row.sentence}" for row in one.recommendations]],
-        "Caveats": [list(one.caveats)],
+        "Recommendations": [[f"{names[row.use]}: {row.sentence}" for row in place.recommendations]],
+        "Caveats": [list(place.caveats)],
     }
-    if len(one.claims_table):
-        sections["The report's claims against its own rows"] = [one.claims_table]
+    if len(place.claims_table):
+        sections["The report's claims against its own rows"] = [place.claims_table]
     return sections

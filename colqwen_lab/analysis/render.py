@@ -17,7 +17,6 @@ from colqwen_lab.errors import plain, printable
 from colqwen_lab.records import MIB
 
 MISSING = "-"
-LONGEST = 24  # characters of a table cell's line
 # Also a link's `](`, `_` at a word's edge, an address that would become a link, and block starts.
 MARKUP = re.compile(
     r"[\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|:(?=//)|(?<=www)\.|^(?:[-+](?=[\s-]|$)|[#=])",
@@ -98,30 +97,40 @@ def markdown(frame: pd.DataFrame) -> str:
 def text(frame: pd.DataFrame, width: int | None = None) -> str:
     """A plain table of at most `width` columns; the default is the terminal's width.
 
-    Columns of one text throughout are named once above the table, empty columns are dropped. A
-    table that is too wide continues below, with its first two columns again.
+    Columns of one text throughout are named above the table, empty columns are dropped. A
+    table that is too wide even with long cells on several lines continues below, with its first
+    two columns again.
     """
     width = width or shutil.get_terminal_size().columns
-    table, above, columns = _strings(frame), [], []
+    table, above, names = _strings(frame), [], []
     for name, cells in table.items():
-        figures = all(re.fullmatch(r"-|[-+]?\d.*", cell) for cell in cells)
-        if len(table) > 1 and cells.nunique() == 1 and (not figures or cells[0] == MISSING):
-            above += [f"{name}: {cells[0]}"] if cells[0] != MISSING else []
-            continue
-        body = [textwrap.wrap(cell, LONGEST) for cell in cells]
-        words = str(name).split()
-        head = textwrap.wrap(str(name), max([6, *map(len, words), *map(_longest, body)]))
-        size = max(map(_longest, [head, *body]))
-        align = ">" if figures else "<"
-        lines = [head, ["-" * size], *body]
-        columns.append([[f"{line:{align}{size}}" for line in cell] for cell in lines])
-    blocks = [columns[:2]]
-    for column in columns[2:]:
-        if sum(len(each[1][0]) + 2 for each in [*blocks[-1], column]) > width + 2:
-            blocks.append(columns[:2])
-        blocks[-1] = [*blocks[-1], column]
+        varies = len(table) < 2 or cells.nunique() > 1 or (_figures(cells) and cells[0] != MISSING)
+        names += [name] if varies else []
+        above += [f"{name}: {cells[0]}"] if not varies and cells[0] != MISSING else []
+    for longest in (40, 24, 16, 10):
+        columns = [_column(str(name), table[name], longest) for name in names]
+        blocks = [columns[:2]]
+        for column in columns[2:]:
+            if sum(len(each[0][0]) + 2 for each in [*blocks[-1], column]) > width + 2:
+                blocks.append(columns[:2])
+            blocks[-1] = [*blocks[-1], column]
+        if len(blocks) == 1:
+            break
     constant = [f"{line}\n" for line in textwrap.wrap("; ".join(above), width)]
     return printable("".join(constant) + "\n\n".join(map(_block, blocks)))
+
+
+def _figures(cells: Iterable[str]) -> bool:
+    return all(re.fullmatch(r"-|[-+]?\d.*", cell) for cell in cells)
+
+
+def _column(name: str, cells: pd.Series[str], longest: int) -> list[list[str]]:
+    """The lines of the header, of a rule and of each cell, all of one width."""
+    body = [textwrap.wrap(cell, max(longest, len(cell) * _figures([cell]))) for cell in cells]
+    head = textwrap.wrap(name, max([6, *map(len, name.split()), *map(_longest, body)]))
+    size = max(map(_longest, [head, *body]))
+    align = ">" if _figures(cells) else "<"
+    return [[f"{line:{align}{size}}" for line in lines] for lines in [head, ["-" * size], *body]]
 
 
 def _longest(lines: list[str]) -> int:
@@ -131,7 +140,7 @@ def _longest(lines: list[str]) -> int:
 def _block(columns: list[list[list[str]]]) -> str:
     lines = []
     for row in zip(*columns, strict=True):
-        blank = [" " * len(column[1][0]) for column in columns]
+        blank = [" " * len(column[0][0]) for column in columns]
         for parts in zip_longest(*row):
             lines.append("  ".join(p or b for p, b in zip(parts, blank, strict=True)).rstrip())
     return "\n".join(lines)

@@ -101,12 +101,12 @@ def same_batch(base: Series, awq: Series, rows: Iterable[Speed]) -> pd.DataFrame
 def differences(base: Iterable[Cell], other: Iterable[Cell]) -> list[str]:
     """What differs in machine, versions or origin; empty if the speeds may be compared."""
     sides = [[{"origin": c.origin} | dict(c.environment) for c in cells] for cells in (base, other)]
-    found = []
+    differing = []
     for name in ("origin", *MACHINE):
         ours, theirs = (
             sorted({str("not recorded" if row[name] is None else row[name]) for row in side})
             for side in sides
         )
         if ours != theirs or len(ours) > 1:
-            found.append(f"{name} ({' and '.join(ours)} against {' and '.join(theirs)})")
-    return found
+            differing.append(f"{name} ({' and '.join(ours)} against {' and '.join(theirs)})")
+    return differing

@@ -290,14 +290,10 @@ def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
     Raises:
         BadInput: none, or more than one.
     """
-    series = results.series()
-    matching = [
-        one
-        for one in series
-        if one.variant in ([variants] if isinstance(variants, str) else variants)
-    ]
+    wanted = [variants] if isinstance(variants, str) else variants
+    matching = [series for series in results.series() if series.variant in wanted]
     if len(matching) != 1:
-        labels = "; ".join(one.label for one in series) or "no cell"
+        labels = "; ".join(series.label for series in results.series()) or "no cell"
         raise BadInput(f"{what} must hold one series, got {labels}; narrow it with .select(...)")
     return matching[0]
 

@@ -21,7 +21,7 @@ def comparison(*, batch: int = 0, rate: float = 0) -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Claim]:
+def checked() -> dict[str, Claim]:
     return of(comparison().claims_table)
 
 
@@ -87,17 +87,17 @@ def decided(comparison: Comparison) -> dict[str, Claim]:
     ],
 )
 def test_each_claim_against_its_rows(
-    found: dict[str, Claim], claim: str, follows: bool, rows_say: str
+    checked: dict[str, Claim], claim: str, follows: bool, rows_say: str
 ) -> None:
-    assert rows_say in found[claim].rows_say
-    assert found[claim].follows is follows
+    assert rows_say in checked[claim].rows_say
+    assert checked[claim].follows is follows
 
 
-def test_every_claim_is_held(found: dict[str, Claim]) -> None:
-    assert len(found) == 16
+def test_every_claim_is_held(checked: dict[str, Claim]) -> None:
+    assert len(checked) == 16
     table = comparison().claims_table
     assert list(table.columns) == ["claim", "rows_say", "follows"]
-    assert list(table["follows"]) == [claim.follows for claim in found.values()]
+    assert list(table["follows"]) == [claim.follows for claim in checked.values()]
 
 
 def test_other_figures_make_no_claims() -> None:

@@ -91,8 +91,8 @@ def published() -> Comparison:
 
 
 def test_published_speeds_at_every_shared_batch(published: Comparison) -> None:
-    found = {speed.batch_size: round(speed.percent, 1) for speed in published.speeds}
-    assert found == {8: -50.8, 16: -59.4, 32: -52.8, 64: -27.1, 128: -4.0, 256: 0.3}
+    comparison = {speed.batch_size: round(speed.percent, 1) for speed in published.speeds}
+    assert comparison == {8: -50.8, 16: -59.4, 32: -52.8, 64: -27.1, 128: -4.0, 256: 0.3}
     assert [speed.verdict for speed in published.speeds] == ["slower"] * 5 + ["inconclusive"]
     assert all(speed.low is None and speed.high is None for speed in published.speeds)
 
@@ -116,10 +116,10 @@ def test_published_cards(published: Comparison) -> None:
 
 
 def test_published_crossover(published: Comparison) -> None:
-    found = published.crossover
-    assert found["need_bytes"] == 10220 * MIB + 700 * MB
-    assert (found["base_batch_size"], found["awq_batch_size"]) == (256, 512)
-    assert (found["base_items_per_s"], found["awq_items_per_s"]) == (966, 951)
+    comparison = published.crossover
+    assert comparison["need_bytes"] == 10220 * MIB + 700 * MB
+    assert (comparison["base_batch_size"], comparison["awq_batch_size"]) == (256, 512)
+    assert (comparison["base_items_per_s"], comparison["awq_items_per_s"]) == (966, 951)
 
 
 def test_published_sentences(published: Comparison) -> None:
@@ -139,8 +139,10 @@ def test_published_sentences(published: Comparison) -> None:
 
 
 def test_a_single_batch_has_its_interval_in_the_sentence() -> None:
-    found = versus([timed("base", 8, 0.0625, seed=1)], [timed("awq", 8, 0.05, seed=2)])
-    assert re.search(r"awq is 2\d % faster than base \[2\d to 2\d\] at batch 8\.", found.verdict())
+    comparison = versus([timed("base", 8, 0.0625, seed=1)], [timed("awq", 8, 0.05, seed=2)])
+    assert re.search(
+        r"awq is 2\d % faster than base \[2\d to 2\d\] at batch 8\.", comparison.verdict()
+    )
 
 
 def test_published_document(published: Comparison) -> None:
@@ -193,18 +195,18 @@ def test_comparing_needs_neither_torch_nor_matplotlib() -> None:
 
 def test_base_is_taken_by_name_and_the_other_as_the_only_one() -> None:
     both = [cell("awq", 8), cell("base", 8)]
-    found = versus(both, both)
-    assert (found.base.variant, found.awq.variant) == ("base", "awq")
-    found = versus([cell("w8a16", 8)], [cell("base", 8), cell("awq", 8)])
-    assert (found.base.variant, found.awq.variant) == ("w8a16", "awq")
+    comparison = versus(both, both)
+    assert (comparison.base.variant, comparison.awq.variant) == ("base", "awq")
+    comparison = versus([cell("w8a16", 8)], [cell("base", 8), cell("awq", 8)])
+    assert (comparison.base.variant, comparison.awq.variant) == ("w8a16", "awq")
 
 
 def test_control_is_the_same_variant_twice() -> None:
     rows = [timed("awq", batch, 0.05) for batch in (8, 16)]
-    found = versus(rows, rows)
-    assert (found.base.label, found.awq.label) == ("awq (A)", "awq (B)")
-    assert [row.verdict for row in found.speeds] == ["inconclusive"] * 2
-    for row in found.speeds:
+    comparison = versus(rows, rows)
+    assert (comparison.base.label, comparison.awq.label) == ("awq (A)", "awq (B)")
+    assert [row.verdict for row in comparison.speeds] == ["inconclusive"] * 2
+    for row in comparison.speeds:
         assert row.low is not None
         assert row.high is not None
         assert row.low < 0 < row.high
@@ -289,10 +291,10 @@ def test_without_a_significant_difference_no_sentence_names_a_faster_side(swappe
             ("base", "awq"), reversed(steps) if swapped else steps, strict=True
         )
     ]
-    found = versus(*sides)
-    assert found.speeds[0].verdict == "inconclusive"
-    assert (found.speeds[0].percent > 2) is not swapped
-    text = " ".join([found.verdict(), *(one.sentence for one in found.recommendations)])
+    comparison = versus(*sides)
+    assert comparison.speeds[0].verdict == "inconclusive"
+    assert (comparison.speeds[0].percent > 2) is not swapped
+    text = " ".join([comparison.verdict(), *(one.sentence for one in comparison.recommendations)])
     assert "faster" not in text
     assert "slower" not in text
     assert "there is no significant difference (" in text or "no significant difference (" in text
@@ -301,33 +303,35 @@ def test_without_a_significant_difference_no_sentence_names_a_faster_side(swappe
         if swapped
         else "No crossover: no significant difference where every row fits"
     )
-    assert what in found.verdict()
+    assert what in comparison.verdict()
 
 
 @pytest.mark.parametrize(("rate", "near"), [(101.0, True), (102.03, True), (103.0, False)])
 def test_a_crossover_on_a_small_lead_says_so(rate: float, near: bool) -> None:
-    found = versus([cell("base", 8, rate)], [cell("awq", 8, 100.0)])
-    assert "at least as fast" in found.verdict()
-    assert ("at least as fast (at first by less than 2 %)" in found.verdict()) is near
+    comparison = versus([cell("base", 8, rate)], [cell("awq", 8, 100.0)])
+    assert "at least as fast" in comparison.verdict()
+    assert ("at least as fast (at first by less than 2 %)" in comparison.verdict()) is near
 
 
 @pytest.mark.parametrize("side", ["base", "awq"])
 def test_a_disturbed_cell_gives_no_verdict(side: str) -> None:
     note = "other processes took 40% of the CPU"
-    notes = {one: {"interference": [note] if one == side else []} for one in ("base", "awq")}
-    found = versus(
+    notes: dict[str, Any] = {
+        name: {"interference": [note] if name == side else []} for name in ("base", "awq")
+    }
+    comparison = versus(
         [timed("base", 8, 0.05, **notes["base"]), timed("base", 16, 0.05)],
         [timed("awq", 8, 0.1, **notes["awq"]), timed("awq", 16, 0.1)],
     )
-    first, second = found.speeds
+    first, second = comparison.speeds
     assert (first.verdict, second.verdict) == ("inconclusive", "slower")
     assert first.reason == f"disturbed ({note})"
     assert first.low is not None
-    assert f"No verdict at batch 8 (-50.0 %): disturbed ({note})." in found.verdict()
-    assert "1 of 4 cells were disturbed and give no verdict on speed." in found.caveats
-    assert note in found.text() + found.markdown()
-    assert found.cells[0].interference or side == "awq"
-    assert found.to_dict()["places"][0][side]["disturbed"] == [8]
+    assert f"No verdict at batch 8 (-50.0 %): disturbed ({note})." in comparison.verdict()
+    assert "1 of 4 cells were disturbed and give no verdict on speed." in comparison.caveats
+    assert note in comparison.text() + comparison.markdown()
+    assert comparison.cells[0].interference or side == "awq"
+    assert comparison.to_dict()["places"][0][side]["disturbed"] == [8]
 
 
 def test_no_interval_below_six_samples() -> None:
@@ -351,17 +355,17 @@ def test_no_interval_below_six_samples() -> None:
 )
 def test_across_machines_no_verdict_on_speed(change: dict[str, Any]) -> None:
     there = FIRST.environment.model_copy(update=change)
-    found = versus([timed("base", 8, 0.05)], [timed("awq", 8, 0.1, environment=there)])
-    (row,) = found.speeds
+    comparison = versus([timed("base", 8, 0.05)], [timed("awq", 8, 0.1, environment=there)])
+    (row,) = comparison.speeds
     assert (row.verdict, row.low) == ("inconclusive", None)
-    assert found.cards["ratio"].isna().all()
-    assert found.crossover == {}
+    assert comparison.cards["ratio"].isna().all()
+    assert comparison.crossover == {}
     assert any(
         caveat.startswith(f"No verdict on speed: the two sides differ in {next(iter(change))}")
-        for caveat in found.caveats
+        for caveat in comparison.caveats
     )
-    assert found.recommendations == ()
-    assert "None" not in " ".join(found.caveats)
+    assert comparison.recommendations == ()
+    assert "None" not in " ".join(comparison.caveats)
 
 
 def test_other_hour_and_commit_are_one_machine() -> None:
@@ -373,19 +377,19 @@ def test_other_hour_and_commit_are_one_machine() -> None:
 
 
 def test_prediction_against_measurement_has_no_verdict() -> None:
-    found = versus([cell("base", 8)], [cell("awq", 8, 50, origin="predicted")])
-    assert found.speeds[0].verdict == "inconclusive"
-    assert "These figures are predictions; they were not measured." in found.caveats
+    comparison = versus([cell("base", 8)], [cell("awq", 8, 50, origin="predicted")])
+    assert comparison.speeds[0].verdict == "inconclusive"
+    assert "These figures are predictions; they were not measured." in comparison.caveats
 
 
 def test_no_shared_batch_has_a_caveat() -> None:
-    found = versus([cell("base", 8)], [cell("awq", 16)])
-    assert (found.speeds, savings(found)) == ((), {})
-    assert "No batch size was measured on both sides." in found.caveats
-    assert found.speed_table().empty
-    json.dumps(found.to_dict())
-    assert found.markdown()
-    assert found._repr_html_()
+    comparison = versus([cell("base", 8)], [cell("awq", 16)])
+    assert (comparison.speeds, savings(comparison)) == ((), {})
+    assert "No batch size was measured on both sides." in comparison.caveats
+    assert comparison.speed_table().empty
+    json.dumps(comparison.to_dict())
+    assert comparison.markdown()
+    assert comparison._repr_html_()
 
 
 @settings(deadline=None, max_examples=80)
@@ -403,23 +407,25 @@ def test_swapping_the_sides_inverts_the_ratio(a: float, b: float) -> None:
 
 def test_failed_cells_are_kept_and_enter_no_figure() -> None:
     broken = cell("awq", 16, status="failed", reason="a kernel broke")
-    found = versus([cell("base", 8), cell("base", 16)], [cell("awq", 8), broken, failed("awq", 32)])
-    assert [row.batch_size for row in found.speeds] == [8]
-    assert found.to_dict()["places"][0]["awq"]["not_ok"] == [
+    comparison = versus(
+        [cell("base", 8), cell("base", 16)], [cell("awq", 8), broken, failed("awq", 32)]
+    )
+    assert [row.batch_size for row in comparison.speeds] == [8]
+    assert comparison.to_dict()["places"][0]["awq"]["not_ok"] == [
         {"batch_size": 16, "status": "failed", "reason": "a kernel broke"},
         {"batch_size": 32, "status": "oom", "reason": "asked for 2 GiB"},
     ]
-    assert "awq batch 16: failed, a kernel broke." in found.caveats
+    assert "awq batch 16: failed, a kernel broke." in comparison.caveats
     there = "NVIDIA A100-SXM4-40GB"
-    assert fit(found, "awq").note == f"batch 16 failed on {there}; batch 32 oom on {there}"
+    assert fit(comparison, "awq").note == f"batch 16 failed on {there}; batch 32 oom on {there}"
 
 
 def test_nothing_worked_is_still_a_comparison() -> None:
-    found = versus([failed("base", 8)], [failed("awq", 8)])
-    assert "No crossover: one side has no row with a rate and a peak." in found.verdict()
-    assert fit(found, "base").note == "no row has a peak"
-    assert found.markdown()
-    assert repr(found)
+    comparison = versus([failed("base", 8)], [failed("awq", 8)])
+    assert "No crossover: one side has no row with a rate and a peak." in comparison.verdict()
+    assert fit(comparison, "base").note == "no row has a peak"
+    assert comparison.markdown()
+    assert repr(comparison)
 
 
 # ---------------------------------------------------------------- caveats
@@ -434,7 +440,7 @@ def test_caveats_say_what_the_figures_cannot() -> None:
     changes = {"weights": "random (seed 0)", "timing": unsteady, "environment": on_cpu}
     longer = Workload(kind="queries", batch_size=8, texts="natural", tokens=30)
     awq = timed("awq", 8, 0.05, workload=longer, **changes)
-    said = versus([base], [awq, awq]).caveats
+    caveats = versus([base], [awq, awq]).caveats
     for start in (
         "Some rates come from a CPU",
         "Peaks come from tracked tensors and from the CUDA allocator.",
@@ -446,7 +452,7 @@ def test_caveats_say_what_the_figures_cannot() -> None:
         "Some rows lack the memory outside torch: 200 to 700 MB",
         "Rates under a memory budget are those of Xeon",
     ):
-        assert any(caveat.startswith(start) for caveat in said), (start, said)
+        assert any(caveat.startswith(start) for caveat in caveats), (start, caveats)
 
 
 def test_interleaved_has_no_such_caveat() -> None:
@@ -457,8 +463,8 @@ def test_interleaved_has_no_such_caveat() -> None:
         interleaved_with=["base"],
         clock="perf_counter",
     )
-    said = versus([timed("base", 8, 0.05)], [timed("awq", 8, 0.05, timing=turns)]).caveats
-    assert not any("interleaved" in caveat or "error bars" in caveat for caveat in said)
+    caveats = versus([timed("base", 8, 0.05)], [timed("awq", 8, 0.05, timing=turns)]).caveats
+    assert not any("interleaved" in caveat or "error bars" in caveat for caveat in caveats)
 
 
 # ---------------------------------------------------------------- under a budget
@@ -516,8 +522,8 @@ def test_more_memory_never_fits_less(
     figures: dict[int, tuple[float, int]], one: float, other: float
 ) -> None:
     cards = tuple(sorted((one, other)))
-    found = versus(side("base", figures), side("awq", figures), cards=cards)
-    small, large = fit(found, "base", 0), fit(found, "base", 1)
+    comparison = versus(side("base", figures), side("awq", figures), cards=cards)
+    small, large = fit(comparison, "base", 0), fit(comparison, "base", 1)
     order = ["does not fit", "tight", "fits"]
     assert order.index(small.verdict) <= order.index(large.verdict)
     if small.verdict == "fits":
@@ -528,41 +534,41 @@ def test_more_memory_never_fits_less(
 @settings(deadline=None, max_examples=60)
 @given(rows, rows)
 def test_crossover_agrees_with_the_cards(base: dict[int, Any], awq: dict[int, Any]) -> None:
-    found = versus(side("base", base), side("awq", awq), cards=(64,))
-    everything = fit(found, "base").ratio
+    comparison = versus(side("base", base), side("awq", awq), cards=(64,))
+    everything = fit(comparison, "base").ratio
     assert everything is not None
-    assert bool(found.crossover) == (everything <= 1)
-    if not found.crossover:
+    assert bool(comparison.crossover) == (everything <= 1)
+    if not comparison.crossover:
         return
-    start = found.crossover["nominal_bytes"]
-    ours, _ = fit_at(found, start / GIB)
-    assert ours.batch_size == found.crossover["base_batch_size"]
-    assert ours.items_per_s == found.crossover["base_items_per_s"]
+    start = comparison.crossover["nominal_bytes"]
+    ours, _ = fit_at(comparison, start / GIB)
+    assert ours.batch_size == comparison.crossover["base_batch_size"]
+    assert ours.items_per_s == comparison.crossover["base_items_per_s"]
     for more in (1, 1.1, 1.5, 2, 5):
-        ours, theirs = fit_at(found, start / GIB * more)
+        ours, theirs = fit_at(comparison, start / GIB * more)
         assert ours.verdict == "fits"
         assert theirs.verdict != "fits" or (ours.ratio or 0) <= 1
-    ours, theirs = fit_at(found, (start - 1) / GIB)
+    ours, theirs = fit_at(comparison, (start - 1) / GIB)
     holds = ours.verdict == "fits" and (theirs.verdict != "fits" or (ours.ratio or 2) <= 1)
     assert not holds
 
 
 def test_cards_and_budgets_say_nothing_of_models_that_every_card_holds() -> None:
     small = [[cell(variant, 8, peak=peak * MIB)] for variant, peak in (("base", 20), ("awq", 10))]
-    found = versus(*small, cards=(8, 12))
+    comparison = versus(*small, cards=(8, 12))
     why = "no batch peaks above 20 MiB, less than 1 % of every card"
-    assert f"No crossover: {why}." in found.verdict()
-    assert f"Cards say nothing of models this small: {why}." in found.markdown()
-    assert "headroom" not in found.markdown()
-    assert not any("GiB" in one.sentence for one in found.recommendations)
-    assert list(found.cards["verdict"]) == ["fits"] * 4
+    assert f"No crossover: {why}." in comparison.verdict()
+    assert f"Cards say nothing of models this small: {why}." in comparison.markdown()
+    assert "headroom" not in comparison.markdown()
+    assert not any("GiB" in one.sentence for one in comparison.recommendations)
+    assert list(comparison.cards["verdict"]) == ["fits"] * 4
     assert "headroom" in versus(*small, cards=(1, 12)).markdown()
 
 
 def test_base_that_is_always_overtaken_has_no_crossover() -> None:
-    found = versus([cell("base", 8, 100)], [cell("awq", 8, 200)])
-    assert found.crossover == {}
-    assert "No crossover: awq is faster where every row fits" in found.verdict()
+    comparison = versus([cell("base", 8, 100)], [cell("awq", 8, 200)])
+    assert comparison.crossover == {}
+    assert "No crossover: awq is faster where every row fits" in comparison.verdict()
 
 
 # ---------------------------------------------------------------- several devices
@@ -589,14 +595,14 @@ def fleet() -> Comparison:
 
 
 def test_each_device_has_a_comparison_of_its_own() -> None:
-    found = fleet()
+    comparison = fleet()
     verdicts = {
         where: {speed.batch_size: speed.verdict for speed in place.speeds}
-        for where, place in found.places.items()
+        for where, place in comparison.places.items()
     }
     assert verdicts == {"A100": {8: "slower", 16: "slower"}, "L4": {8: "faster"}}
-    assert found.skipped == ("T4 <b>: nothing to compare with.",)
-    for place in found.places.values():
+    assert comparison.skipped == ("T4 <b>: nothing to compare with.",)
+    for place in comparison.places.values():
         assert len({c.environment.gpu for c in place.cells}) == 1
         assert not any("No verdict on speed" in caveat for caveat in place.caveats)
 
@@ -614,24 +620,24 @@ def test_place_table_has_the_largest_batch_and_the_rate_there() -> None:
 
 
 def test_side_by_side_on_the_screen_and_as_json() -> None:
-    found = fleet()
-    assert list(found.side_by_side().index) == [8, 16]
-    assert list(found.side_by_side()["L4"]) == ["+50.0 % faster", "-"]
-    markdown, html = found.markdown(), found._repr_html_()
+    comparison = fleet()
+    assert list(comparison.side_by_side().index) == [8, 16]
+    assert list(comparison.side_by_side()["L4"]) == ["+50.0 % faster", "-"]
+    markdown, html = comparison.markdown(), comparison._repr_html_()
     assert markdown.count("## Comparison at the same batch size") == 2
     assert "nan" not in markdown
     assert "<b>" not in markdown + html
-    document = json.loads(json.dumps(found.to_dict()))
+    document = json.loads(json.dumps(comparison.to_dict()))
     assert [place["where"] for place in document["places"]] == ["A100", "L4"]
     assert document["places"][1]["same_batch"][0]["verdict"] == "faster"
-    assert found.verdict().splitlines()[1].startswith("L4: ")
-    assert len(found.plot("throughput").axes[0].get_lines()) >= 4
+    assert comparison.verdict().splitlines()[1].startswith("L4: ")
+    assert len(comparison.plot("throughput").axes[0].get_lines()) >= 4
 
 
 def test_one_device_is_one_place() -> None:
     both = Results((cell("base", 8), cell("awq", 8)))
-    found = compare(both, both)
-    assert found.places == {"NVIDIA A100-SXM4-40GB": found}
+    comparison = compare(both, both)
+    assert comparison.places == {"NVIDIA A100-SXM4-40GB": comparison}
 
 
 def test_settings_that_differ_are_places_too() -> None:
@@ -643,17 +649,17 @@ def test_settings_that_differ_are_places_too() -> None:
 
 def test_budgets_and_kernels_are_places_and_8_bit_base_is_no_base() -> None:
     results = Results.load(OUTPUTS / "h100" / "ways.jsonl")
-    found = compare(results, results)
-    assert list(found.places) == [
+    comparison = compare(results, results)
+    assert list(comparison.places) == [
         "eager, published",
         "eager, lean",
         "fast, lean, awq (tritonv2)",
         "fast, lean, awq (auto)",
     ]
-    assert found.skipped == ("fast, lean: base (fp8) is a configuration of base itself.",)
-    kernels = {place.base.first.backend.requested for place in found.places.values()}
+    assert comparison.skipped == ("fast, lean: base (fp8) is a configuration of base itself.",)
+    kernels = {place.base.first.backend.requested for place in comparison.places.values()}
     assert kernels == {"auto"}
-    assert len(found.plot("throughput").axes[0].containers) == 7
+    assert len(comparison.plot("throughput").axes[0].containers) == 7
     pages = Results.load(OUTPUTS / "h100" / "pages.jsonl")
     assert len(compare(pages, pages).places) == 3
 
@@ -666,8 +672,8 @@ def test_several_models_are_places() -> None:
 
 def test_the_figures_of_one_place_and_of_several() -> None:
     one = versus([timed("base", 8, 0.05)], [timed("awq", 8, 0.06)], cards=(8,))
-    for found in (one, fleet()):
+    for comparison in (one, fleet()):
         for kind in ("speed", "throughput", "memory", "tradeoff"):
-            assert found.plot(kind).axes
+            assert comparison.plot(kind).axes
     with pytest.raises(BadInput, match="valid: speed, throughput"):
         one.plot("overhead")

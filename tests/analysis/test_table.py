@@ -219,14 +219,14 @@ def test_series_are_cut_where_anything_but_the_batch_differs() -> None:
         cell(8, variant="awq"),
         cell(8, weights="random (seed 0)"),
     )
-    found = Results(cells).series()
-    assert [series.label for series in found] == [
+    checked = Results(cells).series()
+    assert [series.label for series in checked] == [
         "base (published, hub:TomoroAI/tomoro-colqwen3-embed-4b)",
         "base (lean, hub:TomoroAI/tomoro-colqwen3-embed-4b)",
         "awq",
         "base (published, random (seed 0))",
     ]
-    assert [c.batch_size for c in found[0].cells] == [8, 16]
+    assert [c.batch_size for c in checked[0].cells] == [8, 16]
 
 
 def test_cell_lost_before_its_batch_was_made_stays_in_its_series() -> None:
