@@ -72,7 +72,7 @@ def _note(series: Series, fits: dict[int, Fit], largest: Cell | None) -> str:
     failed = [cell for cell in series.failed if cell.batch_size > largest.batch_size]
     notes = [f"batch {max(tight)} is tight"] if tight else []
     notes += [f"batch {c.batch_size} {c.status} on {c.environment.device}" for c in failed]
-    return "; ".join(notes) if above or failed else "larger batches not measured"
+    return "; ".join(notes) if above or failed else "largest measured"
 
 
 def too_small(pair: Pair, cards_gb: Iterable[float]) -> str:

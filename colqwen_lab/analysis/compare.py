@@ -182,6 +182,8 @@ class Comparison:
     def card_table(self) -> pd.DataFrame:
         """One row a card and side: does it fit, the largest batch, the rate there, the headroom."""
         cards = self.cards
+        if cards.empty:
+            return cards
         columns = {
             "card GB": cards["card_gb"],
             "variant": cards["label"],

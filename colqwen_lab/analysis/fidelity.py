@@ -62,7 +62,7 @@ def loss(base: Fidelity, record: Fidelity, metric: str, margin: float = MARGIN) 
     if base.inputs != record.inputs:
         same = "the same data, queries, pages, size and visual tokens"
         raise BadInput(f"{record.label} and base must have {same}; run both in one command")
-    before, after = (np.array(one.values[metric]) for one in (base, record))
+    before, after = (np.array(side.values[metric]) for side in (base, record))
     changes = after - before
     count, mean = len(changes), float(changes.mean())
     means = (metric, float(before.mean()), float(after.mean()), mean)
@@ -74,9 +74,9 @@ def loss(base: Fidelity, record: Fidelity, metric: str, margin: float = MARGIN) 
     reason = ""
     if np.ptp(changes) < 1e-9:
         low, high = mean - 3 / count, mean + 3 / count
-        changed = "No query changed" if abs(mean) < 1e-9 else f"Every query changed by {mean:+.3f}"
+        change = "No query changed" if abs(mean) < 1e-9 else "All queries changed alike"
         bound = f"rule out a {100 * max(-low, high):.0f} % loss"
-        reason = f"{changed}; {count} queries are too few to {bound}."
+        reason = f"{change}; {count} queries are too few to {bound}."
     else:
         options: dict[str, Any] = {"n_resamples": 2000, "method": "percentile", "rng": 0}
         low, high = map(float, bootstrap((changes,), np.mean, **options).confidence_interval)
@@ -102,17 +102,23 @@ class Fidelities:
         if self.base.variant != "base":
             raise BadInput(f"the first record must be of base, got {self.base.label}; run base too")
         for record in self.records:
-            self.loss(record, NAMES[0])
+            self.loss(record, NAMES[0])  # raises if the inputs differ
 
     @classmethod
     def load(cls, source: str | Path, margin: float = MARGIN) -> Self:
-        """The newest records of a file that share inputs and machine. Raises BadInput if none."""
-        rows = sorted(read(source), key=lambda row: row.environment.started_at or "")
+        """The newest records of a file that share inputs, machine and base weights.
+
+        Raises:
+            BadInput: not a file of fidelity records.
+        """
         sets: dict[str, dict[str, Fidelity]] = {}
-        for row in rows:
+        for row in sorted(read(source), key=lambda row: row.environment.started_at or ""):
             shared = f"{row.inputs} {row.environment.identity()}"
-            sets.setdefault(shared, {})[row.label] = row
-        return cls(tuple(sets[shared].values()), margin)
+            newest = sets.setdefault(shared, {})
+            if row.variant == "base" and newest.get("base", row).weights != row.weights:
+                newest.clear()
+            newest[row.label] = row
+        return cls(tuple(sorted(newest.values(), key=lambda row: row.variant != "base")), margin)
 
     @property
     def base(self) -> Fidelity:
@@ -182,7 +188,7 @@ class Fidelities:
 
     def frontier(self, metric: str = "nDCG@5") -> list[Fidelity]:
         """The records that no record with fewer bytes matches in the mean of `metric`, by bytes."""
-        sign = -1 if metric in LOWER_IS_BETTER else 1
+        sign = -1 if one_of("metric", metric, NAMES) in LOWER_IS_BETTER else 1
         score = {
             record.label: sign * float(np.mean(record.values[metric])) for record in self.records
         }
@@ -259,7 +265,7 @@ class Fidelities:
         """The records, their losses and the verdict, ready for JSON."""
         per_query = {"values", "top", "query_ids", "page_step_s"}
         variants = [
-            record.model_dump(exclude=per_query)
+            record.model_dump(by_alias=True, exclude=per_query)
             | {
                 "label": record.label,
                 "queries": len(record.query_ids),

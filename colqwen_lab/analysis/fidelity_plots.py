@@ -15,7 +15,7 @@ from colqwen_lab.errors import BadInput
 from colqwen_lab.records import MIB
 
 PAGES, WIDTH = 5, 130  # pages of a ranking, and their width in pixels
-KINDS_OF_WEIGHTS = {  # colour and marker by how the weights were made
+KINDS_OF_WEIGHTS = {  # colour and marker by the origin of the weights
     "base": FIXED["base"],
     "tuned by AutoRound": FIXED["awq"],
     "rounded without tuning": FREE[3],
@@ -87,7 +87,7 @@ def pictures(fidelities: Fidelities, which: str = "worst", label: str = "") -> F
         raise BadInput("records from a file hold no pages; run lab.fidelity(...) to see them")
     answers = corpus.relevance[corpus.query_ids[query]]
     figure = Plot(figsize=(6.4, 4.3), layout="constrained")
-    after, before = (one.values["nDCG@5"][query] for one in (record, base))
+    after, before = (side.values["nDCG@5"][query] for side in (record, base))
     figure.suptitle(
         f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n"
         f"nDCG@5 of {record.label} {after:.2f} against {before:.2f} of base\n"
@@ -95,9 +95,9 @@ def pictures(fidelities: Fidelities, which: str = "worst", label: str = "") -> F
         fontsize=9,
     )
     grid = figure.subplots(2, min(PAGES, len(corpus.page_ids)), squeeze=False)
-    for row, one in zip(grid, (base, record), strict=True):
-        row[0].set_ylabel(one.label)
-        for place, (axes, page_id) in enumerate(zip(row, one.top[query], strict=False), 1):
+    for row, side in zip(grid, (base, record), strict=True):
+        row[0].set_ylabel(side.label)
+        for place, (axes, page_id) in enumerate(zip(row, side.top[query], strict=False), 1):
             relevant = answers.get(page_id, 0) > 0
             axes.set_title(f"{place}: {page_id}{', answers' if relevant else ''}", fontsize=8)
             axes.set(xticks=[], yticks=[])

@@ -123,13 +123,12 @@ def memory(series: Sequence[Series], cards: Iterable[str | float] = ()) -> Figur
     for line, style in _styles(series):
         axes.plot([*line.sized], [peak(cell) / MIB for cell in line.sized.values()], **style)
     top = max((peak(cell) / MIB for line in series for cell in line.sized.values()), default=0)
-    heights = {c.name: c.nominal_bytes / MIB for c in map(find_card, cards or CARDS_GB)}
-    heights = {name: height for name, height in heights.items() if height <= OUT_OF_REACH * top}
-    for name, height in heights.items():
-        axes.axhline(height, color="0.4", linestyle=(0, (4, 3)), linewidth=1)
-        look = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": "0.3"}
-        _note(axes, f"{name} card", (1, height), (-4, 3), **look)
-    axes.set_ylim(0, 1.1 * max([top, *heights.values()]) or 1)
+    for card in map(find_card, cards or CARDS_GB):
+        if (height := card.nominal_bytes / MIB) <= OUT_OF_REACH * top:
+            axes.axhline(height, color="0.4", linestyle=(0, (4, 3)), linewidth=1)
+            look = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": "0.3"}
+            _note(axes, f"{card.name} card", (1, height), (-4, 3), **look)
+    axes.set_ylim(bottom=0)
     return legend(figure, axes)
 
 
@@ -232,7 +231,7 @@ def framed(title: str, subtitle: str, height: float = 4.8) -> tuple[Figure, Axes
     figure = Plot(figsize=(7.5, height), layout="constrained")
     axes = figure.add_subplot()
     figure.suptitle(title, fontsize=12)
-    axes.set_title(textwrap.fill(subtitle, 110), fontsize=8, color="0.3")
+    axes.set_title(textwrap.fill(subtitle, 120), fontsize=8, color="0.3")
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     for axis in (axes.xaxis, axes.yaxis):
@@ -281,8 +280,8 @@ def band(axes: Axes, margin: float, label: str) -> None:
     """A zero line, and a grey band of the differences that do not count."""
     axes.axhspan(-margin, margin, color="0.88", label=label)
     axes.axhline(0, color="0.3", linewidth=1)
-    label = "hollow marker: no significant difference"
-    axes.plot([], [], "o", color="0.3", mfc="white", label=label)
+    hollow = "hollow marker: no significant difference"
+    axes.plot([], [], "o", color="0.3", mfc="white", label=hollow)
 
 
 def _subtitle(series: Sequence[Series]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,8 @@ class Quantized:
         """The relative weight error ‖Δ‖ / ‖W‖ by (layer, linear)."""
         errors = {}
         for name, error in self.record["relative_error"].items():
-            if match := re.search(r"layers\.(\d+)\..*?(\w+_proj)$", name):
-                errors[int(match[1]), match[2]] = error
+            *_, layer, _, linear = name.split(".")  # ...layers.3.self_attn.q_proj
+            errors[int(layer), linear] = error
         return errors
 
     def summary(self) -> pd.DataFrame:

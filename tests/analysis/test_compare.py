@@ -111,7 +111,7 @@ def test_published_cards(published: Comparison) -> None:
     for card in (1, 2, 3):
         base = fit(published, "base", card)
         assert (base.verdict, base.batch_size, base.items_per_s) == ("fits", 256, 966)
-        assert base.note == "larger batches not measured"
+        assert base.note == "largest measured"
         assert base.ratio == pytest.approx(951 / 966)
 
 
@@ -668,6 +668,13 @@ def test_several_models_are_places() -> None:
     both = Results(tuple(cell(variant, 8) for variant in ("base", "awq", "W8A16")))
     gpu = "NVIDIA A100-SXM4-40GB"
     assert list(compare(both, both).places) == [f"{gpu}, awq", f"{gpu}, W8A16"]
+
+
+def test_without_cards_there_is_no_card_table() -> None:
+    comparison = versus([cell("base", 8)], [cell("awq", 8)], cards=())
+    assert comparison.card_table().empty
+    assert all((comparison.text(80), comparison.markdown(), comparison._repr_html_()))
+    assert comparison.to_dict()["places"][0]["cards"] == []
 
 
 def test_the_figures_of_one_place_and_of_several() -> None:
