@@ -92,11 +92,11 @@ def load(
         everything = _folder(Path(source))
     else:
         raise BadInput(f"data must be {GENERATED}, {VIDORE}NAME or a BEIR folder, got {source!r}")
-    return _corpus(everything, queries, pages, None if source == GENERATED else progress)
+    return _corpus(everything, queries, pages, progress, check=source != GENERATED)
 
 
-def _corpus(source: _Source, queries: int, pages: int, progress: Progress | None) -> Corpus:
-    """The first pages and the queries that they answer; with `progress`, only readable pages."""
+def _corpus(source: _Source, queries: int, pages: int, progress: Progress, check: bool) -> Corpus:
+    """The first pages and the queries that they answer; with `check`, only readable pages."""
     label, page_ids, page, rows, judgements = source
     for kind, ids in (("page", page_ids), ("query", [query for query, _ in rows])):
         if repeated := [name for name, count in Counter(ids).items() if count > 1]:
@@ -108,13 +108,13 @@ def _corpus(source: _Source, queries: int, pages: int, progress: Progress | None
     kept = {}
     for number, page_id in enumerate(page_ids):
         try:
-            if progress:
+            if check:
                 page(number)
             kept[page_id] = number
         except BadInput as error:
-            (progress or warnings.warn)(str(error))
+            progress(str(error))
     skipped = len(page_ids) - len(kept)
-    if progress and skipped:
+    if skipped:
         progress(f"{label}: {skipped} of {len(page_ids)} pages skipped")
     relevance: dict[str, dict[str, int]] = defaultdict(dict)
     for query, page_id, score in judgements:

@@ -1,6 +1,6 @@
-"""Embeds the same queries and pages with BASE and with each variant: one fidelity record each.
+"""Embeds the same queries and pages with BASE and with each variant, and compares the results.
 
-Of the page embeddings only BASE's are kept; a variant's are compared and scored batch by batch.
+Only BASE's page embeddings are kept; a variant's are compared and scored batch by batch.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def evaluate(
     budget = options.visual_tokens
     if budget != VISUAL_TOKENS and all(isinstance(page, str) for page in pages):
         raise BadInput(
-            f"visual_tokens must be {VISUAL_TOKENS} for texts, got {budget}; {corpus.label} has no "
-            "images"
+            f"visual_tokens must be {VISUAL_TOKENS} where no page is an image, got {budget} for "
+            f"{corpus.label}"
         )
     names = "-".join(dict.fromkeys(variant.name for variant, _ in chosen[1:]))
     stem = f"fidelity-{names}-{size}-{options.data}".replace("/", "-").replace(":", "-")
@@ -133,7 +133,7 @@ def subjects(options: FidelityOptions, size: str) -> list[Subject]:
 def record_of(
     loaded: Loaded, corpus: Corpus, visual_tokens: int, base: Embedded | None, **about: Any
 ) -> tuple[Fidelity, Embedded]:
-    """The record of a model compared with `base`, and `base`; without one the model is BASE itself.
+    """A model's record, and the embeddings of BASE: `base`, or the model's own if that is None.
 
     `about` holds the record's variant, size and tuning steps.
     """

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from colqwen_lab.errors import BadInput
 from colqwen_lab.model import synthetic
 from colqwen_lab.model.checkpoint import FolderCheckpoint
-from colqwen_lab.model.inputs import TINY_TOKENIZER, VISUAL_TOKENS, page_batch, read_tokenizer
+from colqwen_lab.model.inputs import TINY_TOKENIZER, page_batch, read_tokenizer
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
 from colqwen_lab.model.quantize import RECORD
+from colqwen_lab.options import VISUAL_TOKENS
 from colqwen_lab.retrieval import data, metrics
 from colqwen_lab.retrieval.evaluate import query_inputs, record_of
 from colqwen_lab.settings import in_use, writable_folder

@@ -197,7 +197,7 @@ def test_cosines_and_scores_use_the_same_inputs(
         (
             {"data": "TEXTS", "visual_tokens": 64},
             BadInput,
-            "visual_tokens must be 1280 for texts, got 64; folder beir #.* has no images",
+            "visual_tokens must be 1280 where no page is an image, got 64 for folder beir #",
         ),
         ({"iters": -1}, BadInput, r"iters must be 0 \(plain rounding\) to 1000, got -1"),
         ({"iters": 1001}, BadInput, "iters must be .* got 1001"),
