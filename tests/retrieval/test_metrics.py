@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 
 import numpy as np
@@ -13,6 +14,11 @@ from torch import Tensor
 
 from colqwen_lab.retrieval import metrics
 from colqwen_lab.retrieval.metrics import maxsim, ranking, unpadded
+
+
+def test_the_worked_example_of_maxsim() -> None:
+    results = doctest.testmod(metrics)
+    assert (results.failed, results.attempted) == (0, 2)
 
 
 def ragged(lengths: list[int], seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
