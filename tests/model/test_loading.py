@@ -7,6 +7,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -563,6 +564,34 @@ def test_random_weights_run_and_depend_on_the_seed_alone(scheme: str | None) -> 
     torch.testing.assert_close(embed(first).norm(dim=-1), torch.ones(2, 12), atol=0.01, rtol=0)
     for name, parameter in first.model.state_dict().items():
         assert parameter.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        ("W4A16", "8a244d846dc4954e"),
+        ("W3A16G32", "f7cfb4fab3600157"),
+        ("W2A16G64", "90f031b0037729fb"),
+        ("W8A16", "b86080afae88f461"),
+    ],
+)
+def test_random_codes_are_the_recorded_ones(scheme: str, expected: str) -> None:
+    checkpoint = default_checkpoint(resolve_variant(scheme), "tiny", "random", CPU, 3)
+    model, _ = loading.skeleton(checkpoint.config, checkpoint.quantization, CPU, "torch")
+    state = sha256()
+    for name, like in model.state_dict().items():
+        if name.endswith(("qweight", "qzeros", "scales")):
+            values = checkpoint.read(name, like, CPU)
+            state.update((name + str(values.dtype) + str(tuple(values.shape))).encode())
+            state.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    assert state.hexdigest()[:16] == expected
+    head = checkpoint.read("embedding_proj_layer.weight", torch.empty(320, 128), CPU)
+    torch.testing.assert_close(
+        default_checkpoint(VARIANTS["base"], "tiny", "random", CPU).read(
+            "embedding_proj_layer.weight", head, CPU
+        )[0, :4],
+        torch.tensor([0.02523618, -0.01508156, 0.00729021, -0.01691708]),
+    )
 
 
 @pytest.mark.parametrize("scheme", ["W2A16", "W4A16", "W8A16"])

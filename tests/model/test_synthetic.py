@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+from hashlib import sha256
 from itertools import combinations
 
 import pytest
+from PIL import features
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.model import synthetic
@@ -11,6 +14,29 @@ EVERY = {
     split: [synthetic.facts(number, split) for number in range(synthetic.different(split))]
     for split in synthetic.SPLITS
 }
+
+
+@pytest.mark.parametrize(
+    ("split", "pages", "queries", "relevance"),
+    [
+        ("train", "dd06fabf9eb7", "b54d245f87c2", "94dde85ddfef"),
+        ("held-out", "24f57ce4471d", "f3f314f71b02", "ab9a816fdf86"),
+    ],
+)
+def test_the_corpus_is_the_trained_one(
+    split: str, pages: str, queries: str, relevance: str
+) -> None:
+    """The tiny weights, the goldens and the committed records depend on every byte."""
+
+    def digest(parts: list[bytes]) -> str:
+        return sha256(b"".join(parts)).hexdigest()[:12]
+
+    assert digest([synthetic.query(n, split).encode() for n in range(200)]) == queries
+    assert digest([json.dumps(synthetic.relevance(40, 60, split)).encode()]) == relevance
+    if features.version("freetype2") == "2.14.3":  # another FreeType draws other glyphs
+        widths = (synthetic.SMALL_WIDTH, synthetic.WIDTH)
+        images = [synthetic.page(n, split, width) for width in widths for n in range(8)]
+        assert digest([image.tobytes() for image in images]) == pages
 
 
 def test_a_page_hangs_on_its_split_and_number_alone() -> None:
