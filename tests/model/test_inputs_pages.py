@@ -148,13 +148,13 @@ def test_a_folder_goes_on_past_what_it_cannot_read(
     (tmp_path / "i-gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "j.png").mkdir()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7_000_000)
-    said: list[str] = []
-    found = [image.size for image in read_pages(page_files(tmp_path), said.append)]
+    skipped: list[str] = []
+    found = [image.size for image in read_pages(page_files(tmp_path), skipped.append)]
     assert found == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
     names = ["b-broken.png", "d-encrypted.pdf", "f-line.png", "g-bomb.png", "i-gone.png"]
-    assert [line.split(" is left out: ")[0] for line in said] == names
-    assert all("\n" not in line for line in said)
-    assert "password" in said[1].lower()
+    assert [line.split(" is skipped: ")[0] for line in skipped] == names
+    assert all("\n" not in line for line in skipped)
+    assert "password" in skipped[1].lower()
 
 
 def test_the_reader_s_filter_of_warnings_is_not_its_caller_s(tmp_path: Path) -> None:
@@ -199,11 +199,11 @@ def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(
-        BadInput, match=r"no pages at .+; valid: a folder of images, an image, or a PDF"
+        BadInput, match=r"pages must be a folder of images, an image or a PDF, got .*not exist"
     ):
         page_files(tmp_path / "nowhere")
     with pytest.raises(BadInput, match="holds no image and no PDF"):
         page_files(tmp_path)
     for budget in (0, 16_385):
-        with pytest.raises(BadInput, match=f"visual_tokens {budget}; valid: 1 to 16384"):
+        with pytest.raises(BadInput, match=f"visual_tokens must be 1 to 16384, got {budget}"):
             patches(Image.new("RGB", (64, 64)), CONFIG, budget)

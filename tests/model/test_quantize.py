@@ -222,7 +222,7 @@ def test_variants() -> None:
     assert scheme_parts("W2A16G32") == (2, 32)
     assert resolve_variant("w8a16").scheme == "W8A16"
     assert resolve_variant("owner/name").hub["any"].name == "owner/name"
-    with pytest.raises(BadInput, match=r"unknown model 'nope'; valid: base, awq"):
+    with pytest.raises(BadInput, match=r"model must be base, awq, a scheme .*, got 'nope'"):
         resolve_variant("nope")
 
 
