@@ -1,4 +1,4 @@
-"""From a checkpoint to a model on a device: every tensor is checked, every layer has a real kernel."""
+"""From a checkpoint to a model on a device, with every tensor checked and real kernels only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ PACKINGS = {
     "auto_round:gptq": "auto_round:auto_gptq",
     "auto_round:awq": "auto_round:auto_awq",
 }
-CANNOT_LOAD = "cannot load this quantisation (packings: auto-round, gptq, awq)"
+SCHEME_KEYS = ("bits", "group_size", "packing_format", "quant_method")
 FAKE = "auto_round:fake"
 DENSE = "torch.nn.Linear"
 PARTS = {
@@ -123,35 +123,43 @@ def skeleton(
 
     Raises:
         BadInput: this device has no such kernel.
-        MissingRequirement: no installed kernel runs these packed weights; lists those that would.
+        MissingRequirement: no installed kernel runs these packed weights.
     """
     model = empty_network(deepcopy(config), dtype)
     if quantization is None:
         if kernel not in ("auto", "torch"):
             raise BadInput(f"kernel must be auto or torch for 16-bit weights, got {kernel!r}")
         return model, []
-    _, conversion = _auto_round()
+    backend, conversion = _auto_round()
+    infos = [info for info in backend.BackendInfos.items() if device.type in info[1].device]
+    aliases = sorted({alias for _, info in infos for alias in info.alias or ()})
+    if kernel not in ("auto", *aliases, *dict(infos)) or kernel == FAKE:
+        valid = ", ".join(aliases)
+        raise BadInput(f"kernel must be auto, {valid} on {device.type}, got {kernel!r}")
     # AutoRound trusts a checkpoint's values, and fails on wrong ones in many ways.
-    with one_line_errors(CANNOT_LOAD):
+    scheme = ", ".join(f"{key} {quantization.get(key)!r:.40}" for key in SCHEME_KEYS)
+    where = f"{device.type} (`colqwen-lab doctor` lists kernels, packings and packages)"
+    with one_line_errors(f"kernel {kernel} cannot load {scheme} on {where}"):
         model.config.quantization_config = _auto_round_config(quantization, kernel)
-        _require_kernel(model, model.config.quantization_config, device)
         with quiet(), torch.device("meta"):
             model, kernels = conversion.convert_hf_model(model, target_device=device.type)
+        if not kernels:
+            raise ValueError(f"block_name_to_quantize matches no layer, use {TEXT_LAYERS}")
+        if FAKE in kernels:
+            raise ValueError("no installed kernel runs it")
     return model.requires_grad_(False), kernels
 
 
 def _auto_round_config(quantization: dict[str, Any], kernel: str) -> Any:
     """AutoRound's form of a quantization_config; gptq and awq checkpoints go through it too."""
     if quantization.get("checkpoint_format") == "gptq_v2" or quantization.get("desc_act"):
-        raise MissingRequirement(f"{CANNOT_LOAD}: it is gptq_v2 or has desc_act")
+        raise ValueError("packings gptq_v2 and desc_act are not supported")
     for key in PATTERNS:
         names = list(_names(quantization.get(key)))
         odd = [f"{name!r:.100}" for name in names if not LAYER_NAME.fullmatch(name)]
         if odd or len(names) > MOST_NAMES:
             value = odd[0] if odd else f"{len(names)} names"
-            raise MissingRequirement(
-                f"{CANNOT_LOAD}: {key} must name up to {MOST_NAMES} layers, got {value}"
-            )
+            raise ValueError(f"{key} must name up to {MOST_NAMES} layers, got {value}")
     values = {name: value for name, value in quantization.items() if value is not None}
     defaults = {"block_name_to_quantize": TEXT_LAYERS, "sym": is_symmetric(values)}
     config = AutoRoundConfig.from_dict(defaults | values | {"backend": kernel})
@@ -166,48 +174,6 @@ def _names(value: Any) -> Iterator[str]:
     elif value is not None:
         for item in value:
             yield from _names(item)
-
-
-def _require_kernel(model: ColQwen3, config: Any, device: torch.device) -> None:
-    """Check that a real kernel serves every layer; AutoRound would exit, or run a fake kernel."""
-    backend, conversion = _auto_round()
-    infos = {
-        name: info
-        for name, info in backend.BackendInfos.items()
-        if device.type in info.device and name != FAKE
-    }
-    aliases = {name: {"auto", name, *(info.alias or ())} for name, info in infos.items()}
-    requested = [name for name in infos if config.backend in aliases[name]]
-    if not requested:
-        valid = sorted({alias for info in infos.values() for alias in info.alias or ()})
-        raise BadInput(
-            f"kernel must be auto, {', '.join(valid)} on {device.type}, got {config.backend!r}"
-        )
-    cases: list[tuple[Any, ...]] = []
-    for name, scheme in conversion.get_layer_config(model, config).items():
-        layer, values = model.get_submodule(name), dict(scheme.items())
-        if values["bits"] <= 8 and isinstance(layer, nn.Linear):
-            case = (values, config.packing_format, layer.in_features, layer.out_features)
-            cases += [] if case in cases else [case]
-    if not cases:
-        raise MissingRequirement(
-            f"block_name_to_quantize of the checkpoint matches no layer; use {TEXT_LAYERS}"
-        )
-
-    def serving(names: Iterable[str], **options: bool) -> list[str]:
-        check = backend.check_compatible
-        return [name for name in names if check(name, device.type, *case, **options)]
-
-    for case in cases:
-        if not serving(requested):
-            values, packing, rows, columns = case
-            possible = serving(infos, check_requirements=False)
-            raise MissingRequirement(
-                f"kernel {config.backend} is not installed for {values['bits']}-bit weights of "
-                f"group {values['group_size']} in packing {packing} ({rows} x {columns}) on "
-                f"{device.type}; use one of: {', '.join(serving(infos)) or 'none'}; or install one "
-                f"of: {', '.join(possible) or 'none'} (`colqwen-lab doctor` lists their packages)"
-            )
 
 
 def fill(model: ColQwen3, checkpoint: Checkpoint, device: torch.device) -> None:
