@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,10 @@ class Checkpoint(ABC):
     @property
     def size(self) -> str:
         """The name of the configuration's size, else `custom`."""
-        text, keys = self.config.text_config, ("hidden_size", "num_hidden_layers", "vocab_size")
-        for size, parts in SIZES.items():
-            if all(getattr(text, key) == parts["text_config"][key] for key in keys):
-                return size
-        return "custom"
+        keys = ("hidden_size", "num_hidden_layers", "vocab_size")
+        own = {key: getattr(self.config.text_config, key) for key in keys}
+        matching = (size for size in SIZES if own.items() <= SIZES[size]["text_config"].items())
+        return next(matching, "custom")
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -108,22 +107,22 @@ class RandomCheckpoint(Checkpoint):
         deviation 0.02. A mean would turn every token of a deep network in the same direction.
         """
         layer, kind = name.split(".")[-2:]
-        bits = scheme_parts(self.scheme)[0] if self.scheme else 0
-        constants = {"bias": 0, "weight": 1} if "norm" in layer else {"bias": 0}
-        if kind == "qzeros":
-            constants["qzeros"] = _zero_word(bits)
-        if kind in constants:
-            return torch.full(like.shape, constants[kind], dtype=like.dtype, device=device)
+        bits = (self.quantization or {}).get("bits", 0)
         generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
         values = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        match kind:
-            case "qweight":
-                values.random_(-(2**31), 2**31 - 1, generator=generator)
-            case "scales":
-                deviation = math.sqrt((4**bits + 2) / 12)
-                values.random_(2, generator=generator).mul_(2).sub_(1).mul_(0.02 / deviation)
-            case _:
-                values.normal_(std=0.02, generator=generator)
+        if kind == "qzeros":
+            values.fill_(_zero_word(bits))
+        elif kind == "bias":
+            values.zero_()
+        elif "norm" in layer:
+            values.fill_(1)
+        elif kind == "qweight":
+            values.random_(-(2**31), 2**31 - 1, generator=generator)
+        elif kind == "scales":
+            deviation = math.sqrt((4**bits + 2) / 12)
+            values.random_(2, generator=generator).mul_(2).sub_(1).mul_(0.02 / deviation)
+        else:
+            values.normal_(std=0.02, generator=generator)
         return values.to(device)
 
 
@@ -159,9 +158,8 @@ class FolderCheckpoint(Checkpoint):
         values = self._json("config.json")
         model_type, expected = values.get("model_type"), ColQwen3Config.model_type
         if model_type != expected:
-            raise MissingRequirement(
-                f"{config}: model_type must be {expected!r}, got {model_type!r:.100}"
-            )
+            got = f"{model_type!r:.100}"
+            raise MissingRequirement(f"{config}: model_type must be {expected!r}, got {got}")
         self.quantization = values.pop("quantization_config", None)
         if not isinstance(self.quantization, dict | None):
             raise MissingRequirement(f"{config}: quantization_config must be an object")
@@ -189,8 +187,7 @@ class FolderCheckpoint(Checkpoint):
             raise MissingRequirement(f"{path} points outside its folder")
         if path.exists() and not path.is_file():
             raise MissingRequirement(f"{path} is not a file")
-        if path.exists() and path.stat().st_size > most_bytes:
-            size = path.stat().st_size
+        if path.exists() and (size := path.stat().st_size) > most_bytes:
             raise MissingRequirement(f"{path} must have at most {most_bytes} bytes, got {size}")
         return path
 
@@ -200,37 +197,29 @@ class FolderCheckpoint(Checkpoint):
             raise MissingRequirement(f"{self.folder} is not a checkpoint folder: it has no {name}")
         with one_line_errors(f"{path} cannot be read"):
             document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict):
-            raise MissingRequirement(f"{path} must be a JSON object")
+            if not isinstance(document, dict):
+                raise ValueError("it must be a JSON object")
         return document
 
     def _index(self) -> dict[str, Any]:
         """The open safetensors file of each tensor."""
-        index = self.folder / "model.safetensors.index.json"
+        index = "model.safetensors.index.json"
         weight_map: Any = {"": "model.safetensors"}
-        if index.exists():
-            weight_map = self._json(index.name).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise MissingRequirement(f"{index} has no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-        for name in names:
-            if Path(name).name != name or not name.isprintable() or len(name) > 200:
-                raise MissingRequirement(
-                    f"{index} must name files of its folder, got {name!r:.200}"
-                )
-        self.paths = [self.folder / name for name in names]
+        if (self.folder / index).exists():
+            weight_map = self._json(index).get("weight_map")
+        with one_line_errors(f"{self.folder / index} has no weight_map"):
+            self.paths = [self.folder / name for name in sorted(set(map(str, weight_map.values())))]
         files: dict[str, Any] = {}
         for path in self.paths:
-            self._own(path)
-            with one_line_errors(f"{path} is missing, truncated or not safetensors"):
-                file = safe_open(path, framework="pt")
+            with one_line_errors(f"{path!s:.150} is missing, truncated or not safetensors"):
+                file = safe_open(self._own(path), framework="pt")
             files |= dict.fromkeys(file.keys(), file)
         return files
 
     def _check_dimensions(self) -> None:
-        """Raise MissingRequirement if the files are too small for the configured network.
+        """Raise ValueError if the files are too small for the network of the configuration.
 
-        The check precedes every allocation. It builds one layer of each kind on the meta device.
+        This precedes all allocation. It builds one layer of each kind on the meta device.
         """
         config: Any = deepcopy(self.config)
         layers, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
@@ -238,18 +227,15 @@ class FolderCheckpoint(Checkpoint):
         config.text_config.num_hidden_layers = config.vision_config.depth = 1
         tensors, held = len(self.files), sum(path.stat().st_size for path in self.paths)
         plausible = min(layers, blocks) > 0 and layers + blocks <= tensors
-        plausible = plausible and len(set(tapped)) == len(tapped) <= blocks
-        least = 0
-        if plausible:
+        if plausible and len(set(tapped)) == len(tapped) <= blocks:
             with torch.device("meta"):
                 weights = sum(tensor.numel() for tensor in ColQwen3(config).parameters())
-            least = weights // 4  # a weight has at least two bits
-        if not plausible or least > held:
-            raise MissingRequirement(
-                f"{self.folder / 'config.json'} describes a network that its files do not hold: "
-                f"{layers} + {blocks} layers, at least {least} bytes; "
-                f"the files hold {tensors} tensors, {held} bytes"
-            )
+            if weights // 4 <= held:  # a weight has at least two bits
+                return
+        raise ValueError(
+            f"its files do not hold such a network of {layers} + {blocks} layers, "
+            f"they hold {tensors} tensors, {held} bytes"
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -271,24 +257,23 @@ class FolderCheckpoint(Checkpoint):
 
     def check(self, expected: dict[str, Tensor]) -> None:
         problems = [f"missing {name}" for name in expected if name not in self.files]
-        for name in self.files:
-            if name in expected:
-                problems += self._misfit(name, expected[name])
-            elif name not in UNUSED_TENSORS and not self._is_plain_group_index(name):
-                problems.append(f"unexpected {name}")
+        for name, file in self.files.items():
+            if name not in expected:
+                known = name in UNUSED_TENSORS or self._is_plain_group_index(name)
+                problems += [] if known else [f"unexpected {name}"]
+                continue
+            view, like = file.get_slice(name), expected[name]
+            shape, valid = list(view.get_shape()), DTYPES[like.is_floating_point()]
+            if shape != list(like.shape):
+                problems.append(f"{name} must have shape {list(like.shape)}, got {shape}")
+            elif view.get_dtype() not in valid:
+                problems.append(f"{name} must be one of {', '.join(valid)}, got {view.get_dtype()}")
         if not problems:
             problems = self._odd_zeros(expected)
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             listed = "; ".join(f"{problem:.300}" for problem in problems[:5])
             raise MissingRequirement(f"{self.folder} does not fit the network: {listed}{more}")
-
-    def _misfit(self, name: str, like: Tensor) -> list[str]:
-        view, valid = self.files[name].get_slice(name), DTYPES[like.is_floating_point()]
-        shape, dtype = list(view.get_shape()), view.get_dtype()
-        if shape != list(like.shape):
-            return [f"{name} must have shape {list(like.shape)}, got {shape}"]
-        return [] if dtype in valid else [f"{name} must be one of {', '.join(valid)}, got {dtype}"]
 
     def _odd_zeros(self, expected: dict[str, Tensor]) -> list[str]:
         """Problems with zero points of symmetric codes that are not the middle code.
@@ -328,17 +313,11 @@ def hub_folder(repository: Repository) -> Path:
         MissingRequirement: no such repository or revision, or no network and nothing in the cache.
     """
     name, revision = repository
+    download = partial(snapshot_download, name, revision=revision, allow_patterns=CHECKPOINT_FILES)
     reason = ""
     for cached in (False, True):
         try:
-            return Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    allow_patterns=CHECKPOINT_FILES,
-                    local_files_only=cached,
-                )
-            )
+            return Path(download(local_files_only=cached))
         except Exception as error:  # the types depend on the HTTP client
             reason = reason or type(error).__name__
     pin = "" if revision == "main" else f" --revision {revision}"
@@ -366,14 +345,9 @@ def default_checkpoint(
         packaged.label = f"tiny default (trained, #{packaged.digest})"
         return packaged
     if weights == "random":
-        return RandomCheckpoint(
-            label=f"random {size} (seed {seed})",
-            config=ColQwen3Config.of_size(size),
-            scheme=variant.scheme,
-            device=device,
-            seed=seed,
-            tokenizer=read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None,
-        )
+        label, config = f"random {size} (seed {seed})", ColQwen3Config.of_size(size)
+        tokenizer = read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None
+        return RandomCheckpoint(label, config, variant.scheme, device, seed, tokenizer)
     if weights not in WEIGHTS:
         return FolderCheckpoint(Path(weights))
     repository = variant.hub.get(size) or variant.hub.get("any")

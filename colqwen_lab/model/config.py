@@ -27,8 +27,7 @@ def _size(
     vocabulary: int = 151936,
     positions: int = 262144,
     vision_positions: int = 2304,
-    tied: bool = True,
-    **token_ids: int,
+    **other: Any,
 ) -> dict[str, Any]:
     """A configuration from the values of TEXT_KEYS and VISION_KEYS."""
     rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
@@ -41,30 +40,24 @@ def _size(
         | {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2}
         | {"deepstack_visual_indexes": deepstack},
         "embed_dim": EMBED_DIM,
-        "tie_word_embeddings": tied,
-        **token_ids,
+        "tie_word_embeddings": True,
+        **other,
     }
 
 
+# The first ids of the packaged tokenizer are its special tokens.
+TINY_IDS = {"vision_start_token_id": 3, "vision_end_token_id": 4}
+TINY_IDS |= {"image_token_id": 5, "video_token_id": 6}
 SIZES = {
     "tiny": _size(
-        (128, 256, 4, 4, 2, 32),
-        (64, 128, 4, 4),
-        [0, 1, 2],
-        mrope=(6, 5, 5),
-        vocabulary=1536,
-        positions=4096,
-        vision_positions=256,
-        # The first ids of the packaged tokenizer are its special tokens.
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=3,
-        vision_end_token_id=4,
+        (128, 256, 4, 4, 2, 32), (64, 128, 4, 4), [0, 1, 2], (6, 5, 5), 1536, 4096, 256, **TINY_IDS
     ),
     # A quarter of the 4B's depth and less than half of its width: a CPU runs it in seconds.
     "mid": _size((1024, 3072, 8, 8, 2, 128), (512, 2048, 8, 16), [1, 3, 5]),
     "4b": _size((2560, 9728, 36, 32, 8, 128), (1024, 4096, 24, 16), [5, 11, 17]),
-    "8b": _size((4096, 12288, 36, 32, 8, 128), (1152, 4304, 27, 16), [8, 16, 24], tied=False),
+    "8b": _size(
+        (4096, 12288, 36, 32, 8, 128), (1152, 4304, 27, 16), [8, 16, 24], tie_word_embeddings=False
+    ),
 }
 
 
@@ -120,6 +113,7 @@ class Variant:
     folder: Path | None = None
 
 
+AWQ_REPOSITORY = "shubhamg2208/tomoro-ai-colqwen3-embed-{}-w4a16-autoawq-seqlen-1024"
 VARIANTS = {
     "base": Variant(
         "base",
@@ -137,12 +131,7 @@ VARIANTS = {
         "awq",
         "AutoRound W4A16, group 128, language model only",
         scheme="W4A16",
-        hub={
-            size: Repository(
-                f"shubhamg2208/tomoro-ai-colqwen3-embed-{size}-w4a16-autoawq-seqlen-1024"
-            )
-            for size in ("4b", "8b")
-        },
+        hub={size: Repository(AWQ_REPOSITORY.format(size)) for size in ("4b", "8b")},
     ),
 }
 
