@@ -62,11 +62,7 @@ SIZES = {
 
 
 def resolve_size(size: str, cuda: bool) -> str:
-    """The size's name; `auto` is COLQWEN_LAB_SIZE, else 4b with a CUDA GPU and tiny without.
-
-    Raises:
-        BadInput: an unknown size.
-    """
+    """The size's name; `auto` is COLQWEN_LAB_SIZE, else 4b with CUDA, tiny without."""
     size = check_size(size)
     if size == "auto":
         size = check_size(os.environ.get("COLQWEN_LAB_SIZE") or "auto")
@@ -83,11 +79,7 @@ SCHEMES = tuple(f"W{bits}A16{group}" for bits in (2, 3, 4, 8) for group in ("", 
 
 
 def scheme_parts(scheme: str) -> tuple[int, int]:
-    """`(bits, group size)` of a scheme: (4, 128) for W4A16.
-
-    Raises:
-        BadInput: an unknown scheme.
-    """
+    """`(bits, group size)` of a scheme: (4, 128) for W4A16. Raises BadInput: an unknown scheme."""
     bits, _, group = one_of("scheme", scheme, SCHEMES)[1:].partition("A16")
     return int(bits), int(group.removeprefix("G") or 128)
 
@@ -137,11 +129,7 @@ VARIANTS = {
 
 
 def resolve_variant(name: str) -> Variant:
-    """The variant called `base` or `awq`, a scheme such as W8A16, a folder, or a hub id.
-
-    Raises:
-        BadInput: the name is none of these.
-    """
+    """The variant `base`, `awq`, a scheme such as W8A16, a folder or a hub id. Raises BadInput."""
     scheme = name.upper()
     if name.lower() in VARIANTS:
         return VARIANTS[name.lower()]

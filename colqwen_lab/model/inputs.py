@@ -34,23 +34,17 @@ PROMPT = (
     "<|im_start|>user\n<|vision_start|>",
     "<|vision_end|>Describe the image.<|im_end|><|endoftext|>",
 )
-# The tokens of the two halves under Qwen's tokenizer, and its pad token.
-QWEN_BEFORE, QWEN_AFTER = 4, 7
 QWEN_PAD_ID = 151643
 DPI = 150
-# The published processor enlarges an image below 64 visual tokens ...
-MIN_VISUAL_TOKENS = 64
-# ... and takes no image with longer sides than 200 to 1.
-MOST_TIMES = 200
-
-# ---------------------------------------------------------------- queries
+# The published processor enlarges an image below 64 visual tokens, and takes no image with one
+# side more than 200 times the other.
+MIN_VISUAL_TOKENS, MOST_TIMES = 64, 200
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, without padding and truncation of its own.
+    """The tokenizer of a `tokenizer.json`, without padding or truncation of its own.
 
-    Raises:
-        MissingRequirement: unreadable, without the pad token, or with a normalizer beside NFC.
+    Raises MissingRequirement if it lacks the pad token or has a normalizer other than NFC.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -100,19 +94,12 @@ def calibration_texts() -> tuple[str, ...]:
 
 
 def queries(texts: str, count: int) -> list[str]:
-    """`count` distinct queries: `report` (the report's formula) or `natural` (numbered at the end).
-
-    Raises:
-        BadInput: an unknown kind of texts.
-    """
+    """`count` distinct queries, `report` (the report's formula) or `natural`. Raises BadInput."""
     if one_of("texts", texts, TEXTS) == "report":
         return [f"Retrieve information about topic number {number}" for number in range(count)]
     pool = natural_queries()
     suffixes = ["", *(f" ({number})" for number in range(2, 2 + count // len(pool)))]
     return [text + suffix for suffix in suffixes for text in pool][:count]
-
-
-# ---------------------------------------------------------------- page images
 
 
 def check_visual_tokens(visual_tokens: int) -> int:
@@ -150,9 +137,7 @@ def patches(
 ) -> tuple[Tensor, tuple[int, int, int]]:
     """`(pixel_values [patches, 3 * 2 * 16 * 16] float32, grid (1, rows, columns))` of an RGB image.
 
-    Raises:
-        BadInput: an invalid budget.
-        ValueError: one side is more than 200 times the other.
+    Raises BadInput for an invalid budget, ValueError for a side more than 200 times the other.
     """
     features = _processor(config, visual_tokens)(images=[image], return_tensors="pt")
     frames, rows, columns = features["image_grid_thw"][0].tolist()
@@ -161,12 +146,12 @@ def patches(
 
 def prompt_ids(tokenizer: Tokenizer | None, config: ColQwen3Config, image_tokens: int) -> list[int]:
     """The token ids of a page of `image_tokens`; without a tokenizer any ids stand for words."""
-    image = [config.image_token_id] * image_tokens
-    if tokenizer is None:
-        before = [*range(QWEN_BEFORE - 1), config.vision_start_token_id]
-        return [*before, *image, config.vision_end_token_id, *range(QWEN_AFTER - 1)]
-    start, end = tokenizer.encode_batch(list(PROMPT), add_special_tokens=False)
-    return [*start.ids, *image, *end.ids]
+    # As many tokens as under Qwen's tokenizer.
+    start, end = [0, 1, 2, config.vision_start_token_id], [config.vision_end_token_id, *range(6)]
+    if tokenizer is not None:
+        encodings = tokenizer.encode_batch(list(PROMPT), add_special_tokens=False)
+        start, end = (encoding.ids for encoding in encodings)
+    return [*start, *[config.image_token_id] * image_tokens, *end]
 
 
 def batch_of(
@@ -205,9 +190,6 @@ def page_batch(
     return batch_of(pages, tokenizer, config, device)
 
 
-# ---------------------------------------------------------------- image and PDF files
-
-
 def page_files(source: str | Path) -> list[Path]:
     """The images and PDFs of a folder by suffix, in the order of their names; or one file.
 
@@ -219,13 +201,10 @@ def page_files(source: str | Path) -> list[Path]:
     path, expected = Path(source), "pages must be a folder of images, an image or a PDF"
     if not (isfile(path) or isdir(path)):
         raise BadInput(f"{expected}, got {path}, which does not exist")
-    entries = sorted(path.iterdir()) if path.is_dir() else [path]
     suffixes = {*Image.registered_extensions(), ".pdf"}
-    files = [
-        file
-        for file in entries
-        if file.suffix.lower() in suffixes and (file.is_file() or not file.exists())
-    ]
+    entries = sorted(path.iterdir()) if path.is_dir() else [path]
+    pages = (file for file in entries if file.suffix.lower() in suffixes)
+    files = [file for file in pages if file.is_file() or not file.exists()]
     if not files:
         raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
     return files
@@ -237,7 +216,7 @@ def digest(files: Iterable[Path]) -> str:
     for file in files:
         try:
             total.update(file.name.encode() + sha256(file.read_bytes()).digest())
-        except OSError as error:
+        except OSError as error:  # `read_pages` skips the file
             total.update(f"{file.name} {type(error).__name__}".encode())
     return total.hexdigest()[:12]
 
@@ -249,7 +228,7 @@ def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[I
     of pixels, or with one side more than 200 times the other.
     """
     for file in files:
-        pages = _pdf_pages(file) if file.suffix.lower() == ".pdf" else _image_pages(file)
+        pages = _pages(file)
         try:
             while True:
                 with decoding(file.name):
@@ -271,17 +250,16 @@ def decoding(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise BadInput(f"{name} is skipped: not an image that Pillow reads") from None
     except Exception as error:  # decoders raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = str(error) or type(error).__name__
         raise BadInput(f"{name} is skipped: {reason:.200}") from None
 
 
-def _image_pages(file: Path) -> Iterator[Image.Image]:
-    with Image.open(file) as image:
-        for frame in ImageSequence.Iterator(image) if image.format == "TIFF" else (image,):
-            yield to_rgb(frame)
-
-
-def _pdf_pages(file: Path) -> Iterator[Image.Image]:
+def _pages(file: Path) -> Iterator[Image.Image]:
+    if file.suffix.lower() != ".pdf":
+        with Image.open(file) as image:
+            for frame in ImageSequence.Iterator(image) if image.format == "TIFF" else (image,):
+                yield to_rgb(frame)
+        return
     with pypdfium2.PdfDocument(file) as document:
         for page in document:
             width, height = (size * DPI / 72 for size in page.get_size())

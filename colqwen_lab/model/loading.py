@@ -33,28 +33,19 @@ from colqwen_lab.options import DTYPES as DTYPE_NAMES
 PATTERNS = ("extra_config", "dynamic", "modules_to_not_convert", "modules_in_block_to_quantize")
 LAYER_NAME = re.compile(r"(?:[-+]:)?\^?(?:\.\*)?(?:[\w.-]|\\\.)*(?:\.\*)?\$?")
 MOST_NAMES = 2000
-PACKINGS = {
-    "auto": "auto_round:auto_gptq",
-    "auto_round:gptq": "auto_round:auto_gptq",
-    "auto_round:awq": "auto_round:auto_awq",
-}
+GPTQ, AWQ = "auto_round:auto_gptq", "auto_round:auto_awq"
+PACKINGS = {"auto": GPTQ, "auto_round:gptq": GPTQ, "auto_round:awq": AWQ}
 SCHEME_KEYS = ("bits", "group_size", "packing_format", "quant_method")
 FAKE = "auto_round:fake"
 DENSE = "torch.nn.Linear"
-PARTS = {
-    "vlm.model.visual": "vision encoder",
-    "embedding_proj_layer": "head",
-    TEXT_LAYERS: "language model",
-}
+PARTS = {"vlm.model.visual": "vision encoder", "embedding_proj_layer": "head"}
+PARTS |= {TEXT_LAYERS: "language model"}
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on a device, and what it consists of.
-
-    `engaged` counts the text linears of each kernel, `kept_16bit` the 16-bit linears of each part.
-    """
+    """A model on a device; `engaged` and `kept_16bit` count linears by kernel and by part."""
 
     model: ColQwen3
     tokenizer: Tokenizer | None
@@ -93,11 +84,7 @@ def _auto_round() -> tuple[Any, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hides AutoRound's log and progress bars; its `sys.exit` becomes its last words in one line.
-
-    Raises:
-        MissingRequirement: AutoRound called `sys.exit`.
-    """
+    """Hides AutoRound's log; its `sys.exit` becomes a MissingRequirement with its last words."""
     logger, log = logging.getLogger("autoround"), io.StringIO()
     handler, handlers = logging.StreamHandler(log), logger.handlers
     handler.setLevel(logging.WARNING)
@@ -177,16 +164,11 @@ def _names(value: Any) -> Iterator[str]:
 
 
 def fill(model: ColQwen3, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Put every tensor of a checkpoint on `device`; the host holds one at a time.
-
-    Raises:
-        MissingRequirement: a tensor is missing, unexpected or of another shape.
-    """
+    """Put every tensor of a checkpoint on `device`, one at a time. Raises as `check` does."""
     expected = model.state_dict()
     checkpoint.check(expected)
     if device.type == "cuda":
-        # Reserve one block for all weights, as transformers does: each would else be rounded up
-        # to segments of 2 MiB.
+        # One block for all weights, as in transformers: each would else fill segments of 2 MiB.
         size = sum(like.nbytes for like in expected.values())
         torch.empty(size, dtype=torch.uint8, device=device)
     for name, like in expected.items():
@@ -234,11 +216,7 @@ def _finish_kernels(model: ColQwen3, kernels: list[str]) -> None:
 
 
 def kernels_used(model: ColQwen3, kernels: list[str]) -> dict[str, int]:
-    """The number of text linears on each kernel, read off the modules' classes.
-
-    Raises:
-        MissingRequirement: a layer has AutoRound's fake kernel.
-    """
+    """The number of text linears on each kernel, by their class. Raises on a fake kernel."""
     names: dict[type, str] = {nn.Linear: DENSE}
     if kernels:
         backend, config = _auto_round()[0], model.config.quantization_config
@@ -257,10 +235,8 @@ def kernels_used(model: ColQwen3, kernels: list[str]) -> dict[str, int]:
 
 
 def _kept_16bit(model: ColQwen3) -> dict[str, int]:
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    return dict(
-        Counter(
-            next((part for prefix, part in PARTS.items() if name.startswith(prefix)), "other")
-            for name in names
-        )
-    )
+    kept: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear:
+            kept += Counter(part for prefix, part in PARTS.items() if name.startswith(prefix))
+    return dict(kept)

@@ -83,8 +83,7 @@ def quantize(
 
     Raises:
         BadInput: the folder is in use, or the texts hold fewer than samples x seqlen tokens.
-        MissingRequirement: quantised weights, an incomplete result, or a folder that is not
-            writable.
+        MissingRequirement: quantised weights, an incomplete result, or a read-only folder.
     """
     recipe = recipe or Recipe()
     if checkpoint.quantization is not None:
@@ -93,11 +92,9 @@ def quantize(
     writable_folder(folder.parent)
     loaded = loading.load(checkpoint, device)
     samples = _samples(loaded, recipe, calibration)
-    before = {
-        name: tensor.to("cpu", copy=True) for name, tensor in loaded.model.state_dict().items()
-    }
-    started = time.perf_counter()
-    hidden = f".{folder.name}."
+    state = loaded.model.state_dict()
+    before = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+    started, hidden = time.perf_counter(), f".{folder.name}."
     try:
         with (
             FileLock(folder.with_name(f"{hidden}lock"), timeout=0),
@@ -107,14 +104,14 @@ def quantize(
             _restore_dtypes(result, before)
             if checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save(str(result / "tokenizer.json"), pretty=False)
-            elapsed_s = time.perf_counter() - started
+            elapsed_s = round(time.perf_counter() - started, 3)
             errors = _weight_errors(before, FolderCheckpoint(result), device)
             record = {
                 "source": checkpoint.label,
                 "recipe": asdict(recipe),
                 "auto_round": version("auto-round"),
                 "torch": torch.__version__,
-                "elapsed_s": round(elapsed_s, 3),
+                "elapsed_s": elapsed_s,
                 "source_bytes": sum(tensor.nbytes for tensor in before.values()),
                 "result_bytes": sum(path.stat().st_size for path in result.glob("*.safetensors")),
                 "relative_error": {name: round(error, 6) for name, error in errors.items()},
@@ -213,9 +210,8 @@ def _run_auto_round(
                 amp=not on_cpu,
             ).quantize_and_save(output_dir=str(work), format=recipe.format)
     except ValueError as error:
-        raise MissingRequirement(
-            f"AutoRound cannot write {recipe.scheme} as {recipe.format}: {error}"
-        ) from None
+        result = f"{recipe.scheme} as {recipe.format}"
+        raise MissingRequirement(f"AutoRound cannot write {result}: {error}") from None
     finally:
         gc.unfreeze()
     path = min(work.rglob("config.json"))
@@ -227,27 +223,23 @@ def _run_auto_round(
 def _restore_dtypes(folder: Path, before: dict[str, Tensor]) -> None:
     """Save tensors that AutoRound widened to float32 in their original type."""
     for path in folder.glob("*.safetensors"):
-        tensors = {
-            name: tensor.to(before.get(name, tensor).dtype)
-            for name, tensor in load_file(path).items()
-        }
-        save_file(tensors, path, metadata={"format": "pt"})
+        saved = load_file(path)
+        typed = {name: saved[name].to(before.get(name, saved[name]).dtype) for name in saved}
+        save_file(typed, path, metadata={"format": "pt"})
 
 
 def _weight_errors(
     before: dict[str, Tensor], result: FolderCheckpoint, device: torch.device
 ) -> dict[str, float]:
-    """The relative weight error of each quantised linear.
-
-    Raises:
-        MissingRequirement: a tensor is missing or changed, or a text linear is not quantised.
-    """
+    """The relative weight error of each text linear. Raises unless all else is unchanged."""
     loaded = loading.load(result, device)
     kept = [name for name in before if name in result.files]
     changed = [
-        name for name in kept if not torch.equal(result.read(name, before[name], CPU), before[name])
+        name
+        for name in kept
+        if is_text_linear(name.removesuffix(".weight"))
+        or not torch.equal(result.read(name, before[name], CPU), before[name])
     ]
-    changed += [name for name in kept if is_text_linear(name.removesuffix(".weight"))]
     if changed:
         names = ", ".join(changed[:5])
         raise MissingRequirement(f"AutoRound changed or skipped {len(changed)} tensors: {names}")

@@ -139,11 +139,7 @@ def relevance(queries: int, pages: int, split: str = "train") -> dict[str, dict[
 
 
 def page(number: int, split: str = "train", width: int = WIDTH) -> Image.Image:
-    """A page as an RGB image of A4 proportions, `width` pixels wide. All pages differ.
-
-    Raises:
-        BadInput: an unknown split.
-    """
+    """A page as an RGB image of A4 proportions, `width` pixels wide. Raises BadInput."""
     return _Page(number, split, width).image
 
 

@@ -27,11 +27,14 @@ from colqwen_lab.model.inputs import (
 MARKS = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 SPECIAL_TOKENS = (PAD, *(f"<|{mark}|>" for mark in MARKS))
 # Qwen's own splitting rule: words with their leading space, digits one by one.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def trained(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with Qwen's splitting rule and special tokens; how the tokenizer in the package was made."""
+    """A byte-level BPE with Qwen's splitting rule and special tokens, as the packaged tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -106,7 +109,7 @@ def test_texts_are_many_and_distinct() -> None:
     assert queries("report", 2) == [
         f"Retrieve information about topic number {n}" for n in range(2)
     ]
-    with pytest.raises(BadInput, match="texts.*report, natural"):
+    with pytest.raises(BadInput, match=r"texts.*report, natural"):
         queries("own", 1)
 
 

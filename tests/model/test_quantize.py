@@ -53,7 +53,7 @@ def test_record_says_what_was_done(packed: Callable[[str], Path]) -> None:
     record = json.loads((packed("auto_round") / RECORD).read_text())
     errors = record["relative_error"]
     assert len(errors) == 28
-    # Rounding normal weights to 4 bits in groups of 128 costs at most 0.111; source: the project's facts.
+    # Normal weights at 4 bits in groups of 128: at most 0.111. Source: the project's facts.
     assert 0.08 < sum(errors.values()) / 28 < 0.12
     assert record["result_bytes"] < record["source_bytes"]
     assert record["recipe"]["scheme"] == "W4A16"
@@ -72,7 +72,7 @@ def test_a_lost_or_changed_tensor_is_an_error(
     tmp_path: Path, packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def losing(drop: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-        def run(loaded: Any, recipe: Any, samples: Any, work: Path) -> Path:
+        def run(loaded: Any, _: Any, samples: Any, work: Path) -> Path:
             tensors = load_file(packed("auto_round") / "model.safetensors")
             drop(tensors)
             save_file(tensors, work / "model.safetensors")
@@ -149,7 +149,7 @@ def test_bad_recipe(values: dict[str, Any], says: str) -> None:
 
 def test_bad_request(tmp_path: Path, packed: Callable[[str], Path]) -> None:
     with pytest.raises(
-        BadInput, match="samples x seqlen must be at most .* tokens .*got 10000 x 64"
+        BadInput, match=r"samples x seqlen must be at most .* tokens .*got 10000 x 64"
     ):
         quantize.quantize(base(), tmp_path / "new", Recipe(samples=10_000, seqlen=64))
     with pytest.raises(MissingRequirement, match="is quantised already"):
@@ -171,7 +171,7 @@ def test_what_came_into_the_folder_meanwhile_stays(
     folder = tmp_path / "made"
     folder.mkdir()
 
-    def run(loaded: Any, recipe: Any, samples: Any, work: Path) -> Path:
+    def run(loaded: Any, _: Any, samples: Any, work: Path) -> Path:
         (folder / "mine.txt").write_text("my notes")
         return Path(shutil.copytree(packed("auto_round"), work / "done"))
 
@@ -184,21 +184,21 @@ def test_what_came_into_the_folder_meanwhile_stays(
 def test_a_second_run_into_the_same_folder_is_an_error(
     tmp_path: Path, packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, asked = tmp_path / "made", Recipe(samples=2, seqlen=8)
+    folder, recipe = tmp_path / "made", Recipe(samples=2, seqlen=8)
 
-    def run(loaded: Any, recipe: Any, samples: Any, work: Path) -> Path:
+    def run(loaded: Any, _: Any, samples: Any, work: Path) -> Path:
         with pytest.raises(
             BadInput, match=r"another process quantises into .*made; name another folder"
         ):
-            quantize.quantize(base(), folder, asked, replace=True)
+            quantize.quantize(base(), folder, recipe, replace=True)
         return Path(shutil.copytree(packed("auto_round"), work / "done"))
 
     monkeypatch.setattr(quantize, "_run_auto_round", run)
-    quantize.quantize(base(), folder, asked)
+    quantize.quantize(base(), folder, recipe)
     assert (folder / RECORD).exists()
-    quantize.quantize(base(), folder, asked, replace=True)
+    quantize.quantize(base(), folder, recipe, replace=True)
     with pytest.raises(BadInput, match="is not empty; name a new folder"):
-        quantize.quantize(base(), folder, asked)
+        quantize.quantize(base(), folder, recipe)
 
 
 def test_all_of_it_is_on_disk_before_it_has_its_name(
@@ -207,7 +207,7 @@ def test_all_of_it_is_on_disk_before_it_has_its_name(
     done: list[int] = []  # inodes, and 0 as it gets its name
     folder, checkpoint, sync, rename = tmp_path / "made", packed("auto_round"), os.fsync, os.replace
     monkeypatch.setattr(
-        quantize, "_run_auto_round", lambda *asked: shutil.copytree(checkpoint, asked[-1] / "done")
+        quantize, "_run_auto_round", lambda *args: shutil.copytree(checkpoint, args[-1] / "done")
     )
     monkeypatch.setattr(
         os, "fsync", lambda opened: done.append(os.fstat(opened).st_ino) or sync(opened)
@@ -221,22 +221,22 @@ def test_all_of_it_is_on_disk_before_it_has_its_name(
 
 def test_cached_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path))
-    made, together = [], threading.Barrier(4)
+    folders_made, together = [], threading.Barrier(4)
 
     def slow(source: Any, folder: Path, recipe: Recipe, device: torch.device) -> None:
-        made.append(folder)
+        folders_made.append(folder)
         time.sleep(0.2)
         folder.mkdir()
         (folder / RECORD).write_text("{}")
 
-    def ask(_: int) -> Path:
+    def request(_: int) -> Path:
         together.wait()
         return quantize.cached_checkpoint(VARIANTS["awq"], "tiny", CPU)
 
     monkeypatch.setattr(quantize, "quantize", slow)
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(ask, range(4)))
-    assert len(made) == len(folders) == 1
+        folders = set(pool.map(request, range(4)))
+    assert len(folders_made) == len(folders) == 1
     assert quantize.cached_checkpoint(resolve_variant("W8A16"), "tiny", CPU) not in folders
 
 
