@@ -32,10 +32,7 @@ from colqwen_lab.model.inputs import TINY, TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
 from colqwen_lab.options import WEIGHTS
 
-CHECKPOINT_FILES = [
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.json"),
-    "*_config.json",
-]
+CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*config.json"]
 # Qwen's tokenizer has 11 MB. A JSON parser takes seventy times a file's bytes.
 TOKENIZER_BYTES, JSON_BYTES = 64 * 2**20, 2**20
 # The types that are read, by whether the network's tensor is floating-point.
@@ -232,10 +229,8 @@ class FolderCheckpoint(Checkpoint):
                 weights = sum(tensor.numel() for tensor in ColQwen3(config).parameters())
             if weights // 4 <= held:  # a weight has at least two bits
                 return
-        raise ValueError(
-            f"its files do not hold such a network of {layers} + {blocks} layers, "
-            f"they hold {tensors} tensors, {held} bytes"
-        )
+        network = f"a network of {layers} + {blocks} layers of these dimensions"
+        raise ValueError(f"its files ({tensors} tensors, {held} bytes) do not hold {network}")
 
     @cached_property
     def digest(self) -> str:

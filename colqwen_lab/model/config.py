@@ -46,8 +46,12 @@ def _size(
 
 
 # The first ids of the packaged tokenizer are its special tokens.
-TINY_IDS = {"vision_start_token_id": 3, "vision_end_token_id": 4}
-TINY_IDS |= {"image_token_id": 5, "video_token_id": 6}
+TINY_IDS = {
+    "vision_start_token_id": 3,
+    "vision_end_token_id": 4,
+    "image_token_id": 5,
+    "video_token_id": 6,
+}
 SIZES = {
     "tiny": _size(
         (128, 256, 4, 4, 2, 32), (64, 128, 4, 4), [0, 1, 2], (6, 5, 5), 1536, 4096, 256, **TINY_IDS

@@ -38,8 +38,11 @@ PACKINGS = {"auto": GPTQ, "auto_round:gptq": GPTQ, "auto_round:awq": AWQ}
 SCHEME_KEYS = ("bits", "group_size", "packing_format", "quant_method")
 FAKE = "auto_round:fake"
 DENSE = "torch.nn.Linear"
-PARTS = {"vlm.model.visual": "vision encoder", "embedding_proj_layer": "head"}
-PARTS |= {TEXT_LAYERS: "language model"}
+PARTS = {
+    "vlm.model.visual": "vision encoder",
+    "embedding_proj_layer": "head",
+    TEXT_LAYERS: "language model",
+}
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
@@ -118,9 +121,10 @@ def skeleton(
             raise BadInput(f"kernel must be auto or torch for 16-bit weights, got {kernel!r}")
         return model, []
     backend, conversion = _auto_round()
-    infos = [info for info in backend.BackendInfos.items() if device.type in info[1].device]
-    aliases = sorted({alias for _, info in infos for alias in info.alias or ()})
-    if kernel not in ("auto", *aliases, *dict(infos)) or kernel == FAKE:
+    infos = backend.BackendInfos.items()
+    here = {name: info.alias or () for name, info in infos if device.type in info.device}
+    aliases = sorted(set().union(*here.values()))
+    if kernel not in ("auto", *aliases, *here) or kernel == FAKE:
         valid = ", ".join(aliases)
         raise BadInput(f"kernel must be auto, {valid} on {device.type}, got {kernel!r}")
     # AutoRound trusts a checkpoint's values, and fails on wrong ones in many ways.
@@ -133,7 +137,8 @@ def skeleton(
         if not kernels:
             raise ValueError(f"block_name_to_quantize matches no layer, use {TEXT_LAYERS}")
         if FAKE in kernels:
-            raise ValueError("no installed kernel runs it")
+            packing = model.config.quantization_config.packing_format
+            raise ValueError(f"no installed kernel runs packing {packing}")
     return model.requires_grad_(False), kernels
 
 

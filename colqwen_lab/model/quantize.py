@@ -125,7 +125,7 @@ def quantize(
             os.replace(result, folder)
             sync(folder.parent)
     except Timeout:
-        raise BadInput(f"another process quantises into {folder}; name another folder") from None
+        raise BadInput(f"{folder} is in use by another quantize; wait, or name another") from None
     except (OSError, SafetensorError) as error:
         raise MissingRequirement(
             f"cannot write {folder}: {error}; nothing is left there, run the same command again"
@@ -244,7 +244,7 @@ def _weight_errors(
         names = ", ".join(changed[:5])
         raise MissingRequirement(f"AutoRound changed or skipped {len(changed)} tensors: {names}")
     errors = {}
-    for name in before.keys() - set(kept):
+    for name in (name for name in before if name not in result.files):
         layer, original = name.removesuffix(".weight"), before[name].to(device).float()
         quantized = dequantized(loaded.model.get_submodule(layer), original.shape[1], device)
         errors[layer] = float((quantized.float() - original).norm() / original.norm())

@@ -186,17 +186,17 @@ def test_links_out_of_the_folder_are_errors_except_to_the_hub_s_blobs(
         (
             "text_config",
             {"num_hidden_layers": 10**12},
-            "its files do not hold such a network",
+            r"its files .* do not hold a network",
         ),
         (
             "text_config",
             {"intermediate_size": 10**9},
-            "its files do not hold such a network",
+            r"its files .* do not hold a network",
         ),
         (
             "vision_config",
             {"intermediate_size": 10**9},
-            "its files do not hold such a network",
+            r"its files .* do not hold a network",
         ),
         ("text_config", {"head_dim": 0}, "is not the configuration of a ColQwen3"),
     ],
@@ -322,11 +322,11 @@ def test_pickled_weights_are_never_read(base_folder: Path, edited: Edit) -> None
         ),
         (
             lambda c: c["vision_config"].update(deepstack_visual_indexes=[0] * 80_000),
-            "its files do not hold",
+            r"its files .* do not hold a network",
         ),
         (
             lambda c: c["vision_config"].update(deepstack_visual_indexes=list(range(80_000))),
-            "its files do not hold",
+            r"its files .* do not hold a network",
         ),
         (
             lambda c: c["text_config"].update(hidden_size="wide"),
@@ -380,7 +380,7 @@ def test_a_packing_that_no_kernel_serves_is_an_error(
         load(folder)
     with pytest.raises(
         MissingRequirement,
-        match=r"kernel torch cannot load bits 4.*'awq' on cpu.*doctor.*no installed kernel runs it",
+        match=r"kernel torch cannot load bits 4.*'awq' on cpu.*no installed .* auto_round:auto_awq",
     ):
         load(packed("auto_awq"), kernel="torch")
 
@@ -390,7 +390,8 @@ def test_asymmetric_codes_have_no_fallback(packed: Callable[[str], Path], edited
         packed("auto_round"), config=lambda c: c["quantization_config"].update(sym=False)
     )
     with pytest.raises(
-        MissingRequirement, match=r"kernel torch cannot load .* no installed kernel runs it"
+        MissingRequirement,
+        match=r"kernel torch cannot load .* no installed kernel runs packing auto_round:auto_",
     ):
         load(folder, kernel="torch")
 
