@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from hashlib import sha256
 from os.path import isdir, isfile
 from pathlib import Path
@@ -30,6 +29,9 @@ PAD = "<|endoftext|>"
 # The default checkpoint of `tiny`, trained by `colqwen-lab train-tiny`.
 TINY = DATA / "tiny"
 TINY_TOKENIZER = TINY / "tokenizer.json"
+# Distinct queries of several lengths and languages; none of them is a calibration text.
+NATURAL_QUERIES = (DATA / "queries.txt").read_text(encoding="utf-8").splitlines()
+CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").splitlines()
 PROMPT = (
     "<|im_start|>user\n<|vision_start|>",
     "<|vision_end|>Describe the image.<|im_end|><|endoftext|>",
@@ -81,25 +83,13 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
     return ids, pad_sequence([torch.ones_like(row) for row in tensors], True, 0, "left")
 
 
-@cache
-def natural_queries() -> tuple[str, ...]:
-    """Distinct queries of several lengths and languages."""
-    return tuple((DATA / "queries.txt").read_text(encoding="utf-8").splitlines())
-
-
-@cache
-def calibration_texts() -> tuple[str, ...]:
-    """Passages and queries to quantise with; none is one of `natural_queries`."""
-    return tuple((DATA / "calibration.txt").read_text(encoding="utf-8").splitlines())
-
-
 def queries(texts: str, count: int) -> list[str]:
     """`count` distinct queries, `report` (the report's formula) or `natural`. Raises BadInput."""
     if one_of("texts", texts, TEXTS) == "report":
         return [f"Retrieve information about topic number {number}" for number in range(count)]
-    pool = natural_queries()
-    suffixes = ["", *(f" ({number})" for number in range(2, 2 + count // len(pool)))]
-    return [text + suffix for suffix in suffixes for text in pool][:count]
+    rounds = range(2, 2 + count // len(NATURAL_QUERIES))
+    suffixes = ["", *(f" ({number})" for number in rounds)]
+    return [text + suffix for suffix in suffixes for text in NATURAL_QUERIES][:count]
 
 
 def check_visual_tokens(visual_tokens: int) -> int:

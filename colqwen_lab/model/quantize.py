@@ -30,7 +30,7 @@ from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model import loading
 from colqwen_lab.model.checkpoint import Checkpoint, FolderCheckpoint, default_checkpoint
 from colqwen_lab.model.config import VARIANTS, Variant, scheme_parts
-from colqwen_lab.model.inputs import PAD, calibration_texts, pad_id
+from colqwen_lab.model.inputs import CALIBRATION_TEXTS, PAD, pad_id
 from colqwen_lab.model.network import is_text_linear
 from colqwen_lab.options import FORMATS
 from colqwen_lab.records import sync
@@ -163,7 +163,7 @@ def _samples(
         vocabulary = loaded.model.config.text_config.vocab_size
         tokens = torch.randint(vocabulary, (need,), generator=torch.Generator().manual_seed(0))
     else:
-        pad, texts = pad_id(loaded.tokenizer), list(calibration or calibration_texts())
+        pad, texts = pad_id(loaded.tokenizer), list(calibration or CALIBRATION_TEXTS)
         encodings = loaded.tokenizer.encode_batch(texts, add_special_tokens=False)
         tokens = torch.tensor([token for text in encodings for token in (*text.ids, pad)])
     if len(tokens) < need:
@@ -266,7 +266,7 @@ def cached_checkpoint(
     recipe = recipe or Recipe(scheme=variant.scheme or "W4A16")
     base = default_checkpoint(VARIANTS["base"], size, "auto", device)
     versions = [version(package) for package in ("auto-round", "torch", "transformers")]
-    inputs = [base.label, base.config.to_json_string(), asdict(recipe), calibration_texts()]
+    inputs = [base.label, base.config.to_json_string(), asdict(recipe), CALIBRATION_TEXTS]
     digest = hashlib.sha256(json.dumps([*inputs, *versions]).encode()).hexdigest()[:12]
     folder = writable_folder(cache_folder()) / f"{size}-{recipe.scheme}-{digest}"
     with FileLock(f"{folder}.lock"):

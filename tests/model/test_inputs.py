@@ -13,13 +13,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.model.config import SIZES
 from colqwen_lab.model.inputs import (
+    CALIBRATION_TEXTS,
+    NATURAL_QUERIES,
     PAD,
     QUERY_SUFFIX_TOKENS,
     TINY_TOKENIZER,
-    calibration_texts,
     encode_queries,
     left_padded,
-    natural_queries,
     queries,
     read_tokenizer,
 )
@@ -55,7 +55,7 @@ def trained(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def test_the_tokenizer_in_the_package_is_the_trained_one() -> None:
-    read = [*calibration_texts(), *natural_queries(), *queries("report", 64)]
+    read = [*CALIBRATION_TEXTS, *NATURAL_QUERIES, *queries("report", 64)]
     tokenizer = trained(read, SIZES["tiny"]["text_config"]["vocab_size"])
     assert json.loads(tokenizer.to_str()) == json.loads(TINY_TOKENIZER.read_text())
 
@@ -101,10 +101,10 @@ def test_left_padding(rows: list[list[int]]) -> None:
 
 
 def test_texts_are_many_and_distinct() -> None:
-    natural = natural_queries()
+    natural = NATURAL_QUERIES
     assert len(set(natural)) == len(natural) >= 200
     assert len({len(query.split()) for query in natural}) >= 15
-    assert not set(natural) & set(calibration_texts())
+    assert not set(natural) & set(CALIBRATION_TEXTS)
     assert len(set(queries("natural", 1000))) == 1000
     assert queries("report", 2) == [
         f"Retrieve information about topic number {n}" for n in range(2)
