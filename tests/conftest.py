@@ -93,7 +93,7 @@ def tiny() -> loading.Loaded:
 
 @pytest.fixture(scope="session")
 def tiny_awq(packed: Callable[[str], Path]) -> loading.Loaded:
-    return loading.load(FolderCheckpoint(packed("auto_round")), CPU, backend="torch")
+    return loading.load(FolderCheckpoint(packed("auto_round")), CPU, kernel="torch")
 
 
 @pytest.fixture(scope="session")
