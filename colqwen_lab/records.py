@@ -296,6 +296,15 @@ class Cell(Row):
         return self.workload.batch_size
 
     @property
+    def disturbed(self) -> list[str]:
+        """The interference that withholds a verdict: other processes, throttling, spilled memory.
+
+        A GPU at its power limit is at full load, and a display alone changes no figure.
+        """
+        usual = ("power limit", "display")
+        return [line for line in self.interference if not any(word in line for word in usual)]
+
+    @property
     def configuration(self) -> Configuration:
         """The configuration that was requested."""
         return Configuration(

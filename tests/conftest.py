@@ -47,7 +47,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """W4A16 checkpoints of the tiny default, plainly rounded, by AutoRound format; each is made once."""
+    """W4A16 checkpoints of the tiny default, plainly rounded, by AutoRound format; made once."""
     root = tmp_path_factory.mktemp("packed")
 
     def of_format(format: str) -> Path:
@@ -98,7 +98,7 @@ def tiny_awq(packed: Callable[[str], Path]) -> loading.Loaded:
 
 @pytest.fixture(scope="session")
 def record() -> Callable[..., Fidelity]:
-    """Makes fidelity records of a variant from each query's nDCG@5; all else as given, or as BASE's."""
+    """Makes fidelity records of a variant from the nDCG@5 of each query."""
     same = Cosines(tokens=3, least=0.9, q01=0.9, q05=0.9, q25=0.95, median=0.97, mean=0.96)
 
     def of(variant: str, ndcg: list[float], **changed: Any) -> Fidelity:

@@ -52,7 +52,7 @@ def speed_ratio(base: Cell, other: Cell) -> Speed:
     percent = 100 * (rate(other) / rate(base) - 1)
     machines = differences([base], [other])
     low, high = (None, None) if machines else _interval(base, other)
-    notes = "; ".join(dict.fromkeys([*base.interference, *other.interference]))
+    notes = "; ".join(dict.fromkeys([*base.disturbed, *other.disturbed]))
     reason = "; ".join(machines) or (f"disturbed ({notes})" if notes else "")
     one_sided = low is None or high is None or low * high > 0
     verdict: Verdict = "inconclusive"

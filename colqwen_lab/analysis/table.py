@@ -336,7 +336,7 @@ def random_weights(cell: Cell) -> bool:
 
 def disturbed(cells: Iterable[Cell]) -> int:
     """The number of cells whose measurement was disturbed: they give no verdict."""
-    return sum(bool(cell.interference) for cell in cells)
+    return sum(bool(cell.disturbed) for cell in cells)
 
 
 def device(environment: Environment) -> str:
