@@ -1,10 +1,12 @@
-"""The lab's own kernels, in Triton, for what no library's kernel does well. Both work on a GPU only.
+"""The lab's Triton kernels, for what no library's kernel does well. They need a GPU.
 
-Causal attention of short texts, from the product QKV to what goes into O, in one kernel: the flash kernels that PyTorch
-calls work on tiles of 128 tokens, and most of a tile is empty when a query has 18. Here a tile holds the query heads
-that share a key head, side by side; norm and rotary positions are applied on the way.
+`attend_short`: causal attention of short texts in one kernel, from the QKV GEMM to the input of O.
+PyTorch's flash kernels use tiles of 128 tokens, mostly empty for a query of 18. Here a tile holds
+the query heads that share a key head, side by side, and the kernel applies norm and rotary
+positions.
 
-FP8 codes of rows, of a gated MLP's too: each row is read once, where the compiler's kernels read it twice or more.
+`fp8_rows_fused`: FP8 codes of rows, with SiLU-and-mul. It reads each row once; the kernels of
+torch.compile read it at least twice.
 """
 
 from __future__ import annotations
@@ -16,15 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from colqwen_lab.runtime.linears import FP8, FP8_MAX
-
-# About the multiprocessors of the GPUs that this is for.
+# About the number of multiprocessors of these GPUs.
 ENOUGH_PROGRAMS = 128
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
 
 
 @triton.jit
 def _ready(at, real, position, weight, cos, sin, eps, SIZE: tl.constexpr):
-    """Both halves of heads at `at`, RMS-normed and rotated, in the type of `at`."""
+    """Both halves of the heads at `at`, RMS-normed and rotated, in the dtype of `at`."""
     half = tl.arange(0, SIZE // 2)[None, :]
     left = tl.load(at + half, mask=real[:, None], other=0.0).to(tl.float32)
     right = tl.load(at + half + SIZE // 2, mask=real[:, None], other=0.0).to(tl.float32)
@@ -54,7 +55,7 @@ def _attend(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK tokens of HEADS of the GROUP query heads that share a key head, of one text."""
+    """One program: one text, BLOCK tokens, HEADS of the GROUP query heads that share a key head."""
     text, part, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     head = part * HEADS // GROUP
     rows = tl.arange(0, HEADS * BLOCK)
@@ -96,9 +97,10 @@ def attend_short(
     eps: float,
     positions: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Attention [batch, tokens, heads x size] of qkv [batch, tokens, (heads + 2 x kv_heads) x size], all causal.
+    """Causal attention [batch, tokens, heads x size] of the output of the QKV GEMM.
 
-    `norms` are the weights [size] of the norms of queries and keys, `positions` the cos and sin [tokens, 1, size].
+    qkv is [batch, tokens, (heads + 2 x kv_heads) x size]. `norms` are the weights [size] of the
+    query and key norms. `positions` are cos and sin [tokens, 1, size].
     """
     batch, tokens, width = qkv.shape
     size = norms[0].shape[0]
@@ -106,7 +108,7 @@ def attend_short(
     block = 16 if tokens <= 16 else 32
     out = torch.empty((batch, tokens, group * kv_heads * size), dtype=qkv.dtype, device=qkv.device)
     blocks = triton.cdiv(tokens, block)
-    # Few texts leave multiprocessors idle where a program takes all heads of a group.
+    # With few texts, a program for all heads of a group would leave multiprocessors idle.
     heads = group if batch * kv_heads * blocks >= ENOUGH_PROGRAMS else 1
     grid = (batch, kv_heads * group // heads, blocks)
     shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEADS": heads, "SIZE": size, "BLOCK": block}
@@ -125,7 +127,7 @@ def _quantise(
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: a row of WIDTH codes; GATED, SiLU of the first half of x times the second."""
+    """One program: a row of WIDTH codes; with GATED, of SiLU of the first half times the second."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     at, real = x + row * WIDTH * (2 if GATED else 1) + column, column < WIDTH
     values = tl.load(at, mask=real, other=0.0).to(tl.float32)
@@ -139,15 +141,15 @@ def _quantise(
     tl.store(codes + row * WIDTH + column, small.to(codes.dtype.element_ty), mask=real)
 
 
-def fp8_rows_at_once(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """What `kernels.fp8_rows` says of x [rows, width]; of x [rows, 2 width], of SiLU of one half times the other."""
+def fp8_rows_fused(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`linears.fp8_rows` of x [M, width], or of SiLU-and-mul of x [M, 2 x width]."""
     assert x.shape[1] in (width, 2 * width)
     x = x.contiguous()
-    codes = torch.empty((x.shape[0], width), dtype=FP8, device=x.device)
+    codes = torch.empty((x.shape[0], width), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     gated = x.shape[1] == 2 * width
     _quantise[(x.shape[0],)](
-        x, codes, scales, FP8_MAX, width, gated, block, num_warps=max(4, block // 1024)
+        x, codes, scales, LARGEST_FP8, width, gated, block, num_warps=max(4, block // 1024)
     )
     return codes, scales

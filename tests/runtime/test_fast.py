@@ -1,10 +1,9 @@
-"""Execution fast against eager: the same vectors, whatever the padding, the length, the packing."""
+"""Execution fast against eager: the same vectors at any padding, length and packing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +17,11 @@ from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.model.checkpoint import Checkpoint, FolderCheckpoint, default_checkpoint
 from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.model.loading import load
-from colqwen_lab.runtime.fast import KINDS, bucket, load_fast, real_first
-from colqwen_lab.runtime.linears import Dense, Unnormed, dense_product
+from colqwen_lab.runtime import tune
+from colqwen_lab.runtime.fast import bucket, load_fast, real_first
+from colqwen_lab.runtime.gemms import KINDS, Paths
+from colqwen_lab.runtime.kernels import dense_linear
+from colqwen_lab.runtime.linears import Dense, Unnormed
 
 CPU = torch.device("cpu")
 # Batches of queries by their real lengths: mixed, one alone, one token, very long.
@@ -43,9 +45,9 @@ def padded(lengths: list[int], side: str) -> dict[str, Tensor]:
 def real_rows(model: Any, inputs: dict[str, Tensor], fast: bool) -> Tensor:
     """The vectors of the real tokens, text by text."""
     with torch.no_grad():
-        found = model.fast(model, inputs) if fast else model(**inputs)
-    assert not found.embeddings[inputs["attention_mask"] == 0].any()
-    return found.embeddings[inputs["attention_mask"].bool()].float()
+        output = model.fast(model, inputs) if fast else model(**inputs)
+    assert not output.embeddings[inputs["attention_mask"] == 0].any()
+    return output.embeddings[inputs["attention_mask"].bool()].float()
 
 
 def same_texts(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,9 +75,11 @@ def test_same_as_eager_in_bfloat16(variant: str, packed: Callable[[str], Path]) 
         expected = real_rows(eager, left, fast=False)
         assert least_cosine(real_rows(fast, left, fast=True), expected) > 0.9995
         right = padded(lengths, "right")
-        found = real_rows(fast, right, fast=True)
-        assert least_cosine(found, real_rows(eager, same_texts(right), fast=False)) > 0.9995
-        assert torch.equal(found, real_rows(fast, right, fast=True)), "a second call gives the same"
+        vectors = real_rows(fast, right, fast=True)
+        assert least_cosine(vectors, real_rows(eager, same_texts(right), fast=False)) > 0.9995
+        assert torch.equal(vectors, real_rows(fast, right, fast=True)), (
+            "a second call gives the same"
+        )
 
 
 @pytest.mark.parametrize(("variant", "within"), [("base", 1e-4), ("awq", 1e-3)])
@@ -148,75 +152,71 @@ def test_what_it_does_not_do() -> None:
         load_fast(random_source("base"), CPU, "modules")
     with pytest.raises(BadInput, match="unknown"):
         load_fast(random_source("awq"), CPU, "nope")
-    best = dense_product(CPU, torch.bfloat16)
-    assert all(type(product) is best for product in loaded.model.fast.products())
+    best = dense_linear(CPU, torch.bfloat16)
+    assert all(type(linear) is best for linear in loaded.model.fast.linears())
     as_torch = load_fast(random_source("base"), CPU, "torch")
-    assert all(isinstance(product, Dense) for product in as_torch.model.fast.products())
+    assert all(isinstance(linear, Dense) for linear in as_torch.model.fast.linears())
 
 
 class Streams:
-    """In the place of CUDA's streams: what is asked of them happens at once, on a CPU, and is told."""
+    """Replaces CUDA streams on a CPU: work runs at once, and `log` records the synchronisation."""
 
-    told: ClassVar[list[str]] = []
+    log: ClassVar[list[str]] = []
 
     def wait_stream(self, other: Any) -> None:
-        self.told.append("free")
+        self.log.append("free")
 
     def wait_event(self, event: str) -> None:
-        self.told.append(f"waited for {event}")
+        self.log.append(f"waited for {event}")
 
     def record_event(self) -> str:
-        return f"event {self.told.count('free')}"
+        return f"event {self.log.count('free')}"
 
 
 @pytest.mark.parametrize("kinds", [("o",), ("qkv", "o"), KINDS])
-def test_weights_dequantised_ahead_multiply_as_packed_ones_do(
+def test_dequantise_then_gemm_equals_the_packed_gemm(
     kinds: tuple[str, ...], packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_fast(FolderCheckpoint(packed("auto_round")), CPU, "int4")
     model: Any = loaded.model.fast
-    made: list[int] = []
+    written: list[int] = []
 
     def dequantise(self: Any, weight: Tensor) -> None:
-        made.append(id(self))
-        Streams.told.append("written")
+        written.append(id(self))
+        Streams.log.append("written")
         weight.copy_(self(torch.eye(self.in_features, dtype=weight.dtype)).T)
 
     monkeypatch.setattr(type(model.layers[0].o), "dequantise", dequantise)
-    for name, stub in {
-        "current_stream": Streams,
-        "current_device": int,
-        "stream": nullcontext,
-    }.items():
-        monkeypatch.setattr(
-            torch.cuda, name, stub if name == "stream" else lambda stub=stub: stub()
-        )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Streams())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(
-        "colqwen_lab.runtime.fast._side_stream", lambda device, priority=-1: Streams()
+        "colqwen_lab.runtime.gemms.side_stream", lambda device, priority=-1: Streams()
     )
     inputs = padded([18, 17, 19], "left")
     expected = real_rows(loaded.model, inputs, fast=True)
-    model.ahead = {3 * bucket(19): kinds}
-    Streams.told.clear()
+    m = 3 * bucket(19)
+    model.prefetched = {m: kinds}
+    Streams.log.clear()
     assert least_cosine(real_rows(loaded.model, inputs, fast=True), expected) > 0.9995
-    assert len(made) == len(set(made)) == len(kinds) * len(model.layers)
-    # Nothing is written before what reads it is done, and nothing read before it is written: the event of that writing.
-    told = Streams.told
-    assert [told[at - 1] for at, what in enumerate(told) if what == "written"] == ["free"] * len(
-        made
-    )
-    assert sorted(what for what in told if what.startswith("waited")) == sorted(
-        f"waited for event {n + 1}" for n in range(len(made))
-    )
+    assert len(written) == len(set(written)) == len(kinds) * len(model.layers)
+    # A weight is written after the GEMM that reads its buffer, and read after it is written.
+    log = Streams.log
+    before = [log[at - 1] for at, what in enumerate(log) if what == "written"]
+    assert before == ["free"] * len(written)
+    waits = sorted(what for what in log if what.startswith("waited"))
+    assert waits == sorted(f"waited for event {n + 1}" for n in range(len(written)))
+    assert model.engaged(m)["cuBLAS (dequantise-then-GEMM)"] > 0
+    assert model.chosen == {f"dequantise-then-GEMM x {m}": "+".join(kinds)}
 
 
 @pytest.mark.parametrize(
-    ("norming", "shared"),
+    ("able", "split"),
     [(KINDS, 2), (("o", "gate_up", "down"), 1), (("qkv", "o", "down"), 1), (("o", "down"), 0)],
 )
-def test_norms_are_shared_out_only_between_two_products_that_can(
-    norming: tuple[str, ...],
-    shared: int,
+def test_norms_are_split_only_between_two_gemms_that_can(
+    able: tuple[str, ...],
+    split: int,
     packed: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -224,121 +224,132 @@ def test_norms_are_shared_out_only_between_two_products_that_can(
     model: Any = loaded.model.fast
     inputs = padded([18, 17, 19], "left")
     expected = real_rows(loaded.model, inputs, fast=True)
-    able = {id(product) for kind in norming for product in model.of_kind(kind)}
     kernel = type(model.layers[0].o)
-    multiplied, left = kernel.forward, []
+    multiply, unfinished = kernel.forward, []
 
-    def forward(self: Any, x: Tensor | Unnormed) -> Tensor:
+    def forward(self: Any, x: Tensor | Unnormed, config: str = "") -> Tensor:
         if not isinstance(x, Unnormed):
-            return multiplied(self, x)
-        assert id(self) in able
-        return (
-            multiplied(self, x.weighted)
-            * (x.squares.mean(-1, keepdim=True) + x.eps).rsqrt().bfloat16()
-        )
+            return multiply(self, x)
+        assert config == "small M"
+        factor = (x.squares.mean(-1, keepdim=True) + x.eps).rsqrt()
+        return multiply(self, x.weighted) * factor.bfloat16()
 
     def add_normed(
-        self: Any, x: Tensor, total: Tensor, weight: Tensor, eps: float
+        self: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, config: str
     ) -> tuple[Tensor, Unnormed]:
-        left.append(self)
-        total = total + self(x)
+        unfinished.append(self)
+        total = residual + self(x)
         return total, Unnormed(total * weight, total.float().pow(2), eps)
 
-    monkeypatch.setattr(
-        kernel, "norms", lambda self, rows: rows == 3 * bucket(19) and id(self) in able
-    )
+    m = 3 * bucket(19)
+    monkeypatch.setattr(kernel, "small_m", lambda self, config: config == "small M")
     monkeypatch.setattr(kernel, "forward", forward)
     monkeypatch.setattr(kernel, "add_normed", add_normed)
+    model.configs = {(kind, m): "small M" if kind in able else "own" for kind in KINDS}
     assert least_cosine(real_rows(loaded.model, inputs, fast=True), expected) > 0.9995
-    # After the last layer there is no product.
-    assert len(left) == shared * len(model.layers) - ("qkv" in norming)
+    # No GEMM follows the last layer.
+    assert len(unfinished) == split * len(model.layers) - ("qkv" in able)
+    small = model.engaged(m)["small-M GEMM (W4A16)"]
+    assert small == sum(linear.linears for kind in able for linear in model.of_kind(kind))
+    unfinished.clear()
+    model.paths = Paths(split_norms=False)
+    assert least_cosine(real_rows(loaded.model, inputs, fast=True), expected) > 0.9995
+    assert not unfinished
 
 
 @pytest.fixture
-def on_hopper() -> Any:
-    """`fast` of awq, random and of middle size, on a GPU that runs the lab's own kernels."""
-    if (
-        not torch.cuda.is_available()
-        or torch.cuda.get_device_capability()[0] != 9
-        or find_spec("humming") is None
-    ):
-        pytest.skip("kernels for Hopper, and humming's layout of weights")
-    device = torch.device("cuda")
-    return load_fast(
-        default_checkpoint(resolve_variant("awq"), "mid", "random", device), device
-    ).model.fast
+def on_hopper(cuda: torch.device) -> Any:
+    """`fast` of awq, random weights of size mid, on a GPU that runs the lab's own kernels."""
+    pytest.importorskip("humming")
+    if torch.cuda.get_device_capability(cuda)[0] != 9:
+        pytest.skip("the lab's 4-bit kernels need a Hopper GPU")
+    checkpoint = default_checkpoint(resolve_variant("awq"), "mid", "random", cuda)
+    return load_fast(checkpoint, cuda).model.fast
 
 
-def test_few_rows_share_out_the_norms_in_a_captured_graph(
+@pytest.mark.gpu
+def test_small_m_gemms_split_norms_in_a_captured_graph(
     on_hopper: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = torch.randint(0, 1000, (1, 18), device="cuda")
-    model, kernel, shared, found = on_hopper, type(on_hopper.layers[0].o), [], []
+    model, kernel, split, embeddings = on_hopper, type(on_hopper.layers[0].o), [], []
     for layer in model.layers:
         for weight in layer.norms:
             weight.data.normal_()
 
-    def add_normed(self: Any, *given: Any, unwrapped: Any = kernel.add_normed) -> Any:
-        shared.append(self)
-        return unwrapped(self, *given)
+    def add_normed(self: Any, *values: Any, unwrapped: Any = kernel.add_normed) -> Any:
+        split.append(self)
+        return unwrapped(self, *values)
 
     monkeypatch.setattr(kernel, "add_normed", add_normed)
     for own in (False, True):
         for kind in KINDS:
-            for product in model.of_kind(kind):
-                product.chosen[18] = next(
-                    one for one in product.schedules(18) if ("few_rows" in one) is own
-                )
-        found.append(model._graph(*ids.shape).replay(ids, torch.ones_like(ids)).float())
-        assert len(shared) == own * 2 * (2 * len(model.layers) - 1)  # run once, then captured
+            linear = model.of_kind(kind)[0]
+            configs = linear.kernel_configs(18)
+            model.configs[kind, 18] = next(
+                one for one in configs if (linear.small_m(one) is not None) is own
+            )
+        embeddings.append(model._graph(*ids.shape).replay(ids, torch.ones_like(ids)).float())
+        assert len(split) == own * 2 * (2 * len(model.layers) - 1)  # one run, one capture
         model.forget()
-    assert least_cosine(*found) > 0.9995
+    assert least_cosine(*embeddings) > 0.9995
 
 
-def test_weights_dequantised_ahead_in_a_captured_graph(
+@pytest.mark.gpu
+def test_dequantise_then_gemm_in_a_captured_graph(
     on_hopper: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = torch.randint(0, 1000, (32, 18), device="cuda")
-    model, found = on_hopper, []
+    model, embeddings = on_hopper, []
     for kinds in ((), KINDS):
-        model.ahead = {ids.numel(): kinds}
-        found.append(model._graph(*ids.shape).replay(ids, torch.ones_like(ids)).float())
+        model.prefetched = {ids.numel(): kinds}
+        embeddings.append(model._graph(*ids.shape).replay(ids, torch.ones_like(ids)).float())
         model.forget()
-    assert least_cosine(*found) > 0.9995
-    del model.ahead[ids.numel()]
+    assert least_cosine(*embeddings) > 0.9995
+    del model.prefetched[ids.numel()]
     new: dict[str, str] = {}
-    monkeypatch.setattr("colqwen_lab.runtime.fast._remembered", dict)
-    monkeypatch.setattr("colqwen_lab.runtime.fast._remember", new.update)
+    monkeypatch.setattr(tune, "_read", dict)
+    monkeypatch.setattr(tune, "_add", new.update)
     before = torch.cuda.memory_allocated()
     model._graph(*ids.shape)
-    assert any(key.startswith("ahead ") for key in new)  # timed here, and it did not give up
+    assert any(key.startswith("dequantise-then-GEMM ") for key in new)  # timed, and not given up
     model.forget()
-    assert (
-        torch.cuda.memory_allocated() == before
-    )  # choosing leaves nothing behind, a workspace of cuBLAS say
+    assert torch.cuda.memory_allocated() == before  # timing frees all it takes, cuBLAS's included
 
 
-def test_schedules_of_every_number_of_rows_compile_at_once(
+def test_kernel_configs_of_every_m_compile_at_once(
     packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own is kept whatever the compiler says, others only where they compile; what is known is not tried anew."""
+    """The kernel's own config stays, others if they compile; or the cached choice alone."""
     loaded = load_fast(FolderCheckpoint(packed("auto_round")), CPU, "int4")
     model: Any = loaded.model.fast
-    product = type(model.layers[0].o)
-    monkeypatch.setattr(product, "tunable", True)
+    kernel = type(model.layers[0].o)
+    monkeypatch.setattr(kernel, "tunable", True)
     monkeypatch.setattr(
-        product, "schedules", lambda self, rows: [f"own {rows}", f"bad {rows}", f"good {rows}"]
+        kernel, "kernel_configs", lambda self, m: [f"own {m}", f"bad {m}", f"good {m}", "small M"]
     )
-    monkeypatch.setattr(product, "compiles", lambda self, schedule: schedule.startswith("good"))
+    monkeypatch.setattr(kernel, "compiles", lambda self, config: not config.startswith("bad"))
     monkeypatch.setattr(
-        "colqwen_lab.runtime.fast._key", lambda product, rows: f"{product.in_features} x {rows}"
+        kernel, "small_m", lambda self, config: config if config == "small M" else None
+    )
+    monkeypatch.setattr(
+        tune, "_key", lambda linear, m, paths: f"{linear.in_features} x {m} {paths.search}"
     )
     tiny = model.layers[0]
-    known = {f"{tiny.o.in_features} x 18": "good known", f"{tiny.down.in_features} x 18": "no more"}
-    monkeypatch.setattr("colqwen_lab.runtime.fast._remembered", lambda: known)
-    model.layers[0].down.chosen[36] = "chosen"
-    model.compile([18, 36])
-    assert model.candidates["o", 18] == ["good known"]
-    assert model.candidates["down", 18] == ["own 18", "good 18"]
-    assert model.candidates["o", 36] == ["own 36", "good 36"]
-    assert ("down", 36) not in model.candidates
+    known = {
+        f"{tiny.o.in_features} x 18 True": "good 18",
+        f"{tiny.down.in_features} x 18 True": "no longer a candidate",
+    }
+    monkeypatch.setattr(tune, "_read", lambda: known)
+    model.configs["down", 54] = "chosen"
+    model.compile([18, 36, 54])
+    assert model.candidates["o", 18] == ["good 18"]
+    assert model.candidates["down", 18] == ["own 18", "good 18", "small M"]
+    assert model.candidates["o", 36] == ["own 36", "good 36", "small M"]
+    assert ("down", 54) not in model.candidates
+    for paths, expected in {
+        Paths(search=False): ["own 18", "small M"],
+        Paths(small_m=False, search=False): ["own 18"],
+    }.items():
+        assert tune.candidates(tiny, [18], paths)["o", 18] == expected
+    assert tune.candidates(tiny, [18], Paths(small_m=False))["down", 18] == ["own 18", "good 18"]
