@@ -47,7 +47,7 @@ MakeGemms = Callable[..., Gemms]
 
 
 def candidates(layer: Any, sizes: Iterable[int], paths: Paths) -> dict[tuple[str, int], list[str]]:
-    """The compiled kernel configs to time, by kind and M; just the cached choice if there is one."""
+    """The compiled kernel configs to time, by kind and M; only the cached choice if it is known."""
     linears = {kind: getattr(layer, kind) for kind in KINDS if getattr(layer, kind).tunable}
     known = _read() if linears else {}
     wanted = {}
