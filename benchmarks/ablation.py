@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +27,10 @@ import torch
 from colqwen_lab.measure.environment import environment
 from colqwen_lab.model.checkpoint import default_checkpoint
 from colqwen_lab.model.config import resolve_variant
-from colqwen_lab.runtime.fast import Fast, load_fast
-from colqwen_lab.runtime.gemms import ALL_PATHS, CONSUMERS, KINDS, Paths
-from colqwen_lab.runtime.graphs import replays_ms
-from colqwen_lab.runtime.linears import Fp8
+from colqwen_lab.runtime.fast import KINDS, Fast, load_fast
+from colqwen_lab.runtime.graphs import captured, replay_ms
+from colqwen_lab.runtime.linears import Fp8, is_small_m
+from colqwen_lab.runtime.tune import Paths
 
 TOKENS, ROUNDS, LOW, HIGH = 18, 15, 3, 11
 ON = "everything on"
@@ -43,11 +42,8 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "base": SHORT_ATTENTION,
     "awq": {
         "small-M GEMM": ("small_m",),
-        "split RMSNorm": ("split_norms",),
-        "dequantise-then-GEMM": ("dequantise_then_gemm",),
         "kernel-config search": ("search",),
         "search and small-M GEMM": ("search", "small_m"),
-        "all four": ("search", "small_m", "split_norms", "dequantise_then_gemm"),
         **SHORT_ATTENTION,
     },
     "fp8": {"fused FP8 quantise (Triton)": ("fused_fp8",), **SHORT_ATTENTION},
@@ -55,31 +51,37 @@ ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class Choice(NamedTuple):
-    """The paths of a forward, and what timing chose with them."""
+    """The paths of a forward, and the kernel configs that timing chose with them, by kind."""
 
     paths: Paths
     configs: dict[str, str]
-    prefetched: tuple[str, ...]
+
+
+def tunable(fast: Fast) -> dict[str, Any]:
+    """The first linear of each tunable kind; its kernel configs are those of the kind."""
+    linears = {kind: fast.of_kind(kind)[0] for kind in KINDS}
+    return {kind: linear for kind, linear in linears.items() if linear.tunable}
 
 
 def chosen(fast: Fast, paths: Paths, m: int) -> Choice:
     """The choices at M with `paths`, timed afresh or from the cache."""
     fast.paths = paths
-    fast.prefetched.pop(m, None)
-    for kind in KINDS:
-        fast.configs.pop((kind, m), None)
-        fast.candidates.pop((kind, m), None)
+    linears = tunable(fast)
+    for linear in linears.values():
+        linear.configs.pop(m, None)
     fast.tune(m)
-    return Choice(paths, fast.configs_at(m), fast.prefetched.get(m, ()))
+    return Choice(paths, {kind: linear.configs[m] for kind, linear in linears.items()})
 
 
 def apply(fast: Fast, choice: Choice, m: int) -> None:
     fast.paths = choice.paths
-    fast.prefetched[m] = choice.prefetched
-    fast.configs |= {(kind, m): config for kind, config in choice.configs.items()}
-    for linear in fast.linears():
-        if isinstance(linear, Fp8):
-            linear.accepts_gate_up = choice.paths.fused_fp8
+    for kind, linear in tunable(fast).items():
+        linear.configs[m] = choice.configs[kind]
+    for layer in fast.layers:
+        for kind in KINDS:
+            if isinstance(linear := getattr(layer, kind), Fp8):
+                linear.accepts_gate_up = choice.paths.fused_fp8
+        layer.gate_up.gated = not layer.down.accepts_gate_up
 
 
 def forward(fast: Fast, choice: Choice, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -89,20 +91,23 @@ def forward(fast: Fast, choice: Choice, ids: torch.Tensor, mask: torch.Tensor) -
 
 def used(fast: Fast, choice: Choice, m: int) -> set[str]:
     """The switches of `Paths` that change a forward at M, given what timing chose."""
-    packed = [kind for kind in choice.configs if kind not in choice.prefetched]
-    linears = {kind: getattr(fast.layers[0], kind) for kind in packed}
-    small = {kind for kind in packed if linears[kind].small_m(choice.configs[kind])}
-    own = {kind: linear.kernel_configs(m)[0] for kind, linear in linears.items()}
-    pairs = ((kind, consumer) for kind, (_, consumer) in CONSUMERS.items())
+    own = {kind: linear.kernel_configs(m)[0] for kind, linear in tunable(fast).items()}
+    small = {kind for kind, config in choice.configs.items() if is_small_m(config)}
     switches = {
         "small_m": bool(small),
-        "split_norms": not choice.prefetched and any({*pair} <= small for pair in pairs),
-        "dequantise_then_gemm": bool(choice.prefetched),
-        "search": any(choice.configs[kind] != own[kind] for kind in {*packed} - small),
+        "search": any(choice.configs[kind] != own[kind] for kind in own.keys() - small),
         "short_attention": True,
         "fused_fp8": True,
     }
     return {name for name, on in switches.items() if on}
+
+
+def replays_ms(works: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+    """Milliseconds of each round of each work: captured once, then replayed interleaved."""
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {name: captured(work, pool)[0] for name, work in works.items()}
+    times = [{name: replay_ms(graph) for name, graph in graphs.items()} for _ in range(rounds)]
+    return {name: [each[name] for each in times] for name in graphs}
 
 
 def measured(models: dict[str, Fast], batch: int) -> Iterator[dict[str, Any]]:
@@ -114,12 +119,12 @@ def measured(models: dict[str, Fast], batch: int) -> Iterator[dict[str, Any]]:
     works: dict[tuple[str, str], Callable[[], Any]] = {}
     kernels = {}
     for name, fast in models.items():
-        on = chosen(fast, ALL_PATHS, m)
+        on = chosen(fast, Paths(), m)
         kernels[name] = fast.engaged(m)
         choices = {ON: on, CONTROL: on}
         for path, switches in ABLATIONS[name].items():
             if used(fast, on, m) & {*switches}:
-                off = replace(ALL_PATHS, **dict.fromkeys(switches, False))
+                off = Paths()._replace(**dict.fromkeys(switches, False))
                 choices[path] = chosen(fast, off, m)
         for path, choice in choices.items():
             works[name, path] = partial(forward, fast, choice, ids, mask)

@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,8 @@ import torch
 from colqwen_lab.measure.environment import environment, pick_device
 from colqwen_lab.model.checkpoint import default_checkpoint
 from colqwen_lab.model.config import resolve_variant
-from colqwen_lab.runtime.fast import load_fast
-from colqwen_lab.runtime.gemms import KINDS
-from colqwen_lab.runtime.graphs import medians_ms
-from colqwen_lab.runtime.tune import all_gemms
+from colqwen_lab.runtime.fast import KINDS, load_fast
+from colqwen_lab.runtime.graphs import captured, replay_ms
 
 TOKENS, ROUNDS = 18, 9
 DEVICE = pick_device()
@@ -35,20 +33,30 @@ DEVICE = pick_device()
 
 def medians(works: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
     """Median milliseconds of each work, interleaved."""
-    if DEVICE.type == "cuda":
-        return medians_ms(works, ROUNDS)
 
     def timed(work: Callable[[], Any]) -> float:
         start = time.perf_counter()
         work()
         return 1000 * (time.perf_counter() - start)
 
-    times = [{name: timed(work) for name, work in works.items()} for _ in range(ROUNDS)]
+    timers: dict[Any, Callable[[], float]] = {}
+    for name, work in works.items():
+        on_gpu = DEVICE.type == "cuda"
+        timers[name] = (
+            partial(replay_ms, captured(work, None)[0]) if on_gpu else partial(timed, work)
+        )
+    times = [{name: timer() for name, timer in timers.items()} for _ in range(ROUNDS)]
     return {name: statistics.median(each[name] for each in times) for name in works}
 
 
+def multiply(linears: Sequence[Any], x: torch.Tensor) -> None:
+    for linear in linears:
+        linear(x)
+
+
+@torch.no_grad()
 def main(size: str, batches: str, file: str) -> None:
-    models = {}
+    models: dict[str, Any] = {}
     for variant in ("base", "awq"):
         checkpoint = default_checkpoint(resolve_variant(variant), size, "random", DEVICE)
         models[variant] = load_fast(checkpoint, DEVICE).model.fast
@@ -63,12 +71,9 @@ def main(size: str, batches: str, file: str) -> None:
             for kind in KINDS:
                 width = getattr(fast.layers[0], kind).in_features
                 x = torch.randn(m, width, device=DEVICE, dtype=fast.layers[0].norms[0].dtype)
-                prefetched = (kind,) if kind in fast.prefetched.get(m, ()) else ()
-                make = partial(fast.gemms, prefetched, fast.configs_at(m))
-                works[variant, kind] = partial(all_gemms, make, len(fast.layers), {kind: x})
+                works[variant, kind] = partial(multiply, fast.of_kind(kind), x)
             works[variant, "forward"] = partial(fast.embed, ids, torch.ones_like(ids))
-        with torch.inference_mode():
-            times = medians(works)
+        times = medians(works)
         for variant, fast in models.items():
             layers = len(fast.layers)
             each = {kind: round(1000 * times[variant, kind] / layers, 2) for kind in KINDS}

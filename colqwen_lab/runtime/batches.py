@@ -103,12 +103,10 @@ def _lengths(inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
 
 def _random_queries(vocabulary: int, count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    suffix = [QWEN_PAD_ID] * QUERY_SUFFIX_TOKENS
-    lengths = [REPORT_QUERY_TOKENS + len(str(number)) for number in range(count)]
+    lengths = (REPORT_QUERY_TOKENS + len(str(number)) for number in range(count))
     words = min(vocabulary, QWEN_PAD_ID)
-    return [
-        torch.randint(words, (length,), generator=generator).tolist() + suffix for length in lengths
-    ]
+    rows = [torch.randint(words, (length,), generator=generator).tolist() for length in lengths]
+    return [row + [QWEN_PAD_ID] * QUERY_SUFFIX_TOKENS for row in rows]
 
 
 class Pages:
@@ -122,33 +120,28 @@ class Pages:
 
     def __init__(self, source: str = "", visual_tokens: int = VISUAL_TOKENS) -> None:
         self.visual_tokens = check_visual_tokens(visual_tokens)
-        size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", source)
-        self.size = (int(size[1]), int(size[2])) if size else (synthetic.WIDTH, synthetic.HEIGHT)
+        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", source)
+        sides = match.groups() if match else (synthetic.WIDTH, synthetic.HEIGHT)
+        self.size = width, height = int(sides[0]), int(sides[1])
         short, long = sorted(self.size)
         if short < MIN_SIDE or long > min(MAX_SIDE, MOST_TIMES * short):
             raise BadInput(
                 f"pages must be WIDTHxHEIGHT, each {MIN_SIDE} to {MAX_SIDE} pixels and one at most "
                 f"{MOST_TIMES} times the other, got {source}"
             )
-        self.files = page_files(source) if source and not size else []
+        self.files = page_files(source) if source and not match else []
         self.skipped: list[str] = []
+        files = f"{len(self.files)} files {digest(self.files)}"
+        self.label = files if self.files else f"drawn, {width} x {height} pixels"
         self._patches: list[tuple[Tensor, tuple[int, int, int]]] = []
         self._seconds: list[float] = []
 
     @cached_property
-    def label(self) -> str:
-        if self.files:
-            return f"{len(self.files)} files {digest(self.files)}"
-        return f"drawn, {self.size[0]} x {self.size[1]} pixels"
-
-    @cached_property
     def _images(self) -> Iterator[Image.Image]:
-        """The distinct pages; an unreadable file adds a line to `skipped`."""
         if self.files:
             return read_pages(self.files, self.skipped.append)
-        numbers = itertools.count()
-        width = self.size[0]
-        return (synthetic.page(number, width=width).resize(self.size) for number in numbers)
+        pages = (synthetic.page(number, width=self.size[0]) for number in itertools.count())
+        return (page.resize(self.size) for page in pages)
 
     def _prepare(self, count: int, config: ColQwen3Config) -> None:
         """Have the patches of `count` pages. Reading a file is timed, generating a page is not."""

@@ -23,10 +23,7 @@ class Protocol(NamedTuple):
     keep_output: bool
 
 
-PROTOCOLS = {
-    "lean": Protocol(use_cache=False, keep_output=False),
-    "published": Protocol(use_cache=True, keep_output=True),
-}
+PROTOCOLS = {"lean": Protocol(False, False), "published": Protocol(True, True)}
 
 
 def eager(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
@@ -34,10 +31,9 @@ def eager(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwe
     return model(**inputs, use_cache=use_cache)
 
 
-def fast(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
+def fast(model: Any, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
     """The forward of `fast.py`, of a model from `load_fast`."""
-    forward: Any = model.fast
-    return forward(model, inputs, use_cache)
+    return model.fast(model, inputs, use_cache)
 
 
 EXECUTIONS: dict[str, Forward] = {"eager": eager, "fast": fast}

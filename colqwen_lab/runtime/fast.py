@@ -4,7 +4,7 @@
    padding, and no mask is needed.
 2. The length is rounded up to a bucket, so that few shapes occur.
 3. A layer is four GEMMs (QKV and gate/up are one each), attention, and three small functions that
-   torch.compile fuses on a GPU. Some kernels take over SiLU-and-mul or split RMSNorm.
+   torch.compile fuses on a GPU.
 4. On a GPU the forward of a bucket is captured once as a CUDA graph and replayed: one launch, no
    Python, no synchronisation. All graphs share one memory pool. A CPU runs the same functions.
 
@@ -13,7 +13,7 @@ There is no KV cache.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,29 +24,60 @@ from torch.nn import functional
 
 from colqwen_lab.errors import MissingRequirement
 from colqwen_lab.model.checkpoint import Checkpoint
-from colqwen_lab.model.loading import DTYPES, Loaded, load
-from colqwen_lab.model.network import ColQwen3, ColQwen3Output, is_text_linear
+from colqwen_lab.model.loading import Loaded, load
+from colqwen_lab.model.network import ColQwen3, ColQwen3Output
 from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.runtime import tune
-from colqwen_lab.runtime.gemms import ALL_PATHS, KINDS, Gemms, Paths, normed
 from colqwen_lab.runtime.graphs import Graph, capture_stream
-from colqwen_lab.runtime.kernels import KERNELS, dense_linear, pick
-from colqwen_lab.runtime.linears import AsLoaded, Dense, Fp8, FusedLinear, compiled, features_of
-from colqwen_lab.runtime.tune import MIN_PREFETCH_M
+from colqwen_lab.runtime.kernels import KERNELS, Build, dense_linear, pick
+from colqwen_lab.runtime.linears import (
+    AsLoaded,
+    Dense,
+    FusedLinear,
+    compiled,
+    features_of,
+    is_small_m,
+)
+from colqwen_lab.runtime.tune import Paths
 
-__all__ = ["KINDS", "MIN_PREFETCH_M", "Fast", "Gemms", "bucket", "capture_stream", "load_fast"]
+__all__ = ["KINDS", "SHORT_TOKENS", "Fast", "bucket", "capture_stream", "load_fast"]
 
-GRAPHS_KEPT = 64
+MAX_GRAPHS = 64
 # Up to this length PyTorch's attention kernels leave most of a tile empty. Above it the lab's
 # kernel would norm and rotate keys too often.
 SHORT_TOKENS = 128
-Build = Callable[[Sequence[Any]], FusedLinear]
+# The GEMMs of a layer, in their order: where their linears are.
+LINEARS = {
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    "o": ("self_attn", ("o_proj",)),
+    "gate_up": ("mlp", ("gate_proj", "up_proj")),
+    "down": ("mlp", ("down_proj",)),
+}
+KINDS = tuple(LINEARS)
 
 
 def bucket(tokens: int) -> int:
     """The length at which `tokens` are computed: rounded up by less than a sixteenth."""
     step = max(1, 2 ** (tokens.bit_length() - 5))
     return -(-tokens // step) * step
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, computed in float32."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_normed(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`(x + delta, its RMSNorm)`."""
+    total = x + delta
+    return total, normed(total, weight, eps)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """SiLU of the first half times the second half."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -103,78 +134,64 @@ def real_first(mask: Tensor) -> Tensor:
 class Layer(nn.Module):
     """The four fused linears of a decoder layer, and its norms."""
 
+    gate_up: FusedLinear
+    down: FusedLinear
+
     def __init__(self, layer: Any, dense: Build, packed: Build) -> None:
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self.head_norms = [attention.q_norm.weight, attention.k_norm.weight]
         self.norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
         self.eps = layer.input_layernorm.variance_epsilon
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.sizes = [features_of(linear)[1] for linear in projections]
+        self.sizes = [features_of(getattr(attention, name))[1] for name in LINEARS["qkv"][1]]
         self.kv_heads = self.sizes[1] // attention.head_dim
-
-        def fused(parent: Any, *names: str) -> FusedLinear:
+        for kind, (part, names) in LINEARS.items():
+            parent = getattr(layer, part)
             linears = [getattr(parent, name) for name in names]
             build = dense if all(isinstance(one, nn.Linear) for one in linears) else packed
-            result = build(linears)
-            if not isinstance(result, Dense):
+            fused = build(linears)
+            self.add_module(kind, fused)
+            if not isinstance(fused, Dense):
                 for name in names:  # the fused linear holds their weights now
                     setattr(parent, name, None)
-            return result
-
-        self.qkv = fused(attention, "q_proj", "k_proj", "v_proj")
-        self.o = fused(attention, "o_proj")
-        self.gate_up = fused(mlp, "gate_proj", "up_proj")
-        self.gate_up.returns_gate_up = True
-        self.down = fused(mlp, "down_proj")
+        self.gate_up.gated = not self.down.accepts_gate_up
 
 
 class Fast(nn.Module):
     """The forward of a ColQwen3 for queries. It takes over the model's linears, so the model's own
     forward must not be called again.
 
-    `configs` is the kernel config by kind and M; `prefetched` is the kinds of GEMM that run as
-    dequantise-then-GEMM, by M.
+    The linears of a kind share their kernel configs.
     """
 
-    def __init__(
-        self, model: ColQwen3, dense: Build, packed: Build, paths: Paths = ALL_PATHS
-    ) -> None:
+    def __init__(self, model: ColQwen3, dense: Build, packed: Build) -> None:
         super().__init__()
         text: Any = model.vlm.model.language_model
         head = model.embedding_proj_layer
         self.parts: Any = (text.embed_tokens, text.rotary_emb, text.norm, head)
         self.layers: Any = nn.ModuleList(Layer(layer, dense, packed) for layer in text.layers)
-        for linears in map(self.of_kind, KINDS):  # all linears of a kind share one config
-            alike = all(linear.dequantises for linear in linears)
+        for kind in KINDS:
+            linears = self.of_kind(kind)
             for linear in linears:
-                linear.dequantises = alike
-        self.paths = paths
-        self.graphs: OrderedDict[tuple[int, int], Graph] = OrderedDict()
-        self.pool: Any = None
-        self.candidates: dict[tuple[str, int], list[str]] = {}
-        self.configs: dict[tuple[str, int], str] = {}
-        self.prefetched: dict[int, tuple[str, ...]] = {}
+                linear.configs = linears[0].configs
+        self.paths = Paths()
+        self.graphs: dict[tuple[int, int], Graph] = {}
 
     @property
     def chosen(self) -> dict[str, str]:
-        """What timing chose, by "GEMM x M" and "dequantise-then-GEMM x M"."""
-        return {f"{kind} x {m}": config for (kind, m), config in self.configs.items()} | {
-            f"dequantise-then-GEMM x {m}": "+".join(kinds) or "none"
-            for m, kinds in self.prefetched.items()
+        """The kernel configs that timing chose, by "KIND x M"."""
+        return {
+            f"{kind} x {m}": config
+            for kind in KINDS
+            for m, config in self.of_kind(kind)[0].configs.items()
         }
 
     def engaged(self, m: int = 0) -> dict[str, int]:
         """How many text linears each kernel multiplies, at M or as loaded."""
         counts: Counter[str] = Counter()
-        for kind in KINDS:
-            for linear in self.of_kind(kind):
-                name = linear.kernel
-                if kind in self.prefetched.get(m, ()):
-                    name = "cuBLAS (dequantise-then-GEMM)"
-                elif linear.small_m(self.configs.get((kind, m))):
-                    name = "small-M GEMM (W4A16)"
-                counts[name] += linear.linears
+        for linear in self.linears():
+            small = linear.tunable and is_small_m(linear.configs.get(m, ""))
+            counts["small-M GEMM (W4A16)" if small else linear.kernel] += linear.linears
         return dict(counts)
 
     def of_kind(self, kind: str) -> list[FusedLinear]:
@@ -203,7 +220,7 @@ class Fast(nn.Module):
         batch, tokens = ids.shape
         length = bucket(tokens)
         if ids.device.type == "cuda":
-            return ColQwen3Output(embeddings=self._graph(batch, length).replay(ids, mask))
+            return ColQwen3Output(embeddings=self.graph(batch, length).replay(ids, mask))
         ids, mask = (functional.pad(each, (0, length - tokens)) for each in (ids, mask))
         return ColQwen3Output(embeddings=self.embed(ids, mask)[:, :tokens])
 
@@ -216,20 +233,24 @@ class Fast(nn.Module):
         cos, sin = (part[0].unsqueeze(1) for part in rotary(x, places))
         y = self.small(normed)(x, self.layers[0].norms[0], self.layers[0].eps)
         next_norms = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
-        m = ids.numel()
-        gemms = self.gemms(self.prefetched.get(m, ()), self.configs_at(m))
-        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            qkv = gemms(index, "qkv", y)
+        add_then_norm = self.small(add_normed)
+        for layer, next_norm in zip(self.layers, next_norms, strict=True):
+            qkv = layer.qkv(y)
             attention = self.attention(layer, qkv.unflatten(0, ids.shape), cos, sin).flatten(0, 1)
-            x, y = gemms.add_normed(index, "o", attention, x, layer.norms[1])
-            x, y = gemms.add_normed(index, "down", gemms.mlp_input(index, y), x, next_norm)
+            x, y = add_then_norm(x, layer.o(attention), layer.norms[1], layer.eps)
+            mlp = self.gemm(layer.gate_up, y)
+            x, y = add_then_norm(x, layer.down(mlp), next_norm, layer.eps)
+            del mlp
         vectors = functional.normalize(head(y), dim=-1).unflatten(0, ids.shape)
         vectors = vectors.gather(1, position.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
         return vectors * mask.unsqueeze(-1)
 
-    def gemms(self, kinds: Sequence[str] = (), configs: dict[str, str] | None = None) -> Gemms:
-        """The GEMMs of a forward, with `kinds` as dequantise-then-GEMM."""
-        return Gemms(self.layers, kinds, self.small, configs, self.paths.split_norms)
+    def gemm(self, linear: FusedLinear, x: Tensor) -> Tensor:
+        """A GEMM, and SiLU-and-mul after gate/up where no kernel applies it."""
+        result = linear(x)
+        if not linear.gated or result.shape[1] < linear.out_features:
+            return result
+        return self.small(silu_and_mul)(result)
 
     def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One of the small functions as this device runs it: fused on a GPU."""
@@ -247,49 +268,35 @@ class Fast(nn.Module):
 
     def compile(self, sizes: Iterable[int]) -> None:
         """Compile the kernel configs to time at each M of `sizes`, all at once."""
-        known = {m for _, m in (*self.candidates, *self.configs)}
-        new = sorted({*sizes} - known)
-        self.candidates |= tune.candidates(self.layers[0], new, self.paths)
+        kinds = (getattr(self.layers[0], kind) for kind in KINDS)
+        tunable = [linear for linear in kinds if linear.tunable]
+        tune.compile_all(tunable, {*sizes}, self.paths)
 
     def tune(self, m: int) -> None:
-        """Choose the kernel configs, and the GEMMs to run as dequantise-then-GEMM, at M."""
-        self.compile([m])
-        wanted = {kind: self.candidates.pop((kind, m), []) for kind in KINDS}
-        wanted = {kind: configs for kind, configs in wanted.items() if configs}
-        chosen = tune.kernel_configs(self.gemms, self.layers, m, wanted, self.paths)
-        self.configs |= {(kind, m): config for kind, config in chosen.items()}
-        may = self.paths.dequantise_then_gemm and m >= MIN_PREFETCH_M and m not in self.prefetched
-        if may and all(linear.dequantises for linear in self.linears()):
-            self.prefetched[m] = tune.prefetched_kinds(
-                self.gemms, self.layers, m, self.configs_at(m), self.paths
-            )
+        """Choose the kernel configs at M."""
+        for linears in map(self.of_kind, KINDS):
+            if linears[0].tunable and m not in linears[0].configs:
+                x = self.parts[0].weight.new_empty(m, linears[0].in_features).normal_()
+                tune.choose(linears, x, self.gemm, self.paths)
 
-    def configs_at(self, m: int) -> dict[str, str]:
-        return {kind: config for (kind, size), config in self.configs.items() if size == m}
-
-    def _graph(self, batch: int, length: int) -> Graph:
-        graph = self.graphs.pop((batch, length), None)
-        if graph is None:
+    def graph(self, batch: int, length: int) -> Graph:
+        """The captured forward of this shape, at the kernel configs that timing chooses."""
+        if (batch, length) not in self.graphs:
+            if len(self.graphs) == MAX_GRAPHS:
+                self.forget()
             self.tune(batch * length)
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = Graph(self.embed, batch, length, self.parts[0].weight.device, self.pool)
-        self.graphs[batch, length] = graph
-        if len(self.graphs) > GRAPHS_KEPT:
-            self.graphs.popitem(last=False)
-        return graph
+            pool = next((each.graph.pool() for each in self.graphs.values()), None)
+            device = self.parts[0].weight.device
+            self.graphs[batch, length] = Graph(self.embed, batch, length, device, pool)
+        return self.graphs[batch, length]
 
     def forget(self) -> None:
         """Free the captured graphs and their memory."""
         self.graphs.clear()
-        self.pool = None
 
 
 def load_fast(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    kernel: str = "auto",
-    dtype: str = "bfloat16",
-    paths: Paths = ALL_PATHS,
+    checkpoint: Checkpoint, device: torch.device, kernel: str = "auto", dtype: str = "bfloat16"
 ) -> Loaded:
     """The model of `checkpoint` ready for `fast`: fused linears, in the kernel's weight layout.
 
@@ -300,28 +307,24 @@ def load_fast(
         BadInput: an unknown kernel.
         MissingRequirement: a kernel that cannot run here.
     """
-    quantization = checkpoint.quantization
-    scheme = (quantization["bits"], quantization["group_size"]) if quantization else None
-    if kernel in ("auto", "torch") if scheme is None else kernel not in ("auto", *KERNELS):
-        picked = None  # torch.nn.Linear, or modules of AutoRound
-    else:
-        picked = pick(kernel, device, scheme, dtype)
-    if scheme and picked and picked.build is not AsLoaded:
-        loaded = load(gptq_packed(checkpoint), device, "torch", dtype)
-    else:
-        loaded = load(checkpoint, device, "auto" if picked else kernel, dtype)
-    if scheme:
-        symmetric = loaded.model.config.quantization_config.sym
-        for name, module in loaded.model.named_modules():
-            if is_text_linear(name):
-                module.sym = symmetric
-    dense: Build = dense_linear(device, DTYPES[dtype]) if kernel == "auto" else Dense
-    packed = picked.build if picked else AsLoaded
-    fast = Fast(loaded.model, packed if picked and not scheme else dense, packed, paths)
+    dense: Build = dense_linear(device, dtype) if kernel == "auto" else Dense
+    packed: Build = AsLoaded
+    source, load_kernel = checkpoint, "auto" if kernel in KERNELS else kernel
+    if quantization := checkpoint.quantization:
+        scheme = quantization["bits"], quantization["group_size"]
+        if kernel in ("auto", *KERNELS):
+            packed = pick(kernel, device, scheme, dtype)
+        if packed is not AsLoaded:
+            source, load_kernel = gptq_packed(checkpoint), "torch"
+    elif kernel not in ("auto", "torch"):
+        dense = pick(kernel, device, None, dtype)
+    loaded = load(source, device, load_kernel, dtype)
+    for module in loaded.model.modules():
+        if hasattr(module, "qweight"):
+            module.sym = loaded.model.config.quantization_config.sym
+    fast = Fast(loaded.model, dense, packed)
     for linear in fast.linears():
         if isinstance(linear, AsLoaded):
             linear.kernel = " + ".join(loaded.engaged)
-        if isinstance(linear, Fp8):
-            linear.accepts_gate_up = paths.fused_fp8
     loaded.model.add_module("fast", fast)
     return replace(loaded, engaged=fast.engaged())

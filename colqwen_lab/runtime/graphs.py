@@ -1,8 +1,7 @@
-"""CUDA graphs: capture, replay, and interleaved timing. One stream captures everything."""
+"""CUDA graphs: capture, replay and timing. One stream captures everything."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -12,14 +11,14 @@ from torch import Tensor
 
 
 @cache
-def side_stream(device: int, priority: int = -1) -> torch.cuda.Stream:
+def _side_stream(device: int) -> torch.cuda.Stream:
     """One stream for the process: each new one gets a cuBLAS workspace that is never freed."""
-    return torch.cuda.Stream(device, priority=priority)
+    return torch.cuda.Stream(device)
 
 
 def capture_stream() -> torch.cuda.Stream:
     """The stream that captures. It waits for the current stream, which does not wait for it."""
-    stream = side_stream(torch.cuda.current_device())
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     return stream
 
@@ -36,20 +35,8 @@ def captured(work: Callable[[], Any], pool: Any) -> tuple[torch.cuda.CUDAGraph, 
     return graph, result
 
 
-def replays_ms(works: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Milliseconds of each round of each work: captured once, then replayed interleaved."""
-    pool = torch.cuda.graph_pool_handle()
-    graphs = {name: captured(work, pool)[0] for name, work in works.items()}
-    times = [{name: _replay_ms(graph) for name, graph in graphs.items()} for _ in range(rounds)]
-    return {name: [each[name] for each in times] for name in graphs}
-
-
-def medians_ms(works: dict[Any, Callable[[], Any]], rounds: int = 5) -> dict[Any, float]:
-    """The median of `replays_ms` of each work."""
-    return {name: statistics.median(times) for name, times in replays_ms(works, rounds).items()}
-
-
-def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
+    """Milliseconds of one replay."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     graph.replay()

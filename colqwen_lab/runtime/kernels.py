@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.runtime.linears import AsLoaded, Dense, Fp8, FusedLinear, Int4Cpu, Prepacked
 
-INT4_GROUPS = (32, 64, 128, 256)
+Build = Callable[[Sequence[Any]], FusedLinear]
 Scheme = tuple[int, int] | None  # (bits, group size); None is 16 bits
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """Builds a fused linear, and says what that needs; `packed` weights, or 16-bit ones."""
+class Kernel(NamedTuple):
+    """Builds a fused linear of `packed` or 16-bit weights, and says what that needs."""
 
-    build: Callable[[Sequence[Any]], FusedLinear]
+    build: Build
     packed: bool = True
     compute_capability: tuple[int, int] | None = None
     humming: bool = False
@@ -40,7 +37,7 @@ class Kernel:
             return f"multiplies in bfloat16, not {dtype}"
         if self.build is Int4Cpu and device.type != "cpu":
             return "runs on a CPU"
-        if self.build is Int4Cpu and (scheme[0] != 4 or scheme[1] not in INT4_GROUPS):  # type: ignore[index]
+        if self.build is Int4Cpu and scheme not in ((4, 32), (4, 64), (4, 128), (4, 256)):
             return "takes 4 bits in groups of 32, 64, 128 or 256"
         return ""
 
@@ -54,41 +51,32 @@ def _humming(linears: Sequence[Any], activations: str | None = None) -> FusedLin
 # Best first for packed weights; `modules` runs everywhere. 8-bit activations come after it, so
 # `auto` never picks them.
 KERNELS = {
-    "humming": Kernel(_humming, compute_capability=(7, 5), humming=True),
+    "humming": Kernel(_humming, True, (7, 5), humming=True),
     "int4": Kernel(Int4Cpu),
     "modules": Kernel(AsLoaded),
-    "fp8": Kernel(Fp8, packed=False, compute_capability=(8, 9)),
-    "w4-fp8": Kernel(
-        partial(_humming, activations="float8e4m3"), compute_capability=(8, 9), humming=True
-    ),
-    "w4-int8": Kernel(
-        partial(_humming, activations="int8"), compute_capability=(8, 0), humming=True
-    ),
+    "fp8": Kernel(Fp8, False, (8, 9)),
+    "w4-fp8": Kernel(partial(_humming, activations="float8e4m3"), True, (8, 9), humming=True),
+    "w4-int8": Kernel(partial(_humming, activations="int8"), True, (8, 0), humming=True),
 }
 
 
-def pick(name: str, device: torch.device, scheme: Scheme, dtype: str = "bfloat16") -> Kernel:
+def pick(name: str, device: torch.device, scheme: Scheme, dtype: str = "bfloat16") -> Build:
     """The kernel of this name, or for `auto` the best that runs here on weights of `scheme`.
 
     Raises:
         BadInput: no such kernel.
         MissingRequirement: the kernel cannot run here; says why, and which can.
     """
-    valid = [each for each in KERNELS if not KERNELS[each].unmet(device, scheme, dtype)]
-    if name == "auto":
-        return KERNELS[valid[0]]
-    if name not in KERNELS:
+    unmet = {each: kernel.unmet(device, scheme, dtype) for each, kernel in KERNELS.items()}
+    valid = [each for each, why in unmet.items() if not why]
+    if name not in ("auto", *KERNELS):
         raise BadInput(f"unknown kernel {name!r}; valid for fast: auto, {', '.join(KERNELS)}")
-    if name not in valid:
-        why = KERNELS[name].unmet(device, scheme, dtype)
+    if why := unmet.get(name):
         raise MissingRequirement(f"kernel {name} {why}; valid here: {', '.join(['auto', *valid])}")
-    return KERNELS[name]
+    return KERNELS[valid[0] if name == "auto" else name].build
 
 
-def dense_linear(
-    device: torch.device, dtype: torch.dtype
-) -> Callable[[Sequence[nn.Linear]], FusedLinear]:
+def dense_linear(device: torch.device, dtype: str = "bfloat16") -> Build:
     """The best class for 16-bit weights on this device."""
-    blocked = device.type == "cpu" and dtype == torch.bfloat16
-    blocked = blocked and torch.backends.mkldnn.is_available()
+    blocked = device.type == "cpu" and dtype == "bfloat16" and torch.backends.mkldnn.is_available()
     return Prepacked if blocked and torch.ops.mkldnn._is_mkldnn_bf16_supported() else Dense

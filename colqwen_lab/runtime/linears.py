@@ -1,6 +1,6 @@
 """Fused linears: linears that share an input, multiplied as one GEMM, [M, in] to [M, out].
 
-Each class keeps the weights in the layout of its kernel. A tunable kernel offers several kernel
+Each class keeps the weights in the layout of its kernel. A tunable kernel has several kernel
 configs; `tune.py` times them and chooses one for each M.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from colqwen_lab.model.packing import unpacked
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+SMALL_M = "small_m"  # the key of a kernel config of the small-M GEMM
 
 
 @cache
@@ -52,54 +53,36 @@ def features_of(linear: Any) -> tuple[int, int]:
     return linear.infeatures, linear.outfeatures
 
 
-class Unnormed(NamedTuple):
-    """The input of a GEMM that finishes its RMSNorm: x times the norm's weight, sums of squares.
-
-    `squares` [M, in / 64] are sums over 64 values of x. The GEMM divides its result by
-    sqrt(sum of squares / in + eps).
-    """
-
-    weighted: Tensor
-    squares: Tensor
-    eps: float
+def is_small_m(config: str) -> bool:
+    """Whether a kernel config is one of the small-M GEMM."""
+    return config.startswith(f'{{"{SMALL_M}"')
 
 
 class FusedLinear(nn.Module):
-    """`linears` multiplied as one GEMM. `kernel` is the kernel's name in records."""
+    """`linears` multiplied as one GEMM. `kernel` is the kernel's name in records.
+
+    `configs` is the kernel config by M; at another M the kernel makes its own choice.
+    """
 
     kernel = "torch.nn.Linear"
     tunable = False  # has several kernel configs
-    dequantises = False  # has `dequantise`
     accepts_gate_up = False  # also takes [M, 2 x in], gate beside up, and applies SiLU-and-mul
-    returns_gate_up = False  # the output is gate beside up; a kernel may apply SiLU-and-mul to it
-    identity = ""  # what decides the kernel configs, beside the shape
+    gated = False  # SiLU-and-mul follows; a kernel config may apply it: [M, out / 2]
+    identity = ""  # all that decides how fast a kernel config is, beside M and `gated`
 
     def __init__(self, linears: Sequence[Any]) -> None:
         super().__init__()
         self.linears = len(linears)
         self.in_features = features_of(linears[0])[0]
         self.out_features = sum(features_of(linear)[1] for linear in linears)
+        self.configs: dict[int, str] = {}
 
     def kernel_configs(self, m: int) -> list[str]:
         """The kernel configs to time at M, the kernel's own choice first."""
-        return []
+        raise NotImplementedError
 
     def compiles(self, config: str) -> bool:
         """Compile a kernel config; False if this shape or GPU does not support it."""
-        return True
-
-    def small_m(self, config: str | None) -> Any:
-        """The small-M GEMM that a kernel config names, or None. Only it splits RMSNorm."""
-        return None
-
-    def dequantise(self, weight: Tensor) -> None:
-        """Write the 16-bit weight [out, in]."""
-        raise NotImplementedError
-
-    def add_normed(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, config: str
-    ) -> tuple[Tensor, Unnormed]:
-        """`(residual + GEMM, its RMSNorm)`; the next small-M GEMM finishes the norm."""
         raise NotImplementedError
 
 
@@ -140,6 +123,8 @@ class Fp8(FusedLinear):
 
     kernel = "torch._scaled_mm (FP8 x FP8)"
     accepts_gate_up = True
+    weight: Tensor
+    scale: Tensor
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         super().__init__(linears)
@@ -149,23 +134,14 @@ class Fp8(FusedLinear):
         self.out_dtype = linears[0].weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = self._quantised(x)
-        weight: Any = self.weight
-        return torch._scaled_mm(
-            codes,
-            weight.t(),
-            scale,
-            self.scale,  # type: ignore[arg-type]
-            out_dtype=self.out_dtype,
-            use_fast_accum=True,
-        )
+        if self.accepts_gate_up:
+            from colqwen_lab.runtime.triton_kernels import fp8_rows_fused
 
-    def _quantised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.accepts_gate_up:
-            return compiled(fp8_rows, True)(x)
-        from colqwen_lab.runtime.triton_kernels import fp8_rows_fused
-
-        return fp8_rows_fused(x, self.in_features)
+            codes, scale = fp8_rows_fused(x, self.in_features)
+        else:
+            codes, scale = compiled(fp8_rows, True)(x)
+        options: Any = {"out_dtype": self.out_dtype, "use_fast_accum": True}
+        return torch._scaled_mm(codes, self.weight.t(), scale, self.scale, **options)
 
 
 class AsLoaded(FusedLinear):

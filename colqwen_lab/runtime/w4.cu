@@ -1,12 +1,10 @@
-// 4-bit weights in the layout of humming-kernels (symmetric, groups of 128): the small-M GEMM, and
-// dequantising.
+// The small-M GEMM of 4-bit weights in the layout of humming-kernels (symmetric, groups of 128).
 //
 // codes  [in/16][out/64][32 lanes][4 words]: word j of a lane is its fragment of the 16 x 16 tile j
 //        of mma.m16n8k16. Nibbles i and i + 4 are the two columns of register {0, 2, 1, 3}[i].
 // scales [in/128][out/64][8][8] bf16: a lane with row r = lane / 4 has those of rows r, r + 8, ...
 
 typedef unsigned int u32;
-typedef unsigned short u16;
 
 __device__ inline u32 shared_of(const void *at) { return (u32)__cvta_generic_to_shared(at); }
 
@@ -57,8 +55,6 @@ __device__ inline void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline float2 widened(u32 both) { return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)); }
-
 __device__ inline u32 rounded(float low, float high) {
   u32 result;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
@@ -70,16 +66,10 @@ __device__ inline u32 rounded(float low, float high) {
 // steps of 16 inputs. A warp reads every code once, into registers, AHEAD steps before it is needed.
 // With GATED the first half of the outputs is the gate and the second half is up: out [rows, out / 2]
 // is SiLU of the gate times up.
-//
-// Residual-add and RMSNorm are split across two GEMMs. The first gets `residual` [rows, out] and the
-// norm's weights. It writes the sum to out, the sum times the weights to `weighted`, and sums of
-// squares over 64 outputs to `out_squares` [rows, out / 64]. The second gets these as x and
-// `squares` [rows, in / 64], and divides its result by sqrt(sum of squares / in + eps).
 template <int INS, int OUTS, int TILES, int WARPS, int SPLIT, int AHEAD, int GATED, int BLOCKS_PER_SM>
 __global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 small_m(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const char *__restrict__ x,
-         u32 *__restrict__ out, int rows, const float *__restrict__ squares, float eps, const u32 *__restrict__ residual,
-         const u32 *__restrict__ norm, u32 *__restrict__ weighted, float *__restrict__ out_squares) {
+        u32 *__restrict__ out, int rows) {
   constexpr int BLOCKS = GATED ? 2 : 1, ALL = OUTS / 64, APART = ALL / 2;
   constexpr int STEPS = INS / 16 / WARPS / SPLIT;
   constexpr int SAME = STEPS % 8 == 0 ? 8 : STEPS % 4 == 0 ? 4 : STEPS % 2 == 0 ? 2 : 1;  // steps that share a scale
@@ -99,14 +89,13 @@ small_m(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const
     for (int b = 0; b < BLOCKS; b++) ahead[i][b] = read_once(from + (i * ALL + b * APART) * 32);
 
   // The memory of a warp: a barrier (two for the first warp), scales, then its part of x, later its
-  // partial sums. The memory of the block: sums gathered from the cluster, and a factor for each row.
+  // partial sums. After the warps: sums gathered from the cluster.
   const int share = max(rows * STRIDE, BLOCKS * rows * LINE * 4) + 127 & ~127;
   const int apart = (128 + BLOCKS * GROUPS * 128 + share) / 8;
   char *warp_memory = memory + warp * apart * 8;
   char *scale_lines = warp_memory + 128, *tokens_at = scale_lines + BLOCKS * GROUPS * 128;
   float2 *gathered = (float2 *)(memory + WARPS * apart * 8);  // [SPLIT][rows of this block][BLOCKS][32]
   const int own = (rows + SPLIT - 1) / SPLIT;
-  float *factors = (float *)(gathered + (SPLIT > 1 ? SPLIT * own * BLOCKS * 32 : 0));
   const u32 barrier = shared_of(warp_memory), gathering = shared_of(memory + 64);
   if (lane == 0) expect(barrier, rows * STEPS * 32 + BLOCKS * GROUPS * 128);
   if (SPLIT > 1 && threadIdx.x == 0) expect(gathering, (rows + SPLIT - 1 - rank) / SPLIT * SPLIT * BLOCKS * 256);
@@ -118,16 +107,6 @@ small_m(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const
   }
   for (int row = lane; row < rows; row += 32)
     copy(tokens_at + row * STRIDE, x + ((long long)row * INS + first * 16) * 2, STEPS * 32, barrier);
-  const u32 norm_weight = residual ? norm[block * 32 + lane] : 0;
-
-  // Four lanes compute the RMSNorm factor of a row.
-  for (int token = threadIdx.x / 4; squares && token < (rows + 7 & ~7); token += WARPS * 8) {
-    float sum = 0.f;
-#pragma unroll 10
-    for (int i = lane % 4; i < INS / 64; i += 4) sum += squares[min(token, rows - 1) * (INS / 64) + i];
-    sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
-    if (token < rows) factors[token] = rsqrtf(sum / INS + eps);
-  }
 
   u32 at[TILES];
 #pragma unroll
@@ -188,27 +167,11 @@ small_m(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const
   __syncthreads();
 
   // A warp sums a row over the warps. With SPLIT, the row's block then sums over the cluster.
-  const auto finish = [&](int token, float2(&sum)[BLOCKS]) {
+  const auto finish = [&](int token, const float2(&sum)[BLOCKS]) {
     const long long place = (long long)token * (OUTS / BLOCKS / 2) + block * 32 + lane;
-    const float factor = squares ? factors[token] : 1.f;
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) sum[b].x *= factor, sum[b].y *= factor;
     const float2 value = sum[0], up = sum[BLOCKS - 1];
-    if (GATED) {
-      out[place] = rounded(value.x / (1.f + __expf(-value.x)) * up.x, value.y / (1.f + __expf(-value.y)) * up.y);
-    } else if (!residual) {
-      out[place] = rounded(value.x, value.y);
-    } else {
-      const float2 before = widened(residual[place]), by = widened(norm_weight);
-      const u32 total = rounded(before.x + value.x, before.y + value.y);
-      const float2 now = widened(total);
-      out[place] = total;
-      weighted[place] = rounded(now.x * by.x, now.y * by.y);
-      float square = now.x * now.x + now.y * now.y;
-#pragma unroll
-      for (int other_lane = 16; other_lane; other_lane /= 2) square += __shfl_xor_sync(~0u, square, other_lane);
-      if (lane == 0) out_squares[token * ALL + block] = square;
-    }
+    out[place] = GATED ? rounded(value.x / (1.f + __expf(-value.x)) * up.x, value.y / (1.f + __expf(-value.y)) * up.y)
+                       : rounded(value.x, value.y);
   };
   for (int token = warp; token < rows; token += WARPS) {
     float2 totals[BLOCKS];
@@ -241,35 +204,5 @@ small_m(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const
       }
       finish(token, totals);
     }
-  }
-}
-
-// weights [out, in] bf16 of the codes. A block of 8 warps writes 64 x 128 weights, a warp 16 columns.
-__global__ void __launch_bounds__(256)
-dequantise(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, uint4 *__restrict__ weights, int ins, int outs) {
-  __shared__ __align__(16) u32 tile[64][64 + 4];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int blocks = outs / 64, groups = ins / 128;
-  for (int part = blockIdx.x; part < blocks * groups; part += gridDim.x) {
-    const int block = part / groups, group = part % groups;
-    const uint4 now = read_once(codes + ((long long)(group * 8 + warp) * blocks + block) * 32 + lane);
-    const uint4 scale = scales[((long long)group * blocks + block) * 8 + lane / 4];
-    const u32 words[4] = {now.x, now.y, now.z, now.w}, both[4] = {scale.x, scale.y, scale.z, scale.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const u32 upper = __byte_perm(both[j], 0, 0x1010), lower = __byte_perm(both[j], 0, 0x3232);
-      u32 *line = &tile[j * 16 + lane / 4][warp * 8 + lane % 4];
-      line[0] = weights_of<0>(words[j], upper);
-      line[4] = weights_of<1>(words[j], upper);
-      line[8 * 68] = weights_of<2>(words[j], lower);
-      line[8 * 68 + 4] = weights_of<3>(words[j], lower);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = i * 16 + threadIdx.x / 16, column = threadIdx.x % 16;
-      weights[((long long)(block * 64 + row) * ins + group * 128) / 8 + column] = *(const uint4 *)&tile[row][column * 4];
-    }
-    __syncthreads();
   }
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")

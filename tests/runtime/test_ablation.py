@@ -13,8 +13,10 @@ import torch
 from colqwen_lab.model.checkpoint import FolderCheckpoint
 from colqwen_lab.runtime import tune
 from colqwen_lab.runtime.fast import load_fast
-from colqwen_lab.runtime.gemms import ALL_PATHS, Paths
+from colqwen_lab.runtime.linears import Int4Cpu
+from colqwen_lab.runtime.tune import Paths
 
+SMALL = '{"small_m": {}}'
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ablation.py"
 
 
@@ -26,28 +28,20 @@ def test_paths_in_use_are_timed_one_by_one(
     assert spec.loader
     ablation: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ablation)
+    monkeypatch.setattr(Int4Cpu, "tunable", True)
+    monkeypatch.setattr(
+        Int4Cpu, "kernel_configs", lambda self, m: ["own", "faster", *[SMALL] * (m < 41)]
+    )
     fast: Any = load_fast(
         FolderCheckpoint(packed("auto_round")), torch.device("cpu"), "int4"
     ).model.fast
-    kernel = type(fast.layers[0].o)
-    monkeypatch.setattr(kernel, "tunable", True)
-    monkeypatch.setattr(kernel, "dequantises", True)
-    for linear in fast.linears():
-        linear.dequantises = True
-    monkeypatch.setattr(
-        kernel, "kernel_configs", lambda self, m: ["own", "faster", *["small M"] * (m < 41)]
-    )
-    monkeypatch.setattr(kernel, "small_m", lambda self, config: config == "small M")
-    monkeypatch.setattr(tune, "_read", dict)
-    monkeypatch.setattr(tune, "_key", lambda *values: "")
     seen: list[Paths] = []
 
-    def fastest(make: Any, layers: Any, m: int, wanted: Any, paths: Paths) -> dict[str, str]:
+    def choose(linears: Any, x: Any, gemm: Any, paths: Paths) -> None:
         seen.append(paths)
-        return {kind: configs[-1] for kind, configs in wanted.items()}
+        linears[0].configs[len(x)] = linears[0].kernel_configs(len(x))[-1]
 
-    monkeypatch.setattr(tune, "kernel_configs", fastest)
-    monkeypatch.setattr(tune, "prefetched_kinds", lambda *values: ("o",))
+    monkeypatch.setattr(tune, "choose", choose)
     state: list[Any] = []
 
     def replays(works: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
@@ -59,16 +53,16 @@ def test_paths_in_use_are_timed_one_by_one(
     monkeypatch.setattr(ablation, "replays_ms", replays)
     rows: dict[int, dict[str, Any]] = {}
     records: list[Any] = []
-    for batch in (1, 4, 32):
+    for batch in (1, 4):
         state.clear()
         new = list(ablation.measured({"awq": fast}, batch))
         records += new
         rows[batch] = {row["path"]: row for row in new}
-        assert state[:2] == [ALL_PATHS] * 2
-    off = ["small-M GEMM", "split RMSNorm", "dequantise-then-GEMM", "kernel-config search"]
-    used = {batch: [path for path in off if path in rows[batch]] for batch in rows}
-    assert used == {1: off[:2], 4: off[3:], 32: off[2:]}
-    assert rows[1]["split RMSNorm"]["gain_percent"] == 10
+        assert state[:2] == [Paths()] * 2
+    both, short = "search and small-M GEMM", "short attention (Triton)"
+    off = {batch: [*rows[batch]][2:] for batch in rows}
+    assert off == {1: ["small-M GEMM", both, short], 4: ["kernel-config search", both, short]}
+    assert rows[1]["small-M GEMM"]["gain_percent"] == 10
     assert rows[1]["control: everything on"]["gain_percent"] == 0
     assert rows[1]["everything on"]["kernels"] == {"small-M GEMM (W4A16)": 28}
     assert Paths(small_m=False) in seen

@@ -15,8 +15,8 @@ GPU_NEEDED = "needs a CUDA GPU of compute capability"
 
 
 def test_auto_is_the_best_that_runs_here() -> None:
-    assert pick("auto", CPU, (4, 128)) is KERNELS["int4"]
-    assert pick("auto", CPU, (8, 128)) is KERNELS["modules"]
+    assert pick("auto", CPU, (4, 128)) is KERNELS["int4"].build
+    assert pick("auto", CPU, (8, 128)) is KERNELS["modules"].build
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,8 @@ def test_humming_multiplies_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPat
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("colqwen_lab.runtime.kernels.find_spec", lambda package: package)
-    assert pick("auto", gpu, (4, 128)) is KERNELS["humming"]
-    assert pick("auto", gpu, (4, 128), "float16") is KERNELS["modules"]
+    assert pick("auto", gpu, (4, 128)) is KERNELS["humming"].build
+    assert pick("auto", gpu, (4, 128), "float16") is KERNELS["modules"].build
     with pytest.raises(MissingRequirement, match=r"in bfloat16, not float32; .* auto, modules$"):
         pick(name, gpu, (4, 128), "float32")
 

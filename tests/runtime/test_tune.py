@@ -1,9 +1,8 @@
-"""Choices by timing, with a CPU's kernel that claims several kernel configs, and fake times."""
+"""Kernel configs chosen by timing: a CPU's kernel that claims several, and fake times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,110 +12,92 @@ from torch import Tensor
 
 from colqwen_lab.model.checkpoint import FolderCheckpoint
 from colqwen_lab.runtime import tune
-from colqwen_lab.runtime.fast import load_fast
-from colqwen_lab.runtime.gemms import ALL_PATHS, KINDS, Paths
-from colqwen_lab.runtime.linears import Unnormed
+from colqwen_lab.runtime.fast import KINDS, load_fast
+from colqwen_lab.runtime.linears import Int4Cpu
+from colqwen_lab.runtime.tune import Paths
 
-TIMES = {"own": 3.0, "fast": 2.0, "wrong": 1.0, "no launch": 0.5, "small M": 1.5}
+SMALL = '{"small_m": {}}'
+TIMES = {"own": 3.0, "fast": 2.0, SMALL: 1.5, "wrong": 1.0, "no launch": 0.5, "no compile": 0.1}
 
 
 @pytest.fixture
 def fast(packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """`fast` of tiny awq; results of config "wrong" are wrong, "no launch" fails."""
-    checkpoint = FolderCheckpoint(packed("auto_round"))
-    model: Any = load_fast(checkpoint, torch.device("cpu"), "int4").model.fast
-    kernel = type(model.layers[0].o)
-    multiply = kernel.forward
+    """`fast` of tiny awq; config "wrong" gives wrong results, "no launch" raises."""
+    multiply, last = Int4Cpu.forward, [""]
 
-    def forward(self: Any, x: Any, config: str = "own") -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        last[0] = config = self.configs.get(len(x), "own")
         if config == "no launch":
             raise RuntimeError("invalid configuration")
-        assert isinstance(x, Tensor) or config == "small M"
-        return multiply(self, x.weighted if isinstance(x, Unnormed) else x) * (
-            1.1 if config == "wrong" else 1
-        )
+        return multiply(self, x) * (1.1 if config == "wrong" else 1)
 
-    def add_normed(self: Any, x: Any, residual: Tensor, *values: Any) -> tuple[Tensor, Unnormed]:
-        total = residual + self(x)
-        return total, Unnormed(total, total, 0.0)
-
-    def dequantise(self: Any, weight: Tensor) -> None:
-        weight.copy_(multiply(self, torch.eye(self.in_features, dtype=weight.dtype)).T)
+    def captured(work: Callable[[], Any], pool: Any) -> tuple[float, None]:
+        work()
+        return TIMES[last[0]], None
 
     for name, value in {
         "tunable": True,
         "forward": forward,
-        "add_normed": add_normed,
-        "dequantise": dequantise,
         "kernel_configs": lambda self, m: [*TIMES],
-        "small_m": lambda self, config: config if config == "small M" else None,
+        "compiles": lambda self, config: config != "no compile",
     }.items():
-        monkeypatch.setattr(kernel, name, value)
-    monkeypatch.setattr(tune, "version", lambda package: "1")
-    monkeypatch.setattr(tune, "_path", lambda: tmp_path / "kernel-configs.json")
-    return model
-
-
-def fake_medians(works: dict[Any, Callable[[], Any]], rounds: int = 5) -> dict[Any, float]:
-    for work in works.values():
-        work()
-    return {name: TIMES.get(name, 2.0 - 0.1 * len(name)) for name in works}
+        monkeypatch.setattr(Int4Cpu, name, value)
+    monkeypatch.setattr(tune, "captured", captured)
+    monkeypatch.setattr(tune, "replay_ms", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path))
+    checkpoint = FolderCheckpoint(packed("auto_round"))
+    return load_fast(checkpoint, torch.device("cpu"), "int4").model.fast
 
 
 @pytest.mark.parametrize(
     ("paths", "best"),
-    [(ALL_PATHS, "small M"), (Paths(small_m=False), "fast"), (Paths(split_norms=False), "small M")],
+    [
+        (Paths(), SMALL),
+        (Paths(small_m=False), "fast"),
+        (Paths(search=False), SMALL),
+        (Paths(small_m=False, search=False), "own"),
+    ],
 )
 @torch.no_grad()
 def test_the_fastest_right_config_is_chosen_and_cached(
     fast: Any, paths: Paths, best: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "medians_ms", fake_medians)
     fast.paths = paths
     fast.tune(18)
-    assert fast.configs_at(18) == dict.fromkeys(KINDS, best)
     assert fast.chosen == {f"{kind} x 18": best for kind in KINDS}
-    again = tune.candidates(fast.layers[0], [18, 36], paths)
-    assert {kind: again[kind, 18] for kind in KINDS} == {kind: [best] for kind in KINDS}
-    assert len(again["o", 36]) > 1
-    other = tune.candidates(fast.layers[0], [18], Paths(search=False))
-    assert other["o", 18] == ["own", "small M"]  # the cache knows the paths of a choice
+    kernel = "small-M GEMM (W4A16)" if best == SMALL else Int4Cpu.kernel
+    assert fast.engaged(18) == {kernel: 28}
+    assert fast.engaged(36) == fast.engaged() == {Int4Cpu.kernel: 28}
+    linear = fast.layers[0].o
+    assert tune.candidates(linear, 18, paths) == [best]
+    assert tune.candidates(linear, 36, Paths()) == [*TIMES]
+    linear.configs.clear()
+    monkeypatch.setattr(tune, "captured", None)  # the cache answers
+    fast.tune(18)
+    assert linear.configs == {18: best}
 
 
-@torch.no_grad()
-def test_kinds_to_dequantise_are_chosen_and_cached(
-    fast: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Stream:
-        def wait_stream(self, other: Any) -> None: ...
-        def wait_event(self, event: Any) -> None: ...
-        def record_event(self) -> str:
-            return "event"
+def test_a_choice_that_is_no_longer_a_candidate_is_timed_again(fast: Any) -> None:
+    linear = fast.layers[0].o
+    tune._choice_file(linear, 18, Paths()).write_text("of an older release")
+    assert tune.candidates(linear, 18, Paths()) == [*TIMES]
 
-    memory_fraction = [1.0]
-    for name, value in {
-        "current_stream": lambda: Stream(),
-        "current_device": lambda: 0,
-        "stream": lambda stream: nullcontext(),
-        "get_per_process_memory_fraction": lambda: memory_fraction[0],
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr("colqwen_lab.runtime.gemms.side_stream", lambda *values, **_: Stream())
-    monkeypatch.setattr(tune, "capture_stream", nullcontext)
-    monkeypatch.setattr(tune, "medians_ms", fake_medians)
-    for linear in fast.linears():
-        linear.dequantises = True
-    fast.tune(tune.MIN_PREFETCH_M - 1)
-    assert not fast.prefetched
-    fast.tune(tune.MIN_PREFETCH_M)
-    assert fast.prefetched == {512: KINDS}
-    assert fast.chosen["dequantise-then-GEMM x 512"] == "qkv+o+gate_up+down"
-    monkeypatch.setattr(tune, "_fastest_prefetch", None)  # the cache answers
-    fast.prefetched.clear()
-    fast.tune(512)
-    assert fast.prefetched == {512: KINDS}
-    memory_fraction[0] = 0.5
-    fast.prefetched.clear()
-    fast.tune(512)
-    assert fast.prefetched == {512: ()}
-    assert fast.chosen["dequantise-then-GEMM x 512"] == "none"
+
+def test_the_kernels_own_config_must_run(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Int4Cpu, "kernel_configs", lambda self, m: ["no launch", "own"])
+    with pytest.raises(RuntimeError, match="invalid configuration"):
+        fast.tune(18)
+
+
+def test_configs_of_every_m_compile_at_once(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[Any, str]] = []
+    monkeypatch.setattr(Int4Cpu, "kernel_configs", lambda self, m: ["own", f"config of {m}"])
+    monkeypatch.setattr(
+        Int4Cpu, "compiles", lambda self, config: compiled.append((self, config)) or True
+    )
+    fast.compile([18, 36, 18])
+    linears = {getattr(fast.layers[0], kind) for kind in KINDS}
+    configs = ("own", "config of 18", "config of 36")
+    assert len(compiled) == len({*compiled}) == 12
+    assert {*compiled} == {(linear, config) for linear in linears for config in configs}
