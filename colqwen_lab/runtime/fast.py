@@ -28,14 +28,13 @@ from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.network import ColQwen3, ColQwen3Output
 from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.runtime import tune
-from colqwen_lab.runtime.graphs import Graph, capture_stream
+from colqwen_lab.runtime.graphs import capture_stream, captured
 from colqwen_lab.runtime.kernels import KERNELS, Build, dense_linear, pick
 from colqwen_lab.runtime.linears import (
     AsLoaded,
     Dense,
     FusedLinear,
     compiled,
-    features_of,
     is_small_m,
 )
 from colqwen_lab.runtime.tune import Paths
@@ -134,6 +133,7 @@ def real_first(mask: Tensor) -> Tensor:
 class Layer(nn.Module):
     """The four fused linears of a decoder layer, and its norms."""
 
+    qkv: FusedLinear
     gate_up: FusedLinear
     down: FusedLinear
 
@@ -143,8 +143,6 @@ class Layer(nn.Module):
         self.head_norms = [attention.q_norm.weight, attention.k_norm.weight]
         self.norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
         self.eps = layer.input_layernorm.variance_epsilon
-        self.sizes = [features_of(getattr(attention, name))[1] for name in LINEARS["qkv"][1]]
-        self.kv_heads = self.sizes[1] // attention.head_dim
         for kind, (part, names) in LINEARS.items():
             parent = getattr(layer, part)
             linears = [getattr(parent, name) for name in names]
@@ -155,6 +153,8 @@ class Layer(nn.Module):
                 for name in names:  # the fused linear holds their weights now
                     setattr(parent, name, None)
         self.gate_up.gated = not self.down.accepts_gate_up
+        self.sizes = self.qkv.sizes
+        self.kv_heads = self.sizes[1] // attention.head_dim
 
 
 class Fast(nn.Module):
@@ -175,7 +175,7 @@ class Fast(nn.Module):
             for linear in linears:
                 linear.configs = linears[0].configs
         self.paths = Paths()
-        self.graphs: dict[tuple[int, int], Graph] = {}
+        self.graphs: dict[tuple[int, int], tuple[Any, torch.cuda.CUDAGraph, Tensor]] = {}
 
     @property
     def chosen(self) -> dict[str, str]:
@@ -191,7 +191,7 @@ class Fast(nn.Module):
         counts: Counter[str] = Counter()
         for linear in self.linears():
             small = linear.tunable and is_small_m(linear.configs.get(m, ""))
-            counts["small-M GEMM (W4A16)" if small else linear.kernel] += linear.linears
+            counts["small-M GEMM (W4A16)" if small else linear.kernel] += len(linear.sizes)
         return dict(counts)
 
     def of_kind(self, kind: str) -> list[FusedLinear]:
@@ -217,12 +217,30 @@ class Fast(nn.Module):
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        batch, tokens = ids.shape
+        tokens = ids.shape[1]
         length = bucket(tokens)
         if ids.device.type == "cuda":
-            return ColQwen3Output(embeddings=self.graph(batch, length).replay(ids, mask))
+            return ColQwen3Output(embeddings=self.replay(ids, mask, length))
         ids, mask = (functional.pad(each, (0, length - tokens)) for each in (ids, mask))
         return ColQwen3Output(embeddings=self.embed(ids, mask)[:, :tokens])
+
+    def replay(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+        """The embeddings [batch, tokens, 320] by a captured forward of `length` tokens."""
+        batch, tokens = ids.shape
+        if (batch, length) not in self.graphs:
+            if len(self.graphs) == MAX_GRAPHS:
+                self.forget()
+            self.tune(batch * length)
+            inputs = ids.new_zeros(batch, length), ids.new_ones(batch, length)
+            pool = next((graph.pool() for _, graph, _ in self.graphs.values()), None)
+            graph, result = captured(lambda: self.embed(*inputs), pool)
+            self.graphs[batch, length] = inputs, graph, result
+        inputs, graph, result = self.graphs[batch, length]
+        inputs[1].zero_()
+        for static, each in zip(inputs, (ids, mask), strict=True):
+            static[:, :tokens].copy_(each)
+        graph.replay()
+        return result[:, :tokens].clone()
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The forward at a bucket's length, [batch, length, 320]; a GPU captures it as a graph."""
@@ -242,8 +260,8 @@ class Fast(nn.Module):
             x, y = add_then_norm(x, layer.down(mlp), next_norm, layer.eps)
             del mlp
         vectors = functional.normalize(head(y), dim=-1).unflatten(0, ids.shape)
-        vectors = vectors.gather(1, position.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
-        return vectors * mask.unsqueeze(-1)
+        back = vectors.gather(1, position.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
+        return back * mask.unsqueeze(-1)
 
     def gemm(self, linear: FusedLinear, x: Tensor) -> Tensor:
         """A GEMM, and SiLU-and-mul after gate/up where no kernel applies it."""
@@ -278,17 +296,6 @@ class Fast(nn.Module):
             if linears[0].tunable and m not in linears[0].configs:
                 x = self.parts[0].weight.new_empty(m, linears[0].in_features).normal_()
                 tune.choose(linears, x, self.gemm, self.paths)
-
-    def graph(self, batch: int, length: int) -> Graph:
-        """The captured forward of this shape, at the kernel configs that timing chooses."""
-        if (batch, length) not in self.graphs:
-            if len(self.graphs) == MAX_GRAPHS:
-                self.forget()
-            self.tune(batch * length)
-            pool = next((each.graph.pool() for each in self.graphs.values()), None)
-            device = self.parts[0].weight.device
-            self.graphs[batch, length] = Graph(self.embed, batch, length, device, pool)
-        return self.graphs[batch, length]
 
     def forget(self) -> None:
         """Free the captured graphs and their memory."""

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 @cache
@@ -43,23 +42,3 @@ def replay_ms(graph: torch.cuda.CUDAGraph) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
-
-
-class Graph:
-    """A captured forward at one batch size and length, with its input and output tensors."""
-
-    def __init__(
-        self, embed: Callable[..., Tensor], batch: int, length: int, device: torch.device, pool: Any
-    ) -> None:
-        self.ids = torch.zeros((batch, length), dtype=torch.int64, device=device)
-        self.mask = torch.ones_like(self.ids)
-        self.graph, self.result = captured(lambda: embed(self.ids, self.mask), pool)
-
-    def replay(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The embeddings of ids and mask [batch, tokens], tokens at most the length."""
-        tokens = ids.shape[1]
-        self.ids[:, :tokens].copy_(ids)
-        self.mask[:, tokens:].zero_()
-        self.mask[:, :tokens].copy_(mask)
-        self.graph.replay()
-        return self.result[:, :tokens].clone()

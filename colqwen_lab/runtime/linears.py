@@ -61,7 +61,8 @@ def is_small_m(config: str) -> bool:
 class FusedLinear(nn.Module):
     """`linears` multiplied as one GEMM. `kernel` is the kernel's name in records.
 
-    `configs` is the kernel config by M; at another M the kernel makes its own choice.
+    `sizes` are the outputs of each. `configs` is the kernel config by M; at another M the kernel
+    makes its own choice.
     """
 
     kernel = "torch.nn.Linear"
@@ -72,9 +73,9 @@ class FusedLinear(nn.Module):
 
     def __init__(self, linears: Sequence[Any]) -> None:
         super().__init__()
-        self.linears = len(linears)
         self.in_features = features_of(linears[0])[0]
-        self.out_features = sum(features_of(linear)[1] for linear in linears)
+        self.sizes = [features_of(linear)[1] for linear in linears]
+        self.out_features = sum(self.sizes)
         self.configs: dict[int, str] = {}
 
     def kernel_configs(self, m: int) -> list[str]:
@@ -96,8 +97,7 @@ class Dense(FusedLinear):
             return
         fused = torch.cat([linear.weight for linear in linears])
         self.weight = nn.Parameter(fused, requires_grad=False)
-        parts = self.weight.split([linear.out_features for linear in linears])
-        for linear, part in zip(linears, parts, strict=True):
+        for linear, part in zip(linears, self.weight.split(self.sizes), strict=True):
             linear.weight = nn.Parameter(part, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +131,6 @@ class Fp8(FusedLinear):
         weight, scale = zip(*(fp8_rows(linear.weight) for linear in linears), strict=True)
         self.register_buffer("weight", torch.cat(weight))
         self.register_buffer("scale", torch.cat(scale).t())
-        self.out_dtype = linears[0].weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         if self.accepts_gate_up:
@@ -140,7 +139,7 @@ class Fp8(FusedLinear):
             codes, scale = fp8_rows_fused(x, self.in_features)
         else:
             codes, scale = compiled(fp8_rows, True)(x)
-        options: Any = {"out_dtype": self.out_dtype, "use_fast_accum": True}
+        options: Any = {"out_dtype": x.dtype, "use_fast_accum": True}
         return torch._scaled_mm(codes, self.weight.t(), scale, self.scale, **options)
 
 

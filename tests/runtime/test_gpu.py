@@ -138,7 +138,7 @@ def test_small_m_gemms_in_a_captured_forward(awq: Any, cuda: torch.device) -> No
             of_m = linear.kernel_configs(18)
             linear.configs[18] = next(one for one in of_m if is_small_m(one) is small)
         assert list(awq.engaged(18)) == ["small-M GEMM (W4A16)" if small else "humming (W4A16)"]
-        embeddings.append(awq.graph(1, 18).replay(ids, torch.ones_like(ids)).float())
+        embeddings.append(awq.replay(ids, torch.ones_like(ids), 18).float())
         awq.forget()
     assert least_cosine(*embeddings) > 0.9995
 
@@ -149,14 +149,15 @@ def test_timing_chooses_and_frees_its_memory(
 ) -> None:
     monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path))
     monkeypatch.setattr(awq, "paths", Paths(small_m=False, search=False))
-    awq.graph(1, 21)
+    ids = torch.randint(0, 1000, (1, 18), device=cuda)
+    awq.replay(ids, torch.ones_like(ids), 21)
     for kind in KINDS:
         linear = awq.of_kind(kind)[0]
         assert linear.configs[21] == linear.kernel_configs(21)[0]
     awq.forget()
     before = torch.cuda.memory_allocated()
     monkeypatch.setattr(awq, "paths", Paths())
-    awq.graph(1, 20)
+    awq.replay(ids, torch.ones_like(ids), 20)
     assert {name for name in awq.chosen if name.endswith("x 20")} == {f"{k} x 20" for k in KINDS}
     awq.forget()
     assert torch.cuda.memory_allocated() == before
