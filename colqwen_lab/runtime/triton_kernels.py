@@ -31,13 +31,13 @@ def _wide(at, real):
 @triton.jit
 def _ready(at, real, position, weight, cos, sin, eps, SIZE: tl.constexpr):
     """Both halves of the heads at `at`, RMS-normed and rotated, in the dtype of `at`."""
-    half, real = tl.arange(0, SIZE // 2)[None, :], real[:, None]
-    left, right = _wide(at + half, real), _wide(at + half + SIZE // 2, real)
+    half, there = tl.arange(0, SIZE // 2)[None, :], real[:, None]
+    left, right = _wide(at + half, there), _wide(at + half + SIZE // 2, there)
     scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / SIZE + eps)[:, None]
     left = left * scale * tl.load(weight + half).to(tl.float32)
     right = right * scale * tl.load(weight + half + SIZE // 2).to(tl.float32)
     angle = position[:, None] * SIZE + half
-    c, s = _wide(cos + angle, real), _wide(sin + angle, real)
+    c, s = _wide(cos + angle, there), _wide(sin + angle, there)
     kind = at.dtype.element_ty
     return (left * c - right * s).to(kind), (right * c + left * s).to(kind)
 
