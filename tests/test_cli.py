@@ -244,7 +244,7 @@ def test_variants_and_doctor(
         "import sys; sys.argv = ['colqwen-lab', '--help']; from colqwen_lab.cli import app; app(standalone_mode=False)",
         "import colqwen_lab as lab; c = lab.compare(); c.to_dict(); c.markdown()",
         "import colqwen_lab as lab; r = lab.load('published'); r.table(); r.plot()",
-        "from colqwen_lab.analysis import fidelity, fidelity_plots; from colqwen_lab.retrieval import data, metrics",
+        "from colqwen_lab.analysis import fidelity, fidelity_plots; from colqwen_lab.retrieval import record",
     ],
 )
 def test_starts_without_torch(code: str) -> None:
