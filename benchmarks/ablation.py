@@ -36,7 +36,7 @@ TOKENS, ROUNDS, LOW, HIGH = 18, 15, 3, 11
 ON = "everything on"
 CONTROL = "control: everything on"
 MODELS = {"base": ("base", "auto"), "awq": ("awq", "auto"), "fp8": ("base", "fp8")}
-# What is left out, by the switches of `Paths`.
+# The switches of `Paths` that are turned off.
 SHORT_ATTENTION = {"short attention (Triton)": ("short_attention",)}
 ABLATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "base": SHORT_ATTENTION,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.errors import MissingRequirement, one_of
 from colqwen_lab.runtime.linears import AsLoaded, Dense, Fp8, FusedLinear, Int4Cpu, Prepacked
 
 Build = Callable[[Sequence[Any]], FusedLinear]
@@ -67,10 +67,9 @@ def pick(name: str, device: torch.device, scheme: Scheme, dtype: str = "bfloat16
         BadInput: no such kernel.
         MissingRequirement: the kernel cannot run here; says why, and which can.
     """
+    one_of("kernel", name, ("auto", *KERNELS))
     unmet = {each: kernel.unmet(device, scheme, dtype) for each, kernel in KERNELS.items()}
     valid = [each for each, why in unmet.items() if not why]
-    if name not in ("auto", *KERNELS):
-        raise BadInput(f"unknown kernel {name!r}; valid for fast: auto, {', '.join(KERNELS)}")
     if why := unmet.get(name):
         raise MissingRequirement(f"kernel {name} {why}; valid here: {', '.join(['auto', *valid])}")
     return KERNELS[valid[0] if name == "auto" else name].build
