@@ -160,7 +160,8 @@ class AsLoaded(FusedLinear):
 def gptq(linears: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """`(qweight, qzeros, scales)` of linears in the GPTQ layout, joined along their outputs."""
     names = ("qweight", "qzeros", "scales")
-    return tuple(torch.cat([getattr(one, name) for one in linears], 1) for name in names)  # type: ignore[return-value]
+    qweight, qzeros, scales = (torch.cat([getattr(one, n) for one in linears], 1) for n in names)
+    return qweight, qzeros, scales
 
 
 def zero_offset(module: Any) -> int:
