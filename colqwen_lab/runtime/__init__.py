@@ -1,1 +1,1 @@
-"""What one step is, for a measurement and a prediction alike: the batches, the forward, the memory it takes."""
+"""One step of a measurement or a prediction: its batches, its forward, its memory."""

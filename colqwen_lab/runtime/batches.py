@@ -1,4 +1,4 @@
-"""The batches that a step embeds, queries or pages: tensors on the device, made outside the clock."""
+"""The batches that a step embeds, queries or pages: tensors on the device, built before timing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,13 +17,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
-from colqwen_lab.model import inputs as package_texts
 from colqwen_lab.model import synthetic
 from colqwen_lab.model.inputs import (
     MOST_TIMES,
     QUERY_SUFFIX_TOKENS,
     QWEN_PAD_ID,
-    VISUAL_TOKENS,
     batch_of,
     check_visual_tokens,
     digest,
@@ -32,44 +30,31 @@ from colqwen_lab.model.inputs import (
     pad_id,
     page_files,
     patches,
+    queries,
     read_pages,
 )
 from colqwen_lab.model.network import ColQwen3Config
+from colqwen_lab.options import TEXTS, VISUAL_TOKENS
 from colqwen_lab.records import Workload
 
-
-class WorkloadDefaults(NamedTuple):
-    """What a sweep measures of a workload unless it is told: batch sizes, and timed steps at least.
-
-    A page costs as much as seventy queries. Six steps are the fewest that give an interval.
-    """
-
-    batch_sizes: str
-    min_steps: int
-
-
-WORKLOADS = {
-    "queries": WorkloadDefaults("8,16,32,64,128,256", 10),
-    "pages": WorkloadDefaults("1,2,4", 6),
-}
 QUERIES = 64
-# Pages that are kept as patches, 31 MB each at 1,280 visual tokens.
-MOST_DISTINCT = 64
-# Of a drawn page, in pixels: below it no letters can be drawn.
-LEAST_SIDE, MOST_SIDE = 32, 9999
-# Of a stored embedding's value, in 16 bits.
+# Pages kept as patches, 31 MB each at 1,280 visual tokens.
+MAX_DISTINCT = 64
+# Sides of a synthetic page in pixels; letters need the smallest.
+MIN_SIDE, MAX_SIDE = 32, 9999
+# A stored embedding has 16-bit values.
 INDEX_VALUE_BYTES = 2
-# "Retrieve information about topic number " under Qwen's tokenizer; a number adds a token a digit.
+# "Retrieve information about topic number " with Qwen's tokenizer; the number adds a token a digit.
 REPORT_QUERY_TOKENS = 6
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches that a cell cycles through, each the keyword arguments of a forward, and what a record says."""
+    """The batches of a cell, each the keyword arguments of a forward; messages for the user."""
 
     inputs: list[dict[str, Tensor]]
     workload: Workload
-    said: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
 
 def query_batches(
@@ -80,111 +65,98 @@ def query_batches(
     samples: int,
     device: torch.device,
 ) -> Batches:
-    """max(`samples` or 64, 2 x batch) distinct queries, cut into batches, padded on the left, as in the report.
+    """Batches of max(`samples` or 64, 2 x batch) distinct queries, left-padded as in the report.
 
-    Without a tokenizer (random weights at 4b and 8b) ids are drawn at random with the lengths of the report's
+    Without a tokenizer (random weights at 4b and 8b) ids are random, at the lengths of the report's
     queries.
 
     Raises:
         MissingRequirement: natural queries without a tokenizer.
     """
-    one_of("texts", texts, package_texts.TEXTS)
+    one_of("texts", texts, TEXTS)
     count = max(samples or QUERIES, 2 * batch_size)
     if tokenizer is not None:
-        rows, pad = (
-            encode_queries(tokenizer, package_texts.queries(texts, count)),
-            pad_id(tokenizer),
-        )
+        rows, pad = encode_queries(tokenizer, queries(texts, count)), pad_id(tokenizer)
     elif texts == "report":
-        rows, pad = _drawn(config.text_config.vocab_size, count), QWEN_PAD_ID
+        rows, pad = _random_queries(config.text_config.vocab_size, count), QWEN_PAD_ID
     else:
         raise MissingRequirement(
-            f"texts {texts!r} need a tokenizer, and these weights have none; valid without one: report"
+            f"texts {texts!r} need a tokenizer, which these weights lack; valid without: report"
         )
     inputs = []
     for start in range(0, count - batch_size + 1, batch_size):
         ids, mask = left_padded(rows[start : start + batch_size], pad)
         inputs.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
-    workload = Workload(
-        kind="queries",
-        batch_size=batch_size,
-        texts=texts if tokenizer is not None else "drawn at the report's lengths",
+    # Records and the reader of records know this text.
+    used = texts if tokenizer is not None else "drawn at the report's lengths"
+    return Batches(
+        inputs, Workload(kind="queries", batch_size=batch_size, texts=used, **_lengths(inputs))
     )
-    return _counted(inputs, workload)
 
 
-def _counted(inputs: list[dict[str, Tensor]], workload: Workload) -> Batches:
-    """The batches, their longest one's tokens and the share that is padding added to what the record says."""
+def _lengths(inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """The longest batch's tokens, and the share of all tokens that is padding."""
     masks = [batch["attention_mask"] for batch in inputs]
     padded = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    found = {"tokens": max(mask.shape[1] for mask in masks), "padded_share": round(padded, 6)}
-    return Batches(inputs, workload.model_copy(update=found))
+    return {"tokens": max(mask.shape[1] for mask in masks), "padded_share": round(padded, 6)}
 
 
-def _drawn(vocabulary: int, count: int) -> list[list[int]]:
-    """Random ids, different for each query, with the lengths of the report's queries."""
+def _random_queries(vocabulary: int, count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    suffix = [QWEN_PAD_ID] * QUERY_SUFFIX_TOKENS
-    lengths = [REPORT_QUERY_TOKENS + len(str(number)) for number in range(count)]
+    lengths = (REPORT_QUERY_TOKENS + len(str(number)) for number in range(count))
     words = min(vocabulary, QWEN_PAD_ID)
-    return [
-        torch.randint(words, (length,), generator=generator).tolist() + suffix for length in lengths
-    ]
+    rows = [torch.randint(words, (length,), generator=generator).tolist() for length in lengths]
+    return [row + [QWEN_PAD_ID] * QUERY_SUFFIX_TOKENS for row in rows]
 
 
 class Pages:
-    """Where pages come from: drawn by the lab, A4 at 150 dpi or WIDTHxHEIGHT pixels, or a person's folder or file.
+    """Pages to embed: synthetic ones, A4 at 150 dpi or WIDTHxHEIGHT pixels, or a folder or file.
 
-    `label` names them in a record: for files the digest of their names and contents, and no path.
+    `label` names them in a record; files are named by the digest of names and contents.
 
     Raises:
-        BadInput: neither, or a size or a budget out of bounds.
+        BadInput: no such folder or file, or a size or visual-token budget out of bounds.
     """
 
     def __init__(self, source: str = "", visual_tokens: int = VISUAL_TOKENS) -> None:
         self.visual_tokens = check_visual_tokens(visual_tokens)
-        size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", source)
-        self.size = (int(size[1]), int(size[2])) if size else (synthetic.WIDTH, synthetic.HEIGHT)
-        least, most = min(self.size), max(self.size)
-        if least < LEAST_SIDE or most > min(MOST_SIDE, MOST_TIMES * least):
-            valid = f"WIDTHxHEIGHT, each {LEAST_SIDE} to {MOST_SIDE}, one at most {MOST_TIMES} times the other"
-            raise BadInput(f"pages of {source} pixels; valid: {valid}")
-        self.files = page_files(source) if source and not size else []
-        self.refused: list[str] = []
-        self._made: list[tuple[Tensor, tuple[int, int, int]]] = []
+        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", source)
+        sides = match.groups() if match else (synthetic.WIDTH, synthetic.HEIGHT)
+        self.size = width, height = int(sides[0]), int(sides[1])
+        short, long = sorted(self.size)
+        if short < MIN_SIDE or long > min(MAX_SIDE, MOST_TIMES * short):
+            raise BadInput(
+                f"pages must be WIDTHxHEIGHT, each {MIN_SIDE} to {MAX_SIDE} pixels and one at most "
+                f"{MOST_TIMES} times the other, got {source}"
+            )
+        self.files = page_files(source) if source and not match else []
+        self.skipped: list[str] = []
+        files = f"{len(self.files)} files {digest(self.files)}"
+        self.label = files if self.files else f"drawn, {width} x {height} pixels"
+        self._patches: list[tuple[Tensor, tuple[int, int, int]]] = []
         self._seconds: list[float] = []
 
     @cached_property
-    def label(self) -> str:
-        if self.files:
-            return f"{len(self.files)} files {digest(self.files)}"
-        return f"drawn, {self.size[0]} x {self.size[1]} pixels"
-
-    @cached_property
     def _images(self) -> Iterator[Image.Image]:
-        """The distinct pages in their order; a file that cannot be read is a line in `refused`."""
         if self.files:
-            return read_pages(self.files, self.refused.append)
-        return (
-            synthetic.page(number, width=self.size[0]).resize(self.size)
-            for number in itertools.count()
-        )
+            return read_pages(self.files, self.skipped.append)
+        pages = (synthetic.page(number, width=self.size[0]) for number in itertools.count())
+        return (page.resize(self.size) for page in pages)
 
-    def _make(self, count: int, config: ColQwen3Config) -> None:
-        """Have the patches of `count` pages; what one takes, from a file or a drawn image to patches, is timed."""
-        for _ in range(count - len(self._made)):
-            before = time.perf_counter()
+    def _prepare(self, count: int, config: ColQwen3Config) -> None:
+        """Have the patches of `count` pages. Reading a file is timed, generating a page is not."""
+        while len(self._patches) < count:
+            start = time.perf_counter()
             image = next(self._images, None)
             if image is None:
                 break
             if not self.files:
-                before = time.perf_counter()
-            self._made.append(patches(image, config, self.visual_tokens))
-            self._seconds.append(time.perf_counter() - before)
-        if not self._made:
-            raise BadInput(
-                f"none of {len(self.files)} files gives a page; {', '.join(self.refused)[:200]}"
-            )
+                start = time.perf_counter()
+            self._patches.append(patches(image, config, self.visual_tokens))
+            self._seconds.append(time.perf_counter() - start)
+        if not self._patches:
+            reasons = ", ".join(self.skipped)
+            raise BadInput(f"none of {len(self.files)} files gives a page; {reasons[:200]}")
 
     def batches(
         self,
@@ -194,33 +166,33 @@ class Pages:
         samples: int,
         device: torch.device,
     ) -> Batches:
-        """Whole batches, padded on the left, of all of a person's pages, or of max(`samples`, 2 x batch) drawn ones.
+        """Full, left-padded batches of all files, or of max(`samples`, 2 x batch) synthetic pages.
 
-        At most 64 are distinct; what is left of the last batch, and of two batches at least, repeats them.
+        At most 64 pages are distinct. They repeat to fill the last batch, and at least two batches.
 
         Raises:
-            BadInput: none of the files could be read.
+            BadInput: no file could be read.
         """
         count = max(samples, 2 * batch_size)
-        most = MOST_DISTINCT if self.files else min(count, MOST_DISTINCT)
-        self._make(most, config)
-        distinct = self._made[:most]
-        rows = itertools.cycle(distinct)
+        wanted = MAX_DISTINCT if self.files else min(count, MAX_DISTINCT)
+        self._prepare(wanted, config)
+        distinct = self._patches[:wanted]
+        pages = itertools.cycle(distinct)
         inputs = [
-            batch_of(list(itertools.islice(rows, batch_size)), tokenizer, config, device)
+            batch_of(list(itertools.islice(pages, batch_size)), tokenizer, config, device)
             for _ in range(0, max(count, len(distinct)), batch_size)
         ]
-        sizes = [int(mask.sum()) for batch in inputs for mask in batch["attention_mask"]][
-            : len(distinct)
-        ]
+        tokens = [int(mask.sum()) for batch in inputs for mask in batch["attention_mask"]]
+        page_tokens = statistics.fmean(tokens[: len(distinct)])
         workload = Workload(
             kind="pages",
             batch_size=batch_size,
             visual_tokens=self.visual_tokens,
             pages=self.label,
             distinct=len(distinct),
-            skipped=len(self.refused),
-            index_bytes=round(statistics.fmean(sizes) * config.embed_dim * INDEX_VALUE_BYTES),
+            skipped=len(self.skipped),
+            index_bytes=round(page_tokens * config.embed_dim * INDEX_VALUE_BYTES),
             preprocess_s=statistics.median(self._seconds[1:] or self._seconds),
+            **_lengths(inputs),
         )
-        return replace(_counted(inputs, workload), said=tuple(self.refused))
+        return Batches(inputs, workload, tuple(self.skipped))

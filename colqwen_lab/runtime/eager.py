@@ -1,54 +1,48 @@
-"""What happens to a batch: one forward under a protocol. A measurement and a prediction run this same code."""
+"""One step: a forward of a batch under a protocol. Measurements and predictions run this code."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from colqwen_lab.model.network import ColQwen3, ColQwen3Output
 
-# Of a peak: with the published protocol the second step runs while the first one's output lives.
+# Steps that reach the peak: with the published protocol, two outputs live in the second step.
 STEPS = 2
 
 Forward = Callable[[ColQwen3, dict[str, Tensor], bool], ColQwen3Output]
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """`use_cache`: the forward keeps the KV cache; `keep_output`: the last output lives while the next step runs."""
+class Protocol(NamedTuple):
+    """Whether the forward keeps a KV cache, and the last output is kept during the next step."""
 
     use_cache: bool
     keep_output: bool
 
 
-PROTOCOLS = {
-    "lean": Protocol(use_cache=False, keep_output=False),
-    "published": Protocol(True, True),
-}
+PROTOCOLS = {"lean": Protocol(False, False), "published": Protocol(True, True)}
 
 
 def eager(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
-    """The forward as transformers writes it, mask and all."""
+    """The forward of transformers."""
     return model(**inputs, use_cache=use_cache)
 
 
-def fast(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
-    """The forward of `fast.py`, for a model that `fast.load_fast` made ready."""
-    forward: Any = model.fast
-    return forward(model, inputs, use_cache)
+def fast(model: Any, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
+    """The forward of `fast.py`, of a model from `load_fast`."""
+    return model.fast(model, inputs, use_cache)
 
 
 EXECUTIONS: dict[str, Forward] = {"eager": eager, "fast": fast}
 
 
 class Steps:
-    """Calling it embeds the next batch, batches in turn, and holds the output as the protocol says.
+    """Each call embeds the next of `inputs`, cyclically. `output` is kept as the protocol says.
 
-    With `lead_in` it stays at that batch.
+    A call with `warm_up` leaves the batch in place: the next call embeds it again.
     """
 
     def __init__(
@@ -64,9 +58,9 @@ class Steps:
         self.output: Any = None
 
     @torch.no_grad()
-    def __call__(self, lead_in: bool = False) -> None:
+    def __call__(self, warm_up: bool = False) -> None:
         if not self.protocol.keep_output:
             self.output = None
         batch = self.inputs[self.count % len(self.inputs)]
-        self.count += not lead_in
+        self.count += not warm_up
         self.output = self.forward(self.model, batch, self.protocol.use_cache)

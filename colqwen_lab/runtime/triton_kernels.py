@@ -1,10 +1,12 @@
-"""The lab's own kernels, in Triton, for what no library's kernel does well. Both work on a GPU only.
+"""The lab's Triton kernels, for what no library's kernel does well. They need a GPU.
 
-Causal attention of short texts, from the product QKV to what goes into O, in one kernel: the flash kernels that PyTorch
-calls work on tiles of 128 tokens, and most of a tile is empty when a query has 18. Here a tile holds the query heads
-that share a key head, side by side; norm and rotary positions are applied on the way.
+`attend_short`: causal attention of short texts in one kernel, from the QKV GEMM to the input of O.
+PyTorch's flash kernels use tiles of 128 tokens, mostly empty for a query of 18. Here a tile holds
+the query heads that share a key head, side by side, and the kernel applies norm and rotary
+positions.
 
-FP8 codes of rows, of a gated MLP's too: each row is read once, where the compiler's kernels read it twice or more.
+`fp8_rows_fused`: FP8 codes of rows, with SiLU-and-mul. It reads each row once; the kernels of
+torch.compile read it at least twice.
 """
 
 from __future__ import annotations
@@ -16,23 +18,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from colqwen_lab.runtime.linears import FP8, FP8_MAX
-
-# About the multiprocessors of the GPUs that this is for.
+# About the number of multiprocessors of these GPUs.
 ENOUGH_PROGRAMS = 128
+LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+
+
+@triton.jit
+def _wide(at, real):
+    return tl.load(at, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _ready(at, real, position, weight, cos, sin, eps, SIZE: tl.constexpr):
-    """Both halves of heads at `at`, RMS-normed and rotated, in the type of `at`."""
-    half = tl.arange(0, SIZE // 2)[None, :]
-    left = tl.load(at + half, mask=real[:, None], other=0.0).to(tl.float32)
-    right = tl.load(at + half + SIZE // 2, mask=real[:, None], other=0.0).to(tl.float32)
+    """Both halves of the heads at `at`, RMS-normed and rotated, in the dtype of `at`."""
+    half, there = tl.arange(0, SIZE // 2)[None, :], real[:, None]
+    left, right = _wide(at + half, there), _wide(at + half + SIZE // 2, there)
     scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / SIZE + eps)[:, None]
     left = left * scale * tl.load(weight + half).to(tl.float32)
     right = right * scale * tl.load(weight + half + SIZE // 2).to(tl.float32)
-    c = tl.load(cos + position[:, None] * SIZE + half, mask=real[:, None], other=0.0).to(tl.float32)
-    s = tl.load(sin + position[:, None] * SIZE + half, mask=real[:, None], other=0.0).to(tl.float32)
+    angle = position[:, None] * SIZE + half
+    c, s = _wide(cos + angle, there), _wide(sin + angle, there)
     kind = at.dtype.element_ty
     return (left * c - right * s).to(kind), (right * c + left * s).to(kind)
 
@@ -54,64 +59,58 @@ def _attend(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK tokens of HEADS of the GROUP query heads that share a key head, of one text."""
+    """One program: one text, BLOCK tokens, HEADS of the GROUP query heads that share a key head."""
     text, part, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    head = part * HEADS // GROUP
-    rows = tl.arange(0, HEADS * BLOCK)
+    rows, size = tl.arange(0, HEADS * BLOCK), tl.arange(0, SIZE)[None, :]
     position = block * BLOCK + rows // HEADS
     real = position < tokens
     WIDTH: tl.constexpr = (GROUP + 2) * KV_HEADS * SIZE
     line = qkv + text * tokens * WIDTH
     q_head = (part * HEADS + rows % HEADS) * SIZE
-    q_left, q_right = _ready(
-        line + (position * WIDTH + q_head)[:, None], real, position, q_weight, cos, sin, eps, SIZE
-    )
-    whole = tl.arange(0, SIZE)[None, :]
+    q_at = line + (position * WIDTH + q_head)[:, None]
+    q_left, q_right = _ready(q_at, real, position, q_weight, cos, sin, eps, SIZE)
+    k_head = (KV_HEADS * GROUP + part * HEADS // GROUP) * SIZE
     largest = tl.full([HEADS * BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([HEADS * BLOCK], tl.float32)
     result = tl.zeros([HEADS * BLOCK, SIZE], tl.float32)
     for start in range(0, (block + 1) * BLOCK, BLOCK):
         key = start + tl.arange(0, BLOCK)
         there = key < tokens
-        k_at = line + (key * WIDTH + (KV_HEADS * GROUP + head) * SIZE)[:, None]
+        k_at = line + (key * WIDTH + k_head)[:, None]
         k_left, k_right = _ready(k_at, there, key, k_weight, cos, sin, eps, SIZE)
-        v = tl.load(k_at + KV_HEADS * SIZE + whole, mask=there[:, None], other=0.0)
+        v = tl.load(k_at + KV_HEADS * SIZE + size, mask=there[:, None], other=0.0)
         score = tl.dot(q_left, tl.trans(k_left)) + tl.dot(q_right, tl.trans(k_right))
         score = tl.where(key[None, :] <= position[:, None], score * factor, float("-inf"))
         higher = tl.maximum(largest, tl.max(score, 1))
-        share = tl.exp(score - higher[:, None])
-        before = tl.exp(largest - higher)
+        share, before = tl.exp(score - higher[:, None]), tl.exp(largest - higher)
         total = total * before + tl.sum(share, 1)
         result = result * before[:, None] + tl.dot(share.to(v.dtype), v)
         largest = higher
-    result = result / total[:, None]
-    to = out + ((text * tokens + position) * GROUP * KV_HEADS * SIZE + q_head)[:, None] + whole
-    tl.store(to, result.to(out.dtype.element_ty), mask=real[:, None])
+    to = out + ((text * tokens + position) * GROUP * KV_HEADS * SIZE + q_head)[:, None] + size
+    tl.store(to, (result / total[:, None]).to(out.dtype.element_ty), mask=real[:, None])
 
 
 def attend_short(
-    qkv: Tensor,
-    kv_heads: int,
-    norms: Sequence[Tensor],
-    eps: float,
-    positions: tuple[Tensor, Tensor],
+    qkv: Tensor, kv_heads: int, norms: Sequence[Tensor], eps: float, rotary: Sequence[Tensor]
 ) -> Tensor:
-    """Attention [batch, tokens, heads x size] of qkv [batch, tokens, (heads + 2 x kv_heads) x size], all causal.
+    """Causal attention [batch, tokens, heads x size] of the output of the QKV GEMM.
 
-    `norms` are the weights [size] of the norms of queries and keys, `positions` the cos and sin [tokens, 1, size].
+    qkv is [batch, tokens, (heads + 2 x kv_heads) x size]. `norms` are the weights [size] of the
+    query and key norms; `rotary` is cos and sin [tokens, 1, size].
     """
     batch, tokens, width = qkv.shape
     size = norms[0].shape[0]
     group = width // size // kv_heads - 2
     block = 16 if tokens <= 16 else 32
-    out = torch.empty((batch, tokens, group * kv_heads * size), dtype=qkv.dtype, device=qkv.device)
     blocks = triton.cdiv(tokens, block)
-    # Few texts leave multiprocessors idle where a program takes all heads of a group.
+    # With few texts, a program for all heads of a group would leave multiprocessors idle.
     heads = group if batch * kv_heads * blocks >= ENOUGH_PROGRAMS else 1
-    grid = (batch, kv_heads * group // heads, blocks)
-    shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEADS": heads, "SIZE": size, "BLOCK": block}
-    warps = max(1, heads * block // 16)
-    _attend[grid](qkv, out, *norms, *positions, tokens, eps, size**-0.5, **shape, num_warps=warps)
+    out = qkv.new_empty(batch, tokens, group * kv_heads * size)
+    _attend[batch, kv_heads * group // heads, blocks](
+        *(qkv, out, *norms, *rotary, tokens, eps, size**-0.5),
+        *(kv_heads, group, heads, size, block),
+        num_warps=max(1, heads * block // 16),
+    )
     return out
 
 
@@ -125,29 +124,23 @@ def _quantise(
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: a row of WIDTH codes; GATED, SiLU of the first half of x times the second."""
+    """One program: a row of WIDTH codes; with GATED, of SiLU of the first half times the second."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     at, real = x + row * WIDTH * (2 if GATED else 1) + column, column < WIDTH
-    values = tl.load(at, mask=real, other=0.0).to(tl.float32)
+    values = _wide(at, real)
     if GATED:
-        values = (
-            values * tl.sigmoid(values) * tl.load(at + WIDTH, mask=real, other=0.0).to(tl.float32)
-        )
+        values = values * tl.sigmoid(values) * _wide(at + WIDTH, real)
     scale = tl.maximum(tl.max(tl.abs(values), 0) / LARGEST, 1e-12)
     tl.store(scales + row, scale)
     small = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
     tl.store(codes + row * WIDTH + column, small.to(codes.dtype.element_ty), mask=real)
 
 
-def fp8_rows_at_once(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """What `kernels.fp8_rows` says of x [rows, width]; of x [rows, 2 width], of SiLU of one half times the other."""
-    assert x.shape[1] in (width, 2 * width)
-    x = x.contiguous()
-    codes = torch.empty((x.shape[0], width), dtype=FP8, device=x.device)
-    scales = torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(width)
-    gated = x.shape[1] == 2 * width
-    _quantise[(x.shape[0],)](
-        x, codes, scales, FP8_MAX, width, gated, block, num_warps=max(4, block // 1024)
-    )
+def fp8_rows_fused(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`linears.fp8_rows` of x [M, width], or of SiLU-and-mul of x [M, 2 x width]."""
+    m, block = x.shape[0], triton.next_power_of_2(width)
+    codes = x.new_empty(m, width, dtype=torch.float8_e4m3fn)
+    scales = x.new_empty(m, 1, dtype=torch.float32)
+    sizes = LARGEST_FP8, width, x.shape[1] == 2 * width, block
+    _quantise[(m,)](x.contiguous(), codes, scales, *sizes, num_warps=max(4, block // 1024))
     return codes, scales

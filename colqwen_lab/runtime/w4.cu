@@ -1,33 +1,32 @@
-// 4-bit weights in the layout of humming-kernels (symmetric, groups of 128): products of few rows, and dequantising.
+// The small-M GEMM of 4-bit weights in the layout of humming-kernels (symmetric, groups of 128).
 //
-// codes  [in/16][out/64][32 lanes][4 words]: a lane's word j holds its fragment of the 16 x 16 tile j of mma.m16n8k16;
-//        nibbles i and i + 4 are the two columns of the fragment's register {0, 2, 1, 3}[i].
-// scales [in/128][out/64][8][8] bf16: of a lane's row r = lane / 4, of rows r, r + 8, ... of the 64.
+// codes  [in/16][out/64][32 lanes][4 words]: word j of a lane is its fragment of the 16 x 16 tile j
+//        of mma.m16n8k16. Nibbles i and i + 4 are the two columns of register {0, 2, 1, 3}[i].
+// scales [in/128][out/64][8][8] bf16: a lane with row r = lane / 4 has those of rows r, r + 8, ...
 
 typedef unsigned int u32;
-typedef unsigned short u16;
 
 __device__ inline u32 shared_of(const void *at) { return (u32)__cvta_generic_to_shared(at); }
 
-// Copies by the copy engine: `bytes` arrive at `barrier`.
+// Copies by the bulk copy engine, which reports `bytes` to `barrier`.
 __device__ inline void copy(void *to, const void *from, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(shared_of(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// Waits for what the block's own copies bring.
-__device__ inline void arrived(u32 barrier) {
+// Waits for the copies of this block.
+__device__ inline void wait_for_copies(u32 barrier) {
   asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;\n}"
                ::"r"(barrier) : "memory");
 }
 
-// Waits for what all blocks of the cluster send.
-__device__ inline void gathered_at(u32 barrier) {
+// Waits for the data of all blocks of the cluster.
+__device__ inline void wait_for_cluster(u32 barrier) {
   asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
                "@!done bra again;\n}" ::"r"(barrier) : "memory");
 }
 
-// A barrier at which `bytes` are to arrive, then known to the cluster.
+// Initialises a barrier that expects `bytes`, visible to the cluster.
 __device__ inline void expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
                "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -40,14 +39,14 @@ __device__ inline uint4 read_once(const uint4 *from) {
   return v;
 }
 
-// The codes at bits 4 * PLACE of both halves of a word, as bf16: (128 + code) - 136, times the scale of their row.
+// The codes at bits 4 * PLACE of both halves of a word as bf16: (128 + code - 136) x the row's scale.
 template <int PLACE>
 __device__ inline u32 weights_of(u32 word, u32 scale) {
-  u32 whole, value, found;
+  u32 whole, value, result;
   asm("lop3.b32 %0, %1, 0x000f000f, 0x43004300, 0xea;" : "=r"(whole) : "r"(word >> (4 * PLACE)));
   asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(value) : "r"(whole), "r"(0x43084308));
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(found) : "r"(value), "r"(scale));
-  return found;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(value), "r"(scale));
+  return result;
 }
 
 __device__ inline void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -56,34 +55,27 @@ __device__ inline void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline float2 widened(u32 both) { return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)); }
-
 __device__ inline u32 rounded(float low, float high) {
-  u32 found;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(high), "f"(low));
-  return found;
+  u32 result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
 }
 
-// out [rows, out] = x [rows, in] times the weights. A cluster of SPLIT blocks multiplies 64 outputs, each a part of the
-// inputs, and each warp STEPS times 16 of that part: every code is read once, straight into registers, AHEAD steps
-// before it is needed. With GATED the first half of the outputs is a gate, the second what it opens: out is
-// [rows, out / 2], SiLU of one times the other.
-//
-// An RMS norm is shared out over the product before it and the one after. The one before is given `added` [rows, out]:
-// out is the sum, `weighted` is out times the norm's weights, `found_squares` [rows, out / 64] the sums of squares of
-// 64 outputs. The one after takes these as x and `squares` [rows, in / 64], and divides its result by the root of
-// sum / in + eps.
-template <int INS, int OUTS, int TILES, int WARPS, int SPLIT, int AHEAD, int GATED, int AT_ONCE>
-__global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(WARPS * 32, AT_ONCE)
-few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const char *__restrict__ x,
-         u32 *__restrict__ out, int rows, const float *__restrict__ squares, float eps, const u32 *__restrict__ added,
-         const u32 *__restrict__ norm, u32 *__restrict__ weighted, float *__restrict__ found_squares) {
+// The small-M GEMM: out [rows, out] = x [rows, in] times the weights. A cluster of SPLIT blocks
+// computes 64 outputs. Each block takes a part of the inputs, and each of its WARPS takes STEPS
+// steps of 16 inputs. A warp reads every code once, into registers, AHEAD steps before it is needed.
+// With GATED the first half of the outputs is the gate and the second half is up: out [rows, out / 2]
+// is SiLU of the gate times up.
+template <int INS, int OUTS, int TILES, int WARPS, int SPLIT, int AHEAD, int GATED, int BLOCKS_PER_SM>
+__global__ void __cluster_dims__(SPLIT, 1, 1) __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
+small_m(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, const char *__restrict__ x,
+        u32 *__restrict__ out, int rows) {
   constexpr int BLOCKS = GATED ? 2 : 1, ALL = OUTS / 64, APART = ALL / 2;
   constexpr int STEPS = INS / 16 / WARPS / SPLIT;
-  constexpr int SAME = STEPS % 8 == 0 ? 8 : STEPS % 4 == 0 ? 4 : STEPS % 2 == 0 ? 2 : 1;  // steps of one scale at least
+  constexpr int SAME = STEPS % 8 == 0 ? 8 : STEPS % 4 == 0 ? 4 : STEPS % 2 == 0 ? 2 : 1;  // steps that share a scale
   constexpr int GROUPS = SAME == 8 ? STEPS / 8 : (STEPS + 7 - SAME) / 8 + 1;
-  constexpr int STRIDE = STEPS * 32 + 16;  // bytes of a row of x in a warp's share
-  constexpr int LINE = 68;                 // floats between two tokens of partial sums
+  constexpr int STRIDE = STEPS * 32 + 16;  // bytes of one row of x in the memory of a warp
+  constexpr int LINE = 68;                 // floats from one row of partial sums to the next
   extern __shared__ __align__(128) char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int rank = blockIdx.x % SPLIT, block = blockIdx.x / SPLIT;
@@ -96,16 +88,15 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) ahead[i][b] = read_once(from + (i * ALL + b * APART) * 32);
 
-  // A warp's own memory: a barrier (the first warp's, two), scales, then its rows of x and later its sums. Then, of the
-  // block, what the cluster gathers, and what each token is to be multiplied by.
+  // The memory of a warp: a barrier (two for the first warp), scales, then its part of x, later its
+  // partial sums. After the warps: sums gathered from the cluster.
   const int share = max(rows * STRIDE, BLOCKS * rows * LINE * 4) + 127 & ~127;
   const int apart = (128 + BLOCKS * GROUPS * 128 + share) / 8;
-  char *mine = memory + warp * apart * 8;
-  char *scale_lines = mine + 128, *tokens_at = scale_lines + BLOCKS * GROUPS * 128;
-  float2 *gathered = (float2 *)(memory + WARPS * apart * 8);  // [SPLIT][tokens of this block][BLOCKS][32]
+  char *warp_memory = memory + warp * apart * 8;
+  char *scale_lines = warp_memory + 128, *tokens_at = scale_lines + BLOCKS * GROUPS * 128;
+  float2 *gathered = (float2 *)(memory + WARPS * apart * 8);  // [SPLIT][rows of this block][BLOCKS][32]
   const int own = (rows + SPLIT - 1) / SPLIT;
-  float *factors = (float *)(gathered + (SPLIT > 1 ? SPLIT * own * BLOCKS * 32 : 0));
-  const u32 barrier = shared_of(mine), gathering = shared_of(memory + 64);
+  const u32 barrier = shared_of(warp_memory), gathering = shared_of(memory + 64);
   if (lane == 0) expect(barrier, rows * STEPS * 32 + BLOCKS * GROUPS * 128);
   if (SPLIT > 1 && threadIdx.x == 0) expect(gathering, (rows + SPLIT - 1 - rank) / SPLIT * SPLIT * BLOCKS * 256);
   __syncwarp();
@@ -116,16 +107,6 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
   }
   for (int row = lane; row < rows; row += 32)
     copy(tokens_at + row * STRIDE, x + ((long long)row * INS + first * 16) * 2, STEPS * 32, barrier);
-  const u32 norm_weight = added ? norm[block * 32 + lane] : 0;
-
-  // Four lanes find what a token is to be multiplied by.
-  for (int token = threadIdx.x / 4; squares && token < (rows + 7 & ~7); token += WARPS * 8) {
-    float sum = 0.f;
-#pragma unroll 10
-    for (int i = lane % 4; i < INS / 64; i += 4) sum += squares[min(token, rows - 1) * (INS / 64) + i];
-    sum += __shfl_xor_sync(~0u, sum, 1), sum += __shfl_xor_sync(~0u, sum, 2);
-    if (token < rows) factors[token] = rsqrtf(sum / INS + eps);
-  }
 
   u32 at[TILES];
 #pragma unroll
@@ -134,7 +115,7 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
   float sums[TILES][BLOCKS][4][4];
 #pragma unroll
   for (int i = 0; i < TILES * BLOCKS * 16; i++) ((float *)sums)[i] = 0.f;
-  arrived(barrier);
+  wait_for_copies(barrier);
 
   u32 scale[BLOCKS][4][2];
 #pragma unroll
@@ -185,89 +166,43 @@ few_rows(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, cons
   if (SPLIT > 1) asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
   __syncthreads();
 
-  // A warp sums a token over the warps, then, with SPLIT, the token's own block over the cluster.
-  const auto finish = [&](int token, float2(&sum)[BLOCKS]) {
+  // A warp sums a row over the warps. With SPLIT, the row's block then sums over the cluster.
+  const auto finish = [&](int token, const float2(&sum)[BLOCKS]) {
     const long long place = (long long)token * (OUTS / BLOCKS / 2) + block * 32 + lane;
-    const float factor = squares ? factors[token] : 1.f;
-#pragma unroll
-    for (int b = 0; b < BLOCKS; b++) sum[b].x *= factor, sum[b].y *= factor;
-    const float2 one = sum[0], other = sum[BLOCKS - 1];
-    if (GATED) {
-      out[place] = rounded(one.x / (1.f + __expf(-one.x)) * other.x, one.y / (1.f + __expf(-one.y)) * other.y);
-    } else if (!added) {
-      out[place] = rounded(one.x, one.y);
-    } else {
-      const float2 before = widened(added[place]), by = widened(norm_weight);
-      const u32 total = rounded(before.x + one.x, before.y + one.y);
-      const float2 now = widened(total);
-      out[place] = total;
-      weighted[place] = rounded(now.x * by.x, now.y * by.y);
-      float square = now.x * now.x + now.y * now.y;
-#pragma unroll
-      for (int other_lane = 16; other_lane; other_lane /= 2) square += __shfl_xor_sync(~0u, square, other_lane);
-      if (lane == 0) found_squares[token * ALL + block] = square;
-    }
+    const float2 value = sum[0], up = sum[BLOCKS - 1];
+    out[place] = GATED ? rounded(value.x / (1.f + __expf(-value.x)) * up.x, value.y / (1.f + __expf(-value.y)) * up.y)
+                       : rounded(value.x, value.y);
   };
   for (int token = warp; token < rows; token += WARPS) {
-    float2 found[BLOCKS];
+    float2 totals[BLOCKS];
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       const float2 *place = (const float2 *)((const float *)(memory + 128 + BLOCKS * GROUPS * 128) + (b * rows + token) * LINE) + lane;
-      found[b] = place[0];
+      totals[b] = place[0];
 #pragma unroll
-      for (int w = 1; w < WARPS; w++) found[b].x += place[w * apart].x, found[b].y += place[w * apart].y;
+      for (int w = 1; w < WARPS; w++) totals[b].x += place[w * apart].x, totals[b].y += place[w * apart].y;
       if (SPLIT > 1) {
         const u32 here = shared_of(gathered + ((rank * own + token / SPLIT) * BLOCKS + b) * 32 + lane);
         asm volatile("{\n.reg .b32 there, barrier;\nmapa.shared::cluster.u32 there, %0, %2;\n"
                      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
                      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, [barrier];\n}"
-                     ::"r"(here), "r"(gathering), "r"(token % SPLIT), "f"(found[b].x), "f"(found[b].y) : "memory");
+                     ::"r"(here), "r"(gathering), "r"(token % SPLIT), "f"(totals[b].x), "f"(totals[b].y) : "memory");
       }
     }
-    if (SPLIT == 1) finish(token, found);
+    if (SPLIT == 1) finish(token, totals);
   }
   if (SPLIT > 1) {
-    gathered_at(gathering);
+    wait_for_cluster(gathering);
     for (int token = rank + warp * SPLIT; token < rows; token += WARPS * SPLIT) {
-      float2 found[BLOCKS];
+      float2 totals[BLOCKS];
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
         const float2 *place = gathered + (token / SPLIT * BLOCKS + b) * 32 + lane;
-        found[b] = place[0];
+        totals[b] = place[0];
 #pragma unroll
-        for (int r = 1; r < SPLIT; r++) found[b].x += place[r * own * BLOCKS * 32].x, found[b].y += place[r * own * BLOCKS * 32].y;
+        for (int r = 1; r < SPLIT; r++) totals[b].x += place[r * own * BLOCKS * 32].x, totals[b].y += place[r * own * BLOCKS * 32].y;
       }
-      finish(token, found);
+      finish(token, totals);
     }
-  }
-}
-
-// weights [out, in] bf16 of the codes. A block of 8 warps makes 64 x 128 of them, a warp 16 columns.
-__global__ void __launch_bounds__(256)
-dequantise(const uint4 *__restrict__ codes, const uint4 *__restrict__ scales, uint4 *__restrict__ weights, int ins, int outs) {
-  __shared__ __align__(16) u32 tile[64][64 + 4];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int blocks = outs / 64, groups = ins / 128;
-  for (int part = blockIdx.x; part < blocks * groups; part += gridDim.x) {
-    const int block = part / groups, group = part % groups;
-    const uint4 now = read_once(codes + ((long long)(group * 8 + warp) * blocks + block) * 32 + lane);
-    const uint4 scale = scales[((long long)group * blocks + block) * 8 + lane / 4];
-    const u32 words[4] = {now.x, now.y, now.z, now.w}, both[4] = {scale.x, scale.y, scale.z, scale.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const u32 upper = __byte_perm(both[j], 0, 0x1010), lower = __byte_perm(both[j], 0, 0x3232);
-      u32 *line = &tile[j * 16 + lane / 4][warp * 8 + lane % 4];
-      line[0] = weights_of<0>(words[j], upper);
-      line[4] = weights_of<1>(words[j], upper);
-      line[8 * 68] = weights_of<2>(words[j], lower);
-      line[8 * 68 + 4] = weights_of<3>(words[j], lower);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = i * 16 + threadIdx.x / 16, column = threadIdx.x % 16;
-      weights[((long long)(block * 64 + row) * ins + group * 128) / 8 + column] = *(const uint4 *)&tile[row][column * 4];
-    }
-    __syncthreads();
   }
 }

@@ -1,7 +1,7 @@
-"""The lab's own kernels for 4-bit weights on Hopper, in CUDA (w4.cu): products of few rows, and dequantising.
+"""4-bit weights on a GPU: the GEMMs of humming-kernels, and the small-M GEMM for Hopper (w4.cu).
 
-They read codes and scales as humming-kernels lays them out, so that each number of rows can have the kernel that is
-soonest while the weights lie there once. humming's compiler builds them at first use and keeps them.
+Both read the same codes and scales, so every M can use its fastest kernel on one copy of the
+weights. humming's compiler builds and caches both.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import ctypes
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,55 +19,129 @@ from typing import Any, ClassVar
 import cuda.bindings.driver as driver
 import torch
 from humming.jit.runtime import KernelRuntime
+from humming.kernel.humming import HummingKernel
+from humming.layer import HummingLayer
+from humming.schema.autoround import AutoRoundWeightSchema
+from humming.tune import get_heuristics_config
 from torch import Tensor
 
-from colqwen_lab.runtime.linears import Unnormed
+from colqwen_lab.runtime.linears import SMALL_M, FusedLinear, gptq, is_small_m, zero_offset
 
 SOURCE = (Path(__file__).parent / "w4.cu").read_text(encoding="utf-8")
-# More take more registers for their sums than a warp has.
-MOST_ROWS = 40
+# Up to this M humming's GEMM waits for the weights; above it, tiles that M fills are worth timing.
+MEMORY_BOUND_M = 64
+MAX_TILE_M = 192
+# With more tiles than this along M, wide tiles are the fastest.
+FEW_TILES = 4
+# A larger M needs more registers for the sums than a warp has.
+MAX_SMALL_M = 40
 SHARED_BYTES = 227 * 1024
-# Blocks that a product is cut into: enough for 132 multiprocessors, few enough to be there at once.
-FEWEST_BLOCKS, MOST_BLOCKS = 64, 800
-# Steps of 16 inputs that a warp reads ahead, and the most that it is given: they are unrolled.
-AHEAD, MOST_STEPS = 4, 40
-DEQUANTISING_BLOCKS = 4096
+# Thread blocks of a small-M GEMM: enough for 132 multiprocessors, few enough to run at once.
+MIN_BLOCKS, MAX_BLOCKS = 64, 800
+# Steps of 16 inputs that a warp reads ahead, and the most steps of a warp: they are unrolled.
+READ_AHEAD, MAX_STEPS = 4, 40
 
 
-def _argument(value: Tensor | float | None) -> tuple[float, Any]:
-    if isinstance(value, float):
-        return value, ctypes.c_float
-    if isinstance(value, int):
-        return value, ctypes.c_int
-    return (0 if value is None else value.data_ptr()), ctypes.c_void_p
+class Humming(FusedLinear):
+    """W4A16, and W4A8 with FP8 or INT8 activations, compiled for this GPU at first use."""
 
+    tunable = True
 
-def _launch(func: Any, blocks: int, threads: int, shared: int, *values: Any) -> None:
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    driver.cuFuncSetAttribute(func, attribute, shared)
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes, config.hStream = shared, torch.cuda.current_stream().cuda_stream
-    given = [_argument(one) for one in values]
-    (result,) = driver.cuLaunchKernelEx(config, func, tuple(zip(*given, strict=True)), 0)
-    if result != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(
-            f"{result}: {blocks} blocks of {threads} threads, {shared} bytes of shared memory"
+    def __init__(self, linears: Sequence[Any], activations: str | None = None) -> None:
+        super().__init__(linears)
+        first = linears[0]
+        self.kernel = f"humming (W{first.bits}A{f'8 {activations}' if activations else 16})"
+        qweight, qzeros, scales = gptq(linears)
+        packing = "auto_round:auto_gptq" if zero_offset(first) else "auto_round:gptqmodel"
+        schema = AutoRoundWeightSchema(
+            bits=first.bits, group_size=first.group_size, sym=first.sym, packing_format=packing
         )
+        self.layer = HummingLayer(
+            shape_n=qweight.shape[1],
+            shape_k=first.infeatures,
+            weight_config=schema,
+            input_config={"dtype": activations} if activations else None,
+            pad_n_to_multiple=64,
+            pad_k_to_multiple=32,
+            torch_dtype=torch.bfloat16,
+        ).to(qweight.device)
+        self.layer.load_from_tensors(
+            {"qweight": qweight, "qzeros": qzeros, "scales": scales.to(torch.bfloat16)}
+        )
+        self.layer.transform()
+        # The small-M GEMM reads unsigned symmetric codes, groups of 128 and full tiles, on Hopper.
+        scheme = self.layer.humming_config
+        symmetric = str(scheme.b_dtype) == "uint4" and first.sym and first.group_size == 128
+        full = qweight.shape[1] % 128 == 0 and first.infeatures % 128 == 0
+        hopper = torch.cuda.get_device_capability(qweight.device)[0] == 9
+        self.has_small_m = symmetric and full and hopper and not activations
+        self.identity = f"{version('humming-kernels')} {scheme.to_str()} {self.has_small_m}"
+
+    def kernel_configs(self, m: int) -> list[str]:
+        scheme, device = self.layer.humming_config, torch.cuda.current_device()
+        own = get_heuristics_config(scheme, m, device=device)
+        changes = [{}, *_variations(m)]
+        configs = [json.dumps({**own, **change}, sort_keys=True) for change in changes]
+        if self.has_small_m:
+            configs += small_m_configs(self.in_features, self.out_features, m, self.gated)
+        return list(dict.fromkeys(configs))
+
+    def compiles(self, config: str) -> bool:
+        device = self.layer.weight.device
+        try:
+            with torch.cuda.device(device):
+                if is_small_m(config):
+                    small_m(config)
+                else:
+                    scheme = self.layer.humming_config.to_str()
+                    HummingKernel.prepare_kernels(scheme, None, config, device.index)
+        except Exception:  # humming raises several types
+            return False
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, config = x.contiguous(), self.configs.get(len(x), "")
+        if is_small_m(config):
+            return small_m(config)(x, self.layer.weight, self.layer.weight_scale)
+        return self.layer(x, tuning_config=config or None)
+
+
+def _variations(m: int) -> Iterator[dict[str, Any]]:
+    """Variations of humming's own config to time at M."""
+    # A forward reads each weight once; data that it reads again stays in the cache.
+    evict = {"evict_weights_first": True}
+    yield evict
+    if m <= MEMORY_BOUND_M:
+        yield evict | {"num_stages": 6}
+        yield evict | {"num_ctas_per_sm": 3}
+        height = -(-m // 16) * 16
+        yield {  # `mma` of single warps, which load for themselves
+            **{"block_shape": (height, 64, 128), "warp_shape": (height, 32, 64)},
+            **{"num_stages": 4, "num_ctas_per_sm": 2, "mma_type": "mma"},
+            **{"use_stream_k": True, "use_tma": False, "use_warp_spec": False},
+        }
+        return
+    fewest = -(-m // MAX_TILE_M)
+    for tiles in range(fewest, fewest + 3):
+        height = -(-m // tiles // 8) * 8
+        for width, blocks in ((256, 1), (128, 2))[: 2 if fewest <= FEW_TILES else 1]:
+            shapes = {"block_shape": (height, width, 64), "warp_shape": (height, 32, 64)}
+            stages = {"multi_cast_size_a": 1, "num_stages": 4, "num_ctas_per_sm": blocks}
+            yield evict | shapes | stages
 
 
 @dataclasses.dataclass(kw_only=True)
-class FewRows(KernelRuntime):
-    """x [rows, in] times weights [out, in]: [rows, out]; of `gated`, [rows, out / 2], SiLU of one half times the other.
+class SmallM(KernelRuntime):
+    """The small-M GEMM: x [M, ins] times weights [outs, ins] is [M, outs].
 
-    x may be `Unnormed`. With `added` [rows, out] and a norm's weights and eps, `(added + product, its Unnormed)`.
+    With `gated`, SiLU of one half times the other, [M, outs / 2].
 
-    A cluster of `split` blocks of `warps` warps multiplies 64 outputs (of `gated`, 64 of each half); a warp reads
-    `ahead` steps of 16 inputs ahead, and registers are shared out so that `at_once` blocks run on a multiprocessor.
+    A cluster of `split` blocks of `warps` warps computes 64 outputs (with `gated`, 64 of each
+    half). A warp reads `ahead` steps of 16 inputs ahead. Registers allow `at_once` blocks on a
+    multiprocessor. The fields stand in the order of the kernel's template parameters.
     """
 
-    name: ClassVar[str] = "few_rows"
+    name: ClassVar[str] = "small_m"
     ins: int
     outs: int
     tiles: int
@@ -79,85 +153,54 @@ class FewRows(KernelRuntime):
 
     def init_kernel(self) -> None:
         self.code = SOURCE
-        sizes = [int(getattr(self, field.name)) for field in dataclasses.fields(self)]
-        self.kernel_expr = f"few_rows<{', '.join(map(str, sizes))}>"
+        sizes = [str(int(value)) for value in dataclasses.asdict(self).values()]
+        self.kernel_expr = f"small_m<{', '.join(sizes)}>"
         self.prepare()
 
-    def __call__(
-        self,
-        x: Tensor | Unnormed,
-        codes: Tensor,
-        scales: Tensor,
-        added: tuple[Tensor, Tensor, float] | None = None,
-    ) -> Any:
-        given, squares, eps = (
-            (x.weighted, x.squares, x.eps)
-            if isinstance(x, Unnormed)
-            else (x.contiguous(), None, 0.0)
+    def __call__(self, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        m, outs = len(x), self.outs // (1 + self.gated)
+        out = x.new_empty(m, outs)
+        kernel, shared = self.load_cubin(), shared_bytes(m, **dataclasses.asdict(self))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        driver.cuFuncSetAttribute(kernel, limit, shared)
+        blocks, threads = outs // 64 * self.split, 32 * self.warps
+        stream = torch.cuda.current_stream().cuda_stream
+        values = (*(tensor.data_ptr() for tensor in (codes, scales, x, out)), m)
+        arguments = values, (*[ctypes.c_void_p] * 4, ctypes.c_int)
+        (result,) = driver.cuLaunchKernel(
+            kernel, blocks, 1, 1, threads, 1, 1, shared, stream, arguments, 0
         )
-        rows, halves = given.shape[0], 2 if self.gated else 1
-        out = given.new_empty(rows, self.outs // halves)
-        found: Unnormed | None = None
-        shared: tuple[Tensor | None, ...] = (None,) * 4
-        if added:
-            assert not self.gated
-            total, weight, next_eps = added
-            sums = given.new_empty(rows, self.outs // 64, dtype=torch.float32)
-            found = Unnormed(torch.empty_like(out), sums, next_eps)
-            shared = (total.contiguous(), weight, found.weighted, found.squares)
-        _launch(
-            self.load_cubin(),
-            self.outs // 64 // halves * self.split,
-            32 * self.warps,
-            shared_bytes(rows, **dataclasses.asdict(self)),
-            *(codes, scales, given, out, rows, squares, eps),
-            *shared,
-        )
-        return (out, found) if found else out
+        if result != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{result}: {self.kernel_expr} with {shared} bytes of shared memory")
+        return out
 
 
-@dataclasses.dataclass(kw_only=True)
-class Dequantise(KernelRuntime):
-    """Weights [out, in] of codes and scales, written into what is given."""
-
-    name: ClassVar[str] = "dequantise"
-
-    def init_kernel(self) -> None:
-        self.code, self.kernel_expr = SOURCE, "dequantise"
-        self.prepare()
-
-    def __call__(self, codes: Tensor, scales: Tensor, weights: Tensor) -> None:
-        outs, ins = weights.shape
-        blocks = min(DEQUANTISING_BLOCKS, outs // 64 * (ins // 128))
-        _launch(self.load_cubin(), blocks, 256, 0, codes, scales, weights, ins, outs)
+def small_m(config: str) -> SmallM:
+    """The kernel of a config of `small_m_configs`, compiled."""
+    return SmallM(**json.loads(config)[SMALL_M])
 
 
-def shared_bytes(rows: int, ins: int, warps: int, split: int, gated: bool, **others: Any) -> int:
-    """Shared memory of a block of `few_rows`, as the kernel lays it out."""
-    steps, halves = ins // 16 // warps // split, 2 if gated else 1
+def shared_bytes(m: int, ins: int, warps: int, split: int, gated: bool, **others: Any) -> int:
+    """Shared memory of a block of `small_m`, as the kernel lays it out."""
+    steps, halves = ins // 16 // warps // split, 1 + gated
     same = math.gcd(steps, 8)
     groups = steps // 8 if same == 8 else (steps + 7 - same) // 8 + 1
-    share = max(rows * (steps * 32 + 16), halves * rows * 68 * 4)
-    gathered = -(-rows // split) * split * halves * 256 if split > 1 else 0
-    return warps * (128 + halves * groups * 128 + -(-share // 128) * 128) + gathered + rows * 4
+    share = max(m * (steps * 32 + 16), halves * m * 68 * 4)
+    gathered = -(-m // split) * split * halves * 256 if split > 1 else 0
+    return warps * (128 + halves * groups * 128 + -(-share // 128) * 128) + gathered
 
 
-def few_rows_schedules(ins: int, outs: int, rows: int, gated: bool) -> Iterator[str]:
-    """Ways to cut a product of so many rows, each to be timed."""
-    tiles = -(-rows // 8)
+def small_m_configs(ins: int, outs: int, m: int, gated: bool) -> Iterator[str]:
+    """The small-M GEMMs of this shape, by how warps and blocks share the work."""
+    tiles = -(-m // 8)
     for warps, split in product((2, 4, 8), (1, 2, 4, 8)):
-        blocks = outs // 64 // (2 if gated else 1) * split
         steps, rest = divmod(ins // 16, warps * split)
-        cut = {"tiles": tiles, "warps": warps, "split": split, "ahead": AHEAD, "gated": gated}
+        blocks = outs // 64 // (1 + gated) * split
         at_once = (12 if gated else 16) // warps if tiles < 4 else 1
-        kernel: dict[str, Any] = {"ins": ins, "outs": outs, **cut, "at_once": at_once}
-        even = not rest and AHEAD <= steps <= MOST_STEPS and FEWEST_BLOCKS <= blocks <= MOST_BLOCKS
-        if rows <= MOST_ROWS and even and shared_bytes(rows, **kernel) <= SHARED_BYTES:
-            yield json.dumps({"few_rows": kernel})
-
-
-@cache
-def few_rows_of(schedule: str) -> FewRows | None:
-    """The kernel that a schedule names, where it is one of `few_rows_schedules`."""
-    kernel = json.loads(schedule).get("few_rows")
-    return FewRows(**kernel) if kernel else None
+        kernel: dict[str, Any] = {
+            **{"ins": ins, "outs": outs, "tiles": tiles, "warps": warps, "split": split},
+            **{"ahead": READ_AHEAD, "gated": gated, "at_once": at_once},
+        }
+        even = not rest and READ_AHEAD <= steps <= MAX_STEPS and MIN_BLOCKS <= blocks <= MAX_BLOCKS
+        if m <= MAX_SMALL_M and even and shared_bytes(m, **kernel) <= SHARED_BYTES:
+            yield json.dumps({SMALL_M: kernel})

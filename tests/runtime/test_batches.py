@@ -53,7 +53,7 @@ def test_samples_reach_the_batches(tiny: Loaded) -> None:
     assert len(make(tiny, 8, samples=800).inputs) == 100
 
 
-def test_without_a_tokenizer_lengths_are_the_report_s(tiny: Loaded) -> None:
+def test_without_a_tokenizer_lengths_equal_the_report(tiny: Loaded) -> None:
     config = ColQwen3Config.of_size("4b")
     drawn = query_batches(config, None, 100, "report", 64, CPU)
     known = make(tiny, 100)
@@ -61,7 +61,7 @@ def test_without_a_tokenizer_lengths_are_the_report_s(tiny: Loaded) -> None:
     assert drawn.workload.padded_share == known.workload.padded_share
     assert drawn.workload.texts == "drawn at the report's lengths"
     assert drawn.inputs[0]["input_ids"].max() < config.text_config.vocab_size
-    with pytest.raises(MissingRequirement, match="valid without one: report"):
+    with pytest.raises(MissingRequirement, match="valid without: report"):
         query_batches(config, None, 8, "natural", 64, CPU)
     with pytest.raises(BadInput, match="unknown texts 'x'"):
         query_batches(config, None, 8, "x", 64, CPU)
@@ -82,21 +82,21 @@ def pages_of(source: Pages, batch: int, samples: int = 0) -> Batches:
     )
 
 
-def test_every_batch_size_has_all_of_a_person_s_pages(tmp_path: Path) -> None:
+def test_every_batch_size_embeds_all_files(tmp_path: Path) -> None:
     (scans(tmp_path, 5) / "z.png").write_bytes(b"no image")
     pages = Pages(str(tmp_path), visual_tokens=64)
     for batch, count in ((1, 5), (2, 3), (4, 2)):
         made = pages_of(pages, batch)
         assert len(made.inputs) == count
         assert {len(one["input_ids"]) for one in made.inputs} == {batch}
-        assert (made.workload.distinct, made.workload.refused) == (5, 1)
+        assert (made.workload.distinct, made.workload.skipped) == (5, 1)
         shades = torch.cat([one["pixel_values"] for one in made.inputs]).unique()
         assert len(shades) == 5
         assert made.workload.index_bytes == pages_of(pages, 5).workload.index_bytes
-        assert made.said == ("z.png is left out: no image that Pillow reads",)
+        assert [line[:6] for line in made.messages] == ["z.png "]
 
 
-def test_of_many_pages_the_first_64_are_taken(tmp_path: Path) -> None:
+def test_at_most_64_pages_are_distinct(tmp_path: Path) -> None:
     Image.new("L", (64, 64)).save(
         tmp_path / "scan.tiff",
         save_all=True,
@@ -106,16 +106,16 @@ def test_of_many_pages_the_first_64_are_taken(tmp_path: Path) -> None:
     assert [pages_of(pages, batch).workload.distinct for batch in (1, 2)] == [64, 64]
 
 
-def test_drawn_pages_are_two_batches_or_as_many_as_asked_for() -> None:
+def test_synthetic_pages_fill_two_batches_or_samples() -> None:
     pages = Pages("64x64", visual_tokens=64)
     assert [pages_of(pages, batch).workload.distinct for batch in (2, 1)] == [4, 2]
     assert len(pages_of(pages, 2, samples=6).inputs) == 3
 
 
-def test_reading_and_processing_a_page_is_timed_and_drawing_is_not(
+def test_reading_and_processing_is_timed_and_drawing_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a clock that reading moves by 100 s, drawing by 1000 s, processing by 1 s, and the first page by 50 s more."""
+    """Reading takes 100 s, drawing 1000 s, processing 1 s, and the first page 50 s more."""
     now, cold = [0.0], [50.0]
 
     def slow(function: Any, seconds: float) -> Any:
@@ -131,7 +131,7 @@ def test_reading_and_processing_a_page_is_timed_and_drawing_is_not(
 
     patches = module.patches
     monkeypatch.setattr(module, "patches", first_is_cold)
-    monkeypatch.setattr(module.drawn, "page", slow(module.synthetic.page, 1000))
+    monkeypatch.setattr(module.synthetic, "page", slow(module.synthetic.page, 1000))
     monkeypatch.setattr(Image, "open", slow(Image.open, 100))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     mine, drawn = Pages(str(scans(tmp_path, 2)), 64), Pages("64x64", 64)
@@ -146,8 +146,8 @@ def test_reading_and_processing_a_page_is_timed_and_drawing_is_not(
     "size", ["1x1", "31x64", "64x31", "9999x32", "32x6401", "0x0", "10000x10000"]
 )
 def test_sizes_that_cannot_be_drawn(size: str) -> None:
-    says = f"pages of {size} pixels; valid: WIDTHxHEIGHT, each 32 to 9999, one at most 200 times the other"
-    with pytest.raises(BadInput, match=says):
+    valid = "WIDTHxHEIGHT, each 32 to 9999 pixels and one at most 200 times the other"
+    with pytest.raises(BadInput, match=f"pages must be {valid}, got {size}$"):
         Pages(size)
 
 

@@ -15,7 +15,7 @@ def steps(tiny: Loaded, protocol: str) -> Steps:
     return Steps(tiny.model, made.inputs, "eager", protocol)
 
 
-def test_batches_take_turns(tiny: Loaded) -> None:
+def test_batches_are_cycled(tiny: Loaded) -> None:
     step = steps(tiny, "lean")
     seen = []
     for _ in range(3):
@@ -23,13 +23,13 @@ def test_batches_take_turns(tiny: Loaded) -> None:
         seen.append(step.output.embeddings)
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
-    for lead_in in (True, False):
-        step(lead_in=lead_in)
+    for warm_up in (True, False):
+        step(warm_up=warm_up)
         assert torch.equal(step.output.embeddings, seen[1])
     assert not seen[0].requires_grad
 
 
-def test_lean_lets_the_last_output_go_before_the_next_step(tiny: Loaded) -> None:
+def test_lean_frees_the_last_output_before_the_next_step(tiny: Loaded) -> None:
     alive_during_step = {}
     for protocol in ("lean", "published"):
         step = steps(tiny, protocol)
