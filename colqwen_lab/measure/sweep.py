@@ -1,783 +1,628 @@
-"""The batch sweep: from variants and batch sizes to cells on disk, one row as soon as it is measured."""
+"""Sweeps: from options to cells on file, each appended as soon as it is measured.
+
+A run resumes its file: what is wanted minus what is on file is what gets measured.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from colqwen_lab.errors import BadInput, MissingRequirement, one_of, shown
-from colqwen_lab.hardware import Card
-from colqwen_lab.measure.cap import MARGIN, METHOD, VERIFIED_RUNS, largest_running
-from colqwen_lab.measure.environment import environment, gpu_state, pick_device
-from colqwen_lab.measure.interference import InterferenceMonitor, spilled
-from colqwen_lab.measure.timing import CLOCK, Samples, StoppingRule, Turn, time_interleaved
-from colqwen_lab.measure.worker import About, Failure, Remote, Setting, Worker, attempt, failure_of
-from colqwen_lab.model.checkpoint import WEIGHTS, Checkpoint
-from colqwen_lab.model.config import Variant, check_size, resolve_size, resolve_variant
-from colqwen_lab.model.inputs import TEXTS, VISUAL_TOKENS
-from colqwen_lab.model.loading import DTYPES
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
+from colqwen_lab.measure.environment import (
+    InterferenceMonitor,
+    environment,
+    gpu_state,
+    pick_device,
+    spilled,
+)
+from colqwen_lab.measure.memory import METHOD, BatchSearch
+from colqwen_lab.measure.timing import (
+    CLOCK,
+    Failure,
+    Samples,
+    StoppingRule,
+    TimedStep,
+    time_interleaved,
+)
+from colqwen_lab.measure.worker import Remote, Setup, Worker, failure_of
+from colqwen_lab.model.checkpoint import Checkpoint
+from colqwen_lab.model.config import Variant, resolve_size, resolve_variant
 from colqwen_lab.model.quantize import checkpoint_of
+from colqwen_lab.options import TEXTS, WORKLOADS, SweepOptions
 from colqwen_lab.records import (
-    GOES_ON,
     MIB,
+    RESUME,
     Backend,
     CardRun,
     Cell,
+    Configuration,
     Difference,
     Limits,
-    Memory,
-    Stages,
-    Store,
+    Quantization,
+    RecordsFile,
     Timing,
     Workload,
-    batch_sizes_of,
-    listed,
-    neighbour,
+    beside,
     rate_of,
     writing,
 )
-from colqwen_lab.runtime.batches import WORKLOADS, Batches, Pages, query_batches
-from colqwen_lab.runtime.eager import EXECUTIONS, PROTOCOLS
-from colqwen_lab.runtime.linears import EIGHT_BIT
+from colqwen_lab.runtime.batches import Pages, query_batches
 from colqwen_lab.settings import outputs_folder
 
-# The report's way with its fallback kernel, by device, and the best there is.
-REPORT_WAY = {"cuda": "eager/published/tritonv2", "cpu": "eager/published/torch"}
-BEST_WAY = "fast/lean/auto"
+Progress = Callable[[str], None]
+# Interference that another measurement may not have; an attached display stays.
+DISTURBED = re.compile(r"other process|clock was held down|host's memory is used")
+STOPPED = {"count": "step limit", "time": "time limit"}
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a model is run: execution, protocol, and the backend asked for."""
+class Interrupted(KeyboardInterrupt):
+    """A sweep that a person stopped. The message is one line."""
 
-    execution: str = "eager"
-    protocol: str = "lean"
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        one_of("execution", self.execution, EXECUTIONS)
-        one_of("protocol", self.protocol, PROTOCOLS)
-        if not isinstance(self.backend, str):
-            raise BadInput(f"backend {self.backend!r}; valid: a kernel's name, such as auto")
-        if self.execution == "fast" and PROTOCOLS[self.protocol].use_cache:
-            raise BadInput(
-                f"protocol {self.protocol!r} keeps a KV cache, which execution fast has not; valid: lean"
-            )
-        if self.backend in EIGHT_BIT and self.execution != "fast":
-            raise BadInput(
-                f"backend {self.backend!r} runs in execution fast only; valid: --execution fast"
-            )
-
-    def __str__(self) -> str:
-        return f"{self.execution}/{self.protocol}/{self.backend}"
-
-    @classmethod
-    def of(cls, text: str, device: str) -> Way:
-        """The way of `report`, `best`, or EXECUTION[/PROTOCOL[/BACKEND]]. Raises BadInput."""
-        parts = {"report": REPORT_WAY[device], "best": BEST_WAY}.get(
-            text.strip(), text.strip()
-        ).split("/")
-        if len(parts) > 3:
-            raise BadInput(
-                f"way {text!r}; valid: report, best, or EXECUTION/PROTOCOL/BACKEND such as fast/lean/auto"
-            )
-        return cls(*parts)
-
-    def of_weights(self, packed: bool) -> Way | None:
-        """This way as weights that are packed, or not, go it; None where its kernel is for the other kind."""
-        if self.backend in EIGHT_BIT:
-            return self if (self.backend == "fp8") is not packed else None
-        return self if packed else replace(self, backend="auto")
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: a notebook shows the line, not a traceback."""
+        return [str(self)]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A variant run in one way: what is timed in turn with others."""
+@dataclass
+class Draft:
+    """The fields of a cell as they are measured, and the failure that ended it."""
 
-    variant: str
-    way: Way
+    configuration: Configuration
+    fields: dict[str, Any] = field(default_factory=dict)
+    failure: Failure | None = None
 
-    @property
-    def model(self) -> tuple[str, str, str]:
-        """What tells loaded models apart: ways that differ in the protocol alone share one."""
-        return self.variant, self.way.execution, self.way.backend
-
-    def __str__(self) -> str:
-        return f"{self.variant} {self.way}"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a sweep was asked for, checked. `output` None is a file named after the variants under `outputs/`.
-
-    Each model is `isolated` in a process of its own; without that all run in this one, as a debugger wants it.
-    """
-
-    variants: tuple[Variant, ...]
-    batch_sizes: tuple[int, ...]
-    size: str = "auto"
-    workload: str = "queries"
-    texts: str = "report"
-    visual_tokens: int = VISUAL_TOKENS
-    pages: str = ""
-    samples: int = 0
-    weights: str = "auto"
-    ways: tuple[Way, ...] = (Way(),)
-    dtype: str = "bfloat16"
-    control: bool = False
-    card: Card | None = None
-    output: Path | None = None
-    fresh: bool = False
-    isolated: bool = True
-    patience: StoppingRule = field(default_factory=StoppingRule)
-
-    def __post_init__(self) -> None:
-        check_size(self.size)
-        one_of("workload", self.workload, WORKLOADS)
-        one_of("texts", self.texts, TEXTS)
-        one_of("dtype", self.dtype, DTYPES)
-        if self.workload == "pages" and any(way.execution == "fast" for way in self.ways):
-            raise BadInput("execution fast embeds queries only; valid for workload pages: eager")
-        if self.workload != "pages" and (self.pages or self.visual_tokens != VISUAL_TOKENS):
-            raise BadInput(
-                f"pages and visual_tokens are of workload pages, not {self.workload}; valid: workload pages"
-            )
-        if self.workload != "queries" and self.texts != "report":
-            raise BadInput(
-                f"texts are of workload queries, not {self.workload}; valid: workload queries"
-            )
-        if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
-            raise BadInput(
-                "weights go with a named model; a folder or a hub id as model holds its own"
-            )
-        if self.weights not in WEIGHTS and not os.path.isdir(self.weights):
-            raise BadInput(
-                f"unknown weights {self.weights!r}; valid: {', '.join(WEIGHTS)}, or a checkpoint folder"
-            )
-        if self.weights not in WEIGHTS and len(self.variants) > 1:
-            raise BadInput(
-                "a weights folder goes with one model; name folders as models instead: -m DIR1 -m DIR2"
-            )
-        names = [variant.name for variant in self.variants]
-        if not names or len(set(names)) < len(names):
-            raise BadInput(
-                f"models {', '.join(names) or 'none'}; valid: one or more different ones, such as base,awq"
-            )
+    def take(self, name: str, answer: Any) -> None:
+        """Set a field, or the failure in its place."""
+        if isinstance(answer, Failure):
+            self.failure = answer
+        else:
+            self.fields[name] = answer
 
 
-def request(
-    model: str | Sequence[str],
-    batch_sizes: str | int | Iterable[int] = "auto",
-    device: str = "",
-    **options: Any,
-) -> Request:
-    """A checked request; `model` is a variant's name, several of them, or "base,awq".
-
-    `batch_sizes` auto are those of the workload.
-
-    `options` are a Request's; instead of `ways` it takes their texts, or one `execution`, `protocol` and `backend`.
-    `device` is cuda or cpu where the sweep runs; by default this machine's.
-
-    Raises:
-        BadInput: a wrong value.
-    """
-    variants = tuple(resolve_variant(str(name).strip()) for name in listed(model))
-    one = Way(
-        **{
-            name: options.pop(name)
-            for name in ("execution", "protocol", "backend")
-            if name in options
-        }
-    )
-    named = [str(way) for way in listed(options.pop("ways", "")) if way]
-    if named and one != Way():
-        raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
-    ways = tuple(Way.of(way, device or pick_device().type) for way in named) or (one,)
-    if batch_sizes == "auto":
-        batch_sizes = WORKLOADS[
-            one_of("workload", options.get("workload", "queries"), WORKLOADS)
-        ].batch_sizes
-    return Request(
-        variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options
-    )
-
-
-class Sweep:
-    """One run of a request on a device. It leaves the mark that it ended, unless it is a `part` of more."""
+class Run:
+    """One size, workload and execution on this machine, and the workers that hold its models."""
 
     def __init__(
         self,
-        asked: Request,
-        progress: Callable[[str], None],
-        emit: Callable[[Cell], object] | None = None,
-        part: bool = False,
+        options: SweepOptions,
+        progress: Progress,
+        stopping: StoppingRule | None = None,
+        samples: int = 0,
+        isolated: bool = True,
     ) -> None:
-        self.asked, self.progress, self.emit, self.part = asked, progress, emit, part
-        self.started = time.perf_counter()
+        self.options, self.progress, self.isolated = options, progress, isolated
+        self.stopping = stopping or stopping_rule(options)
         self.device = pick_device()
-        self.size = resolve_size(asked.size, self.device.type == "cuda")
-        self.sources = {
-            variant.name: _checked(
-                variant, checkpoint_of(variant, self.size, asked.weights, self.device), asked.size
-            )
-            for variant in asked.variants
-        }
-        self.pages = Pages(asked.pages, asked.visual_tokens) if asked.workload == "pages" else None
-        self.entries = self._entries()
+        self.checkpoints = _checkpoints(options, self.device)
+        self.pages = (
+            Pages(options.pages, options.visual_tokens) if options.workload == "pages" else None
+        )
+        self.batches = (
+            partial(self.pages.batches, samples=samples)
+            if self.pages
+            else partial(query_batches, texts=options.texts, samples=samples)
+        )
+        self.card = options.memory_budget
+        # Under a card's memory the batch size is searched for; 0 stands for it.
+        batch_sizes = (0,) if self.card else options.batches
+        self.configurations = self._configurations()
+        self.wanted = [(c, batch) for batch in batch_sizes for c in self.configurations]
         self.environment = environment(self.device)
-        if (
-            not asked.isolated
-            and self.device.type == "cuda"
-            and len({entry.model for entry in self.entries}) > 1
-        ):
-            raise BadInput(
-                "one process counts the memory of one model on a GPU; valid for several models: isolated"
-            )
-        self.workers: dict[
-            Any, tuple[Any, About]
-        ] = {}  # of Worker or Remote, by what tells models apart
-        self.capped: tuple[int, int] | None = None
-        self.said: set[str] = set()
-        name = f"sweep-{'-'.join(v.name.replace('/', '-') for v in asked.variants)}-{self.size}-{asked.workload}.jsonl"
-        self.path = asked.output or outputs_folder() / name
+        models = set(map(_model, self.configurations))
+        if not isolated and self.device.type == "cuda" and len(models) > 1:
+            raise BadInput("several models on a GPU must be isolated, to count their memory apart")
+        self.workers: dict[Configuration, Remote | Worker] = {}
+        self.backends: dict[Configuration, Backend] = {}
+        self.failures: dict[Configuration, Failure] = {}  # of models that cannot be measured
+        self.capped = (0, 0)
+        self.shown: set[str] = set()
 
-    def _entries(self) -> list[Entry]:
-        """Every variant in every way that its weights can go."""
-        found: list[Entry] = []
-        for way in self.asked.ways:
-            packed = {
-                name: source.quantization is not None for name, source in self.sources.items()
-            }
-            going = [
-                Entry(name, one) for name in self.sources if (one := way.of_weights(packed[name]))
-            ]
-            if not going or (
-                way.backend not in ("auto", "torch", *EIGHT_BIT) and not any(packed.values())
+    def _configurations(self) -> list[Configuration]:
+        """Every variant in every configuration that its weights can run."""
+        packed = {name: c.quantization is not None for name, c in self.checkpoints.items()}
+        names = dict(zip(self.options.models, packed, strict=True))
+        configurations = []
+        for c in self.options.configurations(self.device.type):
+            for_packed = c.kernel != "fp8"
+            if c.kernel not in ("auto", "torch") and for_packed not in packed.values():
+                kind, others = ("packed", "auto, torch, or fp8 in execution fast")
+                if not for_packed:
+                    kind, others = ("16-bit", "auto, w4-fp8 or w4-int8")
+                raise BadInput(f"kernel {c.kernel!r} multiplies {kind} weights; use {others}")
+            name = names[c.variant]
+            if c.eight_bit and for_packed != packed[name]:
+                continue
+            kernel = c.kernel if packed[name] or c.eight_bit else "auto"
+            configurations.append(c.model_copy(update={"variant": name, "kernel": kernel}))
+        return list(dict.fromkeys(configurations))
+
+    def on_file(self, rows: Iterable[Cell]) -> dict[tuple[Configuration, int], Cell]:
+        """The wanted cells among `rows`: measured here, of the same weights and workload."""
+        plain, card, identity = self._workload(1), self.card, self.environment.identity()
+        cells = {}
+        for cell in rows:
+            work, checkpoint = cell.workload, self.checkpoints.get(cell.variant)
+            # Without a tokenizer the report's queries are random ids, and the row says so.
+            texts = work.texts if work.texts in TEXTS or not work.texts else "report"
+            if (
+                checkpoint
+                and (cell.origin, cell.environment.identity()) == ("measured", identity)
+                and (cell.size, cell.weights) == (checkpoint.size, checkpoint.label)
+                and (work.budget, work.pages, texts) == (plain.budget, plain.pages, plain.texts)
+                and (cell.card and cell.card.name) == (card and card.name)
             ):
-                kind = "packed" if not any(packed.values()) else "16-bit"
-                raise BadInput(
-                    f"backend {way.backend!r} multiplies {kind} weights; valid for 16-bit weights: auto, torch, and in "
-                    "execution fast fp8"
-                )
-            found += [entry for entry in going if entry not in found]
-        return found
+                cells[cell.configuration, 0 if card else cell.batch_size] = cell
+        return {pair: cells[pair] for pair in self.wanted if pair in cells}
 
-    def run(self) -> list[Cell]:
-        """The cells of the request, those already in the file among them, in the order asked.
+    def work(self, missing: Sequence[tuple[Configuration, int]]) -> Iterator[Iterator[Cell]]:
+        """The cells to measure, an iterator for each batch size; models are loaded before.
 
-        Raises:
-            MissingRequirement: the file cannot be written any more, or the system refuses something else outside a cell; what was
-                measured before is on file.
+        Models that do not fit together are measured alone, one after the other.
         """
-        try:
-            return self._run()
-        except OSError as error:
-            raise MissingRequirement(f"the sweep ended: {error}; {GOES_ON}") from None
-        finally:
-            self._end()
-
-    def _run(self) -> list[Cell]:
-        with Store(self.path, self._keeps, self.emit, self.progress) as store:
-            unmark(self.path)
-            if store.superseded:
-                self.progress(
-                    f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl"
-                )
-            for cell in (found := self._found(store.cells)).values():
-                self.progress(_line(cell, "kept, "))
-            todo = {
-                batch: entries
-                for batch in self.asked.batch_sizes
-                if (entries := [entry for entry in self.entries if (entry, batch) not in found])
-            }
-            if self.asked.card:
-                cells = [self._on_card(entry, self.asked.card, store) for entry in self.entries]
-            else:
-                self._measure(todo, store)
-                known = self._found(store.cells)
-                cells = [
-                    known[entry, batch]
-                    for batch in self.asked.batch_sizes
-                    for entry in self.entries
-                ]
-            fresh = [cell for cell in cells if cell.timing and cell not in found.values()]
-            spent = {
-                "wall_s": round(time.perf_counter() - self.started, 1),
-                "timed_s": round(sum(sum(cell.step_s) + sum(cell.control_s) for cell in fresh), 1),
-            }
-            self.progress(
-                f"{spent['wall_s']} s in all, {spent['timed_s']} s of them in timed steps"
-            )
-            if not self.part:
-                mark(self.path, cells, spent)
-        return cells
-
-    def _on_card(self, entry: Entry, card: Card, store: Store) -> Cell:
-        """The cell of the largest batch of a model under the cap of `card`, found by trying, and run several times."""
-        known = [cell for (one, _), cell in self._found(store.cells).items() if one == entry]
-        if known:
-            return known[0]
-        tried: dict[int, str] = {}
-        broken: list[Failure] = []
-
-        def outcome_of(batch: int) -> str:
-            outcome = self._load(entry) or self._memory(entry, batch)
-            if isinstance(outcome, Failure) and outcome.status == "failed":
-                broken.append(outcome)  # a defect, which says nothing of the memory
-            return outcome.status if isinstance(outcome, Failure) else "ok"
-
-        def runs(batch: int) -> bool:
-            tried[batch] = outcome_of(batch)
-            return tried[batch] == "ok"
-
-        lost = self._load(entry)
-        found = 0 if lost else largest_running(runs)
-        batch, verified = max(1, int(found * (1 - MARGIN))), 0
-        while found and verified < VERIFIED_RUNS:
-            verified = sum(outcome_of(batch) == "ok" for _ in range(VERIFIED_RUNS))
-            if verified == VERIFIED_RUNS or batch == 1:
-                break
-            batch = max(1, min(batch - 1, int(batch * (1 - MARGIN))))
-        lost = broken[0] if broken else lost
-        (cell,) = [self._lost_cell(entry, batch, lost)] if lost else self._cells([entry], batch)
-        assert self.capped is not None
-        cap_bytes, outside_bytes = self.capped
-        self._end()
-        run = CardRun(
-            name=card.name,
-            nominal_bytes=card.nominal_bytes,
-            cap_bytes=cap_bytes,
-            outside_bytes=outside_bytes,
-            method=METHOD,
-            tried=tried,
-            verified_runs=verified,
-        )
-        cell = cell.model_copy(update={"card": run})
-        store.add([cell])
-        return cell
-
-    def _keeps(self, cell: Cell) -> bool:
-        """Whether a row of the file stays: same weights, environment and code, and no failure to be tried again."""
-        if cell.origin != "measured" or cell.environment.identity() != self.environment.identity():
-            return False
-        source = self.sources.get(cell.variant)
-        if source is None or source.size != cell.size:
-            return True
-        asked_for = bool(self._found([cell]))
-        return source.label == cell.weights and not (
-            asked_for and (self.asked.fresh or cell.status == "failed")
-        )
-
-    def _found(self, cells: Iterable[Cell]) -> dict[tuple[Entry, int], Cell]:
-        """The cells that the request asks for."""
-        asked = self.asked
-        card = asked.card.name if asked.card else None
-        plain = self._plain_workload(1)
-        same = (plain.budget, plain.pages or plain.texts, asked.dtype, card)
-        return {
-            (entry, cell.batch_size): cell
-            for cell in cells
-            if (source := self.sources.get(cell.variant))
-            and (cell.size, cell.weights) == (source.size, source.label)
-            and (asked.card or cell.batch_size in asked.batch_sizes)
-            and _asked_for(cell) == same
-            and (entry := _entry_of(cell)) in self.entries
-        }
-
-    def _measure(self, todo: dict[int, list[Entry]], store: Store) -> None:
-        entries = [
-            entry for entry in self.entries if any(entry in wanted for wanted in todo.values())
-        ]
-        firsts = {entry.model: entry for entry in entries}
-        lost: dict[Any, Failure] = {}
-        for model, first in firsts.items():
-            failure = self._load(first)
+        for c, _ in missing if self.card else ():
+            search = BatchSearch()
+            while batch := search.next():
+                failure = self._load(c)
+                answer = failure or self.workers[_model(c)].ask("memory", batch, c.protocol, True)
+                search.note(batch, answer.status if isinstance(answer, Failure) else "ok")
+                if isinstance(answer, Failure) and (failure or answer.status == "failed"):
+                    # The model does not load, or has a defect, which says nothing about memory.
+                    self.failures[_model(c)] = answer
+                    break
+            yield self.measure([c], search.batch or 1, search)
+            self.end()
+        if self.card:
+            return
+        batches: dict[Configuration, list[int]] = {}
+        for c, batch in missing:
+            batches.setdefault(_model(c), []).append(batch)
+        for model, sizes in batches.items():
+            failure = self._load(model)
             if failure and failure.status == "oom" and self.workers:
                 self.progress(
                     f"the models do not fit together ({failure.reason}); each is timed alone"
                 )
-                for one in firsts:
-                    self._end()
-                    alone = {
-                        batch: [entry for entry in todo[batch] if entry.model == one]
-                        for batch in todo
-                    }
-                    self._measure(
-                        {batch: wanted for batch, wanted in alone.items() if wanted}, store
-                    )
+                for one in batches:
+                    self.end()
+                    yield from self.work([pair for pair in missing if _model(pair[0]) == one])
                 return
             if failure and not failure.ended:
-                lost[model] = failure
-            elif not failure:
-                batches = [
-                    batch
-                    for batch, wanted in todo.items()
-                    if any(entry.model == model for entry in wanted)
-                ]
-                compiled = attempt(lambda: self._worker(first).compile(batches), self.device)  # noqa: B023
-                if isinstance(compiled, Failure):
-                    self.progress(
-                        f"{first}: kernels compile at their first use ({compiled.reason})"
-                    )
-        for batch, wanted in todo.items():
-            store.add(
-                self._lost_cell(entry, batch, lost[entry.model])
-                for entry in wanted
-                if entry.model in lost
-            )
-            for cell in self._cells([entry for entry in wanted if entry.model not in lost], batch):
-                store.add([cell])
+                self.failures[model] = failure
+            if not failure:
+                answer = self.workers[model].ask("compile", sorted(set(sizes)))
+                if isinstance(answer, Failure):
+                    self.progress(f"{model}: kernels compile at their first use ({answer.reason})")
+        for batch in dict.fromkeys(batch for _, batch in missing):
+            yield self.measure([c for c, size in missing if size == batch], batch)
 
-    def _load(self, entry: Entry) -> Failure | None:
-        """Have the model of `entry` in a worker that lives; the failure, where it does not load."""
-        if entry.model in self.workers and self.workers[entry.model][0].alive:
+    def measure(
+        self, configurations: list[Configuration], batch: int, search: BatchSearch | None = None
+    ) -> Iterator[Cell]:
+        """The cells of one batch size: memory first, then all that fit are timed, interleaved.
+
+        A configuration that failed beside others is timed again alone, after the others' cells.
+        """
+        before = gpu_state(self.device)
+        drafts = [Draft(c, {"workload": self._workload(batch)}) for c in configurations]
+        for draft in drafts:
+            c = draft.configuration
+            answer = self._load(c) or self.workers[_model(c)].ask(
+                "memory", batch, c.protocol, len(self.workers) == 1
+            )
+            draft.take("memory", answer)
+        self._prepare([draft for draft in drafts if not draft.failure], batch)
+        ready = [draft for draft in drafts if not draft.failure]
+        steps: dict[Any, TimedStep] = {d.configuration: self._step(d) for d in ready}
+        first = next(iter(self.checkpoints))
+        if self.options.control:
+            # The first model once more: an A/A control, which must come out as the same.
+            controls = [d for d in ready if d.configuration.variant == first]
+            steps |= {
+                ("control", d.configuration): self._step(d, control=True)
+                for d in controls
+                if not d.configuration.eight_bit
+            }
+        pids = [worker.pid for worker in self.workers.values()]
+        monitor = InterferenceMonitor(self.device, pids)
+        samples = time_interleaved(steps, self.stopping)
+        state = before and {"before": before, "after": gpu_state(self.device) or {}}
+        shared = {"gpu_state": state, "card": search and self._card_run(search)}
+        interference = monitor.lines(state)
+        self._complete(ready, samples)
+        alone = [d for d in ready if d.failure and not d.failure.ended and len(samples) > 1]
+        for draft in [*(d for d in drafts if d not in alone), *alone]:
+            if draft in alone:  # the others may have taken the memory, or its process
+                draft.failure = self._load(draft.configuration)
+                self._prepare([draft] if not draft.failure else [], batch)
+                if not draft.failure:
+                    samples = time_interleaved(
+                        {draft.configuration: self._step(draft)}, self.stopping
+                    )
+                    self._complete([draft], samples)
+            cell = self._cell(draft, interference, shared)
+            yield cell
+        for draft in drafts:
+            if draft.failure and draft.failure.status == "failed" and self.isolated:
+                self.end(
+                    _model(draft.configuration)
+                )  # a crashed CUDA context fails all that follows
+
+    def end(self, model: Configuration | None = None) -> None:
+        """End the worker of `model`, or all."""
+        for one in [model] if model else list(self.workers):
+            if worker := self.workers.pop(one, None):
+                worker.end()
+
+    # ------------------------------------------------------------ parts
+
+    def _load(self, c: Configuration) -> Failure | None:
+        """Load the model of `c` into a worker, unless it is there; the failure if it does not load."""
+        model, options = _model(c), self.options
+        if model in self.failures:
+            return self.failures[model]
+        if model in self.workers and self.workers[model].alive:
             return None
-        self._end(entry.model)
-        way, asked = entry.way, self.asked
-        setting = Setting(
-            self.sources[entry.variant],
-            self.device,
-            way.execution,
-            way.backend,
-            asked.dtype,
-            self._batches(),
-        )
-        worker: Any = attempt(lambda: (Remote if asked.isolated else Worker)(setting), self.device)
-        if isinstance(worker, Failure):
-            return worker
+        self.end(model)
+        checkpoint = self.checkpoints[c.variant]
+        setup = Setup(checkpoint, self.device, c.execution, c.kernel, options.dtype, self.batches)
         try:
-            self.capped = worker.cap(asked.card) if asked.card else None
-            about = attempt(worker.load, self.device)
+            worker = (Remote if self.isolated else Worker)(setup)
+        except OSError as error:  # the system starts no more processes
+            return failure_of(error)
+        try:
+            if self.card:
+                self.capped = worker.ask("cap", self.card)
+            answer = worker.ask("load")
         except BaseException:
             worker.end()
             raise
-        if isinstance(about, Failure):
+        if isinstance(answer, Failure):
             worker.end()
-            return about
-        self.workers[entry.model] = (worker, about)
-        kernels = ", ".join(f"{kernel} x {count}" for kernel, count in about.engaged.items())
-        unused = f"; left out, never called: {', '.join(about.left_out)}" if about.left_out else ""
-        self.progress(
-            f"{entry}: {about.weights}; {about.dtype}; text linears on {kernels}; {self.environment.device}{unused}"
-        )
+            return answer
+        self.workers[model] = worker
+        weights, unused, backend = answer
+        self.backends[model] = backend
+        kernels = ", ".join(f"{kernel} x {count}" for kernel, count in backend.engaged.items())
+        line = f"{c}: {weights}; {backend.dtype}; text linears on {kernels}"
+        tensors = f"; unused tensors: {', '.join(unused)}" if unused else ""
+        self.progress(f"{line}; {self.environment.device}{tensors}")
         return None
 
-    def _end(self, model: Any = None) -> None:
-        """End the worker of `model`, or all."""
-        for one in [model] if model else list(self.workers):
-            if one in self.workers:
-                self.workers.pop(one)[0].end()
-
-    def _worker(self, entry: Entry) -> Any:
-        return self.workers[entry.model][0]
-
-    def _lost_cell(self, entry: Entry, batch: int, outcome: Failure) -> Cell:
-        """The row of a model that does not load."""
-        cell = self._cell(entry, self._plain_workload(batch), outcome, None, [], None, [])
-        self.progress(_line(cell))
-        return cell
-
-    def _batches(self) -> Callable[..., Batches]:
-        """What makes the batches of a size in a worker."""
-        if self.pages:
-            return partial(self.pages.batches, samples=self.asked.samples)
-        return partial(query_batches, texts=self.asked.texts, samples=self.asked.samples)
-
-    def _memory(self, entry: Entry, batch: int) -> Memory | Failure:
-        alone = len(self.workers) == 1
-        return attempt(
-            lambda: self._worker(entry).memory(batch, entry.way.protocol, alone), self.device
-        )
-
-    def _prepare(self, entries: list[Entry], batch: int) -> dict[Entry, Workload | Failure]:
-        """Have each worker make its batches, and the steps of its entries and of their controls."""
-        made: dict[Entry, Workload | Failure] = {}
-        for model in dict.fromkeys(entry.model for entry in entries):
-            of_it = [entry for entry in entries if entry.model == model]
-            wanted = [(entry.way.protocol, control) for entry in of_it for control in (False, True)]
-            found = attempt(lambda: self._worker(of_it[0]).prepare(batch, wanted), self.device)  # noqa: B023
-            if not isinstance(found, Failure):
-                found, said = found
-                for line in (line for line in said if line not in self.said):
+    def _prepare(self, drafts: list[Draft], batch: int) -> None:
+        """Make the batches and the steps of `drafts` in their workers."""
+        for model in dict.fromkeys(_model(draft.configuration) for draft in drafts):
+            own = [draft for draft in drafts if _model(draft.configuration) == model]
+            wanted = [(d.configuration.protocol, control) for d in own for control in (False, True)]
+            answer = self.workers[model].ask("prepare", batch, wanted)
+            workload, messages = (answer, ()) if isinstance(answer, Failure) else answer
+            for draft in own:
+                draft.take("workload", workload)
+            for line in messages:
+                if line not in self.shown:
                     self.progress(line)
-                self.said |= set(said)
-            made |= dict.fromkeys(of_it, found)
-        return made
+            self.shown |= set(messages)
 
-    def _turn(self, entry: Entry, control: bool = False) -> Turn:
-        return partial(self._worker(entry).turn, entry.way.protocol, control)
+    def _step(self, draft: Draft, control: bool = False) -> TimedStep:
+        c = draft.configuration
+        return partial(self.workers[_model(c)].ask, "step", c.protocol, control)
 
-    def _cells(self, entries: list[Entry], batch: int) -> Iterator[Cell]:
-        """The row of each model at this batch size: memory first, then all that fit timed in turn.
+    def _complete(self, drafts: list[Draft], samples: dict[Any, Samples]) -> None:
+        """Add to `drafts` the times and what is measured in passes of their own on the same batches."""
+        for draft in drafts:
+            draft.fields["step_s"] = samples[draft.configuration].step_s
+            draft.failure = samples[draft.configuration].failure
+        timed = [draft for draft in drafts if not draft.failure]
+        for draft in timed:
+            c, own = draft.configuration, samples[draft.configuration]
+            ask = self.workers[_model(c)].ask
+            others = [d.configuration for d in timed if d is not draft]
+            draft.fields |= {
+                "items_per_s": rate_of(own.step_s, draft.fields["workload"].batch_size),
+                "timing": Timing(
+                    warmup_steps=len(own.warmup_s),
+                    steady=own.steady,
+                    stopped=own.stopped,
+                    interleaved_with=list(dict.fromkeys(other.variant for other in others)),
+                    interleaved_configurations=list(map(str, others)),
+                    clock=CLOCK,
+                ),
+                "difference": self._difference(c, others),
+            }
+            if control := samples.get(("control", c)):
+                draft.fields["control_s"] = control.step_s
+            answers = {"backend": ask("backend")}
+            if self.pages:
+                answers["stages"] = ask("stages", c.protocol)
+            draft.fields |= {k: v for k, v in answers.items() if not isinstance(v, Failure)}
+        for worker in self.workers.values():
+            worker.ask("rest")
 
-        Those that come once more, alone, come last: the others are on file by then.
-        """
-        before = gpu_state(self.device)
-        memories = {entry: self._load(entry) or self._memory(entry, batch) for entry in entries}
-        prepared = self._prepare(
-            [e for e, memory in memories.items() if isinstance(memory, Memory)], batch
-        )
-        memories |= {entry: made for entry, made in prepared.items() if isinstance(made, Failure)}
-        workloads = {entry: made for entry, made in prepared.items() if isinstance(made, Workload)}
-        turns: dict[Any, Turn] = {entry: self._turn(entry) for entry in workloads}
-        # The first model of each way a second time: an A/A control, which must come out as the same.
-        first = next(iter(self.sources))
-        twice = [
-            entry
-            for entry in workloads
-            if entry.variant == first and entry.way.backend not in EIGHT_BIT
-        ]
-        turns |= {
-            ("control", entry): self._turn(entry, control=True)
-            for entry in twice
-            if self.asked.control
-        }
-        noticing = InterferenceMonitor(
-            self.device, (worker.pid for worker, _ in self.workers.values())
-        )
-        samples = time_interleaved(turns, self.asked.patience)
-        states = (
-            None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
-        )
-        notes = noticing.notes(states)
-        in_turn = [entry for entry in workloads if samples[entry].error is None]
-        more = {entry: self._more(entry, in_turn) for entry in in_turn}
-        self._rest()
-        # It may be the others that took the room, or its process.
-        lost = {entry: error for entry in workloads if (error := samples[entry].error)}
-        again = [
-            entry
-            for entry, error in lost.items()
-            if len(samples) > 1 and not failure_of(error).ended
-        ]
-        failed = []
-        for entry in [*(entry for entry in entries if entry not in again), *again]:
-            if entry in again:
-                if not self._load(entry) and isinstance(
-                    self._prepare([entry], batch)[entry], Workload
-                ):
-                    samples |= time_interleaved({entry: self._turn(entry)}, self.asked.patience)
-                    more[entry] = self._more(entry, [entry])
-                self._rest()
-            workload = workloads.get(entry, self._plain_workload(batch))
-            control = samples.get(("control", entry))
-            cell = self._cell(
-                entry, workload, memories[entry], samples.get(entry), in_turn, states, notes
-            )
-            if cell.status == "ok":
-                cell = cell.model_copy(
-                    update={"control_s": control.step_s if control else [], **more[entry]}
-                )
-            elif cell.status == "failed" and self.asked.isolated:
-                failed.append(entry.model)
-            self.progress(_line(cell))
-            yield cell
-        for model in failed:
-            self._end(model)  # a CUDA context that crashed fails whatever comes after
-
-    def _rest(self) -> None:
-        for worker, _ in self.workers.values():
-            attempt(worker.rest, self.device)
-
-    def _more(self, entry: Entry, among: list[Entry]) -> dict[str, Any]:
-        """What a cell says beside its times, measured in passes of their own on the same batches."""
-        more: dict[str, Any] = {"difference": self._difference(entry, among)}
-        if self.pages:
-            towers = attempt(lambda: self._worker(entry).towers(entry.way.protocol), self.device)
-            more["stages"] = towers if isinstance(towers, Stages) else None
-        return more
-
-    def _difference(self, entry: Entry, among: list[Entry]) -> Difference | None:
-        """How far the token embeddings of 8-bit activations are from those of the same variant's 16-bit ones."""
-        parents = [
-            one
-            for one in among
-            if one.variant == entry.variant and one.way.backend not in EIGHT_BIT
-        ]
-        if entry.way.backend not in EIGHT_BIT or not parents:
+    def _difference(self, c: Configuration, others: list[Configuration]) -> Difference | None:
+        """How far the token embeddings of 8-bit activations are from the same weights' 16-bit ones."""
+        parents = [one for one in others if one.variant == c.variant and not one.eight_bit]
+        if not c.eight_bit or not parents:
             return None
         both = [
-            attempt(lambda one=one: self._worker(one).embeddings(one.way.protocol), self.device)  # type: ignore[misc]
-            for one in (entry, parents[-1])
+            self.workers[_model(one)].ask("embeddings", one.protocol) for one in (c, parents[-1])
         ]
         if any(isinstance(one, Failure) for one in both):
             return None
-        own, theirs = map(torch.from_numpy, both)
-        cosine = torch.nn.functional.cosine_similarity(own, theirs, dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(*map(torch.from_numpy, both), dim=-1)
         return Difference(
             against=str(parents[-1]),
             cosine_mean=cosine.mean().item(),
             cosine_min=cosine.min().item(),
         )
 
-    def _plain_workload(self, batch: int) -> Workload:
-        if self.pages:
-            label, budget = self.pages.label, self.pages.visual_tokens
-            return Workload(kind="pages", batch_size=batch, pages=label, visual_tokens=budget)
-        return Workload(kind="queries", batch_size=batch, texts=self.asked.texts)
+    def _workload(self, batch: int) -> Workload:
+        if not self.pages:
+            return Workload(kind="queries", batch_size=batch, texts=self.options.texts)
+        label, budget = self.pages.label, self.pages.visual_tokens
+        return Workload(kind="pages", batch_size=batch, pages=label, visual_tokens=budget)
+
+    def _card_run(self, search: BatchSearch) -> CardRun:
+        assert self.card is not None
+        cap_bytes, outside_bytes = self.capped
+        return CardRun(
+            name=self.card.name,
+            nominal_bytes=self.card.nominal_bytes,
+            cap_bytes=cap_bytes,
+            outside_bytes=outside_bytes,
+            method=METHOD,
+            tried=search.tried,
+            verified_runs=sum(search.runs),
+        )
 
     @cached_property
-    def limits(self) -> Limits | None:
-        if self.asked.card or self.device.type != "cuda":
+    def _limits(self) -> Limits | None:
+        """What the GPU reaches in this run; not under a card's memory."""
+        if self.card or self.device.type != "cuda":
             return None
-        found = [
-            attempt(worker.limits, self.device) for worker, _ in list(self.workers.values())[:1]
-        ]
-        self._rest()
-        return next((one for one in found if isinstance(one, Limits)), None)
+        answers = [worker.ask("limits") for worker in list(self.workers.values())[:1]]
+        for worker in self.workers.values():
+            worker.ask("rest")
+        return next((answer for answer in answers if isinstance(answer, Limits)), None)
 
-    def _cell(
-        self,
-        entry: Entry,
-        workload: Workload,
-        memory: Memory | Failure,
-        samples: Samples | None,
-        in_turn: list[Entry],
-        states: dict[str, dict[str, Any]] | None,
-        notes: list[str],
-    ) -> Cell:
-        outcome = memory if isinstance(memory, Failure) else None
-        if samples is not None and samples.error is not None:
-            outcome = failure_of(samples.error)
-        timed = samples if outcome is None else None
-        others = [other for other in in_turn if other != entry and entry in in_turn]
-        worker, loaded = self.workers.get(entry.model, (None, None))
-        chosen = attempt(worker.chosen, self.device) if worker and timed else None
-        engaged, schedules = (
-            chosen if isinstance(chosen, tuple) else (loaded.engaged if loaded else {}, {})
-        )
-        found = memory if isinstance(memory, Memory) else None
+    def _cell(self, draft: Draft, interference: list[str], shared: dict[str, Any]) -> Cell:
+        c, failure = draft.configuration, draft.failure
+        checkpoint = self.checkpoints[c.variant]
+        requested = Backend(requested=c.kernel, requested_dtype=c.dtype)
+        fields = {"backend": self.backends.get(_model(c), requested)} | draft.fields
+        swapped = spilled(fields.get("memory"), self.environment.gpu_memory_bytes)
         return Cell(
             origin="measured",
-            variant=entry.variant,
-            size=self.sources[entry.variant].size,
-            weights=self.sources[entry.variant].label,
-            workload=workload,
-            execution=entry.way.execution,
-            protocol=entry.way.protocol,
-            backend=Backend(
-                requested=entry.way.backend,
-                engaged=engaged,
-                dtype=loaded.dtype if loaded else None,
-                requested_dtype=self.asked.dtype,
-                kept_16bit=loaded.kept_16bit if loaded else {},
-                kernel_configs=schedules,
-            ),
-            status=outcome.status if outcome else "ok",  # type: ignore[arg-type]
-            reason=outcome.reason if outcome else None,
-            step_s=samples.step_s if samples else [],
-            items_per_s=rate_of(timed.step_s, workload.batch_size) if timed else None,
-            memory=found,
-            limits=self.limits,
-            timing=Timing(
-                warmup_steps=timed.warmup_steps,
-                steady=timed.steady,
-                stopped=timed.stopped,
-                interleaved_with=list(dict.fromkeys(other.variant for other in others)),
-                interleaved_configurations=[str(other) for other in others],
-                clock=CLOCK,
-            )
-            if timed
-            else None,
-            gpu_state=states,
-            interference=[*notes, *spilled(found, self.environment.gpu_memory_bytes)],
+            variant=c.variant,
+            size=checkpoint.size,
+            weights=checkpoint.label,
+            quantization=_quantization(checkpoint.quantization),
+            execution=c.execution,
+            protocol=c.protocol,
+            status=failure.status if failure else "ok",  # type: ignore[arg-type]
+            reason=failure.reason if failure else None,
+            limits=self._limits,
+            interference=[*interference, *swapped],
             environment=self.environment,
+            **shared,
+            **fields,
         )
 
 
-def _checked(variant: Variant, source: Checkpoint, asked_size: str) -> Checkpoint:
-    """`source`, if it is what the variant and the size say."""
-    if (
-        variant.folder is None
-        and "/" not in variant.name
-        and bool(variant.scheme) != bool(source.quantization)
-    ):
-        found = "quantised" if source.quantization else "16-bit"
+def _model(c: Configuration) -> Configuration:
+    """What identifies a loaded model: configurations that differ in the protocol alone share it."""
+    return c.model_copy(update={"protocol": "lean"})
+
+
+def _checkpoints(options: SweepOptions, device: torch.device) -> dict[str, Checkpoint]:
+    """The checkpoint of each variant by name, in the order of the models."""
+    variants = [resolve_variant(name) for name in options.models]
+    if len({variant.name for variant in variants}) < len(variants):
+        raise BadInput(f"model must be one or more different models, got {options.model!r}")
+    if options.weights != "auto" and any(v.folder or "any" in v.hub for v in variants):
+        raise BadInput("weights go with a named model; a folder or a hub id holds its own")
+    size = resolve_size(options.size, device.type == "cuda")
+    return {
+        variant.name: _checked(
+            variant, checkpoint_of(variant, size, options.weights, device), options.size
+        )
+        for variant in variants
+    }
+
+
+def _checked(variant: Variant, checkpoint: Checkpoint, size: str) -> Checkpoint:
+    """`checkpoint`, if it is what the variant and the size say."""
+    named = variant.folder is None and "/" not in variant.name
+    if named and bool(variant.scheme) != bool(checkpoint.quantization):
+        kind = "quantised" if checkpoint.quantization else "16-bit"
         raise MissingRequirement(
-            f"{source.label} holds {found} weights, which is not {variant.name}; name it as a model instead"
+            f"{checkpoint.label} holds {kind} weights, which is not {variant.name}; "
+            "name it as a model instead"
         )
-    if asked_size != "auto" and source.size != asked_size:
+    if size not in ("auto", checkpoint.size):
         raise BadInput(
-            f"{source.label} is of size {source.size}, not {asked_size}; valid: auto, or that size"
+            f"{checkpoint.label} is of size {checkpoint.size}, not {size}; use auto or that size"
         )
-    return source
+    return checkpoint
 
 
-def _asked_for(cell: Cell) -> tuple[str | None, ...]:
-    work = cell.workload
-    texts = "report" if work.texts and work.texts.startswith("drawn") else work.texts
-    return (
-        work.budget,
-        work.pages or texts,
-        cell.backend.requested_dtype,
-        cell.card.name if cell.card else None,
-    )
-
-
-def _entry_of(cell: Cell) -> Entry | None:
+def _quantization(config: dict[str, Any] | None) -> Quantization | None:
+    """Bits, group size and symmetry from a checkpoint's quantization_config."""
+    if config is None:
+        return None
+    # AutoAWQ says zero_point instead of sym.
+    sym = config.get("sym", not config.get("zero_point", False))
     try:
-        return Entry(cell.variant, Way(cell.execution, cell.protocol, cell.backend.requested))
-    except BadInput:
+        return Quantization(bits=config["bits"], group_size=config["group_size"], sym=sym)
+    except (KeyError, ValueError):
         return None
 
 
-def _line(cell: Cell, prefix: str = "") -> str:
-    """One line of progress, readable in a headless log."""
-    way = f"{cell.execution}/{cell.protocol}/{cell.backend.requested}"
-    head = f"{prefix}{cell.variant} {way} batch {cell.batch_size}: "
-    if cell.items_per_s is None or cell.memory is None or cell.timing is None:
-        return f"{head}{cell.status}: {cell.reason}"
-    steps = "; ".join([f"{len(cell.step_s)} steps, {cell.timing.stopped}", *cell.interference])
-    return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
-
-
-def mark(records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
-    """The mark of a sweep that ended: its counts and its file, written last and whole."""
-    counts = {
-        status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")
-    }
-    text = json.dumps(
-        {"complete": True, "records": records.name, "cells": len(cells), **counts, **spent},
-        indent=1,
+def stopping_rule(options: SweepOptions) -> StoppingRule:
+    """The stopping rule of `options`, for one workload."""
+    steps = options.min_steps or WORKLOADS[options.workload].min_steps
+    return StoppingRule(
+        min_steps=steps,
+        max_steps=max(StoppingRule.max_steps, steps),
+        min_s=min(StoppingRule.min_s, options.max_s),
+        max_s=options.max_s,
     )
-    path = neighbour(records, "result.json")
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+
+
+def to_keep(rows: Iterable[Cell]) -> list[Cell]:
+    """The rows without those to measure again on resume: failed, or disturbed."""
+    return [
+        cell
+        for cell in rows
+        if cell.status != "failed" and not any(map(DISTURBED.search, cell.interference))
+    ]
+
+
+def line_of(cell: Cell, prefix: str = "") -> str:
+    """One line of progress, readable in a headless log."""
+    head = f"{prefix}{cell.configuration} batch {cell.batch_size}"
+    if cell.items_per_s is None or cell.memory is None or cell.timing is None:
+        return f"{head}: {'out of memory' if cell.status == 'oom' else cell.status}: {cell.reason}"
+    stopped = STOPPED.get(cell.timing.stopped, cell.timing.stopped)
+    rate = f"{cell.items_per_s.median:,.1f} {cell.workload.kind}/s"
+    facts = "; ".join([f"{len(cell.step_s)} steps, {stopped}", *cell.interference])
+    return f"{head}: {rate}, peak {cell.memory.peak_bytes / MIB:,.0f} MiB ({facts})"
+
+
+def title(part: SweepOptions) -> str:
+    """Size, workload and configurations of one sweep of a matrix."""
+    label = part.configuration or f"{part.execution}/{part.protocol}/{part.kernel}"
+    return f"{part.size} {part.workload} {label}"
+
+
+def path_of(options: SweepOptions, kind: str, sizes: Iterable[str]) -> Path:
+    """The records file: the `output`, or one under `outputs/` that names models, sizes, workloads."""
+    if options.output:
+        return Path(options.output)
+    models = (resolve_variant(name).name.replace("/", "-") for name in options.models)
+    parts = [kind, *models, *dict.fromkeys(sizes), *options.workload.split(",")]
+    return outputs_folder() / f"{'-'.join(parts)}.jsonl"
 
 
 def unmark(records: Path) -> None:
+    """Remove the mark of an earlier sweep that ended."""
     with writing(records), suppress(FileNotFoundError, NotADirectoryError):
-        neighbour(records, "result.json").unlink()
+        beside(records, "result.json").unlink()
+
+
+def finish(
+    path: Path, cells: list[Cell], errors: dict[str, LabError], parts: int, spent: dict[str, float]
+) -> list[Cell]:
+    """`cells`, after the mark of a sweep that ended is written beside the records.
+
+    Raises:
+        LabError: the only sweep has failed.
+        MissingRequirement: some sweeps of a matrix have failed.
+    """
+    if errors and parts == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        raise MissingRequirement(
+            f"{len(errors)} of {parts} sweeps failed, the rows of the others are on file: {reasons}"
+        )
+    counts = {s: sum(cell.status == s for cell in cells) for s in ("ok", "oom", "failed")}
+    result = {"complete": True, "records": path.name, "cells": len(cells), **counts, **spent}
+    mark = beside(path, "result.json")
+    temporary = mark.with_name(mark.name + ".tmp")
+    with writing(mark):
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(mark)
+    return cells
+
+
+def spent(start: float, cells: Iterable[Cell]) -> dict[str, float]:
+    """Seconds since `start`, and seconds in the timed steps of `cells`."""
+    timed_s = sum(sum(cell.step_s) + sum(cell.control_s) for cell in cells)
+    return {"wall_s": round(time.perf_counter() - start, 1), "timed_s": round(timed_s, 1)}
 
 
 def to_stderr(line: str) -> None:
+    """Print a line of progress on stderr."""
     print(shown(line), file=sys.stderr, flush=True)
 
 
 def sweep(
-    asked: Request,
-    progress: Callable[[str], None] = to_stderr,
-    emit: Callable[[Cell], object] | None = None,
-    part: bool = False,
+    options: SweepOptions,
+    progress: Progress = to_stderr,
+    *,
+    stopping: StoppingRule | None = None,
+    samples: int = 0,
+    isolated: bool = True,
 ) -> list[Cell]:
-    """The cells of `asked`, measured on this machine's device; those in its file already are kept.
+    """The cells of `options`, measured on this machine's device; what is on file already is kept.
 
-    `emit` is called with each new cell as soon as it is on file. A `part` of more leaves the mark to who runs them all.
+    The sizes, workloads and executions of a matrix run one after the other; one that cannot run
+    leaves the others. Models are `isolated` in processes of their own, or run in this one, for a
+    debugger. `samples` is the fewest items of a cell; 0 is the workload's default.
 
     Raises:
         BadInput: a wrong value, or a file that cannot be written.
-        MissingRequirement: no weights, or no kernel for them.
+        MissingRequirement: no weights or no kernel here, or a full disk; measured rows are on file.
+        Interrupted: a person stopped it; measured rows are on file.
     """
-    return Sweep(asked, progress, emit, part).run()
+    start, has_gpu = time.perf_counter(), pick_device().type == "cuda"
+    parts = list(dict.fromkeys(options.matrix()))
+    path = path_of(options, "sweep", (resolve_size(part.size, has_gpu) for part in parts))
+    runs: dict[str, Run] = {}
+    errors: dict[str, LabError] = {}
+    kept: dict[str, int] = {}
+    new: list[Cell] = []
+    results: list[Cell] = []
+
+    @contextmanager
+    def errors_of(name: str) -> Iterator[None]:
+        try:
+            yield
+        except LabError as error:
+            errors[name] = error
+
+    try:
+        for part in parts:
+            with errors_of(title(part)):
+                runs[title(part)] = Run(part, progress, stopping, samples, isolated)
+        if not runs:
+            return finish(path, [], errors, len(parts), {})
+        with RecordsFile(path, Cell, progress=progress) as file:
+            unmark(path)
+            for name, run in runs.items():
+                on_file = {} if options.fresh else run.on_file(to_keep(file.rows))
+                kept[name] = len(on_file)
+                for cell in on_file.values():
+                    progress(line_of(cell, "on file: "))
+                with errors_of(name):
+                    for cells in run.work([pair for pair in run.wanted if pair not in on_file]):
+                        for cell in cells:
+                            file.append([cell])
+                            new.append(cell)
+                            progress(line_of(cell))
+                run.end()
+                results += run.on_file(file.rows).values()
+            times = spent(start, new)
+            progress(f"took {times['wall_s']} s, of which {times['timed_s']} s in timed steps")
+            return finish(path, results, errors, len(parts), times)
+    except OSError as error:
+        raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None
+    except KeyboardInterrupt:
+        wanted = sum(len(run.wanted) for run in runs.values())
+        done = sum(kept.values()) + len(new)
+        raise Interrupted(
+            f"stopped; {done} of {wanted} cells on file, run again to resume"
+        ) from None
+    finally:
+        for run in runs.values():
+            run.end()
