@@ -213,16 +213,16 @@ def _measure(
     lines: list[str] = []
     run, new = Run(options, lines.append, stopping), []
     try:
-        on_file = run.on_file(known)
-        lines += [line_of(cell, "on file: ") for cell in on_file.values()]
-        for cells in run.work([pair for pair in run.wanted if pair not in on_file]):
+        kept = run.on_file(known)
+        lines += [line_of(cell, "on file: ") for cell in kept]
+        for cells in run.work(kept):
             for cell in cells:
                 yield from lines
                 lines.clear()
                 new.append(cell)
                 yield cell
         yield from lines
-        yield list(run.on_file([*known, *new]).values())
+        yield run.on_file([*known, *new])
     finally:
         run.end()
 

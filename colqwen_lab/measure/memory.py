@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -116,38 +116,21 @@ def set_cap(card: Card, device: torch.device) -> tuple[int, int]:
     return cap, outside
 
 
-class BatchSearch:
-    """Finds the largest batch size that runs: `next` says what to try, `note` takes the outcome.
+def batch_search(outcomes: list[tuple[int, str]], limit: int = MAX_BATCH) -> Iterator[int]:
+    """Batch sizes to try in search of the largest that runs; the last one is it.
 
-    The search doubles to the first failure and bisects to half the margin. Then the batch size a
-    margin below the edge must run three times, else it steps down by the margin.
+    The caller appends (batch size, "ok" or another outcome) to `outcomes` after each. The search
+    doubles to the first failure and bisects to half the margin. Then the batch size a margin below
+    the edge must run three times, else it steps down by the margin.
     """
-
-    def __init__(self, limit: int = MAX_BATCH) -> None:
-        self.limit = limit
-        self.tried: dict[int, str] = {}
-        self.batch: int | None = None  # known when the edge is
-        self.runs: list[bool] = []
-
-    def next(self) -> int | None:
-        """The batch size to try; None when `batch` is found, or not even one item runs."""
-        if self.batch is None:
-            ok = [batch for batch, outcome in self.tried.items() if outcome == "ok"]
-            works = max(ok, default=0)
-            fails = min(self.tried.keys() - set(ok), default=self.limit + 1)
-            if works < self.limit and fails - works > max(1, MARGIN / 2 * works):
-                doubled = min(2 * works or 1, self.limit)
-                return doubled if fails > self.limit else (works + fails) // 2
-            self.batch = max(1, int(works * (1 - MARGIN)))
-            return self.batch if works else None
-        if len(self.runs) == VERIFIED_RUNS and not all(self.runs) and self.batch > 1:
-            self.batch = max(1, min(self.batch - 1, int(self.batch * (1 - MARGIN))))
-            self.runs = []
-        return self.batch if len(self.runs) < VERIFIED_RUNS else None
-
-    def note(self, batch: int, outcome: str) -> None:
-        """Take the outcome of trying `batch`, such as "ok" or "oom"."""
-        if self.batch is None:
-            self.tried[batch] = outcome
-        else:
-            self.runs.append(outcome == "ok")
+    works, fails = 0, limit + 1
+    while works < limit and fails - works > max(1, MARGIN / 2 * works):
+        batch = min(2 * works or 1, limit) if fails > limit else (works + fails) // 2
+        yield batch
+        works, fails = (batch, fails) if outcomes[-1][1] == "ok" else (works, batch)
+    batch = max(1, int(works * (1 - MARGIN)))
+    while works:
+        yield from [batch] * VERIFIED_RUNS
+        if batch == 1 or all(outcome == "ok" for _, outcome in outcomes[-VERIFIED_RUNS:]):
+            break
+        batch = max(1, min(batch - 1, int(batch * (1 - MARGIN))))

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from colqwen_lab.measure.environment import (
     pick_device,
     spilled,
 )
-from colqwen_lab.measure.memory import METHOD, BatchSearch
+from colqwen_lab.measure.memory import METHOD, VERIFIED_RUNS, batch_search
 from colqwen_lab.measure.timing import (
     CLOCK,
     Failure,
@@ -35,7 +34,7 @@ from colqwen_lab.measure.timing import (
     TimedStep,
     time_interleaved,
 )
-from colqwen_lab.measure.worker import Remote, Setup, Worker, failure_of
+from colqwen_lab.measure.worker import Remote, Worker, failure_of
 from colqwen_lab.model.checkpoint import Checkpoint
 from colqwen_lab.model.config import Variant, resolve_size, resolve_variant
 from colqwen_lab.model.quantize import checkpoint_of
@@ -51,13 +50,14 @@ from colqwen_lab.records import (
     Limits,
     Quantization,
     RecordsFile,
+    Stages,
     Timing,
     Workload,
     beside,
     rate_of,
     writing,
 )
-from colqwen_lab.runtime.batches import Pages, query_batches
+from colqwen_lab.runtime.batches import Batches, Pages, query_batches
 from colqwen_lab.settings import outputs_folder
 
 Progress = Callable[[str], None]
@@ -74,24 +74,12 @@ class Interrupted(KeyboardInterrupt):
         return [str(self)]
 
 
-@dataclass
-class Draft:
-    """The fields of a cell as they are measured, and the failure that ended it."""
-
-    configuration: Configuration
-    fields: dict[str, Any] = field(default_factory=dict)
-    failure: Failure | None = None
-
-    def take(self, name: str, answer: Any) -> None:
-        """Set a field, or the failure in its place."""
-        if isinstance(answer, Failure):
-            self.failure = answer
-        else:
-            self.fields[name] = answer
-
-
 class Run:
-    """One size, workload and execution on this machine, and the workers that hold its models."""
+    """One size, workload and execution on this machine, and the workers that hold its models.
+
+    `planned` are the wanted cells before they are measured. Under a card's memory the batch size
+    is searched for, and theirs is 1.
+    """
 
     def __init__(
         self,
@@ -103,233 +91,233 @@ class Run:
     ) -> None:
         self.options, self.progress, self.isolated = options, progress, isolated
         self.stopping = stopping or stopping_rule(options)
-        self.device = pick_device()
+        self.device, self.card = pick_device(), options.memory_budget
         self.checkpoints = _checkpoints(options, self.device)
-        self.pages = (
-            Pages(options.pages, options.visual_tokens) if options.workload == "pages" else None
-        )
-        self.batches = (
-            partial(self.pages.batches, samples=samples)
-            if self.pages
-            else partial(query_batches, texts=options.texts, samples=samples)
-        )
-        self.card = options.memory_budget
-        # Under a card's memory the batch size is searched for; 0 stands for it.
-        batch_sizes = (0,) if self.card else options.batches
-        self.configurations = self._configurations()
-        self.wanted = [(c, batch) for batch in batch_sizes for c in self.configurations]
         self.environment = environment(self.device)
-        models = set(map(_model, self.configurations))
+        self.workers: dict[Configuration, Remote | Worker] = {}
+        self.failures: dict[Configuration, Failure] = {}  # of models that cannot be measured
+        self.messages: set[str] = set()
+        self.capped = (0, 0)
+        self.batches: Callable[..., Batches] = partial(
+            query_batches, texts=options.texts, samples=samples
+        )
+        workload = Workload(kind="queries", batch_size=1, texts=options.texts)
+        if options.workload == "pages":
+            pages = Pages(options.pages, options.visual_tokens)
+            self.batches = partial(pages.batches, samples=samples)
+            workload = Workload(
+                kind="pages", batch_size=1, pages=pages.label, visual_tokens=pages.visual_tokens
+            )
+        self.planned = [
+            self._planned(c, workload.model_copy(update={"batch_size": batch}))
+            for batch in ([1] if self.card else options.batches)
+            for c in _configurations(options, self.checkpoints, self.device)
+        ]
+        models = {_model(cell.configuration) for cell in self.planned}
         if not isolated and self.device.type == "cuda" and len(models) > 1:
             raise BadInput("several models on a GPU must be isolated, to count their memory apart")
-        self.workers: dict[Configuration, Remote | Worker] = {}
-        self.backends: dict[Configuration, Backend] = {}
-        self.failures: dict[Configuration, Failure] = {}  # of models that cannot be measured
-        self.capped = (0, 0)
-        self.shown: set[str] = set()
 
-    def _configurations(self) -> list[Configuration]:
-        """Every variant in every configuration that its weights can run."""
-        packed = {name: c.quantization is not None for name, c in self.checkpoints.items()}
-        names = dict(zip(self.options.models, packed, strict=True))
-        configurations = []
-        for c in self.options.configurations(self.device.type):
-            for_packed = c.kernel != "fp8"
-            if c.kernel not in ("auto", "torch") and for_packed not in packed.values():
-                kind, others = ("packed", "auto, torch, or fp8 in execution fast")
-                if not for_packed:
-                    kind, others = ("16-bit", "auto, w4-fp8 or w4-int8")
-                raise BadInput(f"kernel {c.kernel!r} multiplies {kind} weights; use {others}")
-            name = names[c.variant]
-            if c.eight_bit and for_packed != packed[name]:
-                continue
-            kernel = c.kernel if packed[name] or c.eight_bit else "auto"
-            configurations.append(c.model_copy(update={"variant": name, "kernel": kernel}))
-        return list(dict.fromkeys(configurations))
+    def _planned(self, c: Configuration, workload: Workload) -> Cell:
+        checkpoint, card = self.checkpoints[c.variant], self.card
+        return Cell(
+            origin="measured",
+            variant=c.variant,
+            size=checkpoint.size,
+            weights=checkpoint.label,
+            quantization=_quantization(checkpoint.quantization),
+            workload=workload,
+            execution=c.execution,
+            protocol=c.protocol,
+            backend=Backend(requested=c.kernel, requested_dtype=c.dtype),
+            status="failed",
+            card=card
+            and CardRun(
+                name=card.name,
+                nominal_bytes=card.nominal_bytes,
+                cap_bytes=0,
+                outside_bytes=0,
+                method=METHOD,
+                tried={},
+                verified_runs=0,
+            ),
+            environment=self.environment,
+        )
 
-    def on_file(self, rows: Iterable[Cell]) -> dict[tuple[Configuration, int], Cell]:
-        """The wanted cells among `rows`: measured here, of the same weights and workload."""
-        plain, card, identity = self._workload(1), self.card, self.environment.identity()
-        cells = {}
-        for cell in rows:
-            work, checkpoint = cell.workload, self.checkpoints.get(cell.variant)
-            # Without a tokenizer the report's queries are random ids, and the row says so.
-            texts = work.texts if work.texts in TEXTS or not work.texts else "report"
-            if (
-                checkpoint
-                and (cell.origin, cell.environment.identity()) == ("measured", identity)
-                and (cell.size, cell.weights) == (checkpoint.size, checkpoint.label)
-                and (work.budget, work.pages, texts) == (plain.budget, plain.pages, plain.texts)
-                and (cell.card and cell.card.name) == (card and card.name)
-            ):
-                cells[cell.configuration, 0 if card else cell.batch_size] = cell
-        return {pair: cells[pair] for pair in self.wanted if pair in cells}
+    def on_file(self, rows: Iterable[Cell]) -> list[Cell]:
+        """The planned cells that are among `rows`: of the same weights, workload and machine."""
+        identity = self.environment.identity()
+        known = {_key(row): row for row in rows if row.environment.identity() == identity}
+        return [known[key] for key in map(_key, self.planned) if key in known]
 
-    def work(self, missing: Sequence[tuple[Configuration, int]]) -> Iterator[Iterator[Cell]]:
-        """The cells to measure, an iterator for each batch size; models are loaded before.
+    def work(self, done: Iterable[Cell]) -> Iterator[Iterator[Cell]]:
+        """The planned cells that are not `done`: an iterator that measures them, a batch size each."""
+        keys = set(map(_key, done))
+        missing = [cell for cell in self.planned if _key(cell) not in keys]
+        return self._on_card(missing) if self.card else self._loaded(missing)
 
-        Models that do not fit together are measured alone, one after the other.
-        """
-        for c, _ in missing if self.card else ():
-            search = BatchSearch()
-            while batch := search.next():
-                failure = self._load(c)
-                answer = failure or self.workers[_model(c)].ask("memory", batch, c.protocol, True)
-                search.note(batch, answer.status if isinstance(answer, Failure) else "ok")
-                if isinstance(answer, Failure) and (failure or answer.status == "failed"):
-                    # The model does not load, or has a defect, which says nothing about memory.
-                    self.failures[_model(c)] = answer
-                    break
-            yield self.measure([c], search.batch or 1, search)
-            self.end()
-        if self.card:
-            return
-        batches: dict[Configuration, list[int]] = {}
-        for c, batch in missing:
-            batches.setdefault(_model(c), []).append(batch)
-        for model, sizes in batches.items():
+    def _loaded(self, planned: Sequence[Cell]) -> Iterator[Iterator[Cell]]:
+        """Load all models, then measure; those that do not fit together are measured one by one."""
+        models: dict[Configuration, list[Cell]] = {}
+        for cell in planned:
+            models.setdefault(_model(cell.configuration), []).append(cell)
+        for model, cells in models.items():
             failure = self._load(model)
             if failure and failure.status == "oom" and self.workers:
                 self.progress(
                     f"the models do not fit together ({failure.reason}); each is timed alone"
                 )
-                for one in batches:
+                for alone in models.values():
                     self.end()
-                    yield from self.work([pair for pair in missing if _model(pair[0]) == one])
+                    yield from self._loaded(alone)
                 return
             if failure and not failure.ended:
                 self.failures[model] = failure
             if not failure:
-                answer = self.workers[model].ask("compile", sorted(set(sizes)))
+                sizes = sorted({cell.batch_size for cell in cells})
+                answer = self.workers[model].ask("compile", sizes)
                 if isinstance(answer, Failure):
                     self.progress(f"{model}: kernels compile at their first use ({answer.reason})")
-        for batch in dict.fromkeys(batch for _, batch in missing):
-            yield self.measure([c for c, size in missing if size == batch], batch)
+        for batch in dict.fromkeys(cell.batch_size for cell in planned):
+            yield self.measure([cell for cell in planned if cell.batch_size == batch])
 
-    def measure(
-        self, configurations: list[Configuration], batch: int, search: BatchSearch | None = None
-    ) -> Iterator[Cell]:
+    def _on_card(self, planned: Iterable[Cell]) -> Iterator[Iterator[Cell]]:
+        """Each model at the largest batch size that runs under the card's memory."""
+        for cell in planned:
+            c, outcomes = cell.configuration, list[tuple[int, str]]()
+            for batch in batch_search(outcomes):
+                failure = self._load(c)
+                answer = failure or self.workers[_model(c)].ask("memory", batch, c.protocol, True)
+                outcomes.append((batch, answer.status if isinstance(answer, Failure) else "ok"))
+                if failure or outcomes[-1][1] == "failed":
+                    # The model does not load, or has a defect, which says nothing about memory.
+                    self.failures[_model(c)] = answer
+                    break
+            cap_bytes, outside_bytes = self.capped
+            run = {
+                "cap_bytes": cap_bytes,
+                "outside_bytes": outside_bytes,
+                "tried": dict(reversed(outcomes)),  # the first outcome of a batch size counts
+                "verified_runs": sum(status == "ok" for _, status in outcomes[-VERIFIED_RUNS:]),
+            }
+            workload = cell.workload.model_copy(update={"batch_size": outcomes[-1][0]})
+            card = cell.card and cell.card.model_copy(update=run)
+            yield self.measure([_updated(cell, workload=workload, card=card)])
+            self.end()
+
+    def measure(self, planned: Iterable[Cell]) -> Iterator[Cell]:
         """The cells of one batch size: memory first, then all that fit are timed, interleaved.
 
         A configuration that failed beside others is timed again alone, after the others' cells.
         """
+        cells = {cell.configuration: cell for cell in planned}
         before = gpu_state(self.device)
-        drafts = [Draft(c, {"workload": self._workload(batch)}) for c in configurations]
-        for draft in drafts:
-            c = draft.configuration
+        for c, cell in cells.items():
             answer = self._load(c) or self.workers[_model(c)].ask(
-                "memory", batch, c.protocol, len(self.workers) == 1
+                "memory", cell.batch_size, c.protocol, len(self.workers) == 1
             )
-            draft.take("memory", answer)
-        self._prepare([draft for draft in drafts if not draft.failure], batch)
-        ready = [draft for draft in drafts if not draft.failure]
-        steps: dict[Any, TimedStep] = {d.configuration: self._step(d) for d in ready}
-        first = next(iter(self.checkpoints))
+            cells[c] = _updated(cell, memory=answer)
+        self._prepare(cells)
+        ready = [c for c in cells if not cells[c].reason]
+        steps: dict[Any, TimedStep] = {c: self._step(c) for c in ready}
         if self.options.control:
             # The first model once more: an A/A control, which must come out as the same.
-            controls = [d for d in ready if d.configuration.variant == first]
-            steps |= {
-                ("control", d.configuration): self._step(d, control=True)
-                for d in controls
-                if not d.configuration.eight_bit
-            }
+            first = next(iter(self.checkpoints))
+            twice = [c for c in ready if c.variant == first and not c.eight_bit]
+            steps |= {("control", c): self._step(c, control=True) for c in twice}
         pids = [worker.pid for worker in self.workers.values()]
         monitor = InterferenceMonitor(self.device, pids)
         samples = time_interleaved(steps, self.stopping)
         state = before and {"before": before, "after": gpu_state(self.device) or {}}
-        shared = {"gpu_state": state, "card": search and self._card_run(search)}
-        interference = monitor.lines(state)
-        self._complete(ready, samples)
-        alone = [d for d in ready if d.failure and not d.failure.ended and len(samples) > 1]
-        for draft in [*(d for d in drafts if d not in alone), *alone]:
-            if draft in alone:  # the others may have taken the memory, or its process
-                draft.failure = self._load(draft.configuration)
-                self._prepare([draft] if not draft.failure else [], batch)
-                if not draft.failure:
-                    samples = time_interleaved(
-                        {draft.configuration: self._step(draft)}, self.stopping
-                    )
-                    self._complete([draft], samples)
-            cell = self._cell(draft, interference, shared)
-            yield cell
-        for draft in drafts:
-            if draft.failure and draft.failure.status == "failed" and self.isolated:
-                self.end(
-                    _model(draft.configuration)
-                )  # a crashed CUDA context fails all that follows
+        lines = monitor.lines(state)
+        self._complete(cells, samples)
+        failed = {c: failure for c in ready if (failure := samples[c].failure)}
+        alone = [c for c, failure in failed.items() if len(steps) > 1 and not failure.ended]
+        for c in [*(c for c in cells if c not in alone), *alone]:
+            if c in alone:  # the others may have taken the memory, or its process
+                again = {c: _updated(cells[c], reason=None)}
+                self._prepare(again)
+                if not again[c].reason:
+                    self._complete(again, time_interleaved({c: self._step(c)}, self.stopping))
+                cells |= again
+            cell, worker = cells[c], self.workers.get(_model(c))
+            backend = worker.ask("backend") if worker and worker.alive else None
+            yield _updated(
+                cell,
+                backend=backend if isinstance(backend, Backend) else cell.backend,
+                limits=self._limits,
+                gpu_state=state,
+                interference=[*lines, *spilled(cell.memory, self.environment.gpu_memory_bytes)],
+            )
+        for c, cell in cells.items():
+            if cell.status == "failed" and self.isolated:
+                self.end(_model(c))  # a crashed CUDA context fails all that follows
 
     def end(self, model: Configuration | None = None) -> None:
         """End the worker of `model`, or all."""
-        for one in [model] if model else list(self.workers):
-            if worker := self.workers.pop(one, None):
+        for key in [model] if model else list(self.workers):
+            if worker := self.workers.pop(key, None):
                 worker.end()
-
-    # ------------------------------------------------------------ parts
 
     def _load(self, c: Configuration) -> Failure | None:
         """Load the model of `c` into a worker, unless it is there; the failure if it does not load."""
-        model, options = _model(c), self.options
+        model = _model(c)
         if model in self.failures:
             return self.failures[model]
         if model in self.workers and self.workers[model].alive:
             return None
         self.end(model)
         checkpoint = self.checkpoints[c.variant]
-        setup = Setup(checkpoint, self.device, c.execution, c.kernel, options.dtype, self.batches)
         try:
-            worker = (Remote if self.isolated else Worker)(setup)
+            kind = Remote if self.isolated else Worker
+            worker = self.workers[model] = kind(checkpoint, self.device, c, self.batches)
         except OSError as error:  # the system starts no more processes
             return failure_of(error)
-        try:
-            if self.card:
-                self.capped = worker.ask("cap", self.card)
-            answer = worker.ask("load")
-        except BaseException:
-            worker.end()
-            raise
+        if self.card:
+            self.capped = worker.ask("cap", self.card)
+        answer = worker.ask("load")
         if isinstance(answer, Failure):
-            worker.end()
+            self.end(model)
             return answer
-        self.workers[model] = worker
-        weights, unused, backend = answer
-        self.backends[model] = backend
+        backend, unused = answer
         kernels = ", ".join(f"{kernel} x {count}" for kernel, count in backend.engaged.items())
-        line = f"{c}: {weights}; {backend.dtype}; text linears on {kernels}"
+        line = f"{c.variant} {c.execution}/{c.kernel}: {checkpoint.label}; {backend.dtype}"
         tensors = f"; unused tensors: {', '.join(unused)}" if unused else ""
-        self.progress(f"{line}; {self.environment.device}{tensors}")
+        self.progress(f"{line}; text linears on {kernels}; {self.environment.device}{tensors}")
         return None
 
-    def _prepare(self, drafts: list[Draft], batch: int) -> None:
-        """Make the batches and the steps of `drafts` in their workers."""
-        for model in dict.fromkeys(_model(draft.configuration) for draft in drafts):
-            own = [draft for draft in drafts if _model(draft.configuration) == model]
-            wanted = [(d.configuration.protocol, control) for d in own for control in (False, True)]
-            answer = self.workers[model].ask("prepare", batch, wanted)
-            workload, messages = (answer, ()) if isinstance(answer, Failure) else answer
-            for draft in own:
-                draft.take("workload", workload)
-            for line in messages:
-                if line not in self.shown:
-                    self.progress(line)
-            self.shown |= set(messages)
+    def _prepare(self, cells: dict[Configuration, Cell]) -> None:
+        """Make the batches and the steps of the cells that have not failed."""
+        for model in dict.fromkeys(_model(c) for c in cells if not cells[c].reason):
+            own = [c for c in cells if _model(c) == model and not cells[c].reason]
+            batch, protocols = cells[own[0]].batch_size, [c.protocol for c in own]
+            answer = self._load(model) or self.workers[model].ask("prepare", batch, protocols)
+            if isinstance(answer, Batches):
+                for line in answer.messages:
+                    if line not in self.messages:
+                        self.progress(line)
+                self.messages |= set(answer.messages)
+                answer = answer.workload
+            for c in own:
+                cells[c] = _updated(cells[c], workload=answer)
 
-    def _step(self, draft: Draft, control: bool = False) -> TimedStep:
-        c = draft.configuration
+    def _step(self, c: Configuration, control: bool = False) -> TimedStep:
         return partial(self.workers[_model(c)].ask, "step", c.protocol, control)
 
-    def _complete(self, drafts: list[Draft], samples: dict[Any, Samples]) -> None:
-        """Add to `drafts` the times and what is measured in passes of their own on the same batches."""
-        for draft in drafts:
-            draft.fields["step_s"] = samples[draft.configuration].step_s
-            draft.failure = samples[draft.configuration].failure
-        timed = [draft for draft in drafts if not draft.failure]
-        for draft in timed:
-            c, own = draft.configuration, samples[draft.configuration]
-            ask = self.workers[_model(c)].ask
-            others = [d.configuration for d in timed if d is not draft]
-            draft.fields |= {
-                "items_per_s": rate_of(own.step_s, draft.fields["workload"].batch_size),
-                "timing": Timing(
+    def _complete(self, cells: dict[Configuration, Cell], samples: dict[Any, Samples]) -> None:
+        """Add the times, and what passes of their own on the same batches measure."""
+        paged = self.options.workload == "pages"
+        timed = [c for c in cells if c in samples and not samples[c].failure]
+        for c in [c for c in cells if c in samples]:
+            own, others = samples[c], [other for other in timed if other != c]
+            cells[c] = _updated(cells[c], step_s=own.step_s, status=own.failure or "ok")
+            if own.failure:
+                continue
+            stages = self.workers[_model(c)].ask("stages", c.protocol) if paged else None
+            cells[c] = _updated(
+                cells[c],
+                control_s=samples[("control", c)].step_s if ("control", c) in samples else [],
+                items_per_s=rate_of(own.step_s, cells[c].batch_size),
+                timing=Timing(
                     warmup_steps=len(own.warmup_s),
                     steady=own.steady,
                     stopped=own.stopped,
@@ -337,52 +325,24 @@ class Run:
                     interleaved_configurations=list(map(str, others)),
                     clock=CLOCK,
                 ),
-                "difference": self._difference(c, others),
-            }
-            if control := samples.get(("control", c)):
-                draft.fields["control_s"] = control.step_s
-            answers = {"backend": ask("backend")}
-            if self.pages:
-                answers["stages"] = ask("stages", c.protocol)
-            draft.fields |= {k: v for k, v in answers.items() if not isinstance(v, Failure)}
+                difference=self._difference(c, others),
+                stages=stages if isinstance(stages, Stages) else None,
+            )
         for worker in self.workers.values():
             worker.ask("rest")
 
     def _difference(self, c: Configuration, others: list[Configuration]) -> Difference | None:
         """How far the token embeddings of 8-bit activations are from the same weights' 16-bit ones."""
-        parents = [one for one in others if one.variant == c.variant and not one.eight_bit]
+        parents = [other for other in others if other.variant == c.variant and not other.eight_bit]
         if not c.eight_bit or not parents:
             return None
-        both = [
-            self.workers[_model(one)].ask("embeddings", one.protocol) for one in (c, parents[-1])
-        ]
-        if any(isinstance(one, Failure) for one in both):
+        pair = (c, parents[-1])
+        both = [self.workers[_model(one)].ask("embeddings", one.protocol) for one in pair]
+        if any(isinstance(answer, Failure) for answer in both):
             return None
         cosine = torch.nn.functional.cosine_similarity(*map(torch.from_numpy, both), dim=-1)
-        return Difference(
-            against=str(parents[-1]),
-            cosine_mean=cosine.mean().item(),
-            cosine_min=cosine.min().item(),
-        )
-
-    def _workload(self, batch: int) -> Workload:
-        if not self.pages:
-            return Workload(kind="queries", batch_size=batch, texts=self.options.texts)
-        label, budget = self.pages.label, self.pages.visual_tokens
-        return Workload(kind="pages", batch_size=batch, pages=label, visual_tokens=budget)
-
-    def _card_run(self, search: BatchSearch) -> CardRun:
-        assert self.card is not None
-        cap_bytes, outside_bytes = self.capped
-        return CardRun(
-            name=self.card.name,
-            nominal_bytes=self.card.nominal_bytes,
-            cap_bytes=cap_bytes,
-            outside_bytes=outside_bytes,
-            method=METHOD,
-            tried=search.tried,
-            verified_runs=sum(search.runs),
-        )
+        mean, least = cosine.mean().item(), cosine.min().item()
+        return Difference(against=str(parents[-1]), cosine_mean=mean, cosine_min=least)
 
     @cached_property
     def _limits(self) -> Limits | None:
@@ -390,32 +350,49 @@ class Run:
         if self.card or self.device.type != "cuda":
             return None
         answers = [worker.ask("limits") for worker in list(self.workers.values())[:1]]
-        for worker in self.workers.values():
-            worker.ask("rest")
         return next((answer for answer in answers if isinstance(answer, Limits)), None)
 
-    def _cell(self, draft: Draft, interference: list[str], shared: dict[str, Any]) -> Cell:
-        c, failure = draft.configuration, draft.failure
-        checkpoint = self.checkpoints[c.variant]
-        requested = Backend(requested=c.kernel, requested_dtype=c.dtype)
-        fields = {"backend": self.backends.get(_model(c), requested)} | draft.fields
-        swapped = spilled(fields.get("memory"), self.environment.gpu_memory_bytes)
-        return Cell(
-            origin="measured",
-            variant=c.variant,
-            size=checkpoint.size,
-            weights=checkpoint.label,
-            quantization=_quantization(checkpoint.quantization),
-            execution=c.execution,
-            protocol=c.protocol,
-            status=failure.status if failure else "ok",  # type: ignore[arg-type]
-            reason=failure.reason if failure else None,
-            limits=self._limits,
-            interference=[*interference, *swapped],
-            environment=self.environment,
-            **shared,
-            **fields,
-        )
+
+def _updated(cell: Cell, **answers: Any) -> Cell:
+    """`cell` with these fields; a Failure among them becomes its status and reason."""
+    fields: dict[str, Any] = {}
+    for name, answer in answers.items():
+        failed = isinstance(answer, Failure)
+        fields |= {"status": answer.status, "reason": answer.reason} if failed else {name: answer}
+    return cell.model_copy(update=fields)
+
+
+def _key(cell: Cell) -> tuple[str, ...]:
+    """The key of a cell as it was planned.
+
+    Under a card's memory any batch size will do. Without a tokenizer the report's queries are
+    random ids, and the row says so.
+    """
+    work = cell.workload
+    texts = work.texts if work.texts in (None, *TEXTS) else "report"
+    batch = 1 if cell.card else work.batch_size
+    planned = work.model_copy(update={"texts": texts, "batch_size": batch})
+    return cell.model_copy(update={"workload": planned}).key()
+
+
+def _configurations(
+    options: SweepOptions, checkpoints: dict[str, Checkpoint], device: torch.device
+) -> list[Configuration]:
+    """Every variant in every configuration that its weights can run."""
+    packed = {name: one.quantization is not None for name, one in checkpoints.items()}
+    names = dict(zip(options.models, packed, strict=True))
+    configurations = []
+    for c in options.configurations(device.type):
+        name, for_packed = names[c.variant], c.kernel != "fp8"
+        if c.kernel not in ("auto", "torch") and for_packed not in packed.values():
+            kind, valid = ("packed", "auto, torch, or fp8 in execution fast")
+            if not for_packed:
+                kind, valid = ("16-bit", "auto, w4-fp8 or w4-int8")
+            raise BadInput(f"kernel {c.kernel} multiplies {kind} weights; valid here: {valid}")
+        if not c.eight_bit or for_packed == packed[name]:
+            kernel = c.kernel if packed[name] or c.eight_bit else "auto"
+            configurations.append(c.model_copy(update={"variant": name, "kernel": kernel}))
+    return list(dict.fromkeys(configurations))
 
 
 def _model(c: Configuration) -> Configuration:
@@ -580,8 +557,7 @@ def sweep(
     path = path_of(options, "sweep", (resolve_size(part.size, has_gpu) for part in parts))
     runs: dict[str, Run] = {}
     errors: dict[str, LabError] = {}
-    kept: dict[str, int] = {}
-    new: list[Cell] = []
+    done, new = 0, list[Cell]()
     results: list[Cell] = []
 
     @contextmanager
@@ -600,29 +576,26 @@ def sweep(
         with RecordsFile(path, Cell, progress=progress) as file:
             unmark(path)
             for name, run in runs.items():
-                on_file = {} if options.fresh else run.on_file(to_keep(file.rows))
-                kept[name] = len(on_file)
-                for cell in on_file.values():
+                kept = [] if options.fresh else run.on_file(to_keep(file.rows))
+                done += len(kept)
+                for cell in kept:
                     progress(line_of(cell, "on file: "))
                 with errors_of(name):
-                    for cells in run.work([pair for pair in run.wanted if pair not in on_file]):
+                    for cells in run.work(kept):
                         for cell in cells:
                             file.append([cell])
                             new.append(cell)
                             progress(line_of(cell))
                 run.end()
-                results += run.on_file(file.rows).values()
+                results += run.on_file(file.rows)
             times = spent(start, new)
             progress(f"took {times['wall_s']} s, of which {times['timed_s']} s in timed steps")
             return finish(path, results, errors, len(parts), times)
     except OSError as error:
         raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None
     except KeyboardInterrupt:
-        wanted = sum(len(run.wanted) for run in runs.values())
-        done = sum(kept.values()) + len(new)
-        raise Interrupted(
-            f"stopped; {done} of {wanted} cells on file, run again to resume"
-        ) from None
+        count = f"{done + len(new)} of {sum(len(run.planned) for run in runs.values())}"
+        raise Interrupted(f"stopped; {count} cells on file, run again to resume") from None
     finally:
         for run in runs.values():
             run.end()

@@ -142,23 +142,15 @@ def _note(samples: Samples, times: list[float], answer: float | Failure) -> None
 
 
 @contextmanager
-def module_times(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
-    """A list that gets the seconds of each call of `module`.
-
-    A device sync before and after the call delimits it; a cell's timed steps have none there.
-    """
+def call_times(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
+    """A list that gets the times before and after each call of `module`, with a device sync."""
     times: list[float] = []
-    starts: list[float] = []
 
-    def start(*_: Any) -> None:
+    def note(*_: Any) -> None:
         synchronise(device)
-        starts.append(time.perf_counter())
+        times.append(time.perf_counter())
 
-    def stop(*_: Any) -> None:
-        synchronise(device)
-        times.append(time.perf_counter() - starts[-1])
-
-    hooks = [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
+    hooks = [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
     try:
         yield times
     finally:
@@ -167,19 +159,16 @@ def module_times(module: nn.Module, device: torch.device) -> Iterator[list[float
 
 
 def measured_limits(device: torch.device) -> Limits:
-    """What this GPU reaches now: FLOP/s of an 8192-cubed BF16 GEMM of random values, bytes/s of a copy.
+    """What this GPU reaches now: FLOP/s of a large BF16 GEMM of random values, bytes/s of a copy.
 
     The copy counts bytes read and bytes written.
     """
-    square = (GEMM_SIDE, GEMM_SIDE)
-    a, b = (torch.randn(square, device=device, dtype=torch.bfloat16) for _ in range(2))
-    flops_per_s = 2 * GEMM_SIDE**3 / _median_s(lambda: torch.matmul(a, b))
-    del a, b
+    a, b = torch.randn(2, GEMM_SIDE, GEMM_SIDE, device=device, dtype=torch.bfloat16)
+    gemm_s = _median_s(lambda: torch.matmul(a, b))
     size = min(COPIED_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return Limits(
-        flops_per_s=flops_per_s, bytes_per_s=2 * size / _median_s(lambda: target.copy_(source))
-    )
+    source, target = torch.empty(2, size, dtype=torch.uint8, device=device)
+    copy_s = _median_s(lambda: target.copy_(source))
+    return Limits(flops_per_s=2 * GEMM_SIDE**3 / gemm_s, bytes_per_s=2 * size / copy_s)
 
 
 def _median_s(work: Callable[[], object]) -> float:

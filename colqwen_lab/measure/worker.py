@@ -1,7 +1,7 @@
 """One model on a device: in a child process (`Remote`), or in this one (`Worker`).
 
-A sweep asks either by `ask(name, *arguments)`. What ends a child, such as a signal or a crashed CUDA
-context, is a Failure like any other, and a child ends with its parent.
+A sweep asks either by `ask(name, *arguments)`. What ends a child, such as a signal or a crashed
+CUDA context, is a Failure like any other. A child ends with its parent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -26,10 +26,10 @@ import torch
 from colqwen_lab.errors import LabError, scrubbed
 from colqwen_lab.hardware import Card
 from colqwen_lab.measure.memory import free, measure, set_cap
-from colqwen_lab.measure.timing import Failure, measured_limits, module_times, synchronise
+from colqwen_lab.measure.timing import Failure, call_times, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
-from colqwen_lab.model.loading import Loaded, load
-from colqwen_lab.records import Backend, Limits, Memory, Stages, Workload
+from colqwen_lab.model.loading import load
+from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
 from colqwen_lab.runtime.batches import Batches
 from colqwen_lab.runtime.eager import Steps
 from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast
@@ -47,24 +47,22 @@ def failure_of(error: Exception) -> Failure:
     return Failure(status, f"{type(error).__name__}: {text}")
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a worker starts from. `batches` makes Batches of config, tokenizer, batch_size and device."""
-
-    checkpoint: Checkpoint
-    device: torch.device
-    execution: str
-    kernel: str
-    dtype: str
-    batches: Callable[..., Batches]
-
-
 class Worker:
-    """One model on a device, and the measurements of it. `ask` turns exceptions into failures."""
+    """One model on a device, and the measurements of it.
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup, self.device, self.pid = setup, setup.device, os.getpid()
-        self.loaded: Loaded | None = None
+    `batches` makes Batches of config, tokenizer, batch_size and device.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        configuration: Configuration,
+        batches: Callable[..., Batches],
+    ) -> None:
+        self.checkpoint, self.device, self.configuration = checkpoint, device, configuration
+        self.make_batches, self.pid = batches, os.getpid()
+        self.loaded: Any = None
         self.inputs: list[Any] = []
         self.steps: dict[tuple[str, bool], Steps] = {}
 
@@ -88,37 +86,37 @@ class Worker:
         self.loaded, self.inputs = None, []
         self.rest()
 
-    # ------------------------------------------------------------ what a sweep asks
-
     def cap(self, card: Card) -> tuple[int, int]:
-        """`(cap, outside)` in bytes, from now on; see `memory.set_cap`. Before `load`."""
+        """`(cap, outside)` in bytes, from now on; before `load`."""
         return set_cap(card, self.device)
 
-    def load(self) -> tuple[str, tuple[str, ...], Backend]:
-        """`(weights label, names of unused tensors, backend)` of the loaded model."""
-        setup = self.setup
-        loader = load_fast if setup.execution == "fast" else load
-        self.loaded = loaded = loader(setup.checkpoint, setup.device, setup.kernel, setup.dtype)
-        return loaded.weights, loaded.unused, self._backend(loaded.engaged, {})
+    def load(self) -> tuple[Backend, tuple[str, ...]]:
+        """The kernels of the loaded model, and the names of unused tensors."""
+        c = self.configuration
+        loader = load_fast if c.execution == "fast" else load
+        self.loaded = loader(self.checkpoint, self.device, c.kernel, c.dtype or "bfloat16")
+        return self.backend(), self.loaded.unused
 
     def memory(self, batch_size: int, protocol: str, alone: bool) -> Memory:
         """The peak of the longest batch, which is the peak of a cycle through all batches."""
         self.inputs, self.steps = [], {}
         batches = self._batches(batch_size).inputs
         longest = max(batches, key=lambda batch: batch["input_ids"].shape[1])
-        return measure(self._model, [longest], self._steps([longest], protocol), alone)
+        return measure(self.loaded, [longest], self._steps([longest], protocol), alone)
 
-    def prepare(
-        self, batch_size: int, wanted: Iterable[tuple[str, bool]]
-    ) -> tuple[Workload, tuple[str, ...]]:
-        """Make the batches, and the steps of each (protocol, control); returns workload and messages."""
+    def prepare(self, batch_size: int, protocols: Iterable[str]) -> Batches:
+        """Make the batches, and the steps of each protocol and its control; the inputs stay here."""
         batches = self._batches(batch_size)
         self.inputs = batches.inputs
-        self.steps = {key: self._steps(batches.inputs, key[0]) for key in wanted}
-        return batches.workload, batches.messages
+        self.steps = {
+            (protocol, control): self._steps(self.inputs, protocol)
+            for protocol in protocols
+            for control in (False, True)
+        }
+        return replace(batches, inputs=[])
 
     def step(self, protocol: str, control: bool, warm: bool = False) -> float:
-        """Seconds of the next step and its device sync; `warm`: after an untimed step of its batch."""
+        """Seconds of the next step and its device sync; `warm`: after an untimed one of its batch."""
         step = self.steps[protocol, control]
         if warm:
             step(lead_in=True)
@@ -129,14 +127,18 @@ class Worker:
         return time.perf_counter() - start
 
     def stages(self, protocol: str) -> Stages:
-        """Seconds of a step in the vision encoder and in the rest: medians of three steps."""
+        """Seconds of a step in the vision encoder and in the rest: medians of three steps.
+
+        A device sync before and after the encoder separates them; timed steps of a cell have none.
+        """
         step_s = []
-        with module_times(self._model.model.vlm.model.visual, self.device) as vision_s:
+        with call_times(self.loaded.model.vlm.model.visual, self.device) as times:
             for _ in range(STAGE_STEPS):
                 step_s.append(self.step(protocol, False))
-        rest_s = [step - part for step, part in zip(step_s, vision_s, strict=True)]
+        vision_s = np.subtract(times[1::2], times[::2])
         return Stages(
-            vision_encoder_s=statistics.median(vision_s), language_model_s=statistics.median(rest_s)
+            vision_encoder_s=statistics.median(vision_s.tolist()),
+            language_model_s=statistics.median((step_s - vision_s).tolist()),
         )
 
     def embeddings(self, protocol: str) -> np.ndarray:
@@ -148,7 +150,7 @@ class Worker:
 
     def compile(self, batch_sizes: Sequence[int]) -> None:
         """Compile, all at once, the kernel configs that `fast` tries at these batch sizes."""
-        if fast := getattr(self._model.model, "fast", None):
+        if fast := getattr(self.loaded.model, "fast", None):
             rows = {m for size in batch_sizes for m in _rows(self._batches(size).inputs)}
             fast.compile(sorted(rows))
 
@@ -157,18 +159,27 @@ class Worker:
 
         Shorter batches have fewer rows (M), at which another kernel may be faster.
         """
-        if (fast := getattr(self._model.model, "fast", None)) is None:
-            return self._backend(self._model.engaged, {})
-        rows = _rows(self.inputs)
-        ends = tuple(f" x {m}" for m in rows)
-        configs = {name: value for name, value in fast.chosen.items() if name.endswith(ends)}
-        return self._backend(fast.engaged(max(rows)), configs)
+        loaded, c, configs = self.loaded, self.configuration, {}
+        engaged = loaded.engaged
+        if (fast := getattr(loaded.model, "fast", None)) and self.inputs:
+            rows = _rows(self.inputs)
+            ends = tuple(f" x {m}" for m in rows)
+            configs = {name: value for name, value in fast.chosen.items() if name.endswith(ends)}
+            engaged = fast.engaged(max(rows))
+        return Backend(
+            requested=c.kernel,
+            engaged=engaged,
+            dtype=loaded.dtype,
+            requested_dtype=c.dtype,
+            kept_16bit=loaded.kept_16bit,
+            kernel_configs=configs,
+        )
 
     def limits(self) -> Limits:
         """What this GPU reaches now: a large GEMM and a copy."""
         # On the stream of the model's own GEMMs: cuBLAS keeps a workspace for each stream, and a
         # new one would count in later peaks.
-        fast = self.setup.execution == "fast"
+        fast = self.configuration.execution == "fast"
         with torch.cuda.stream(capture_stream() if fast else torch.cuda.current_stream()):
             return measured_limits(self.device)
 
@@ -177,31 +188,14 @@ class Worker:
         self.steps = {}
         free(self.device)
 
-    # ------------------------------------------------------------ parts
-
-    @property
-    def _model(self) -> Loaded:
-        assert self.loaded is not None
-        return self.loaded
-
-    def _backend(self, engaged: dict[str, int], kernel_configs: dict[str, str]) -> Backend:
-        return Backend(
-            requested=self.setup.kernel,
-            engaged=engaged,
-            dtype=self._model.dtype,
-            requested_dtype=self.setup.dtype,
-            kept_16bit=self._model.kept_16bit,
-            kernel_configs=kernel_configs,
-        )
-
     def _batches(self, batch_size: int) -> Batches:
-        config, tokenizer = self._model.model.config, self._model.tokenizer
-        return self.setup.batches(
+        config, tokenizer = self.loaded.model.config, self.loaded.tokenizer
+        return self.make_batches(
             config=config, tokenizer=tokenizer, batch_size=batch_size, device=self.device
         )
 
     def _steps(self, inputs: list[Any], protocol: str) -> Steps:
-        return Steps(self._model.model, inputs, self.setup.execution, protocol)
+        return Steps(self.loaded.model, inputs, self.configuration.execution, protocol)
 
 
 def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
@@ -213,14 +207,15 @@ def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
 class Remote:
     """A `Worker` in a child process. `ask` gives a Failure where the process ends or hangs."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, *arguments: Any) -> None:
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(kind)
         if kind == "forkserver":
             context.set_forkserver_preload(["colqwen_lab.measure.sweep"])
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, setup, torch.get_num_threads())
-        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process = context.Process(
+            target=serve, args=(theirs, torch.get_num_threads(), *arguments), daemon=True
+        )
         # A caller's script without `if __name__ == "__main__"` must not run again in the child.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
@@ -239,22 +234,18 @@ class Remote:
             self.connection.send((name, arguments))
             if self.connection.poll(DEADLINE_S):
                 answer = self.connection.recv()
-            else:
-                self.process.kill()
-                reason = f"no answer to {name!r} within {DEADLINE_S} s; its process was ended"
-                answer = Failure("failed", reason, ended=True)
+                if isinstance(answer, LabError):
+                    raise answer
+                return answer
+            reason = f"no answer to {name!r} within {DEADLINE_S} s; its process was ended"
         except (EOFError, OSError):
             self.process.join(5)
             reason = f"its process ended: {_ending(self.process.exitcode)}"
-            answer = Failure("failed", reason, ended=True)
-        if isinstance(answer, Failure) and answer.ended:
-            self.end()
-        if isinstance(answer, LabError):
-            raise answer
-        return answer
+        self.end()
+        return Failure("failed", reason, ended=True)
 
     def end(self) -> None:
-        """End the process: it ends by itself when the pipe closes, or is killed in a long step."""
+        """Close the pipe, which ends an idle process; kill one that is in a long step."""
         self.alive = False
         self.connection.close()
         self.process.join(2)
@@ -270,25 +261,26 @@ def _ending(code: int | None) -> str:
     return f"signal {-code} ({name}{why})"
 
 
-def serve(connection: Any, setup: Setup, threads: int) -> None:
-    """The child's side: answers until the parent closes the pipe; Ctrl-C is the parent's to handle."""
+def serve(connection: Any, threads: int, *arguments: Any) -> None:
+    """The child's side: answers until the parent closes the pipe. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    if setup.device.type == "cuda":
-        torch.cuda.set_device(setup.device)
-    worker = Worker(setup)
+    worker = Worker(*arguments)
+    if worker.device.type == "cuda":
+        torch.cuda.set_device(worker.device)
     with contextlib.suppress(EOFError, OSError):  # the pipe is closed
         while True:
             name, arguments = connection.recv()
+            # Not by Worker.ask: the stack from lab.sweep to the forward stays at ten frames.
             try:
                 answer = getattr(worker, name)(*arguments)
             except LabError as error:
                 answer = error.with_traceback(None)
-            except Exception as error:  # every outcome of a cell is a row
+            except Exception as error:
                 answer = failure_of(error)
             if isinstance(answer, Failure):
-                free(setup.device)
+                free(worker.device)
             connection.send(answer)
 
 
