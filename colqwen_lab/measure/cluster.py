@@ -217,11 +217,12 @@ def _measure(
         lines += [line_of(cell, "on file: ") for cell in kept]
         for cells in run.work(kept):
             for cell in cells:
-                yield from lines
-                lines.clear()
+                while lines:  # not `yield from lines`: Ray sends to the generator
+                    yield lines.pop(0)
                 new.append(cell)
                 yield cell
-        yield from lines
+        while lines:
+            yield lines.pop(0)
         yield run.on_file([*known, *new])
     finally:
         run.end()
