@@ -29,12 +29,12 @@ from typing import Any
 
 import psutil
 import torch
+from colqwen_lab.analysis.table import Results
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from colqwen_lab.analysis.compare import compare
-from colqwen_lab.analysis.table import Results
 from colqwen_lab.errors import LabError
 from colqwen_lab.measure import worker
 from colqwen_lab.measure.environment import InterferenceMonitor, environment
@@ -82,7 +82,7 @@ def is_one_line(error: Exception) -> bool:
 
 
 def forked(work: Callable[[], object]) -> int:
-    """The id of a child that does `work` in a process group of its own; it has torch at once."""
+    """The id of a child that does `work`, in a process group of its own; torch is imported."""
     pid = os.fork()
     os.setpgid(pid, pid)  # in both: whoever comes first
     if pid:
@@ -96,7 +96,7 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def kills(rng: random.Random, group: int, group_isolated: int, parent_only: int) -> dict[str, Any]:
-    """SIGKILL at random moments, of a sweep's process group or of its parent; the next run resumes."""
+    """SIGKILL of a sweep's process group, or of its parent, at random; the next run resumes."""
     environment(CPU)  # cached here, not in every child
     took_s: dict[bool, float] = {}  # seconds of a sweep: the span of the random moments
     figures = Counter(lost=0, unclear=0, orphans=0, files=0, rows_kept=0, ended_before=0)
@@ -189,7 +189,7 @@ def killed_workers(rng: random.Random, count: int) -> dict[str, Any]:
 
 
 def torn_writes(every: int) -> dict[str, Any]:
-    """The last line cut at every byte: the rows before it are read, and a sweep resumes from them."""
+    """The last line cut at every byte: the rows before it are read, and a run resumes from them."""
     figures = Counter(cuts=0, lost=0, unclear=0, reported=0)
     with scratch() as folder:
         cells = run(folder / "whole.jsonl", (1,))
@@ -216,7 +216,7 @@ def torn_writes(every: int) -> dict[str, Any]:
 
 
 def interleaved_writes(rng: random.Random, count: int) -> dict[str, Any]:
-    """A line written into another, as two writers without a lock do: one error, the file untouched."""
+    """A line within another, as two writers without a lock leave it: one error, the file stays."""
     figures = Counter(tried=0, lost=0, unclear=0)
     with scratch() as folder:
         run(folder / "whole.jsonl", (1, 2))
@@ -240,7 +240,7 @@ def interleaved_writes(rng: random.Random, count: int) -> dict[str, Any]:
 
 
 def full_disk(every: int) -> dict[str, Any]:
-    """The system refuses to write beyond a size, at every size; with root also a real full file system."""
+    """The system refuses to write beyond each size; with root also a real full file system."""
     figures = Counter(tried=0, lost=0, unclear=0, full_file_systems=0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -306,7 +306,7 @@ def _ends_in_a_line(
 
 
 def out_of_memory(every: int) -> dict[str, Any]:
-    """Out of memory at every forward and load of a sweep: one cell says so, the others are measured."""
+    """Out of memory at each forward and load of a sweep: one cell says so, the others go on."""
     figures = Counter(positions=0, lost=0, unclear=0, oom_cells=0)
     count = itertools.count()
     position = -1

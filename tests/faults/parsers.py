@@ -10,7 +10,7 @@ from typing import Any
 
 
 def fuzz(seed: int, runs: int) -> dict[str, Any]:
-    """Counts of `runs` inputs, in a process of its own, which the fuzzer ends; none without atheris."""
+    """Counts of `runs` inputs in a process of its own, which the fuzzer ends."""
     if importlib.util.find_spec("atheris") is None:
         return {"lost": 0, "unclear": 0, "skipped": "atheris is not installed"}
     command = [
