@@ -95,29 +95,27 @@ def accelerators_of(resources: Mapping[str, float], wanted: Sequence[str]) -> li
     return list(dict.fromkeys(wanted)) or types or [""]
 
 
+@dataclass
 class Driver:
     """The jobs of one run, their tasks on a cluster, and the file that takes their rows."""
 
-    def __init__(
-        self,
-        ray: Any,
-        jobs: Sequence[Job],
-        file: RecordsFile[Cell],
-        progress: Progress,
-        stopping: StoppingRule | None = None,
-        wait_s: float = WAIT_S,
-    ) -> None:
-        self.ray, self.jobs, self.file, self.progress = ray, jobs, file, progress
-        self.stopping, self.wait_s = stopping, wait_s
-        self.gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        self.known = [] if jobs[0].options.fresh else to_keep(file.rows)
-        self.running: dict[Any, Job] = {}  # by what Ray waits for
-        self.errors: dict[str, LabError] = {}
-        self.absent: dict[str, float] = {}  # resources that no node has, and since when
+    ray: Any
+    jobs: Sequence[Job]
+    file: RecordsFile[Cell]
+    progress: Progress
+    stopping: StoppingRule | None = None
+    wait_s: float = WAIT_S
+    known: Sequence[Cell] = ()
+    gpus: int = 0
+    running: dict[Any, Job] = field(default_factory=dict)  # by what Ray waits for
+    errors: dict[str, LabError] = field(default_factory=dict)
+    absent: dict[str, float] = field(default_factory=dict)  # resources, and since when
 
     def run(self) -> list[Cell]:
         """The cells of all jobs, in their order. A job that fails leaves the others."""
         start = time.perf_counter()
+        self.known = [] if self.jobs[0].options.fresh else to_keep(self.file.rows)
+        self.gpus = int("GPU" in self.ray.cluster_resources())
         unmark(self.file.path)
         for job in self.jobs:
             self._start(job)
@@ -137,8 +135,8 @@ class Driver:
     def _start(self, job: Job) -> None:
         job.tries += 1
         # max_calls: the task's process ends with it and frees its GPU.
-        options = {"num_cpus": 1, "num_gpus": self.gpus, "max_retries": 0, "max_calls": 1}
-        options["num_returns"] = "streaming"
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": self.gpus, "max_calls": 1}
+        options |= {"max_retries": 0, "num_returns": "streaming"}
         if job.accelerator:
             options["accelerator_type"] = job.accelerator
         arrived = [row for row in job.rows if row.status != "failed"]
@@ -234,7 +232,8 @@ class Relay:
     def __init__(self, options: dict[str, Any], arguments: Sequence[Any]) -> None:
         import ray
 
-        self.ray, self.stream = ray, ray.remote(**options)(_measure).remote(*arguments)
+        self.ray: Any = ray
+        self.stream = self.ray.remote(**options)(_measure).remote(*arguments)
 
     def next(self) -> Any:
         """The next item; None at the end."""

@@ -46,15 +46,15 @@ THROTTLED = {
 
 
 def pick_device() -> torch.device:
-    """The CUDA GPU, else the CPU; CUDA_VISIBLE_DEVICES chooses among GPUs and an empty one hides them."""
-    if torch.cuda.is_available():  # with its number: torch does not cap `cuda` without one
+    """The CUDA GPU with its number, else the CPU; CUDA_VISIBLE_DEVICES chooses and hides GPUs."""
+    if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 @cache
 def code_version() -> str:
-    """Twelve hex digits of the sources that a figure depends on; the same in a checkout and installed."""
+    """Twelve hex digits of the sources that a figure depends on, in a checkout or installed."""
     state = hashlib.sha256()
     for folder in MEASURING:
         for path in sorted((PACKAGE / folder).iterdir()):
@@ -93,14 +93,14 @@ def environment(device: torch.device, attention: str = "sdpa") -> Environment:
     """The environment of this process on `device`, now."""
     gpu: dict[str, Any] = {}
     if device.type == "cuda":
-        properties, readings = torch.cuda.get_device_properties(device), nvml_readings(device)
+        properties, state = torch.cuda.get_device_properties(device), gpu_state(device)
         gpu = {
             "gpu": properties.name,
             "gpu_memory_bytes": properties.total_memory,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": readings.get("driver"),
-            "power_limit_w": readings.get("power_limit_w"),
+            "driver": state.get("driver"),
+            "power_limit_w": state.get("power_limit_w"),
         }
     return Environment(
         **gpu,
@@ -134,8 +134,8 @@ def gpu_handle(device: torch.device) -> Any:
         return None
 
 
-def nvml_readings(device: torch.device) -> dict[str, Any]:
-    """Driver, power, temperature, clocks and throttle reasons, as far as the driver reports them."""
+def gpu_state(device: torch.device) -> dict[str, Any]:
+    """Driver, power, temperature, clocks and throttle reasons now, as far as the driver tells."""
     handle = gpu_handle(device)
     if handle is None:
         return {}
@@ -154,13 +154,6 @@ def nvml_readings(device: torch.device) -> dict[str, Any]:
         with suppress(pynvml.NVMLError):
             values[name] = read()
     return values
-
-
-def gpu_state(device: torch.device) -> dict[str, Any] | None:
-    """Clocks, power and temperature now; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    return {k: v for k, v in nvml_readings(device).items() if k not in ("driver", "power_limit_w")}
 
 
 def _processes(device: torch.device) -> dict[int, int | None]:
@@ -185,7 +178,7 @@ def others_on(device: torch.device, own: set[int]) -> int:
 
 
 def own_bytes(device: torch.device) -> int | None:
-    """Bytes of the GPU that this process holds; None if the driver does not know, as in a container."""
+    """Bytes of the GPU that this process holds; None if the driver cannot tell (container)."""
     return _processes(device).get(os.getpid())
 
 
@@ -193,7 +186,7 @@ def own_bytes(device: torch.device) -> int | None:
 
 
 class InterferenceMonitor:
-    """Watches the system from its construction to `lines`; `own` are the sweep's processes."""
+    """Watches the system until `lines`; `own` are the sweep's processes."""
 
     def __init__(self, device: torch.device, own: Iterable[int | None]) -> None:
         self.device = device
@@ -244,7 +237,7 @@ def _throttled(states: dict[str, dict[str, Any]] | None) -> list[str]:
 
 
 def spilled(memory: Memory | None, gpu_memory_bytes: int | None) -> list[str]:
-    """A line if torch holds more than the GPU has; Windows serves the rest from host memory, slowly."""
+    """A line if torch holds more than the GPU has: Windows serves the rest from host memory."""
     held = memory and memory.reserved_bytes
     if not held or not gpu_memory_bytes or held <= gpu_memory_bytes:
         return []

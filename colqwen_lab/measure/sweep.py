@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
+from colqwen_lab.hardware import Card
 from colqwen_lab.measure.environment import (
     InterferenceMonitor,
     environment,
@@ -118,7 +119,7 @@ class Run:
             raise BadInput("several models on a GPU must be isolated, to count their memory apart")
 
     def _planned(self, c: Configuration, workload: Workload) -> Cell:
-        checkpoint, card = self.checkpoints[c.variant], self.card
+        checkpoint = self.checkpoints[c.variant]
         return Cell(
             origin="measured",
             variant=c.variant,
@@ -130,30 +131,25 @@ class Run:
             protocol=c.protocol,
             backend=Backend(requested=c.kernel, requested_dtype=c.dtype),
             status="failed",
-            card=card
-            and CardRun(
-                name=card.name,
-                nominal_bytes=card.nominal_bytes,
-                cap_bytes=0,
-                outside_bytes=0,
-                method=METHOD,
-                tried={},
-                verified_runs=0,
-            ),
             environment=self.environment,
         )
 
     def on_file(self, rows: Iterable[Cell]) -> list[Cell]:
         """The planned cells that are among `rows`: of the same weights, workload and machine."""
         identity = self.environment.identity()
-        known = {_key(row): row for row in rows if row.environment.identity() == identity}
+        name = self.card and self.card.name
+        known = {
+            _key(row): row
+            for row in rows
+            if row.environment.identity() == identity and (row.card and row.card.name) == name
+        }
         return [known[key] for key in map(_key, self.planned) if key in known]
 
     def work(self, done: Iterable[Cell]) -> Iterator[Iterator[Cell]]:
-        """The planned cells that are not `done`: an iterator that measures them, a batch size each."""
+        """The planned cells that are not `done`: iterators that measure a batch size each."""
         keys = set(map(_key, done))
         missing = [cell for cell in self.planned if _key(cell) not in keys]
-        return self._on_card(missing) if self.card else self._loaded(missing)
+        return self._on_card(self.card, missing) if self.card else self._loaded(missing)
 
     def _loaded(self, planned: Sequence[Cell]) -> Iterator[Iterator[Cell]]:
         """Load all models, then measure; those that do not fit together are measured one by one."""
@@ -180,7 +176,7 @@ class Run:
         for batch in dict.fromkeys(cell.batch_size for cell in planned):
             yield self.measure([cell for cell in planned if cell.batch_size == batch])
 
-    def _on_card(self, planned: Iterable[Cell]) -> Iterator[Iterator[Cell]]:
+    def _on_card(self, card: Card, planned: Iterable[Cell]) -> Iterator[Iterator[Cell]]:
         """Each model at the largest batch size that runs under the card's memory."""
         for cell in planned:
             c, outcomes = cell.configuration, list[tuple[int, str]]()
@@ -193,15 +189,17 @@ class Run:
                     self.failures[_model(c)] = answer
                     break
             cap_bytes, outside_bytes = self.capped
-            run = {
-                "cap_bytes": cap_bytes,
-                "outside_bytes": outside_bytes,
-                "tried": dict(reversed(outcomes)),  # the first outcome of a batch size counts
-                "verified_runs": sum(status == "ok" for _, status in outcomes[-VERIFIED_RUNS:]),
-            }
             workload = cell.workload.model_copy(update={"batch_size": outcomes[-1][0]})
-            card = cell.card and cell.card.model_copy(update=run)
-            yield self.measure([_updated(cell, workload=workload, card=card)])
+            run = CardRun(
+                name=card.name,
+                nominal_bytes=card.nominal_bytes,
+                cap_bytes=cap_bytes,
+                outside_bytes=outside_bytes,
+                method=METHOD,
+                tried=dict(reversed(outcomes)),  # the first outcome of a batch size counts
+                verified_runs=sum(status == "ok" for _, status in outcomes[-VERIFIED_RUNS:]),
+            )
+            yield self.measure([_updated(cell, workload=workload, card=run)])
             self.end()
 
     def measure(self, planned: Iterable[Cell]) -> Iterator[Cell]:
@@ -227,7 +225,7 @@ class Run:
         pids = [worker.pid for worker in self.workers.values()]
         monitor = InterferenceMonitor(self.device, pids)
         samples = time_interleaved(steps, self.stopping)
-        state = before and {"before": before, "after": gpu_state(self.device) or {}}
+        state = {"before": before, "after": gpu_state(self.device)} if before else None
         lines = monitor.lines(state)
         self._complete(cells, samples)
         failed = {c: failure for c in ready if (failure := samples[c].failure)}
@@ -259,7 +257,7 @@ class Run:
                 worker.end()
 
     def _load(self, c: Configuration) -> Failure | None:
-        """Load the model of `c` into a worker, unless it is there; the failure if it does not load."""
+        """Load the model of `c` into a worker, unless it is there; the failure if that fails."""
         model = _model(c)
         if model in self.failures:
             return self.failures[model]
@@ -332,7 +330,7 @@ class Run:
             worker.ask("rest")
 
     def _difference(self, c: Configuration, others: list[Configuration]) -> Difference | None:
-        """How far the token embeddings of 8-bit activations are from the same weights' 16-bit ones."""
+        """How far the embeddings of 8-bit activations are from the same weights' 16-bit ones."""
         parents = [other for other in others if other.variant == c.variant and not other.eight_bit]
         if not c.eight_bit or not parents:
             return None
@@ -340,7 +338,8 @@ class Run:
         both = [self.workers[_model(one)].ask("embeddings", one.protocol) for one in pair]
         if any(isinstance(answer, Failure) for answer in both):
             return None
-        cosine = torch.nn.functional.cosine_similarity(*map(torch.from_numpy, both), dim=-1)
+        own, theirs = map(torch.from_numpy, both)
+        cosine = torch.nn.functional.cosine_similarity(own, theirs, dim=-1)
         mean, least = cosine.mean().item(), cosine.min().item()
         return Difference(against=str(parents[-1]), cosine_mean=mean, cosine_min=least)
 
@@ -372,7 +371,7 @@ def _key(cell: Cell) -> tuple[str, ...]:
     texts = work.texts if work.texts in (None, *TEXTS) else "report"
     batch = 1 if cell.card else work.batch_size
     planned = work.model_copy(update={"texts": texts, "batch_size": batch})
-    return cell.model_copy(update={"workload": planned}).key()
+    return cell.model_copy(update={"workload": planned, "card": None}).key()
 
 
 def _configurations(
@@ -385,9 +384,10 @@ def _configurations(
     for c in options.configurations(device.type):
         name, for_packed = names[c.variant], c.kernel != "fp8"
         if c.kernel not in ("auto", "torch") and for_packed not in packed.values():
-            kind, valid = ("packed", "auto, torch, or fp8 in execution fast")
-            if not for_packed:
-                kind, valid = ("16-bit", "auto, w4-fp8 or w4-int8")
+            kind = "packed" if for_packed else "16-bit"
+            valid = (
+                "auto, torch, or fp8 in execution fast" if for_packed else "auto, w4-fp8, w4-int8"
+            )
             raise BadInput(f"kernel {c.kernel} multiplies {kind} weights; valid here: {valid}")
         if not c.eight_bit or for_packed == packed[name]:
             kernel = c.kernel if packed[name] or c.eight_bit else "auto"
@@ -482,7 +482,7 @@ def title(part: SweepOptions) -> str:
 
 
 def path_of(options: SweepOptions, kind: str, sizes: Iterable[str]) -> Path:
-    """The records file: the `output`, or one under `outputs/` that names models, sizes, workloads."""
+    """The records file: `output`, or one under `outputs/` named by models, sizes, workloads."""
     if options.output:
         return Path(options.output)
     models = (resolve_variant(name).name.replace("/", "-") for name in options.models)
@@ -560,17 +560,12 @@ def sweep(
     done, new = 0, list[Cell]()
     results: list[Cell] = []
 
-    @contextmanager
-    def errors_of(name: str) -> Iterator[None]:
-        try:
-            yield
-        except LabError as error:
-            errors[name] = error
-
     try:
         for part in parts:
-            with errors_of(title(part)):
+            try:
                 runs[title(part)] = Run(part, progress, stopping, samples, isolated)
+            except LabError as error:
+                errors[title(part)] = error
         if not runs:
             return finish(path, [], errors, len(parts), {})
         with RecordsFile(path, Cell, progress=progress) as file:
@@ -580,12 +575,14 @@ def sweep(
                 done += len(kept)
                 for cell in kept:
                     progress(line_of(cell, "on file: "))
-                with errors_of(name):
+                try:
                     for cells in run.work(kept):
                         for cell in cells:
                             file.append([cell])
                             new.append(cell)
                             progress(line_of(cell))
+                except LabError as error:
+                    errors[name] = error
                 run.end()
                 results += run.on_file(file.rows)
             times = spent(start, new)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -47,24 +47,21 @@ def failure_of(error: Exception) -> Failure:
     return Failure(status, f"{type(error).__name__}: {text}")
 
 
+@dataclass
 class Worker:
     """One model on a device, and the measurements of it.
 
     `batches` makes Batches of config, tokenizer, batch_size and device.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        configuration: Configuration,
-        batches: Callable[..., Batches],
-    ) -> None:
-        self.checkpoint, self.device, self.configuration = checkpoint, device, configuration
-        self.make_batches, self.pid = batches, os.getpid()
-        self.loaded: Any = None
-        self.inputs: list[Any] = []
-        self.steps: dict[tuple[str, bool], Steps] = {}
+    checkpoint: Checkpoint
+    device: torch.device
+    configuration: Configuration
+    batches: Callable[..., Batches]
+    loaded: Any = None
+    inputs: list[Any] = field(default_factory=list)
+    steps: dict[tuple[str, bool], Steps] = field(default_factory=dict)
+    pid: int | None = None  # this process
 
     @property
     def alive(self) -> bool:
@@ -105,7 +102,7 @@ class Worker:
         return measure(self.loaded, [longest], self._steps([longest], protocol), alone)
 
     def prepare(self, batch_size: int, protocols: Iterable[str]) -> Batches:
-        """Make the batches, and the steps of each protocol and its control; the inputs stay here."""
+        """Make the batches, and the steps of each protocol and its control; inputs stay here."""
         batches = self._batches(batch_size)
         self.inputs = batches.inputs
         self.steps = {
@@ -116,7 +113,7 @@ class Worker:
         return replace(batches, inputs=[])
 
     def step(self, protocol: str, control: bool, warm: bool = False) -> float:
-        """Seconds of the next step and its device sync; `warm`: after an untimed one of its batch."""
+        """Seconds of the next step and its sync; if `warm`, after an untimed one of its batch."""
         step = self.steps[protocol, control]
         if warm:
             step(lead_in=True)
@@ -190,7 +187,7 @@ class Worker:
 
     def _batches(self, batch_size: int) -> Batches:
         config, tokenizer = self.loaded.model.config, self.loaded.tokenizer
-        return self.make_batches(
+        return self.batches(
             config=config, tokenizer=tokenizer, batch_size=batch_size, device=self.device
         )
 
@@ -262,7 +259,7 @@ def _ending(code: int | None) -> str:
 
 
 def serve(connection: Any, threads: int, *arguments: Any) -> None:
-    """The child's side: answers until the parent closes the pipe. Ctrl-C is the parent's to handle."""
+    """The child's side: answers until the pipe closes. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
