@@ -238,8 +238,8 @@ def _throttled(states: dict[str, dict[str, Any]] | None) -> list[str]:
 
 def spilled(memory: Memory | None, gpu_memory_bytes: int | None) -> list[str]:
     """A line if torch holds more than the GPU has: Windows serves the rest from host memory."""
-    held = memory and memory.reserved_bytes
-    if not held or not gpu_memory_bytes or held <= gpu_memory_bytes:
+    reserved = memory and memory.reserved_bytes
+    if not reserved or not gpu_memory_bytes or reserved <= gpu_memory_bytes:
         return []
-    sizes = f"{held / GIB:.1f} GiB held on a GPU of {gpu_memory_bytes / GIB:.1f} GiB"
+    sizes = f"{reserved / GIB:.1f} GiB held on a GPU of {gpu_memory_bytes / GIB:.1f} GiB"
     return [f"{sizes}: the host's memory is used"]

@@ -170,7 +170,7 @@ class Run:
                 self.failures[model] = failure
             if not failure:
                 sizes = sorted({cell.batch_size for cell in cells})
-                answer = self.workers[model].ask("compile", sizes)
+                answer = self.workers[model].call("compile", sizes)
                 if isinstance(answer, Failure):
                     self.progress(f"{model}: kernels compile at their first use ({answer.reason})")
         for batch in dict.fromkeys(cell.batch_size for cell in planned):
@@ -182,7 +182,7 @@ class Run:
             c, outcomes = cell.configuration, list[tuple[int, str]]()
             for batch in batch_search(outcomes):
                 failure = self._load(c)
-                answer = failure or self.workers[_model(c)].ask("memory", batch, c.protocol, True)
+                answer = failure or self.workers[_model(c)].call("memory", batch, c.protocol, True)
                 outcomes.append((batch, answer.status if isinstance(answer, Failure) else "ok"))
                 if failure or outcomes[-1][1] == "failed":
                     # The model does not load, or has a defect, which says nothing about memory.
@@ -205,12 +205,12 @@ class Run:
     def measure(self, planned: Iterable[Cell]) -> Iterator[Cell]:
         """The cells of one batch size: memory first, then all that fit are timed, interleaved.
 
-        A configuration that failed beside others is timed again alone, after the others' cells.
+        A configuration that failed among others is timed again alone, after the others' cells.
         """
         cells = {cell.configuration: cell for cell in planned}
         before = gpu_state(self.device)
         for c, cell in cells.items():
-            answer = self._load(c) or self.workers[_model(c)].ask(
+            answer = self._load(c) or self.workers[_model(c)].call(
                 "memory", cell.batch_size, c.protocol, len(self.workers) == 1
             )
             cells[c] = _updated(cell, memory=answer)
@@ -238,7 +238,7 @@ class Run:
                     self._complete(again, time_interleaved({c: self._step(c)}, self.stopping))
                 cells |= again
             cell, worker = cells[c], self.workers.get(_model(c))
-            backend = worker.ask("backend") if worker and worker.alive else None
+            backend = worker.call("backend") if worker and worker.alive else None
             yield _updated(
                 cell,
                 backend=backend if isinstance(backend, Backend) else cell.backend,
@@ -270,9 +270,10 @@ class Run:
             worker = self.workers[model] = kind(checkpoint, self.device, c, self.batches)
         except OSError as error:  # the system starts no more processes
             return failure_of(error)
-        if self.card:
-            self.capped = worker.ask("cap", self.card)
-        answer = worker.ask("load")
+        answer = worker.call("cap", self.card) if self.card else None
+        if not isinstance(answer, Failure):
+            self.capped = answer or self.capped
+            answer = worker.call("load")
         if isinstance(answer, Failure):
             self.end(model)
             return answer
@@ -288,7 +289,7 @@ class Run:
         for model in dict.fromkeys(_model(c) for c in cells if not cells[c].reason):
             own = [c for c in cells if _model(c) == model and not cells[c].reason]
             batch, protocols = cells[own[0]].batch_size, [c.protocol for c in own]
-            answer = self._load(model) or self.workers[model].ask("prepare", batch, protocols)
+            answer = self._load(model) or self.workers[model].call("prepare", batch, protocols)
             if isinstance(answer, Batches):
                 for line in answer.messages:
                     if line not in self.messages:
@@ -299,7 +300,7 @@ class Run:
                 cells[c] = _updated(cells[c], workload=answer)
 
     def _step(self, c: Configuration, control: bool = False) -> TimedStep:
-        return partial(self.workers[_model(c)].ask, "step", c.protocol, control)
+        return partial(self.workers[_model(c)].call, "step", c.protocol, control)
 
     def _complete(self, cells: dict[Configuration, Cell], samples: dict[Any, Samples]) -> None:
         """Add the times, and what passes of their own on the same batches measure."""
@@ -310,7 +311,7 @@ class Run:
             cells[c] = _updated(cells[c], step_s=own.step_s, status=own.failure or "ok")
             if own.failure:
                 continue
-            stages = self.workers[_model(c)].ask("stages", c.protocol) if paged else None
+            stages = self.workers[_model(c)].call("stages", c.protocol) if paged else None
             cells[c] = _updated(
                 cells[c],
                 control_s=samples[("control", c)].step_s if ("control", c) in samples else [],
@@ -327,7 +328,7 @@ class Run:
                 stages=stages if isinstance(stages, Stages) else None,
             )
         for worker in self.workers.values():
-            worker.ask("rest")
+            worker.call("rest")
 
     def _difference(self, c: Configuration, others: list[Configuration]) -> Difference | None:
         """How far the embeddings of 8-bit activations are from the same weights' 16-bit ones."""
@@ -335,7 +336,7 @@ class Run:
         if not c.eight_bit or not parents:
             return None
         pair = (c, parents[-1])
-        both = [self.workers[_model(one)].ask("embeddings", one.protocol) for one in pair]
+        both = [self.workers[_model(one)].call("embeddings", one.protocol) for one in pair]
         if any(isinstance(answer, Failure) for answer in both):
             return None
         own, theirs = map(torch.from_numpy, both)
@@ -348,7 +349,7 @@ class Run:
         """What the GPU reaches in this run; not under a card's memory."""
         if self.card or self.device.type != "cuda":
             return None
-        answers = [worker.ask("limits") for worker in list(self.workers.values())[:1]]
+        answers = [worker.call("limits") for worker in list(self.workers.values())[:1]]
         return next((answer for answer in answers if isinstance(answer, Limits)), None)
 
 

@@ -1,6 +1,6 @@
 """One model on a device: in a child process (`Remote`), or in this one (`Worker`).
 
-A sweep asks either by `ask(name, *arguments)`. What ends a child, such as a signal or a crashed
+A sweep calls either by `call(name, *arguments)`. What ends a child, such as a signal or a crashed
 CUDA context, is a Failure like any other. A child ends with its parent.
 """
 
@@ -67,7 +67,7 @@ class Worker:
     def alive(self) -> bool:
         return self.loaded is not None
 
-    def ask(self, name: str, *arguments: Any) -> Any:
+    def call(self, name: str, *arguments: Any) -> Any:
         """The answer of the method `name`, or a Failure; a LabError passes."""
         try:
             return getattr(self, name)(*arguments)
@@ -178,7 +178,9 @@ class Worker:
         # new one would count in later peaks.
         fast = self.configuration.execution == "fast"
         with torch.cuda.stream(capture_stream() if fast else torch.cuda.current_stream()):
-            return measured_limits(self.device)
+            limits = measured_limits(self.device)
+        self.rest()
+        return limits
 
     def rest(self) -> None:
         """Release steps and their outputs; the batches stay."""
@@ -202,7 +204,7 @@ def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
 
 
 class Remote:
-    """A `Worker` in a child process. `ask` gives a Failure where the process ends or hangs."""
+    """A `Worker` in a child process. `call` gives a Failure where the process ends or hangs."""
 
     def __init__(self, *arguments: Any) -> None:
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -223,7 +225,7 @@ class Remote:
         theirs.close()
         self.alive, self.pid = True, self.process.pid
 
-    def ask(self, name: str, *arguments: Any) -> Any:
+    def call(self, name: str, *arguments: Any) -> Any:
         """The answer of the worker's method `name`, or a Failure; its LabError is raised here."""
         if not self.alive:
             return Failure("failed", "its process had ended")
@@ -269,7 +271,7 @@ def serve(connection: Any, threads: int, *arguments: Any) -> None:
     with contextlib.suppress(EOFError, OSError):  # the pipe is closed
         while True:
             name, arguments = connection.recv()
-            # Not by Worker.ask: the stack from lab.sweep to the forward stays at ten frames.
+            # Not by Worker.call: the stack from lab.sweep to the forward stays at ten frames.
             try:
                 answer = getattr(worker, name)(*arguments)
             except LabError as error:

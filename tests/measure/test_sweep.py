@@ -598,14 +598,14 @@ def test_ten_frames_from_the_notebook_to_the_forward(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both processes counted, for timing and memory passes; lab.sweep itself is two frames."""
-    really, parent = worker.Remote.ask, {}
+    really, parent = worker.Remote.call, {}
 
-    def ask(self: worker.Remote, name: str, *arguments: Any) -> Any:
-        frames = ["sweep", "sweep", *own_frames(), "ask"]  # this stub stands for `ask`
+    def call(self: worker.Remote, name: str, *arguments: Any) -> Any:
+        frames = ["sweep", "sweep", *own_frames(), "call"]  # this stub stands for `call`
         parent[name] = max(parent.get(name, []), frames, key=len)
         return really(self, name, *arguments)
 
-    monkeypatch.setattr(worker.Remote, "ask", ask)
+    monkeypatch.setattr(worker.Remote, "call", call)
     file = path.parent.parent / "frames"
     monkeypatch.setattr(module, "query_batches", partial(recording_batches, str(file)))
     cells = run(path, "base,awq", "1", isolated=True, kernel="torch", control=True)

@@ -28,17 +28,17 @@ def run(path: Path, model: str = "base,awq", batches: str = "1,2", **options: An
 
 @pytest.fixture
 def before(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], Callable[[Remote], None]]:
-    """What to do to a process before its nth ask of a method, counting all processes."""
+    """What to do to a process before its nth call of a method, counting all processes."""
     todo: dict[tuple[str, int], Callable[[Remote], None]] = {}
     asked: list[str] = []
-    really = Remote.ask
+    really = Remote.call
 
-    def ask(self: Remote, name: str, *arguments: Any) -> Any:
+    def call(self: Remote, name: str, *arguments: Any) -> Any:
         asked.append(name)
         todo.get((name, asked.count(name)), lambda one: None)(self)
         return really(self, name, *arguments)
 
-    monkeypatch.setattr(Remote, "ask", ask)
+    monkeypatch.setattr(Remote, "call", call)
     return todo
 
 
