@@ -67,7 +67,7 @@ def test_a_cell_says_all(path: Path) -> None:
     base, awq = cells[2:]
     assert awq.backend.engaged == {"auto_round:torch_zp": 28}
     assert base.backend.engaged == {"torch.nn.Linear": 28}
-    assert awq.backend.kept_16bit == {"vision tower": 24, "head": 1}
+    assert awq.backend.kept_16bit == {"vision encoder": 24, "head": 1}
     assert len(awq.step_s) >= 10
     assert awq.items_per_s.low <= awq.items_per_s.median <= awq.items_per_s.high
     assert awq.timing.interleaved_with == ["base"]
