@@ -1,7 +1,7 @@
-"""A Ray cluster of three nodes on this machine, and what becomes of a fleet when one of them is killed.
+"""A Ray cluster of three nodes on this machine, of which one is killed during a sweep.
 
-`python tests/three_nodes.py` sweeps base and awq at size tiny on it, kills the node that measures, sweeps again without
-Ray, and writes both files of rows and what it found to `outputs/fleet/`.
+`python tests/three_nodes.py` sweeps base and awq at size tiny on it, kills the node that measures,
+sweeps again without Ray, and writes both records files and a summary to `outputs/fleet/`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 from colqwen_lab.records import Cell, read_cells
 
 NODES, KILL_AT = 3, 3
-#: What two runs of one cell on one machine may differ in.
+# Two runs of one cell on one machine may differ in these.
 TIMING = ("step_s", "control_s", "items_per_s", "limits", "gpu_state", "interference")
 MOMENT = ("started_at", "commit", "threads")
 SWEEP = ["sweep", "-m", "base", "-m", "awq", "--size", "tiny", "-b", "8,16,32"]
@@ -31,14 +31,14 @@ SWEEP = ["sweep", "-m", "base", "-m", "awq", "--size", "tiny", "-b", "8,16,32"]
 
 @contextmanager
 def three_nodes(**of_node: Any) -> Iterator[Any]:
-    """A cluster of a head without a CPU and two nodes with one, its address in RAY_ADDRESS; all gone after."""
+    """A cluster of a head without a CPU and two nodes with one; its address is in RAY_ADDRESS."""
     folder = tempfile.mkdtemp(prefix="ray-")  # a short path: it holds sockets
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": folder}
     import ray
     from ray.cluster_utils import Cluster
 
     lean = {"object_store_memory": 80 * 2**20, "include_log_monitor": False}
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    earlier = {child.pid for child in psutil.Process().children(recursive=True)}
     cluster = Cluster(
         True, head_node_args=lean | {"num_cpus": 0, "include_dashboard": False, "no_monitor": True}
     )
@@ -51,7 +51,7 @@ def three_nodes(**of_node: Any) -> Iterator[Any]:
         os.environ.pop("RAY_ADDRESS", None)
         ray.shutdown()
         started = [
-            child for child in psutil.Process().children(recursive=True) if child.pid not in before
+            child for child in psutil.Process().children(recursive=True) if child.pid not in earlier
         ]
         cluster.shutdown()
         for child in started:  # workers that outlived their node
@@ -61,7 +61,7 @@ def three_nodes(**of_node: Any) -> Iterator[Any]:
 
 
 def kill_the_measuring_node(cluster: Any) -> bool:
-    """Kill the node, and all its processes, whose worker runs a job; false if none does."""
+    """Kill the node whose worker runs a task, with all its processes; false if none does."""
     for node in list(cluster.worker_nodes):
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         workers = raylet.children(recursive=True)
@@ -76,7 +76,7 @@ def kill_the_measuring_node(cluster: Any) -> bool:
 
 def untimed(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     """The cells without what differs from run to run, in the order of their keys."""
-    found = []
+    rows = []
     for cell in sorted(cells, key=Cell.key):
         row = cell.model_dump(exclude={*TIMING, "timing"})
         row["environment"] = {
@@ -84,34 +84,34 @@ def untimed(cells: Iterable[Cell]) -> list[dict[str, Any]]:
         }
         row["interleaved_with"] = cell.timing and cell.timing.interleaved_with
         row["timed"] = bool(cell.step_s)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def main(folder: Path) -> dict[str, Any]:
-    """The record of both runs, beside their rows in `folder`."""
+    """The summary of both runs, written beside their records in `folder`."""
     program = [sys.executable, "-c", "from colqwen_lab.cli import main; main()", *SWEEP, "--fresh"]
-    fleet, alone = folder / "three-nodes.jsonl", folder / "one-machine.jsonl"
-    for path in (fleet, alone):
+    cluster_file, alone = folder / "three-nodes.jsonl", folder / "one-machine.jsonl"
+    for path in (cluster_file, alone):
         path.unlink(missing_ok=True)
     with three_nodes() as cluster:
         run = subprocess.Popen(
-            [*program, "--on", "ray", "-o", str(fleet)], stderr=subprocess.PIPE, text=True
+            [*program, "--on", "ray", "-o", str(cluster_file)], stderr=subprocess.PIPE, text=True
         )
-        said = []
+        lines = []
         for line in run.stderr or ():
             print(line, end="", file=sys.stderr)
-            said.append(line)
-            if sum("items/s" in one for one in said) == KILL_AT and "items/s" in line:
+            lines.append(line)
+            if sum("queries/s" in one for one in lines) == KILL_AT and "queries/s" in line:
                 assert kill_the_measuring_node(cluster)
         run.wait()
     subprocess.run([*program, "-o", str(alone)], check=True)
-    rows = read_cells(fleet)
+    rows = read_cells(cluster_file)
     record = {
         "command": f"colqwen-lab {' '.join(SWEEP)} --on ray",
         "nodes": NODES,
-        "killed": f"the node that measured, as it had its row {KILL_AT}",
-        "went_on_elsewhere": sum("it goes on elsewhere" in line for line in said),
+        "killed": f"the measuring node, after row {KILL_AT}",
+        "went_on_elsewhere": sum("restarting on another node" in line for line in lines),
         "exit_code": run.returncode,
         "cells": len(rows),
         "most_often": max(Counter(map(Cell.key, rows)).values()),

@@ -1,1 +1,1 @@
-"""What a device does: time, memory and environment of every cell of a sweep."""
+"""What a device does: step times, peak memory, and sweeps of many cells."""

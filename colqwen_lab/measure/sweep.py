@@ -1,783 +1,599 @@
-"""The batch sweep: from variants and batch sizes to cells on disk, one row as soon as it is measured."""
+"""Sweeps: from options to cells on file, each appended as soon as it is measured.
+
+A run resumes its file: what is wanted minus what is on file is what gets measured.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from colqwen_lab.errors import BadInput, MissingRequirement, one_of, shown
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
 from colqwen_lab.hardware import Card
-from colqwen_lab.measure.cap import MARGIN, METHOD, VERIFIED_RUNS, largest_running
-from colqwen_lab.measure.environment import environment, gpu_state, pick_device
-from colqwen_lab.measure.interference import InterferenceMonitor, spilled
-from colqwen_lab.measure.timing import CLOCK, Samples, StoppingRule, Turn, time_interleaved
-from colqwen_lab.measure.worker import About, Failure, Remote, Setting, Worker, attempt, failure_of
-from colqwen_lab.model.checkpoint import WEIGHTS, Checkpoint
-from colqwen_lab.model.config import Variant, check_size, resolve_size, resolve_variant
-from colqwen_lab.model.inputs import TEXTS, VISUAL_TOKENS
-from colqwen_lab.model.loading import DTYPES
+from colqwen_lab.measure.environment import (
+    InterferenceMonitor,
+    environment,
+    gpu_state,
+    pick_device,
+    spilled,
+)
+from colqwen_lab.measure.memory import METHOD, VERIFIED_RUNS, batch_search
+from colqwen_lab.measure.timing import (
+    CLOCK,
+    Failure,
+    Samples,
+    StoppingRule,
+    TimedStep,
+    time_interleaved,
+)
+from colqwen_lab.measure.worker import Remote, Worker, failure_of
+from colqwen_lab.model.checkpoint import Checkpoint
+from colqwen_lab.model.config import Variant, resolve_size, resolve_variant
 from colqwen_lab.model.quantize import checkpoint_of
+from colqwen_lab.options import TEXTS, WORKLOADS, SweepOptions
 from colqwen_lab.records import (
-    GOES_ON,
     MIB,
+    RESUME,
     Backend,
     CardRun,
     Cell,
+    Configuration,
     Difference,
     Limits,
-    Memory,
+    Quantization,
+    RecordsFile,
     Stages,
-    Store,
     Timing,
     Workload,
-    batch_sizes_of,
-    listed,
-    neighbour,
+    beside,
     rate_of,
     writing,
 )
-from colqwen_lab.runtime.batches import WORKLOADS, Batches, Pages, query_batches
-from colqwen_lab.runtime.eager import EXECUTIONS, PROTOCOLS
-from colqwen_lab.runtime.linears import EIGHT_BIT
+from colqwen_lab.runtime.batches import Batches, Pages, query_batches
 from colqwen_lab.settings import outputs_folder
 
-# The report's way with its fallback kernel, by device, and the best there is.
-REPORT_WAY = {"cuda": "eager/published/tritonv2", "cpu": "eager/published/torch"}
-BEST_WAY = "fast/lean/auto"
+Progress = Callable[[str], None]
+# Interference that another measurement may not have; an attached display stays.
+DISTURBED = re.compile(r"other process|clock was held down|host's memory is used")
+STOPPED = {"count": "step limit", "time": "time limit"}
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a model is run: execution, protocol, and the backend asked for."""
+class Interrupted(KeyboardInterrupt):
+    """A sweep that a person stopped. The message is one line."""
 
-    execution: str = "eager"
-    protocol: str = "lean"
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        one_of("execution", self.execution, EXECUTIONS)
-        one_of("protocol", self.protocol, PROTOCOLS)
-        if not isinstance(self.backend, str):
-            raise BadInput(f"backend {self.backend!r}; valid: a kernel's name, such as auto")
-        if self.execution == "fast" and PROTOCOLS[self.protocol].use_cache:
-            raise BadInput(
-                f"protocol {self.protocol!r} keeps a KV cache, which execution fast has not; valid: lean"
-            )
-        if self.backend in EIGHT_BIT and self.execution != "fast":
-            raise BadInput(
-                f"backend {self.backend!r} runs in execution fast only; valid: --execution fast"
-            )
-
-    def __str__(self) -> str:
-        return f"{self.execution}/{self.protocol}/{self.backend}"
-
-    @classmethod
-    def of(cls, text: str, device: str) -> Way:
-        """The way of `report`, `best`, or EXECUTION[/PROTOCOL[/BACKEND]]. Raises BadInput."""
-        parts = {"report": REPORT_WAY[device], "best": BEST_WAY}.get(
-            text.strip(), text.strip()
-        ).split("/")
-        if len(parts) > 3:
-            raise BadInput(
-                f"way {text!r}; valid: report, best, or EXECUTION/PROTOCOL/BACKEND such as fast/lean/auto"
-            )
-        return cls(*parts)
-
-    def of_weights(self, packed: bool) -> Way | None:
-        """This way as weights that are packed, or not, go it; None where its kernel is for the other kind."""
-        if self.backend in EIGHT_BIT:
-            return self if (self.backend == "fp8") is not packed else None
-        return self if packed else replace(self, backend="auto")
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: a notebook shows the line, not a traceback."""
+        return [str(self)]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A variant run in one way: what is timed in turn with others."""
+class Run:
+    """One size, workload and execution on this machine, and the workers that hold its models.
 
-    variant: str
-    way: Way
-
-    @property
-    def model(self) -> tuple[str, str, str]:
-        """What tells loaded models apart: ways that differ in the protocol alone share one."""
-        return self.variant, self.way.execution, self.way.backend
-
-    def __str__(self) -> str:
-        return f"{self.variant} {self.way}"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a sweep was asked for, checked. `output` None is a file named after the variants under `outputs/`.
-
-    Each model is `isolated` in a process of its own; without that all run in this one, as a debugger wants it.
+    `planned` are the wanted cells before they are measured. Under a card's memory the batch size
+    is searched for, and theirs is 1.
     """
-
-    variants: tuple[Variant, ...]
-    batch_sizes: tuple[int, ...]
-    size: str = "auto"
-    workload: str = "queries"
-    texts: str = "report"
-    visual_tokens: int = VISUAL_TOKENS
-    pages: str = ""
-    samples: int = 0
-    weights: str = "auto"
-    ways: tuple[Way, ...] = (Way(),)
-    dtype: str = "bfloat16"
-    control: bool = False
-    card: Card | None = None
-    output: Path | None = None
-    fresh: bool = False
-    isolated: bool = True
-    patience: StoppingRule = field(default_factory=StoppingRule)
-
-    def __post_init__(self) -> None:
-        check_size(self.size)
-        one_of("workload", self.workload, WORKLOADS)
-        one_of("texts", self.texts, TEXTS)
-        one_of("dtype", self.dtype, DTYPES)
-        if self.workload == "pages" and any(way.execution == "fast" for way in self.ways):
-            raise BadInput("execution fast embeds queries only; valid for workload pages: eager")
-        if self.workload != "pages" and (self.pages or self.visual_tokens != VISUAL_TOKENS):
-            raise BadInput(
-                f"pages and visual_tokens are of workload pages, not {self.workload}; valid: workload pages"
-            )
-        if self.workload != "queries" and self.texts != "report":
-            raise BadInput(
-                f"texts are of workload queries, not {self.workload}; valid: workload queries"
-            )
-        if self.weights != "auto" and any(v.folder or "any" in v.hub for v in self.variants):
-            raise BadInput(
-                "weights go with a named model; a folder or a hub id as model holds its own"
-            )
-        if self.weights not in WEIGHTS and not os.path.isdir(self.weights):
-            raise BadInput(
-                f"unknown weights {self.weights!r}; valid: {', '.join(WEIGHTS)}, or a checkpoint folder"
-            )
-        if self.weights not in WEIGHTS and len(self.variants) > 1:
-            raise BadInput(
-                "a weights folder goes with one model; name folders as models instead: -m DIR1 -m DIR2"
-            )
-        names = [variant.name for variant in self.variants]
-        if not names or len(set(names)) < len(names):
-            raise BadInput(
-                f"models {', '.join(names) or 'none'}; valid: one or more different ones, such as base,awq"
-            )
-
-
-def request(
-    model: str | Sequence[str],
-    batch_sizes: str | int | Iterable[int] = "auto",
-    device: str = "",
-    **options: Any,
-) -> Request:
-    """A checked request; `model` is a variant's name, several of them, or "base,awq".
-
-    `batch_sizes` auto are those of the workload.
-
-    `options` are a Request's; instead of `ways` it takes their texts, or one `execution`, `protocol` and `backend`.
-    `device` is cuda or cpu where the sweep runs; by default this machine's.
-
-    Raises:
-        BadInput: a wrong value.
-    """
-    variants = tuple(resolve_variant(str(name).strip()) for name in listed(model))
-    one = Way(
-        **{
-            name: options.pop(name)
-            for name in ("execution", "protocol", "backend")
-            if name in options
-        }
-    )
-    named = [str(way) for way in listed(options.pop("ways", "")) if way]
-    if named and one != Way():
-        raise BadInput("ways name execution, protocol and backend; give these or ways, not both")
-    ways = tuple(Way.of(way, device or pick_device().type) for way in named) or (one,)
-    if batch_sizes == "auto":
-        batch_sizes = WORKLOADS[
-            one_of("workload", options.get("workload", "queries"), WORKLOADS)
-        ].batch_sizes
-    return Request(
-        variants=variants, batch_sizes=tuple(batch_sizes_of(batch_sizes)), ways=ways, **options
-    )
-
-
-class Sweep:
-    """One run of a request on a device. It leaves the mark that it ended, unless it is a `part` of more."""
 
     def __init__(
         self,
-        asked: Request,
-        progress: Callable[[str], None],
-        emit: Callable[[Cell], object] | None = None,
-        part: bool = False,
+        options: SweepOptions,
+        progress: Progress,
+        stopping: StoppingRule | None = None,
+        samples: int = 0,
+        isolated: bool = True,
     ) -> None:
-        self.asked, self.progress, self.emit, self.part = asked, progress, emit, part
-        self.started = time.perf_counter()
-        self.device = pick_device()
-        self.size = resolve_size(asked.size, self.device.type == "cuda")
-        self.sources = {
-            variant.name: _checked(
-                variant, checkpoint_of(variant, self.size, asked.weights, self.device), asked.size
-            )
-            for variant in asked.variants
-        }
-        self.pages = Pages(asked.pages, asked.visual_tokens) if asked.workload == "pages" else None
-        self.entries = self._entries()
+        self.options, self.progress, self.isolated = options, progress, isolated
+        self.stopping = stopping or stopping_rule(options)
+        self.device, self.card = pick_device(), options.memory_budget
+        self.checkpoints = _checkpoints(options, self.device)
         self.environment = environment(self.device)
-        if (
-            not asked.isolated
-            and self.device.type == "cuda"
-            and len({entry.model for entry in self.entries}) > 1
-        ):
-            raise BadInput(
-                "one process counts the memory of one model on a GPU; valid for several models: isolated"
-            )
-        self.workers: dict[
-            Any, tuple[Any, About]
-        ] = {}  # of Worker or Remote, by what tells models apart
-        self.capped: tuple[int, int] | None = None
-        self.said: set[str] = set()
-        name = f"sweep-{'-'.join(v.name.replace('/', '-') for v in asked.variants)}-{self.size}-{asked.workload}.jsonl"
-        self.path = asked.output or outputs_folder() / name
-
-    def _entries(self) -> list[Entry]:
-        """Every variant in every way that its weights can go."""
-        found: list[Entry] = []
-        for way in self.asked.ways:
-            packed = {
-                name: source.quantization is not None for name, source in self.sources.items()
-            }
-            going = [
-                Entry(name, one) for name in self.sources if (one := way.of_weights(packed[name]))
-            ]
-            if not going or (
-                way.backend not in ("auto", "torch", *EIGHT_BIT) and not any(packed.values())
-            ):
-                kind = "packed" if not any(packed.values()) else "16-bit"
-                raise BadInput(
-                    f"backend {way.backend!r} multiplies {kind} weights; valid for 16-bit weights: auto, torch, and in "
-                    "execution fast fp8"
-                )
-            found += [entry for entry in going if entry not in found]
-        return found
-
-    def run(self) -> list[Cell]:
-        """The cells of the request, those already in the file among them, in the order asked.
-
-        Raises:
-            MissingRequirement: the file cannot be written any more, or the system refuses something else outside a cell; what was
-                measured before is on file.
-        """
-        try:
-            return self._run()
-        except OSError as error:
-            raise MissingRequirement(f"the sweep ended: {error}; {GOES_ON}") from None
-        finally:
-            self._end()
-
-    def _run(self) -> list[Cell]:
-        with Store(self.path, self._keeps, self.emit, self.progress) as store:
-            unmark(self.path)
-            if store.superseded:
-                self.progress(
-                    f"{len(store.superseded)} earlier rows moved beside the file, to *.superseded.jsonl"
-                )
-            for cell in (found := self._found(store.cells)).values():
-                self.progress(_line(cell, "kept, "))
-            todo = {
-                batch: entries
-                for batch in self.asked.batch_sizes
-                if (entries := [entry for entry in self.entries if (entry, batch) not in found])
-            }
-            if self.asked.card:
-                cells = [self._on_card(entry, self.asked.card, store) for entry in self.entries]
-            else:
-                self._measure(todo, store)
-                known = self._found(store.cells)
-                cells = [
-                    known[entry, batch]
-                    for batch in self.asked.batch_sizes
-                    for entry in self.entries
-                ]
-            fresh = [cell for cell in cells if cell.timing and cell not in found.values()]
-            spent = {
-                "wall_s": round(time.perf_counter() - self.started, 1),
-                "timed_s": round(sum(sum(cell.step_s) + sum(cell.control_s) for cell in fresh), 1),
-            }
-            self.progress(
-                f"{spent['wall_s']} s in all, {spent['timed_s']} s of them in timed steps"
-            )
-            if not self.part:
-                mark(self.path, cells, spent)
-        return cells
-
-    def _on_card(self, entry: Entry, card: Card, store: Store) -> Cell:
-        """The cell of the largest batch of a model under the cap of `card`, found by trying, and run several times."""
-        known = [cell for (one, _), cell in self._found(store.cells).items() if one == entry]
-        if known:
-            return known[0]
-        tried: dict[int, str] = {}
-        broken: list[Failure] = []
-
-        def outcome_of(batch: int) -> str:
-            outcome = self._load(entry) or self._memory(entry, batch)
-            if isinstance(outcome, Failure) and outcome.status == "failed":
-                broken.append(outcome)  # a defect, which says nothing of the memory
-            return outcome.status if isinstance(outcome, Failure) else "ok"
-
-        def runs(batch: int) -> bool:
-            tried[batch] = outcome_of(batch)
-            return tried[batch] == "ok"
-
-        lost = self._load(entry)
-        found = 0 if lost else largest_running(runs)
-        batch, verified = max(1, int(found * (1 - MARGIN))), 0
-        while found and verified < VERIFIED_RUNS:
-            verified = sum(outcome_of(batch) == "ok" for _ in range(VERIFIED_RUNS))
-            if verified == VERIFIED_RUNS or batch == 1:
-                break
-            batch = max(1, min(batch - 1, int(batch * (1 - MARGIN))))
-        lost = broken[0] if broken else lost
-        (cell,) = [self._lost_cell(entry, batch, lost)] if lost else self._cells([entry], batch)
-        assert self.capped is not None
-        cap_bytes, outside_bytes = self.capped
-        self._end()
-        run = CardRun(
-            name=card.name,
-            nominal_bytes=card.nominal_bytes,
-            cap_bytes=cap_bytes,
-            outside_bytes=outside_bytes,
-            method=METHOD,
-            tried=tried,
-            verified_runs=verified,
+        self.workers: dict[Configuration, Remote | Worker] = {}
+        self.failures: dict[Configuration, Failure] = {}  # of models that cannot be measured
+        self.messages: set[str] = set()
+        self.capped = (0, 0)
+        self.batches: Callable[..., Batches] = partial(
+            query_batches, texts=options.texts, samples=samples
         )
-        cell = cell.model_copy(update={"card": run})
-        store.add([cell])
-        return cell
-
-    def _keeps(self, cell: Cell) -> bool:
-        """Whether a row of the file stays: same weights, environment and code, and no failure to be tried again."""
-        if cell.origin != "measured" or cell.environment.identity() != self.environment.identity():
-            return False
-        source = self.sources.get(cell.variant)
-        if source is None or source.size != cell.size:
-            return True
-        asked_for = bool(self._found([cell]))
-        return source.label == cell.weights and not (
-            asked_for and (self.asked.fresh or cell.status == "failed")
-        )
-
-    def _found(self, cells: Iterable[Cell]) -> dict[tuple[Entry, int], Cell]:
-        """The cells that the request asks for."""
-        asked = self.asked
-        card = asked.card.name if asked.card else None
-        plain = self._plain_workload(1)
-        same = (plain.budget, plain.pages or plain.texts, asked.dtype, card)
-        return {
-            (entry, cell.batch_size): cell
-            for cell in cells
-            if (source := self.sources.get(cell.variant))
-            and (cell.size, cell.weights) == (source.size, source.label)
-            and (asked.card or cell.batch_size in asked.batch_sizes)
-            and _asked_for(cell) == same
-            and (entry := _entry_of(cell)) in self.entries
-        }
-
-    def _measure(self, todo: dict[int, list[Entry]], store: Store) -> None:
-        entries = [
-            entry for entry in self.entries if any(entry in wanted for wanted in todo.values())
+        workload = Workload(kind="queries", batch_size=1, texts=options.texts)
+        if options.workload == "pages":
+            pages = Pages(options.pages, options.visual_tokens)
+            self.batches = partial(pages.batches, samples=samples)
+            workload = Workload(
+                kind="pages", batch_size=1, pages=pages.label, visual_tokens=pages.visual_tokens
+            )
+        self.planned = [
+            self._planned(c, workload.model_copy(update={"batch_size": batch}))
+            for batch in ([1] if self.card else options.batches)
+            for c in _configurations(options, self.checkpoints, self.device)
         ]
-        firsts = {entry.model: entry for entry in entries}
-        lost: dict[Any, Failure] = {}
-        for model, first in firsts.items():
-            failure = self._load(first)
+        models = {_model(cell.configuration) for cell in self.planned}
+        if not isolated and self.device.type == "cuda" and len(models) > 1:
+            raise BadInput("several models on a GPU must be isolated, to count their memory apart")
+
+    def _planned(self, c: Configuration, workload: Workload) -> Cell:
+        checkpoint = self.checkpoints[c.variant]
+        return Cell(
+            origin="measured",
+            variant=c.variant,
+            size=checkpoint.size,
+            weights=checkpoint.label,
+            quantization=_quantization(checkpoint.quantization),
+            workload=workload,
+            execution=c.execution,
+            protocol=c.protocol,
+            backend=Backend(requested=c.kernel, requested_dtype=c.dtype),
+            status="failed",
+            environment=self.environment,
+        )
+
+    def on_file(self, rows: Iterable[Cell]) -> list[Cell]:
+        """The planned cells that are among `rows`: of the same weights, workload and machine."""
+        identity = self.environment.identity()
+        name = self.card and self.card.name
+        known = {
+            _key(row): row
+            for row in rows
+            if row.environment.identity() == identity and (row.card and row.card.name) == name
+        }
+        return [known[key] for key in map(_key, self.planned) if key in known]
+
+    def work(self, done: Iterable[Cell]) -> Iterator[Iterator[Cell]]:
+        """The planned cells that are not `done`: iterators that measure a batch size each."""
+        keys = set(map(_key, done))
+        missing = [cell for cell in self.planned if _key(cell) not in keys]
+        return self._on_card(self.card, missing) if self.card else self._loaded(missing)
+
+    def _loaded(self, planned: Sequence[Cell]) -> Iterator[Iterator[Cell]]:
+        """Load all models, then measure; those that do not fit together are measured one by one."""
+        models: dict[Configuration, list[Cell]] = {}
+        for cell in planned:
+            models.setdefault(_model(cell.configuration), []).append(cell)
+        for model, cells in models.items():
+            failure = self._load(model)
             if failure and failure.status == "oom" and self.workers:
                 self.progress(
                     f"the models do not fit together ({failure.reason}); each is timed alone"
                 )
-                for one in firsts:
-                    self._end()
-                    alone = {
-                        batch: [entry for entry in todo[batch] if entry.model == one]
-                        for batch in todo
-                    }
-                    self._measure(
-                        {batch: wanted for batch, wanted in alone.items() if wanted}, store
-                    )
+                for alone in models.values():
+                    self.end()
+                    yield from self._loaded(alone)
                 return
             if failure and not failure.ended:
-                lost[model] = failure
-            elif not failure:
-                batches = [
-                    batch
-                    for batch, wanted in todo.items()
-                    if any(entry.model == model for entry in wanted)
-                ]
-                compiled = attempt(lambda: self._worker(first).compile(batches), self.device)  # noqa: B023
-                if isinstance(compiled, Failure):
-                    self.progress(
-                        f"{first}: kernels compile at their first use ({compiled.reason})"
-                    )
-        for batch, wanted in todo.items():
-            store.add(
-                self._lost_cell(entry, batch, lost[entry.model])
-                for entry in wanted
-                if entry.model in lost
-            )
-            for cell in self._cells([entry for entry in wanted if entry.model not in lost], batch):
-                store.add([cell])
+                self.failures[model] = failure
+            if not failure:
+                sizes = sorted({cell.batch_size for cell in cells})
+                answer = self.workers[model].call("compile", sizes)
+                if isinstance(answer, Failure):
+                    self.progress(f"{model}: kernels compile at their first use ({answer.reason})")
+        for batch in dict.fromkeys(cell.batch_size for cell in planned):
+            yield self.measure([cell for cell in planned if cell.batch_size == batch])
 
-    def _load(self, entry: Entry) -> Failure | None:
-        """Have the model of `entry` in a worker that lives; the failure, where it does not load."""
-        if entry.model in self.workers and self.workers[entry.model][0].alive:
+    def _on_card(self, card: Card, planned: Iterable[Cell]) -> Iterator[Iterator[Cell]]:
+        """Each model at the largest batch size that runs under the card's memory."""
+        for cell in planned:
+            c, outcomes = cell.configuration, list[tuple[int, str]]()
+            for batch in batch_search(outcomes):
+                failure = self._load(c)
+                answer = failure or self.workers[_model(c)].call("memory", batch, c.protocol, True)
+                outcomes.append((batch, answer.status if isinstance(answer, Failure) else "ok"))
+                if failure or outcomes[-1][1] == "failed":
+                    # The model does not load, or has a defect, which says nothing about memory.
+                    self.failures[_model(c)] = answer
+                    break
+            cap_bytes, outside_bytes = self.capped
+            workload = cell.workload.model_copy(update={"batch_size": outcomes[-1][0]})
+            run = CardRun(
+                name=card.name,
+                nominal_bytes=card.nominal_bytes,
+                cap_bytes=cap_bytes,
+                outside_bytes=outside_bytes,
+                method=METHOD,
+                tried=dict(reversed(outcomes)),  # the first outcome of a batch size counts
+                verified_runs=sum(status == "ok" for _, status in outcomes[-VERIFIED_RUNS:]),
+            )
+            yield self.measure([_updated(cell, workload=workload, card=run)])
+            self.end()
+
+    def measure(self, planned: Iterable[Cell]) -> Iterator[Cell]:
+        """The cells of one batch size: memory first, then all that fit are timed, interleaved.
+
+        A configuration that failed among others is timed again alone, after the others' cells.
+        """
+        cells = {cell.configuration: cell for cell in planned}
+        before = gpu_state(self.device)
+        for c, cell in cells.items():
+            answer = self._load(c) or self.workers[_model(c)].call(
+                "memory", cell.batch_size, c.protocol, len(self.workers) == 1
+            )
+            cells[c] = _updated(cell, memory=answer)
+        self._prepare(cells)
+        ready = [c for c in cells if not cells[c].reason]
+        steps: dict[Any, TimedStep] = {c: self._step(c) for c in ready}
+        if self.options.control:
+            # The first model once more: an A/A control, which must come out as the same.
+            first = next(iter(self.checkpoints))
+            twice = [c for c in ready if c.variant == first and not c.eight_bit]
+            steps |= {("control", c): self._step(c, control=True) for c in twice}
+        pids = [worker.pid for worker in self.workers.values()]
+        monitor = InterferenceMonitor(self.device, pids)
+        samples = time_interleaved(steps, self.stopping)
+        state = {"before": before, "after": gpu_state(self.device)} if before else None
+        lines = monitor.lines(state)
+        self._complete(cells, samples)
+        failed = {c: failure for c in ready if (failure := samples[c].failure)}
+        alone = [c for c, failure in failed.items() if len(steps) > 1 and not failure.ended]
+        for c in [*(c for c in cells if c not in alone), *alone]:
+            if c in alone:  # the others may have taken the memory, or its process
+                again = {c: _updated(cells[c], reason=None)}
+                self._prepare(again)
+                if not again[c].reason:
+                    self._complete(again, time_interleaved({c: self._step(c)}, self.stopping))
+                cells |= again
+            cell, worker = cells[c], self.workers.get(_model(c))
+            backend = worker.call("backend") if worker and worker.alive else None
+            yield _updated(
+                cell,
+                backend=backend if isinstance(backend, Backend) else cell.backend,
+                limits=self._limits,
+                gpu_state=state,
+                interference=[*lines, *spilled(cell.memory, self.environment.gpu_memory_bytes)],
+            )
+        for c, cell in cells.items():
+            if cell.status == "failed" and self.isolated:
+                self.end(_model(c))  # a crashed CUDA context fails all that follows
+
+    def end(self, model: Configuration | None = None) -> None:
+        """End the worker of `model`, or all."""
+        for key in [model] if model else list(self.workers):
+            if worker := self.workers.pop(key, None):
+                worker.end()
+
+    def _load(self, c: Configuration) -> Failure | None:
+        """Load the model of `c` into a worker, unless it is there; the failure if that fails."""
+        model = _model(c)
+        if model in self.failures:
+            return self.failures[model]
+        if model in self.workers and self.workers[model].alive:
             return None
-        self._end(entry.model)
-        way, asked = entry.way, self.asked
-        setting = Setting(
-            self.sources[entry.variant],
-            self.device,
-            way.execution,
-            way.backend,
-            asked.dtype,
-            self._batches(),
-        )
-        worker: Any = attempt(lambda: (Remote if asked.isolated else Worker)(setting), self.device)
-        if isinstance(worker, Failure):
-            return worker
+        self.end(model)
+        checkpoint = self.checkpoints[c.variant]
         try:
-            self.capped = worker.cap(asked.card) if asked.card else None
-            about = attempt(worker.load, self.device)
-        except BaseException:
-            worker.end()
-            raise
-        if isinstance(about, Failure):
-            worker.end()
-            return about
-        self.workers[entry.model] = (worker, about)
-        kernels = ", ".join(f"{kernel} x {count}" for kernel, count in about.engaged.items())
-        unused = f"; left out, never called: {', '.join(about.left_out)}" if about.left_out else ""
-        self.progress(
-            f"{entry}: {about.weights}; {about.dtype}; text linears on {kernels}; {self.environment.device}{unused}"
-        )
+            kind = Remote if self.isolated else Worker
+            worker = self.workers[model] = kind(checkpoint, self.device, c, self.batches)
+        except OSError as error:  # the system starts no more processes
+            return failure_of(error)
+        answer = worker.call("cap", self.card) if self.card else None
+        if not isinstance(answer, Failure):
+            self.capped = answer or self.capped
+            answer = worker.call("load")
+        if isinstance(answer, Failure):
+            self.end(model)
+            return answer
+        backend, unused = answer
+        kernels = ", ".join(f"{kernel} x {count}" for kernel, count in backend.engaged.items())
+        line = f"{c.variant} {c.execution}/{c.kernel}: {checkpoint.label}; {backend.dtype}"
+        tensors = f"; unused tensors: {', '.join(unused)}" if unused else ""
+        self.progress(f"{line}; text linears on {kernels}; {self.environment.device}{tensors}")
         return None
 
-    def _end(self, model: Any = None) -> None:
-        """End the worker of `model`, or all."""
-        for one in [model] if model else list(self.workers):
-            if one in self.workers:
-                self.workers.pop(one)[0].end()
+    def _prepare(self, cells: dict[Configuration, Cell]) -> None:
+        """Make the batches and the steps of the cells that have not failed."""
+        for model in dict.fromkeys(_model(c) for c in cells if not cells[c].reason):
+            own = [c for c in cells if _model(c) == model and not cells[c].reason]
+            batch, protocols = cells[own[0]].batch_size, [c.protocol for c in own]
+            answer = self._load(model) or self.workers[model].call("prepare", batch, protocols)
+            if isinstance(answer, Batches):
+                for line in answer.messages:
+                    if line not in self.messages:
+                        self.progress(line)
+                self.messages |= set(answer.messages)
+                answer = answer.workload
+            for c in own:
+                cells[c] = _updated(cells[c], workload=answer)
 
-    def _worker(self, entry: Entry) -> Any:
-        return self.workers[entry.model][0]
+    def _step(self, c: Configuration, control: bool = False) -> TimedStep:
+        return partial(self.workers[_model(c)].call, "step", c.protocol, control)
 
-    def _lost_cell(self, entry: Entry, batch: int, outcome: Failure) -> Cell:
-        """The row of a model that does not load."""
-        cell = self._cell(entry, self._plain_workload(batch), outcome, None, [], None, [])
-        self.progress(_line(cell))
-        return cell
-
-    def _batches(self) -> Callable[..., Batches]:
-        """What makes the batches of a size in a worker."""
-        if self.pages:
-            return partial(self.pages.batches, samples=self.asked.samples)
-        return partial(query_batches, texts=self.asked.texts, samples=self.asked.samples)
-
-    def _memory(self, entry: Entry, batch: int) -> Memory | Failure:
-        alone = len(self.workers) == 1
-        return attempt(
-            lambda: self._worker(entry).memory(batch, entry.way.protocol, alone), self.device
-        )
-
-    def _prepare(self, entries: list[Entry], batch: int) -> dict[Entry, Workload | Failure]:
-        """Have each worker make its batches, and the steps of its entries and of their controls."""
-        made: dict[Entry, Workload | Failure] = {}
-        for model in dict.fromkeys(entry.model for entry in entries):
-            of_it = [entry for entry in entries if entry.model == model]
-            wanted = [(entry.way.protocol, control) for entry in of_it for control in (False, True)]
-            found = attempt(lambda: self._worker(of_it[0]).prepare(batch, wanted), self.device)  # noqa: B023
-            if not isinstance(found, Failure):
-                found, said = found
-                for line in (line for line in said if line not in self.said):
-                    self.progress(line)
-                self.said |= set(said)
-            made |= dict.fromkeys(of_it, found)
-        return made
-
-    def _turn(self, entry: Entry, control: bool = False) -> Turn:
-        return partial(self._worker(entry).turn, entry.way.protocol, control)
-
-    def _cells(self, entries: list[Entry], batch: int) -> Iterator[Cell]:
-        """The row of each model at this batch size: memory first, then all that fit timed in turn.
-
-        Those that come once more, alone, come last: the others are on file by then.
-        """
-        before = gpu_state(self.device)
-        memories = {entry: self._load(entry) or self._memory(entry, batch) for entry in entries}
-        prepared = self._prepare(
-            [e for e, memory in memories.items() if isinstance(memory, Memory)], batch
-        )
-        memories |= {entry: made for entry, made in prepared.items() if isinstance(made, Failure)}
-        workloads = {entry: made for entry, made in prepared.items() if isinstance(made, Workload)}
-        turns: dict[Any, Turn] = {entry: self._turn(entry) for entry in workloads}
-        # The first model of each way a second time: an A/A control, which must come out as the same.
-        first = next(iter(self.sources))
-        twice = [
-            entry
-            for entry in workloads
-            if entry.variant == first and entry.way.backend not in EIGHT_BIT
-        ]
-        turns |= {
-            ("control", entry): self._turn(entry, control=True)
-            for entry in twice
-            if self.asked.control
-        }
-        noticing = InterferenceMonitor(
-            self.device, (worker.pid for worker, _ in self.workers.values())
-        )
-        samples = time_interleaved(turns, self.asked.patience)
-        states = (
-            None if before is None else {"before": before, "after": gpu_state(self.device) or {}}
-        )
-        notes = noticing.notes(states)
-        in_turn = [entry for entry in workloads if samples[entry].error is None]
-        more = {entry: self._more(entry, in_turn) for entry in in_turn}
-        self._rest()
-        # It may be the others that took the room, or its process.
-        lost = {entry: error for entry in workloads if (error := samples[entry].error)}
-        again = [
-            entry
-            for entry, error in lost.items()
-            if len(samples) > 1 and not failure_of(error).ended
-        ]
-        failed = []
-        for entry in [*(entry for entry in entries if entry not in again), *again]:
-            if entry in again:
-                if not self._load(entry) and isinstance(
-                    self._prepare([entry], batch)[entry], Workload
-                ):
-                    samples |= time_interleaved({entry: self._turn(entry)}, self.asked.patience)
-                    more[entry] = self._more(entry, [entry])
-                self._rest()
-            workload = workloads.get(entry, self._plain_workload(batch))
-            control = samples.get(("control", entry))
-            cell = self._cell(
-                entry, workload, memories[entry], samples.get(entry), in_turn, states, notes
+    def _complete(self, cells: dict[Configuration, Cell], samples: dict[Any, Samples]) -> None:
+        """Add the times, and what passes of their own on the same batches measure."""
+        paged = self.options.workload == "pages"
+        timed = [c for c in cells if c in samples and not samples[c].failure]
+        for c in [c for c in cells if c in samples]:
+            own, others = samples[c], [other for other in timed if other != c]
+            cells[c] = _updated(cells[c], step_s=own.step_s, status=own.failure or "ok")
+            if own.failure:
+                continue
+            stages = self.workers[_model(c)].call("stages", c.protocol) if paged else None
+            cells[c] = _updated(
+                cells[c],
+                control_s=samples[("control", c)].step_s if ("control", c) in samples else [],
+                items_per_s=rate_of(own.step_s, cells[c].batch_size),
+                timing=Timing(
+                    warmup_steps=len(own.warmup_s),
+                    steady=own.steady,
+                    stopped=own.stopped,
+                    interleaved_with=list(dict.fromkeys(other.variant for other in others)),
+                    interleaved_configurations=list(map(str, others)),
+                    clock=CLOCK,
+                ),
+                difference=self._difference(c, others),
+                stages=stages if isinstance(stages, Stages) else None,
             )
-            if cell.status == "ok":
-                cell = cell.model_copy(
-                    update={"control_s": control.step_s if control else [], **more[entry]}
-                )
-            elif cell.status == "failed" and self.asked.isolated:
-                failed.append(entry.model)
-            self.progress(_line(cell))
-            yield cell
-        for model in failed:
-            self._end(model)  # a CUDA context that crashed fails whatever comes after
+        for worker in self.workers.values():
+            worker.call("rest")
 
-    def _rest(self) -> None:
-        for worker, _ in self.workers.values():
-            attempt(worker.rest, self.device)
-
-    def _more(self, entry: Entry, among: list[Entry]) -> dict[str, Any]:
-        """What a cell says beside its times, measured in passes of their own on the same batches."""
-        more: dict[str, Any] = {"difference": self._difference(entry, among)}
-        if self.pages:
-            towers = attempt(lambda: self._worker(entry).towers(entry.way.protocol), self.device)
-            more["stages"] = towers if isinstance(towers, Stages) else None
-        return more
-
-    def _difference(self, entry: Entry, among: list[Entry]) -> Difference | None:
-        """How far the token embeddings of 8-bit activations are from those of the same variant's 16-bit ones."""
-        parents = [
-            one
-            for one in among
-            if one.variant == entry.variant and one.way.backend not in EIGHT_BIT
-        ]
-        if entry.way.backend not in EIGHT_BIT or not parents:
+    def _difference(self, c: Configuration, others: list[Configuration]) -> Difference | None:
+        """How far the embeddings of 8-bit activations are from the same weights' 16-bit ones."""
+        parents = [other for other in others if other.variant == c.variant and not other.eight_bit]
+        if not c.eight_bit or not parents:
             return None
-        both = [
-            attempt(lambda one=one: self._worker(one).embeddings(one.way.protocol), self.device)  # type: ignore[misc]
-            for one in (entry, parents[-1])
-        ]
-        if any(isinstance(one, Failure) for one in both):
+        pair = (c, parents[-1])
+        both = [self.workers[_model(one)].call("embeddings", one.protocol) for one in pair]
+        if any(isinstance(answer, Failure) for answer in both):
             return None
         own, theirs = map(torch.from_numpy, both)
         cosine = torch.nn.functional.cosine_similarity(own, theirs, dim=-1)
-        return Difference(
-            against=str(parents[-1]),
-            cosine_mean=cosine.mean().item(),
-            cosine_min=cosine.min().item(),
-        )
-
-    def _plain_workload(self, batch: int) -> Workload:
-        if self.pages:
-            label, budget = self.pages.label, self.pages.visual_tokens
-            return Workload(kind="pages", batch_size=batch, pages=label, visual_tokens=budget)
-        return Workload(kind="queries", batch_size=batch, texts=self.asked.texts)
+        mean, least = cosine.mean().item(), cosine.min().item()
+        return Difference(against=str(parents[-1]), cosine_mean=mean, cosine_min=least)
 
     @cached_property
-    def limits(self) -> Limits | None:
-        if self.asked.card or self.device.type != "cuda":
+    def _limits(self) -> Limits | None:
+        """What the GPU reaches in this run; not under a card's memory."""
+        if self.card or self.device.type != "cuda":
             return None
-        found = [
-            attempt(worker.limits, self.device) for worker, _ in list(self.workers.values())[:1]
-        ]
-        self._rest()
-        return next((one for one in found if isinstance(one, Limits)), None)
-
-    def _cell(
-        self,
-        entry: Entry,
-        workload: Workload,
-        memory: Memory | Failure,
-        samples: Samples | None,
-        in_turn: list[Entry],
-        states: dict[str, dict[str, Any]] | None,
-        notes: list[str],
-    ) -> Cell:
-        outcome = memory if isinstance(memory, Failure) else None
-        if samples is not None and samples.error is not None:
-            outcome = failure_of(samples.error)
-        timed = samples if outcome is None else None
-        others = [other for other in in_turn if other != entry and entry in in_turn]
-        worker, loaded = self.workers.get(entry.model, (None, None))
-        chosen = attempt(worker.chosen, self.device) if worker and timed else None
-        engaged, schedules = (
-            chosen if isinstance(chosen, tuple) else (loaded.engaged if loaded else {}, {})
-        )
-        found = memory if isinstance(memory, Memory) else None
-        return Cell(
-            origin="measured",
-            variant=entry.variant,
-            size=self.sources[entry.variant].size,
-            weights=self.sources[entry.variant].label,
-            workload=workload,
-            execution=entry.way.execution,
-            protocol=entry.way.protocol,
-            backend=Backend(
-                requested=entry.way.backend,
-                engaged=engaged,
-                dtype=loaded.dtype if loaded else None,
-                requested_dtype=self.asked.dtype,
-                kept_16bit=loaded.kept_16bit if loaded else {},
-                kernel_configs=schedules,
-            ),
-            status=outcome.status if outcome else "ok",  # type: ignore[arg-type]
-            reason=outcome.reason if outcome else None,
-            step_s=samples.step_s if samples else [],
-            items_per_s=rate_of(timed.step_s, workload.batch_size) if timed else None,
-            memory=found,
-            limits=self.limits,
-            timing=Timing(
-                warmup_steps=timed.warmup_steps,
-                steady=timed.steady,
-                stopped=timed.stopped,
-                interleaved_with=list(dict.fromkeys(other.variant for other in others)),
-                interleaved_configurations=[str(other) for other in others],
-                clock=CLOCK,
-            )
-            if timed
-            else None,
-            gpu_state=states,
-            interference=[*notes, *spilled(found, self.environment.gpu_memory_bytes)],
-            environment=self.environment,
-        )
+        answers = [worker.call("limits") for worker in list(self.workers.values())[:1]]
+        return next((answer for answer in answers if isinstance(answer, Limits)), None)
 
 
-def _checked(variant: Variant, source: Checkpoint, asked_size: str) -> Checkpoint:
-    """`source`, if it is what the variant and the size say."""
-    if (
-        variant.folder is None
-        and "/" not in variant.name
-        and bool(variant.scheme) != bool(source.quantization)
-    ):
-        found = "quantised" if source.quantization else "16-bit"
-        raise MissingRequirement(
-            f"{source.label} holds {found} weights, which is not {variant.name}; name it as a model instead"
-        )
-    if asked_size != "auto" and source.size != asked_size:
-        raise BadInput(
-            f"{source.label} is of size {source.size}, not {asked_size}; valid: auto, or that size"
-        )
-    return source
+def _updated(cell: Cell, **answers: Any) -> Cell:
+    """`cell` with these fields; a Failure among them becomes its status and reason."""
+    fields: dict[str, Any] = {}
+    for name, answer in answers.items():
+        failed = isinstance(answer, Failure)
+        fields |= {"status": answer.status, "reason": answer.reason} if failed else {name: answer}
+    return cell.model_copy(update=fields)
 
 
-def _asked_for(cell: Cell) -> tuple[str | None, ...]:
+def _key(cell: Cell) -> tuple[str, ...]:
+    """The key of a cell as it was planned.
+
+    Under a card's memory any batch size will do. Without a tokenizer the report's queries are
+    random ids, and the row says so.
+    """
     work = cell.workload
-    texts = "report" if work.texts and work.texts.startswith("drawn") else work.texts
-    return (
-        work.budget,
-        work.pages or texts,
-        cell.backend.requested_dtype,
-        cell.card.name if cell.card else None,
-    )
+    texts = work.texts if work.texts in (None, *TEXTS) else "report"
+    batch = 1 if cell.card else work.batch_size
+    planned = work.model_copy(update={"texts": texts, "batch_size": batch})
+    return cell.model_copy(update={"workload": planned, "card": None}).key()
 
 
-def _entry_of(cell: Cell) -> Entry | None:
+def _configurations(
+    options: SweepOptions, checkpoints: dict[str, Checkpoint], device: torch.device
+) -> list[Configuration]:
+    """Every variant in every configuration that its weights can run."""
+    packed = {name: one.quantization is not None for name, one in checkpoints.items()}
+    names = dict(zip(options.models, packed, strict=True))
+    configurations = []
+    for c in options.configurations(device.type):
+        name, for_packed = names[c.variant], c.kernel != "fp8"
+        if c.kernel not in ("auto", "torch") and for_packed not in packed.values():
+            kind = "packed" if for_packed else "16-bit"
+            valid = (
+                "auto, torch, or fp8 in execution fast" if for_packed else "auto, w4-fp8, w4-int8"
+            )
+            raise BadInput(f"kernel {c.kernel} multiplies {kind} weights; valid here: {valid}")
+        if not c.eight_bit or for_packed == packed[name]:
+            kernel = c.kernel if packed[name] or c.eight_bit else "auto"
+            configurations.append(c.model_copy(update={"variant": name, "kernel": kernel}))
+    return list(dict.fromkeys(configurations))
+
+
+def _model(c: Configuration) -> Configuration:
+    """What identifies a loaded model: configurations that differ in the protocol alone share it."""
+    return c.model_copy(update={"protocol": "lean"})
+
+
+def _checkpoints(options: SweepOptions, device: torch.device) -> dict[str, Checkpoint]:
+    """The checkpoint of each variant by name, in the order of the models."""
+    variants = [resolve_variant(name) for name in options.models]
+    if len({variant.name for variant in variants}) < len(variants):
+        raise BadInput(f"model must be one or more different models, got {options.model!r}")
+    if options.weights != "auto" and any(v.folder or "any" in v.hub for v in variants):
+        raise BadInput("weights go with a named model; a folder or a hub id holds its own")
+    size = resolve_size(options.size, device.type == "cuda")
+    return {
+        variant.name: _checked(
+            variant, checkpoint_of(variant, size, options.weights, device), options.size
+        )
+        for variant in variants
+    }
+
+
+def _checked(variant: Variant, checkpoint: Checkpoint, size: str) -> Checkpoint:
+    """`checkpoint`, if it is what the variant and the size say."""
+    named = variant.folder is None and "/" not in variant.name
+    if named and bool(variant.scheme) != bool(checkpoint.quantization):
+        kind = "quantised" if checkpoint.quantization else "16-bit"
+        raise MissingRequirement(
+            f"{checkpoint.label} holds {kind} weights, which is not {variant.name}; "
+            "name it as a model instead"
+        )
+    if size not in ("auto", checkpoint.size):
+        raise BadInput(
+            f"{checkpoint.label} is of size {checkpoint.size}, not {size}; use auto or that size"
+        )
+    return checkpoint
+
+
+def _quantization(config: dict[str, Any] | None) -> Quantization | None:
+    """Bits, group size and symmetry from a checkpoint's quantization_config."""
+    if config is None:
+        return None
+    # AutoAWQ says zero_point instead of sym.
+    sym = config.get("sym", not config.get("zero_point", False))
     try:
-        return Entry(cell.variant, Way(cell.execution, cell.protocol, cell.backend.requested))
-    except BadInput:
+        return Quantization(bits=config["bits"], group_size=config["group_size"], sym=sym)
+    except (KeyError, ValueError):
         return None
 
 
-def _line(cell: Cell, prefix: str = "") -> str:
-    """One line of progress, readable in a headless log."""
-    way = f"{cell.execution}/{cell.protocol}/{cell.backend.requested}"
-    head = f"{prefix}{cell.variant} {way} batch {cell.batch_size}: "
-    if cell.items_per_s is None or cell.memory is None or cell.timing is None:
-        return f"{head}{cell.status}: {cell.reason}"
-    steps = "; ".join([f"{len(cell.step_s)} steps, {cell.timing.stopped}", *cell.interference])
-    return f"{head}{cell.items_per_s.median:.1f} items/s, peak {cell.memory.peak_bytes / MIB:.1f} MiB ({steps})"
-
-
-def mark(records: Path, cells: list[Cell], spent: dict[str, float]) -> None:
-    """The mark of a sweep that ended: its counts and its file, written last and whole."""
-    counts = {
-        status: sum(cell.status == status for cell in cells) for status in ("ok", "oom", "failed")
-    }
-    text = json.dumps(
-        {"complete": True, "records": records.name, "cells": len(cells), **counts, **spent},
-        indent=1,
+def stopping_rule(options: SweepOptions) -> StoppingRule:
+    """The stopping rule of `options`, for one workload."""
+    steps = options.min_steps or WORKLOADS[options.workload].min_steps
+    return StoppingRule(
+        min_steps=steps,
+        max_steps=max(StoppingRule.max_steps, steps),
+        min_s=min(StoppingRule.min_s, options.max_s),
+        max_s=options.max_s,
     )
-    path = neighbour(records, "result.json")
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+
+
+def to_keep(rows: Iterable[Cell]) -> list[Cell]:
+    """The rows without those to measure again on resume: failed, or disturbed."""
+    return [
+        cell
+        for cell in rows
+        if cell.status != "failed" and not any(map(DISTURBED.search, cell.interference))
+    ]
+
+
+def line_of(cell: Cell, prefix: str = "") -> str:
+    """One line of progress, readable in a headless log."""
+    head = f"{prefix}{cell.configuration} batch {cell.batch_size}"
+    if cell.items_per_s is None or cell.memory is None or cell.timing is None:
+        return f"{head}: {'out of memory' if cell.status == 'oom' else cell.status}: {cell.reason}"
+    stopped = STOPPED.get(cell.timing.stopped, cell.timing.stopped)
+    rate = f"{cell.items_per_s.median:,.1f} {cell.workload.kind}/s"
+    facts = "; ".join([f"{len(cell.step_s)} steps, {stopped}", *cell.interference])
+    return f"{head}: {rate}, peak {cell.memory.peak_bytes / MIB:,.0f} MiB ({facts})"
+
+
+def title(part: SweepOptions) -> str:
+    """Size, workload and configurations of one sweep of a matrix."""
+    label = part.configuration or f"{part.execution}/{part.protocol}/{part.kernel}"
+    return f"{part.size} {part.workload} {label}"
+
+
+def path_of(options: SweepOptions, kind: str, sizes: Iterable[str]) -> Path:
+    """The records file: `output`, or one under `outputs/` named by models, sizes, workloads."""
+    if options.output:
+        return Path(options.output)
+    models = (resolve_variant(name).name.replace("/", "-") for name in options.models)
+    parts = [kind, *models, *dict.fromkeys(sizes), *options.workload.split(",")]
+    return outputs_folder() / f"{'-'.join(parts)}.jsonl"
 
 
 def unmark(records: Path) -> None:
+    """Remove the mark of an earlier sweep that ended."""
     with writing(records), suppress(FileNotFoundError, NotADirectoryError):
-        neighbour(records, "result.json").unlink()
+        beside(records, "result.json").unlink()
+
+
+def finish(
+    path: Path, cells: list[Cell], errors: dict[str, LabError], parts: int, spent: dict[str, float]
+) -> list[Cell]:
+    """`cells`, after the mark of a sweep that ended is written beside the records.
+
+    Raises:
+        LabError: the only sweep has failed.
+        MissingRequirement: some sweeps of a matrix have failed.
+    """
+    if errors and parts == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        raise MissingRequirement(
+            f"{len(errors)} of {parts} sweeps failed, the rows of the others are on file: {reasons}"
+        )
+    counts = {s: sum(cell.status == s for cell in cells) for s in ("ok", "oom", "failed")}
+    result = {"complete": True, "records": path.name, "cells": len(cells), **counts, **spent}
+    mark = beside(path, "result.json")
+    temporary = mark.with_name(mark.name + ".tmp")
+    with writing(mark):
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(mark)
+    return cells
+
+
+def spent(start: float, cells: Iterable[Cell]) -> dict[str, float]:
+    """Seconds since `start`, and seconds in the timed steps of `cells`."""
+    timed_s = sum(sum(cell.step_s) + sum(cell.control_s) for cell in cells)
+    return {"wall_s": round(time.perf_counter() - start, 1), "timed_s": round(timed_s, 1)}
 
 
 def to_stderr(line: str) -> None:
+    """Print a line of progress on stderr."""
     print(shown(line), file=sys.stderr, flush=True)
 
 
 def sweep(
-    asked: Request,
-    progress: Callable[[str], None] = to_stderr,
-    emit: Callable[[Cell], object] | None = None,
-    part: bool = False,
+    options: SweepOptions,
+    progress: Progress = to_stderr,
+    *,
+    stopping: StoppingRule | None = None,
+    samples: int = 0,
+    isolated: bool = True,
 ) -> list[Cell]:
-    """The cells of `asked`, measured on this machine's device; those in its file already are kept.
+    """The cells of `options`, measured on this machine's device; what is on file already is kept.
 
-    `emit` is called with each new cell as soon as it is on file. A `part` of more leaves the mark to who runs them all.
+    The sizes, workloads and executions of a matrix run one after the other; one that cannot run
+    leaves the others. Models are `isolated` in processes of their own, or run in this one, for a
+    debugger. `samples` is the fewest items of a cell; 0 is the workload's default.
 
     Raises:
         BadInput: a wrong value, or a file that cannot be written.
-        MissingRequirement: no weights, or no kernel for them.
+        MissingRequirement: no weights or no kernel here, or a full disk; measured rows are on file.
+        Interrupted: a person stopped it; measured rows are on file.
     """
-    return Sweep(asked, progress, emit, part).run()
+    start, has_gpu = time.perf_counter(), pick_device().type == "cuda"
+    parts = list(dict.fromkeys(options.matrix()))
+    path = path_of(options, "sweep", (resolve_size(part.size, has_gpu) for part in parts))
+    runs: dict[str, Run] = {}
+    errors: dict[str, LabError] = {}
+    done, new = 0, list[Cell]()
+    results: list[Cell] = []
+
+    try:
+        for part in parts:
+            try:
+                runs[title(part)] = Run(part, progress, stopping, samples, isolated)
+            except LabError as error:
+                errors[title(part)] = error
+        if not runs:
+            return finish(path, [], errors, len(parts), {})
+        with RecordsFile(path, Cell, progress=progress) as file:
+            unmark(path)
+            for name, run in runs.items():
+                kept = [] if options.fresh else run.on_file(to_keep(file.rows))
+                done += len(kept)
+                for cell in kept:
+                    progress(line_of(cell, "on file: "))
+                try:
+                    for cells in run.work(kept):
+                        for cell in cells:
+                            file.append([cell])
+                            new.append(cell)
+                            progress(line_of(cell))
+                except LabError as error:
+                    errors[name] = error
+                run.end()
+                results += run.on_file(file.rows)
+            times = spent(start, new)
+            progress(f"took {times['wall_s']} s, of which {times['timed_s']} s in timed steps")
+            return finish(path, results, errors, len(parts), times)
+    except OSError as error:
+        raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None
+    except KeyboardInterrupt:
+        count = f"{done + len(new)} of {sum(len(run.planned) for run in runs.values())}"
+        raise Interrupted(f"stopped; {count} cells on file, run again to resume") from None
+    finally:
+        for run in runs.values():
+            run.end()

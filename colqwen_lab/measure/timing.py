@@ -1,45 +1,55 @@
-"""Step times: warm until steady, then each in turn, a synchronise after each step, every sample kept.
+"""Step times: warm up until steady, then interleave the models step by step and keep every sample.
 
-A turn is two steps on the same batch: one to lead in, thrown away, and one for the clock. So what ran just before a
-timed step is the same model at the same work, and never a neighbour that left the GPU cool or throttled.
-
-Inside the clock: the forward, and the synchronise. Outside: tokenisation, padding, the copy to the device.
+Each timed step follows an untimed step of the same batch. So the work right before a timed step is
+always the same model's, never a neighbour's that left the GPU cool or throttled. The timed part is
+the forward and the device sync; tokenisation, padding and the copy to the device come before it.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.records import Stages, rate_of
+from colqwen_lab.records import GIB, Limits, rate_of
+
+CLOCK = "forward + device sync; an untimed forward of the same batch precedes it"
+GEMM_SIDE = 8192
+COPIED_BYTES = 4 * GIB
+LIMIT_ROUNDS = 7
 
 
-class Stepper(Protocol):
-    """Embeds the next batch; to lead in, it embeds it and stays at it."""
+@dataclass(frozen=True)
+class Failure:
+    """An attempt without a result: out of memory (oom) or failed, and the reason.
 
-    def __call__(self, lead_in: bool = False) -> None: ...
+    `ended` is true where the attempt ended its worker process.
+    """
+
+    status: str
+    reason: str
+    ended: bool = False
 
 
-#: Times one step, led in by itself or not; the seconds.
-Turn = Callable[[bool], float]
-
-CLOCK = "forward + synchronise, led in by the same step"
+# Seconds of the next step; the argument says whether an untimed step of the same batch precedes it.
+TimedStep = Callable[[bool], float | Failure]
 
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """When warming and timing stop.
+    """When warm-up and timing stop.
 
-    Warm-up ends when three steps are no more than `steady` faster than the three before, or after `max_warmup`.
-    Timing takes at least `min_steps` and `min_s` seconds; then it stops when the 95 % interval of every median is
-    within `precision` on both sides (converged), at `max_steps` (count) or at `max_s` (time).
+    Warm-up ends when the last three steps are at most `steady` faster than the three before, or
+    after `max_warmup` steps. Timing takes at least `min_steps` and `min_s` seconds. Then it stops
+    when the 95 % interval of every median is within `precision` on both sides (converged), at
+    `max_steps` (count) or at `max_s` (time).
     """
 
     max_warmup: int = 24
@@ -53,119 +63,121 @@ class StoppingRule:
     def __post_init__(self) -> None:
         if self.min_steps < 1 or self.max_steps < self.min_steps or self.max_warmup < 0:
             raise BadInput(
-                "steps; valid: max_warmup of 0 or more, min_steps of 1 or more, max_steps not below min_steps"
+                "steps must be max_warmup >= 0 and 1 <= min_steps <= max_steps, "
+                f"got {self.max_warmup}, {self.min_steps} and {self.max_steps}"
             )
         if not 0 <= self.min_s <= self.max_s:
-            raise BadInput("seconds to time: valid are 0 <= min_s <= max_s")
+            raise BadInput(f"seconds must be 0 <= min_s <= max_s, got {self.min_s}, {self.max_s}")
+
+    def reason_to_stop(self, all_times: Sequence[list[float]], elapsed_s: float) -> str:
+        """Why timing may stop now (converged, count or time), or an empty text."""
+        count = min(map(len, all_times))
+        if count < self.min_steps or elapsed_s < self.min_s:
+            return "count" if count >= self.max_steps else ""
+        if all(map(self._precise, all_times)):
+            return "converged"
+        if count >= self.max_steps:
+            return "count"
+        return "time" if elapsed_s >= self.max_s else ""
+
+    def _precise(self, times: list[float]) -> bool:
+        rate = rate_of(times, 1)
+        if rate.low is None or rate.high is None:
+            return False
+        return max(rate.high - rate.median, rate.median - rate.low) <= self.precision * rate.median
 
 
 @dataclass
 class Samples:
-    """What the clock saw of one stepper; `error` is set, and the samples end, where a step raised."""
+    """The step times of one model; after a `failure` there are no more."""
 
     step_s: list[float] = field(default_factory=list)
-    warmup_steps: int = 0
+    warmup_s: list[float] = field(default_factory=list)
     steady: bool = False
     stopped: str = ""
-    error: Exception | None = None
+    failure: Failure | None = None
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def timed(step: Stepper, device: torch.device, lead_in: bool) -> float:
-    """Seconds of a step and the synchronise after it; with `lead_in` after the same step, thrown away."""
-    if lead_in:
-        step(lead_in=True)
-    synchronise(device)
-    start = time.perf_counter()
-    step()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
-def _warm_up(turn: Turn, patience: StoppingRule, samples: Samples) -> None:
-    times: list[float] = []
-    while len(times) < patience.max_warmup and not samples.steady:
-        times.append(turn(False))
-        samples.warmup_steps += 1
-        if len(times) >= 6:
-            before, now = statistics.median(times[-6:-3]), statistics.median(times[-3:])
-            samples.steady = now >= (1 - patience.steady) * before
-
-
 def time_interleaved(
-    turns: Mapping[Any, Turn], patience: StoppingRule | None = None
+    steps: Mapping[Any, TimedStep], stopping: StoppingRule | None = None
 ) -> dict[Any, Samples]:
-    """Samples of each, timed turn by turn, the order reversed every round, so that drift hits all."""
-    patience = patience or StoppingRule()
-    samples = {name: Samples() for name in turns}
+    """Samples of each step function.
 
-    def attempt(name: Hashable, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except Exception as error:  # an outcome of this one, not of the others
-            samples[name].error = error.with_traceback(None)
-
-    for name, turn in turns.items():
-        attempt(name, lambda turn=turn, name=name: _warm_up(turn, patience, samples[name]))  # type: ignore[misc]
-    start = time.perf_counter()
-    order = list(turns)
-    while live := [name for name in order if samples[name].error is None]:
+    Steps alternate and their order reverses every round, so that drift reaches all alike. A failure
+    ends the samples of one step function; the others go on.
+    """
+    stopping = stopping or StoppingRule()
+    samples = {name: Samples() for name in steps}
+    for name, step in steps.items():
+        own = samples[name]
+        while len(own.warmup_s) < stopping.max_warmup and not own.steady and not own.failure:
+            _note(own, own.warmup_s, step(False))
+            if len(own.warmup_s) >= 6:
+                before = statistics.median(own.warmup_s[-6:-3])
+                own.steady = statistics.median(own.warmup_s[-3:]) >= (1 - stopping.steady) * before
+    start, order = time.perf_counter(), list(steps)
+    while live := [name for name in order if not samples[name].failure]:
         for name in live:
-            attempt(name, lambda name=name: samples[name].step_s.append(turns[name](True)))  # type: ignore[misc]
+            _note(samples[name], samples[name].step_s, steps[name](True))
         order.reverse()
-        stopped = _stop(
-            [samples[name].step_s for name in live], time.perf_counter() - start, patience
-        )
-        if stopped:
+        times = [samples[name].step_s for name in live]
+        if stopped := stopping.reason_to_stop(times, time.perf_counter() - start):
             for name in live:
                 samples[name].stopped = stopped
             break
     return samples
 
 
-def _stop(all_times: list[list[float]], elapsed_s: float, patience: StoppingRule) -> str:
-    """Why timing may stop now, or nothing."""
-    count = min(map(len, all_times))
-    if count < patience.min_steps or elapsed_s < patience.min_s:
-        return "count" if count >= patience.max_steps else ""
-    if all(_precise(times, patience.precision) for times in all_times):
-        return "converged"
-    if count >= patience.max_steps:
-        return "count"
-    return "time" if elapsed_s >= patience.max_s else ""
+def _note(samples: Samples, times: list[float], answer: float | Failure) -> None:
+    if isinstance(answer, Failure):
+        samples.failure = answer
+    else:
+        times.append(answer)
 
 
-def _precise(times: list[float], precision: float) -> bool:
-    rate = rate_of(times, 1)
-    if rate.low is None or rate.high is None:
-        return False
-    return max(rate.high - rate.median, rate.median - rate.low) <= precision * rate.median
+@contextmanager
+def call_times(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
+    """A list that gets the times before and after each call of `module`, with a device sync."""
+    times: list[float] = []
 
-
-def time_towers(step: Stepper, vision: nn.Module, device: torch.device) -> Stages:
-    """Seconds within the vision tower and in the rest of a step: medians of three steps.
-
-    A synchronise before and after the tower parts them, which a timed step of a cell has not.
-    """
-    marks: list[float] = []
-
-    def mark(*_: Any) -> None:
+    def note(*_: Any) -> None:
         synchronise(device)
-        marks.append(time.perf_counter())
+        times.append(time.perf_counter())
 
-    hooks = [vision.register_forward_pre_hook(mark), vision.register_forward_hook(mark)]
+    hooks = [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
     try:
-        steps = [timed(step, device, lead_in=False) for _ in range(3)]
+        yield times
     finally:
         for hook in hooks:
             hook.remove()
-    tower = [after - before for before, after in zip(marks[::2], marks[1::2], strict=True)]
-    vision_encoder_s = statistics.median(tower)
-    return Stages(
-        vision_encoder_s=vision_encoder_s,
-        language_model_s=statistics.median(s - t for s, t in zip(steps, tower, strict=True)),
-    )
+
+
+def measured_limits(device: torch.device) -> Limits:
+    """What this GPU reaches now: FLOP/s of a large BF16 GEMM of random values, bytes/s of a copy.
+
+    The copy counts bytes read and bytes written.
+    """
+    a, b = torch.randn(2, GEMM_SIDE, GEMM_SIDE, device=device, dtype=torch.bfloat16)
+    gemm_s = _median_s(lambda: torch.matmul(a, b))
+    size = min(COPIED_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
+    source, target = torch.empty(2, size, dtype=torch.uint8, device=device)
+    copy_s = _median_s(lambda: target.copy_(source))
+    return Limits(flops_per_s=2 * GEMM_SIDE**3 / gemm_s, bytes_per_s=2 * size / copy_s)
+
+
+def _median_s(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(LIMIT_ROUNDS + 2):  # the first two warm up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times[2:])

@@ -1,8 +1,7 @@
-"""One model and what a sweep asks of it: in a process of its own, or in this one.
+"""One model on a device: in a child process (`Remote`), or in this one (`Worker`).
 
-`Worker` is the model; all that it takes and answers can be sent over a pipe. `Remote` asks a `Worker` in a child
-process. The clock runs in the worker, around the step alone. What ends a child, a signal or a crashed CUDA context,
-is an outcome like any other; a child ends with its parent.
+A sweep calls either by `call(name, *arguments)`. What ends a child, such as a signal or a crashed
+CUDA context, is a Failure like any other. A child ends with its parent.
 """
 
 from __future__ import annotations
@@ -12,157 +11,131 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 
 from colqwen_lab.errors import LabError, scrubbed
 from colqwen_lab.hardware import Card
-from colqwen_lab.measure.cap import set_cap
-from colqwen_lab.measure.limits import measured_limits
-from colqwen_lab.measure.memory import free, measure
-from colqwen_lab.measure.timing import time_towers, timed
+from colqwen_lab.measure.memory import free, measure, set_cap
+from colqwen_lab.measure.timing import Failure, call_times, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
-from colqwen_lab.model.loading import Loaded, load
-from colqwen_lab.records import Limits, Memory, Stages, Workload
+from colqwen_lab.model.loading import load
+from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
 from colqwen_lab.runtime.batches import Batches
 from colqwen_lab.runtime.eager import Steps
 from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast
 
-# The longest that one answer may take: the load of a large model over a slow disk, or the compilation of a forward.
+# The longest wait for an answer: a large model loads from a slow disk, or a forward compiles.
 DEADLINE_S = 1800
+STAGE_STEPS = 3
 
 
-class Failure(Exception):
-    """An outcome that is no figure: out of memory, or failed, and why. `ended` where it ended its process."""
-
-    def __init__(self, status: str, reason: str, ended: bool = False) -> None:
-        super().__init__(status, reason, ended)
-        self.status, self.reason, self.ended = status, reason, ended
-
-
-def failure_of(error: BaseException) -> Failure:
-    """The outcome of an exception: `oom` where the device or the host ran out of memory, else `failed`."""
-    if isinstance(error, Failure):
-        return error.with_traceback(None)
+def failure_of(error: Exception) -> Failure:
+    """The failure of an exception: oom if the device or the host ran out of memory, else failed."""
     text = scrubbed(" ".join(str(error).split()))[:300]
-    memory = (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-    )
-    return Failure("oom" if memory else "failed", f"{type(error).__name__}: {text}")
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    status = "oom" if out_of_memory or "can't allocate memory" in text else "failed"
+    return Failure(status, f"{type(error).__name__}: {text}")
 
 
-def attempt(work: Callable[[], Any], device: torch.device) -> Any:
-    """What `work` returns, or a Failure. Its frames are let go first, then memory is freed."""
-    try:
-        return work()
-    except LabError:
-        raise
-    except Exception as error:  # every outcome of a cell is a row
-        outcome = failure_of(error)
-    free(device)
-    return outcome
-
-
-@dataclass(frozen=True)
-class About:
-    """What a record says of a loaded model."""
-
-    weights: str
-    dtype: str
-    engaged: dict[str, int]
-    kept_16bit: dict[str, int]
-    left_out: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """All that a worker starts from. `batches` makes Batches of config, tokenizer, batch_size and device."""
-
-    source: Checkpoint
-    device: torch.device
-    execution: str
-    backend: str
-    dtype: str
-    batches: Callable[..., Batches]
-
-
+@dataclass
 class Worker:
-    """One model on a device. What it cannot do raises."""
+    """One model on a device, and the measurements of it.
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting, self.device = setting, setting.device
-        self.loaded: Loaded | None = None
-        self._let_go()
+    `batches` makes Batches of config, tokenizer, batch_size and device.
+    """
 
-    def _let_go(self) -> None:
-        self.inputs: list[Any] = []
-        self.steps: dict[tuple[str, bool], Steps] = {}
-
-    @property
-    def model(self) -> Loaded:
-        assert self.loaded is not None
-        return self.loaded
+    checkpoint: Checkpoint
+    device: torch.device
+    configuration: Configuration
+    batches: Callable[..., Batches]
+    loaded: Any = None
+    inputs: list[Any] = field(default_factory=list)
+    steps: dict[tuple[str, bool], Steps] = field(default_factory=dict)
+    pid: int | None = None  # this process
 
     @property
     def alive(self) -> bool:
         return self.loaded is not None
 
-    @property
-    def pid(self) -> int:
-        return os.getpid()
+    def call(self, name: str, *arguments: Any) -> Any:
+        """The answer of the method `name`, or a Failure; a LabError passes."""
+        try:
+            return getattr(self, name)(*arguments)
+        except LabError:
+            raise
+        except Exception as error:
+            failure = failure_of(error)
+        free(self.device)  # after the exception has released its frames and their tensors
+        return failure
+
+    def end(self) -> None:
+        """Release the model and everything it computed."""
+        self.loaded, self.inputs = None, []
+        self.rest()
 
     def cap(self, card: Card) -> tuple[int, int]:
-        """Run under the memory of `card` from here on: `cap.set_cap`. Before `load`."""
+        """`(cap, outside)` in bytes, from now on; before `load`."""
         return set_cap(card, self.device)
 
-    def load(self) -> About:
-        ask = self.setting
-        how = load_fast if ask.execution == "fast" else load
-        self.loaded = made = how(ask.source, ask.device, ask.backend, ask.dtype)
-        return About(made.weights, made.dtype, made.engaged, made.kept_16bit, made.left_out)
+    def load(self) -> tuple[Backend, tuple[str, ...]]:
+        """The kernels of the loaded model, and the names of unused tensors."""
+        c = self.configuration
+        loader = load_fast if c.execution == "fast" else load
+        self.loaded = loader(self.checkpoint, self.device, c.kernel, c.dtype or "bfloat16")
+        return self.backend(), self.loaded.unused
 
-    def memory(self, batch: int, protocol: str, alone: bool) -> Memory:
-        """The peak of the longest batch, which a cycle through all batches meets; `alone` on the device, or not."""
-        self._let_go()
-        inputs = [max(self._batches(batch).inputs, key=lambda one: one["input_ids"].shape[1])]
-        return measure(self.model, inputs, self._steps(inputs, protocol), alone)
+    def memory(self, batch_size: int, protocol: str, alone: bool) -> Memory:
+        """The peak of the longest batch, which is the peak of a cycle through all batches."""
+        self.inputs, self.steps = [], {}
+        batches = self._batches(batch_size).inputs
+        longest = max(batches, key=lambda batch: batch["input_ids"].shape[1])
+        return measure(self.loaded, [longest], self._steps([longest], protocol), alone)
 
-    def prepare(
-        self, batch: int, wanted: Iterable[tuple[str, bool]]
-    ) -> tuple[Workload, tuple[str, ...]]:
-        """Make the batches, and a stepper for each wanted protocol, the control's (True) apart; and what was said."""
-        made = self._batches(batch)
-        self.inputs = made.inputs
+    def prepare(self, batch_size: int, protocols: Iterable[str]) -> Batches:
+        """Make the batches, and the steps of each protocol and its control; inputs stay here."""
+        batches = self._batches(batch_size)
+        self.inputs = batches.inputs
         self.steps = {
-            (protocol, control): self._steps(made.inputs, protocol) for protocol, control in wanted
+            (protocol, control): self._steps(self.inputs, protocol)
+            for protocol in protocols
+            for control in (False, True)
         }
-        return made.workload, made.said
+        return replace(batches, inputs=[])
 
-    def _batches(self, batch: int) -> Batches:
-        config, tokenizer = self.model.model.config, self.model.tokenizer
-        return self.setting.batches(
-            config=config, tokenizer=tokenizer, batch_size=batch, device=self.device
-        )
+    def step(self, protocol: str, control: bool, warm: bool = False) -> float:
+        """Seconds of the next step and its sync; if `warm`, after an untimed one of its batch."""
+        step = self.steps[protocol, control]
+        if warm:
+            step(lead_in=True)
+        synchronise(self.device)
+        start = time.perf_counter()
+        step()
+        synchronise(self.device)
+        return time.perf_counter() - start
 
-    def _steps(self, inputs: list[Any], protocol: str) -> Steps:
-        return Steps(self.model.model, inputs, self.setting.execution, protocol)
+    def stages(self, protocol: str) -> Stages:
+        """Seconds of a step in the vision encoder and in the rest: medians of three steps.
 
-    def turn(self, protocol: str, control: bool, lead_in: bool) -> float:
-        """Seconds of the next step; with `lead_in` after the same step, thrown away."""
-        return timed(self.steps[protocol, control], self.device, lead_in)
-
-    def towers(self, protocol: str) -> Stages:
-        """Seconds of a step in the vision tower and in the rest: `clock.time_towers`."""
-        return time_towers(
-            self.steps[protocol, False], self.model.model.vlm.model.visual, self.device
+        A device sync before and after the encoder separates them; timed steps of a cell have none.
+        """
+        step_s = []
+        with call_times(self.loaded.model.vlm.model.visual, self.device) as times:
+            for _ in range(STAGE_STEPS):
+                step_s.append(self.step(protocol, False))
+        vision_s = np.subtract(times[1::2], times[::2])
+        return Stages(
+            vision_encoder_s=statistics.median(vision_s.tolist()),
+            language_model_s=statistics.median((step_s - vision_s).tolist()),
         )
 
     def embeddings(self, protocol: str) -> np.ndarray:
@@ -173,63 +146,74 @@ class Worker:
         return step.output.embeddings[inputs["attention_mask"].bool()].float().cpu().numpy()
 
     def compile(self, batch_sizes: Sequence[int]) -> None:
-        """Have the kernels that `fast` tries at these batch sizes compiled, all at once."""
-        fast = getattr(self.model.model, "fast", None)
-        if fast is not None and any(product.tunable for product in fast.products()):
-            fast.compile(
-                sorted(
-                    {rows for batch in batch_sizes for rows in _rows(self._batches(batch).inputs)}
-                )
-            )
+        """Compile, all at once, the kernel configs that `fast` tries at these batch sizes."""
+        if fast := getattr(self.loaded.model, "fast", None):
+            rows = {m for size in batch_sizes for m in _rows(self._batches(size).inputs)}
+            fast.compile(sorted(rows))
 
-    def chosen(self) -> tuple[dict[str, int], dict[str, str]]:
-        """`(text linears of each kernel, schedules by product and rows)`: of the longest batch made, and of all.
+    def backend(self) -> Backend:
+        """The kernels used at the longest batch, and the kernel configs of all prepared batches.
 
-        Shorter batches have fewer rows, for which another kernel may serve best.
+        Shorter batches have fewer rows (M), at which another kernel may be faster.
         """
-        fast = getattr(self.model.model, "fast", None)
-        if fast is None:
-            return self.model.engaged, {}
-        rows = _rows(self.inputs)
-        ends = tuple(f" x {one}" for one in rows)
-        return fast.engaged(max(rows)), {
-            name: one for name, one in fast.chosen.items() if name.endswith(ends)
-        }
+        loaded, c, configs = self.loaded, self.configuration, {}
+        engaged = loaded.engaged
+        if (fast := getattr(loaded.model, "fast", None)) and self.inputs:
+            rows = _rows(self.inputs)
+            ends = tuple(f" x {m}" for m in rows)
+            configs = {name: value for name, value in fast.chosen.items() if name.endswith(ends)}
+            engaged = fast.engaged(max(rows))
+        return Backend(
+            requested=c.kernel,
+            engaged=engaged,
+            dtype=loaded.dtype,
+            requested_dtype=c.dtype,
+            kept_16bit=loaded.kept_16bit,
+            kernel_configs=configs,
+        )
 
     def limits(self) -> Limits:
-        # Where the model's own products run: cuBLAS keeps a workspace for each stream, and later peaks would hold it.
-        fast = self.setting.execution == "fast"
+        """What this GPU reaches now: a large GEMM and a copy."""
+        # On the stream of the model's own GEMMs: cuBLAS keeps a workspace for each stream, and a
+        # new one would count in later peaks.
+        fast = self.configuration.execution == "fast"
         with torch.cuda.stream(capture_stream() if fast else torch.cuda.current_stream()):
-            return measured_limits(self.device)
+            limits = measured_limits(self.device)
+        self.rest()
+        return limits
 
     def rest(self) -> None:
-        """Let steps and their outputs go; the batches stay."""
+        """Release steps and their outputs; the batches stay."""
         self.steps = {}
         free(self.device)
 
-    def end(self) -> None:
-        self.loaded = None
-        self._let_go()
-        free(self.device)
+    def _batches(self, batch_size: int) -> Batches:
+        config, tokenizer = self.loaded.model.config, self.loaded.tokenizer
+        return self.batches(
+            config=config, tokenizer=tokenizer, batch_size=batch_size, device=self.device
+        )
+
+    def _steps(self, inputs: list[Any], protocol: str) -> Steps:
+        return Steps(self.loaded.model, inputs, self.configuration.execution, protocol)
 
 
 def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
-    """The numbers of rows at which `fast` computes these batches."""
-    shapes = {one["input_ids"].shape for one in inputs}
-    return {batch * bucket(tokens) for batch, tokens in shapes}
+    """The rows (M) at which `fast` computes these batches."""
+    shapes = {batch["input_ids"].shape for batch in inputs}
+    return {batch_size * bucket(tokens) for batch_size, tokens in shapes}
 
 
 class Remote:
-    """A `Worker` in a process of its own: its methods are asked over a pipe. What ends the process is a `Failure`."""
+    """A `Worker` in a child process. `call` gives a Failure where the process ends or hangs."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, *arguments: Any) -> None:
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(kind)
         if kind == "forkserver":
             context.set_forkserver_preload(["colqwen_lab.measure.sweep"])
-        self.connection, there = context.Pipe()
+        self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=serve, args=(there, setting, torch.get_num_threads()), daemon=True
+            target=serve, args=(theirs, torch.get_num_threads(), *arguments), daemon=True
         )
         # A caller's script without `if __name__ == "__main__"` must not run again in the child.
         main = sys.modules["__main__"]
@@ -238,38 +222,29 @@ class Remote:
             self.process.start()
         finally:
             sys.modules["__main__"] = main
-        there.close()
-        self.alive = True
+        theirs.close()
+        self.alive, self.pid = True, self.process.pid
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._ask, name)
-
-    @property
-    def pid(self) -> int | None:
-        return self.process.pid
-
-    def _ask(self, name: str, *arguments: Any) -> Any:
+    def call(self, name: str, *arguments: Any) -> Any:
+        """The answer of the worker's method `name`, or a Failure; its LabError is raised here."""
         if not self.alive:
-            raise Failure("failed", "its process had ended")
+            return Failure("failed", "its process had ended")
         try:
             self.connection.send((name, arguments))
-            if not self.connection.poll(DEADLINE_S):
-                self.process.kill()
-                self._lose(f"no answer to {name!r} within {DEADLINE_S} s; its process was ended")
-            answer = self.connection.recv()
+            if self.connection.poll(DEADLINE_S):
+                answer = self.connection.recv()
+                if isinstance(answer, LabError):
+                    raise answer
+                return answer
+            reason = f"no answer to {name!r} within {DEADLINE_S} s; its process was ended"
         except (EOFError, OSError):
             self.process.join(5)
-            self._lose(f"its process ended: {_ending(self.process.exitcode)}")
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def _lose(self, reason: str) -> NoReturn:
+            reason = f"its process ended: {_ending(self.process.exitcode)}"
         self.end()
-        raise Failure("failed", reason, ended=True)
+        return Failure("failed", reason, ended=True)
 
     def end(self) -> None:
-        """A worker without a parent at its pipe ends by itself; one at work on a long step is not waited for."""
+        """Close the pipe, which ends an idle process; kill one that is in a long step."""
         self.alive = False
         self.connection.close()
         self.process.join(2)
@@ -285,17 +260,18 @@ def _ending(code: int | None) -> str:
     return f"signal {-code} ({name}{why})"
 
 
-def serve(connection: Any, setting: Setting, threads: int) -> None:
-    """The child's side: answer until the parent closes the pipe; Ctrl-C is the parent's to handle."""
+def serve(connection: Any, threads: int, *arguments: Any) -> None:
+    """The child's side: answers until the pipe closes. Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    if setting.device.type == "cuda":
-        torch.cuda.set_device(setting.device)
-    worker = Worker(setting)
+    worker = Worker(*arguments)
+    if worker.device.type == "cuda":
+        torch.cuda.set_device(worker.device)
     with contextlib.suppress(EOFError, OSError):  # the pipe is closed
         while True:
             name, arguments = connection.recv()
+            # Not by Worker.call: the stack from lab.sweep to the forward stays at ten frames.
             try:
                 answer = getattr(worker, name)(*arguments)
             except LabError as error:
@@ -303,12 +279,12 @@ def serve(connection: Any, setting: Setting, threads: int) -> None:
             except Exception as error:
                 answer = failure_of(error)
             if isinstance(answer, Failure):
-                free(setting.device)
+                free(worker.device)
             connection.send(answer)
 
 
 def _end_with_parent() -> None:
-    """A long step would keep a child that nobody waits for."""
+    """A child in a long step would outlive its parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

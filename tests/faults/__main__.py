@@ -1,4 +1,4 @@
-"""The fault injection suite: `python -m tests.faults -o outputs/faults/record.json`. Exit 1 if anything is lost."""
+"""The fault injection suite: `python -m tests.faults -o FILE`. Exit code 1 if anything is lost."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--quick", action="store_true", help="a share of each kind, in seconds")
     parser.add_argument("kinds", nargs="*", help="only these")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    rng, quick = random.Random(asked.seed), asked.quick
+    rng, quick = random.Random(arguments.seed), arguments.quick
     kinds = {
         "kills": lambda: faults.kills(rng, *((4, 0, 0) if quick else (32, 20, 4))),
         "killed_workers": lambda: faults.killed_workers(rng, 1 if quick else 25),
@@ -36,28 +36,28 @@ def main() -> None:
         "headers": lambda: faults.headers(rng, *((10, 25) if quick else (300, 1))),
         "fuzzed_records": lambda: faults.fuzzed_records(100 if quick else 5000),
         "fuzzed_parameters": lambda: faults.fuzzed_parameters(100 if quick else 3000),
-        "fuzzed_parsers": lambda: parsers.fuzz(asked.seed, 500 if quick else 50_000),
+        "fuzzed_parsers": lambda: parsers.fuzz(arguments.seed, 500 if quick else 50_000),
     }
-    found, took_s = {}, {}
-    for kind in asked.kinds or kinds:
+    counts, took_s = {}, {}
+    for kind in arguments.kinds or kinds:
         began = time.monotonic()
-        found[kind] = kinds[kind]()
+        counts[kind] = kinds[kind]()
         took_s[kind] = round(time.monotonic() - began, 1)
-        print(f"{kind} ({took_s[kind]} s): {json.dumps(found[kind])}", file=sys.stderr, flush=True)
-    lost = sum(figures.get(bad, 0) for figures in found.values() for bad in ("lost", "orphans"))
+        print(f"{kind} ({took_s[kind]} s): {json.dumps(counts[kind])}", file=sys.stderr, flush=True)
+    lost = sum(figures.get(bad, 0) for figures in counts.values() for bad in ("lost", "orphans"))
     unclear = sum(
-        figures.get(bad, 0) for figures in found.values() for bad in ("unclear", "executed")
+        figures.get(bad, 0) for figures in counts.values() for bad in ("unclear", "executed")
     )
     used = {
         name: version(name)
         for name in ("torch", "transformers", "safetensors", "pydantic", "hypothesis")
     }
     record = {
-        "seed": asked.seed,
+        "seed": arguments.seed,
         "quick": quick,
         "lost": lost,
         "unclear": unclear,
-        "faults": found,
+        "faults": counts,
         "took_s": took_s,
     }
     record |= {
@@ -65,9 +65,9 @@ def main() -> None:
         "versions": used | {"python": platform.python_version()},
         "os": platform.system(),
     }
-    if asked.output:
-        asked.output.parent.mkdir(parents=True, exist_ok=True)
-        asked.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({"lost": lost, "unclear": unclear}))
     sys.exit(bool(lost or unclear))
 

@@ -1,7 +1,7 @@
-"""Faults on purpose, and what they cost. Each function injects one kind and returns its figures.
+"""Fault injection. Each function injects one kind of fault and returns its counts.
 
-In the figures `lost` counts what was measured and is gone, `unclear` what ended otherwise than in one line; both must
-be zero. All is seeded; nothing needs a GPU.
+`lost` counts measured rows that are gone, `unclear` the endings that are not one line; both must
+be zero. Everything is seeded; nothing needs a GPU.
 """
 
 from __future__ import annotations
@@ -29,41 +29,38 @@ from typing import Any
 
 import psutil
 import torch
+from colqwen_lab.analysis.table import Results
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from colqwen_lab.analysis.compare import by_place as compare
-from colqwen_lab.analysis.results import Results
+from colqwen_lab.analysis.compare import compare
 from colqwen_lab.errors import LabError
 from colqwen_lab.measure import worker
-from colqwen_lab.measure.environment import environment
-from colqwen_lab.measure.sweep import request, sweep
+from colqwen_lab.measure.environment import InterferenceMonitor, environment
+from colqwen_lab.measure.sweep import sweep
 from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.model import loading
 from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
 from colqwen_lab.model.config import VARIANTS
-from colqwen_lab.records import Cell, Store, read_cells
-from colqwen_lab.runtime import execution
+from colqwen_lab.options import PlanOptions, SweepOptions
+from colqwen_lab.records import Cell, RecordsFile, read_cells
+from colqwen_lab.runtime import eager
 
 CPU = torch.device("cpu")
 QUICK = StoppingRule(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
 BATCHES = (1, 2, 3, 4, 5, 6)
 
 
-def run(
-    path: Path, batches: tuple[int, ...] = BATCHES, isolated: bool = False, **options: Any
-) -> list[Cell]:
-    options = {
-        "weights": "random",
-        "backend": "torch",
-        "patience": QUICK,
-        "isolated": isolated,
-    } | options
-    return sweep(
-        request("base,awq", batches, output=path, **options),
-        progress=options.pop("say", lambda line: None),
-    )
+# A busy machine disturbs cells, and a resumed sweep would measure them again.
+InterferenceMonitor.lines = lambda self, states: []  # type: ignore[method-assign]
+
+
+def run(path: Path, batches: tuple[int, ...] = BATCHES, isolated: bool = False) -> list[Cell]:
+    """The cells of base and awq at size tiny, of random weights, measured in moments."""
+    options = {"model": "base,awq", "batch_sizes": batches, "size": "tiny", "weights": "random"}
+    checked = SweepOptions.of(options | {"kernel": "torch", "output": str(path)})
+    return sweep(checked, str, stopping=QUICK, isolated=isolated)
 
 
 @contextlib.contextmanager
@@ -73,7 +70,7 @@ def scratch() -> Iterator[Path]:
 
 
 def lines(path: Path) -> list[str]:
-    """The whole lines of a records file."""
+    """The complete lines of a records file."""
     return path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
 
 
@@ -85,7 +82,7 @@ def is_one_line(error: Exception) -> bool:
 
 
 def forked(work: Callable[[], object]) -> int:
-    """`work` in a process group of its own; its id. This process has imported torch, so the child starts at once."""
+    """The id of a child that does `work`, in a process group of its own; torch is imported."""
     pid = os.fork()
     os.setpgid(pid, pid)  # in both: whoever comes first
     if pid:
@@ -99,9 +96,9 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def kills(rng: random.Random, group: int, group_isolated: int, parent_only: int) -> dict[str, Any]:
-    """SIGKILL at random moments: of a sweep's whole process group, or of its parent alone. The next run goes on."""
-    environment(CPU)  # asked once, not in every child
-    took_s: dict[bool, float] = {}  # of a whole sweep, the span of the random moments
+    """SIGKILL of a sweep's process group, or of its parent, at random; the next run resumes."""
+    environment(CPU)  # cached here, not in every child
+    took_s: dict[bool, float] = {}  # seconds of a sweep: the span of the random moments
     figures = Counter(lost=0, unclear=0, orphans=0, files=0, rows_kept=0, ended_before=0)
     kinds = (
         [(False, True)] * group + [(True, True)] * group_isolated + [(True, False)] * parent_only
@@ -141,7 +138,7 @@ def kills(rng: random.Random, group: int, group_isolated: int, parent_only: int)
             after = set(lines(path))
             figures["lost"] += len(before - after)
             if len(after) == 2 * len(BATCHES):
-                figures["unclear"] += not _whole(path)
+                figures["unclear"] += not _complete(path)
                 figures["files"] += 1
                 path, before = folder / f"{figures['files']}.jsonl", set()
             else:
@@ -149,19 +146,17 @@ def kills(rng: random.Random, group: int, group_isolated: int, parent_only: int)
                 before = after
         run(path)
         figures["lost"] += len(before - set(lines(path)))
-        figures["unclear"] += not _whole(path)
+        figures["unclear"] += not _complete(path)
     return dict(figures)
 
 
-def _whole(path: Path) -> bool:
-    """Whether every cell is there once, and ok."""
+def _complete(path: Path) -> bool:
+    """Whether every cell is there, and ok; no ok cell was measured twice."""
     cells = read_cells(path)
-    found = Counter((cell.variant, cell.batch_size) for cell in cells)
-    asked = set(itertools.product(("base", "awq"), BATCHES))
-    return (
-        set(found) == asked
-        and set(found.values()) == {1}
-        and all(cell.status == "ok" for cell in cells)
+    wanted = sorted(itertools.product(("awq", "base"), BATCHES))
+    ok = [row for row in map(Cell.model_validate_json, lines(path)) if row.status == "ok"]
+    return all(
+        sorted((cell.variant, cell.batch_size) for cell in rows) == wanted for rows in (cells, ok)
     )
 
 
@@ -186,7 +181,7 @@ def killed_workers(rng: random.Random, count: int) -> dict[str, Any]:
             figures["lost"] += max(0, len(failed) - killed) + (len(cells) - 2 * len(BATCHES))
             if failed:
                 run(path)
-            figures["unclear"] += not _whole(path)
+            figures["unclear"] += not _complete(path)
     return dict(figures)
 
 
@@ -194,7 +189,7 @@ def killed_workers(rng: random.Random, count: int) -> dict[str, Any]:
 
 
 def torn_writes(every: int) -> dict[str, Any]:
-    """The last line cut at every byte: the rows before it are read, and a sweep goes on from them."""
+    """The last line cut at every byte: the rows before it are read, and a run resumes from them."""
     figures = Counter(cuts=0, lost=0, unclear=0, reported=0)
     with scratch() as folder:
         cells = run(folder / "whole.jsonl", (1,))
@@ -204,23 +199,24 @@ def torn_writes(every: int) -> dict[str, Any]:
         for cut in range(start, len(whole), every):
             figures["cuts"] += 1
             path.write_bytes(whole[:cut])
-            said: list[str] = []
+            reports: list[str] = []
             try:
-                with Store(path, keep=lambda cell: True, say=said.append) as store:
-                    kept = list(store.cells)
-                    store.add(cells[len(kept) :])
+                with RecordsFile(path, Cell, progress=reports.append) as file:
+                    kept = list(file.rows)
+                    file.append(cells[len(kept) :])
             except Exception:
                 figures["unclear"] += 1
                 continue
-            complete = cut == len(whole) - 1  # only the end of the line is missing
+            # Without its newline the last line may be torn as well, or is read and cut off.
+            complete = cut == len(whole) - 1
             figures["lost"] += kept != cells[: 2 if complete else 1] or read_cells(path) != cells
-            figures["reported"] += bool(said)
-            figures["unclear"] += bool(said) == (complete or cut == start)
+            figures["reported"] += bool(reports)
+            figures["unclear"] += bool(reports) == (complete or cut == start)
     return dict(figures)
 
 
 def interleaved_writes(rng: random.Random, count: int) -> dict[str, Any]:
-    """A line written into another, as two writers without a lock do: refused in one line, the file untouched."""
+    """A line within another, as two writers without a lock leave it: one error, the file stays."""
     figures = Counter(tried=0, lost=0, unclear=0)
     with scratch() as folder:
         run(folder / "whole.jsonl", (1, 2))
@@ -234,18 +230,17 @@ def interleaved_writes(rng: random.Random, count: int) -> dict[str, Any]:
             )
             text = path.read_bytes()
             try:
-                Store(path, keep=lambda cell: True)
+                RecordsFile(path, Cell)
                 figures["unclear"] += 1
             except LabError as error:
-                figures["unclear"] += not is_one_line(error) or "line 2 is not a record" not in str(
-                    error
-                )
+                named = "line 2 is not a cell record" in str(error)
+                figures["unclear"] += not is_one_line(error) or not named
             figures["lost"] += path.read_bytes() != text
     return dict(figures)
 
 
 def full_disk(every: int) -> dict[str, Any]:
-    """The system refuses to write beyond a size, at every size; with root also a real full file system."""
+    """The system refuses to write beyond each size; with root also a real full file system."""
     figures = Counter(tried=0, lost=0, unclear=0, full_file_systems=0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -258,10 +253,10 @@ def full_disk(every: int) -> dict[str, Any]:
             path.unlink(missing_ok=True)
             written = 0
             try:
-                with Store(path, keep=lambda cell: True) as store:
+                with RecordsFile(path, Cell) as file:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
                     for cell in cells:
-                        store.add([cell])
+                        file.append([cell])
                         written += 1
             except LabError:
                 pass
@@ -311,7 +306,7 @@ def _ends_in_a_line(
 
 
 def out_of_memory(every: int) -> dict[str, Any]:
-    """Out of memory at every forward and every load of a sweep: one cell says so, the others are measured."""
+    """Out of memory at each forward and load of a sweep: one cell says so, the others go on."""
     figures = Counter(positions=0, lost=0, unclear=0, oom_cells=0)
     count = itertools.count()
     position = -1
@@ -319,7 +314,7 @@ def out_of_memory(every: int) -> dict[str, Any]:
     def forward(model: Any, inputs: Any, use_cache: bool) -> Any:
         if next(count) == position:
             raise torch.OutOfMemoryError("CUDA out of memory, on purpose")
-        return execution.eager(model, inputs, use_cache)
+        return eager.eager(model, inputs, use_cache)
 
     def load(*arguments: Any) -> Any:
         if next(count) == position:
@@ -327,7 +322,7 @@ def out_of_memory(every: int) -> dict[str, Any]:
         return really(*arguments)
 
     really, worker.load = worker.load, load
-    plain, execution.EXECUTIONS["eager"] = execution.EXECUTIONS["eager"], forward
+    plain, eager.EXECUTIONS["eager"] = eager.EXECUTIONS["eager"], forward
     try:
         with scratch() as folder:
             run(folder / "whole.jsonl", (1, 2))
@@ -339,13 +334,13 @@ def out_of_memory(every: int) -> dict[str, Any]:
                 lost = [cell for cell in cells if cell.status != "ok"]
                 figures["oom_cells"] += len(lost)
                 figures["unclear"] += sum(cell.status != "oom" for cell in lost)
-                # A model that does not load beside no other has no cell at all; all else costs one, or none.
+                # A model that does not load has no cell at all; all else costs one cell, or none.
                 figures["lost"] += len(lost) > (2 if position < 2 else 1)
                 figures["lost"] += sorted(map(Cell.key, read_cells(path))) != sorted(
                     map(Cell.key, cells)
                 )
     finally:
-        worker.load, execution.EXECUTIONS["eager"] = really, plain
+        worker.load, eager.EXECUTIONS["eager"] = really, plain
     return dict(figures)
 
 
@@ -363,7 +358,7 @@ class Bomb:
 
 
 def checkpoint(folder: Path) -> Path:
-    """The tiny network as a checkpoint with all that a hostile one has beside it: a pickle, and code in `auto_map`."""
+    """The tiny network as a hostile checkpoint: with a pickle, and code in `auto_map`."""
     folder.mkdir()
     model = loading.load(default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU), CPU).model
     save_file(
@@ -381,9 +376,9 @@ def checkpoint(folder: Path) -> Path:
 
 
 def headers(rng: random.Random, flips: int, every: int) -> dict[str, Any]:
-    """Every entry of every header of a checkpoint corrupted: it loads nothing and says why, soon and in little memory.
+    """Every header entry of a checkpoint corrupted: one error, soon and in little memory.
 
-    `harmless` loaded, and whole: the byte was one that nobody reads, such as a version.
+    `harmless` counts checkpoints that load: the changed byte is not read, such as a version.
     """
     figures = Counter(tried=0, refused=0, harmless=0, unclear=0, lost=0)
     with scratch() as folder, warnings.catch_warnings():
@@ -533,7 +528,7 @@ def _fuzzed(strategy: st.SearchStrategy[Any], body: Callable[[Any], None], examp
 
 
 def fuzzed_records(examples: int) -> dict[str, Any]:
-    """Records with another value anywhere, and files of any bytes: read and compared, or refused in one line."""
+    """Records with any value anywhere, and files of any bytes: read and compared, or one error."""
     figures = Counter(tried=0, read=0, compared=0, refused=0, lost=0, unclear=0)
     with scratch() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -571,43 +566,33 @@ def fuzzed_records(examples: int) -> dict[str, Any]:
 
 
 def fuzzed_parameters(examples: int) -> dict[str, Any]:
-    """Parameters of a sweep of any value: a request, or one line that names the valid ones."""
-    import colqwen_lab as lab
-
+    """Options of any value: checked options, or one line that names the valid values."""
     figures = Counter(tried=0, taken=0, refused=0, lost=0, unclear=0)
-    names = (
-        "size",
-        "workload",
-        "texts",
-        "weights",
-        "execution",
-        "backend",
-        "protocol",
-        "dtype",
-        "ways",
+    words = (
+        "",
+        "auto",
+        "base",
+        "awq",
+        "best",
+        "fast",
+        "eager/lean",
+        "tiny",
+        "../..",
+        "/",
+        "\x00",
+        "😀",
     )
-    words = st.sampled_from(
-        [
-            "",
-            "auto",
-            "base",
-            "awq",
-            "best",
-            "fast",
-            "eager/lean",
-            "tiny",
-            "../..",
-            "/",
-            "\x00",
-            "😀",
-        ]
-    )
-    values = words | json_values
-    options = st.dictionaries(st.sampled_from(names), values, max_size=3)
+    values = st.sampled_from(words) | json_values
+    own = set(SweepOptions.model_fields) - {"model", "batch_sizes"}
+    options = st.dictionaries(st.sampled_from(sorted(own)), values, max_size=3)
 
-    def take(given: tuple[Any, Any, dict[str, Any], Any]) -> None:
-        model, batches, more, cards = given
-        for work in (lambda: request(model, batches, **more), lambda: lab.card_budgets(cards)):
+    def take(drawn: tuple[Any, Any, dict[str, Any], Any]) -> None:
+        model, batches, more, cards = drawn
+        names = {"model": model, "batch_sizes": batches} | more
+        for work in (
+            lambda: [part.batches for part in SweepOptions.of(names).matrix()],
+            lambda: PlanOptions.of({"cards": cards}).memory_budgets,
+        ):
             figures["tried"] += 1
             try:
                 work()
@@ -615,7 +600,7 @@ def fuzzed_parameters(examples: int) -> dict[str, Any]:
             except Exception as error:
                 figures["refused" if is_one_line(error) else "unclear"] += 1
                 if not is_one_line(error):
-                    print(f"{given!r}: {type(error).__name__}: {error}", file=sys.stderr)
+                    print(f"{drawn!r}: {type(error).__name__}: {error}", file=sys.stderr)
 
     _fuzzed(st.tuples(values, values, options, values), take, examples)
     return dict(figures)

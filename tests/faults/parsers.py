@@ -1,4 +1,4 @@
-"""The parsers under a fuzzer that follows coverage (atheris): records, batch sizes, cards, ways, schemes."""
+"""The parsers under a coverage-guided fuzzer (atheris): records, options, cards, schemes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def fuzz(seed: int, runs: int) -> dict[str, Any]:
-    """Figures of `runs` inputs, in a process of its own, as the fuzzer ends its process; none without atheris."""
+    """Counts of `runs` inputs in a process of its own, which the fuzzer ends."""
     if importlib.util.find_spec("atheris") is None:
         return {"lost": 0, "unclear": 0, "skipped": "atheris is not installed"}
     command = [
@@ -46,6 +46,7 @@ def main() -> None:
         from colqwen_lab.errors import BadInput
         from colqwen_lab.hardware import find_card
         from colqwen_lab.model.config import resolve_variant
+        from colqwen_lab.options import SweepOptions
 
     warnings.simplefilter("ignore")
     path = Path(tempfile.mkdtemp(prefix="colqwen-lab-parsers-")) / "fuzzed.jsonl"
@@ -63,7 +64,7 @@ def main() -> None:
                 path.write_bytes(row + row[:at] + provider.ConsumeBytes(64) + row[at:])
                 records.read_cells(path)
             elif kind == 2:
-                records.batch_sizes_of(provider.ConsumeUnicode(64))
+                SweepOptions.of({"batch_sizes": provider.ConsumeUnicode(64)})
             elif kind == 3:
                 find_card(provider.ConsumeUnicode(64))
             else:

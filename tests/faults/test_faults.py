@@ -15,12 +15,12 @@ def test_nothing_measured_is_lost(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.faults", "--quick", "-o", str(record)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(record.read_text())
-    assert (found["lost"], found["unclear"]) == (0, 0)
-    assert found["faults"]["kills"]["kills of a whole group"] >= 1
-    assert found["faults"]["headers"]["refused"] > 10
-    assert found["faults"]["torn_writes"]["reported"] > 10
-    assert found["faults"]["out_of_memory"]["oom_cells"] >= 1
+    result = json.loads(record.read_text())
+    assert (result["lost"], result["unclear"]) == (0, 0)
+    assert result["faults"]["kills"]["kills of a whole group"] >= 1
+    assert result["faults"]["headers"]["refused"] > 10
+    assert result["faults"]["torn_writes"]["reported"] > 10
+    assert result["faults"]["out_of_memory"]["oom_cells"] >= 1
 
 
 def test_the_committed_record_is_of_a_whole_run_that_lost_nothing() -> None:

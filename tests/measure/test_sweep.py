@@ -7,38 +7,39 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import time
 import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.measure import sweep as module
 from colqwen_lab.measure import worker
-from colqwen_lab.measure.environment import environment
-from colqwen_lab.measure.sweep import failure_of, request, sweep
-from colqwen_lab.measure.timing import StoppingRule
-from colqwen_lab.records import Cell, Store, batch_sizes_of, read_cells
+from colqwen_lab.measure.environment import InterferenceMonitor, environment
+from colqwen_lab.measure.sweep import Interrupted
+from colqwen_lab.measure.timing import Failure, StoppingRule
+from colqwen_lab.measure.worker import failure_of
+from colqwen_lab.records import Cell, Quantization, RecordsFile, read_cells
 from colqwen_lab.runtime import eager as execution
-
-QUICK = StoppingRule(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
-
-
-def run(path: Path, model: str = "base", batches: Any = "1,2,4", **options: Any) -> list[Cell]:
-    options = {"patience": QUICK, "weights": "random", "isolated": False, **options}
-    return sweep(request(model, batches, output=path, **options), progress=lambda line: None)
+from tests.measure.frames import own_frames, recording_batches
+from tests.measure.sweeps import options_of, run
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "sweep.jsonl"
+
+
+def rows_of(path: Path) -> list[Cell]:
+    """Every row of the file, also those that a later one replaces."""
+    return [Cell.model_validate_json(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[int, Exception]:
 
 
 def test_a_cell_says_all(path: Path) -> None:
-    cells = run(path, "base,awq", "1,4", backend="torch", patience=StoppingRule(max_s=0.3))
+    cells = run(path, "base,awq", "1,4", kernel="torch", stopping=StoppingRule(max_s=0.3))
     assert [(c.variant, c.batch_size) for c in cells] == [
         ("base", 1),
         ("awq", 1),
@@ -66,7 +67,7 @@ def test_a_cell_says_all(path: Path) -> None:
     base, awq = cells[2:]
     assert awq.backend.engaged == {"auto_round:torch_zp": 28}
     assert base.backend.engaged == {"torch.nn.Linear": 28}
-    assert awq.backend.kept_16bit == {"vision tower": 24, "head": 1}
+    assert awq.backend.kept_16bit == {"vision encoder": 24, "head": 1}
     assert len(awq.step_s) >= 10
     assert awq.items_per_s.low <= awq.items_per_s.median <= awq.items_per_s.high
     assert awq.timing.interleaved_with == ["base"]
@@ -148,7 +149,7 @@ def test_a_failure_is_a_row_and_tried_again(path: Path, failing: dict[int, Excep
     assert [c.status for c in again] == ["ok"] * 3
     assert again[0] == cells[0]
     assert Counter(c.batch_size for c in read_cells(path)) == {1: 1, 2: 1, 4: 1}
-    assert [c.status for c in read_cells(path.with_suffix(".superseded.jsonl"))] == ["failed"]
+    assert [c.status for c in rows_of(path)] == ["ok", "failed", "ok", "ok"], "rows stay"
 
 
 def test_a_size_is_never_taken_for_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,9 +213,8 @@ def test_out_of_memory_beside_another_is_tried_again_alone(
         )
         samples = really(steps, *args)
         if len(steps) > 1:
-            samples[next(iter(samples))].error = torch.OutOfMemoryError(
-                "the other one took the room"
-            )
+            failure = Failure("oom", "the other one took the memory")
+            samples[next(iter(samples))].failure = failure
         return samples
 
     monkeypatch.setattr(module, "time_interleaved", crowded)
@@ -234,27 +234,25 @@ def test_peak_is_that_of_the_longest_batch(path: Path) -> None:
     assert cell.memory.peak_bytes == pytest.approx(longest.memory.peak_bytes, rel=0.01)
 
 
-def test_backend_is_for_the_quantised_one(path: Path) -> None:
-    cells = run(path, "base,awq", "1", backend="torch")
-    cells += run(path, "base,awq", "1", backend="auto_round:torch_zp")
+def test_a_kernel_is_for_the_quantised_one(path: Path) -> None:
+    cells = run(path, "base,awq", "1", kernel="torch")
+    cells += run(path, "base,awq", "1", kernel="auto_round:torch_zp")
     assert cells[-1].backend.engaged == {"auto_round:torch_zp": 28}
-    with pytest.raises(BadInput, match="valid for 16-bit weights: auto, torch"):
-        run(path, "base", "1", backend="auto_round:torch_zp")
+    with pytest.raises(BadInput, match="multiplies packed weights; valid here: auto, torch"):
+        run(path, "base", "1", kernel="auto_round:torch_zp")
 
 
 def test_fresh_measures_again_only_what_was_asked(path: Path) -> None:
     first = run(path, "base,awq", "1,2")
     again = run(path, "base", "1", fresh=True)
-    rows = read_cells(path)
-    assert len(rows) == 4
-    assert {c.to_line() for c in first[1:]} | {again[0].to_line()} == {c.to_line() for c in rows}
-    assert read_cells(path.with_suffix(".superseded.jsonl")) == first[:1]
+    assert rows_of(path) == [*first, *again]
+    assert read_cells(path) == [again[0], *first[1:]]
 
 
 def test_another_tool_s_json_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "script.json"
     path.write_text('{"metadata": {}, "results": {}}')
-    with pytest.raises(BadInput, match="another tool's JSON"):
+    with pytest.raises(BadInput, match="is not a cell record"):
         run(path)
     assert path.read_text() == '{"metadata": {}, "results": {}}'
 
@@ -317,26 +315,28 @@ def test_another_environment_or_code_is_never_mixed(
     elsewhere = environment(torch.device("cpu")).model_copy(update=change)
     monkeypatch.setattr(module, "environment", lambda device: elsewhere)
     second = run(path)
-    assert read_cells(path) == second
     assert all(c.environment == elsewhere for c in second)
-    assert read_cells(path.with_suffix(".superseded.jsonl")) == first
+    assert rows_of(path) == [*first, *second]
+    assert run(path) == second
 
 
-def test_other_weights_supersede(path: Path, base_folder: Path) -> None:
-    run(path)
+def test_other_weights_are_other_cells(path: Path, base_folder: Path) -> None:
+    first = run(path)
     second = run(path, weights=str(base_folder))
-    assert read_cells(path) == second
+    assert rows_of(path) == [*first, *second]
     assert second[0].weights.startswith("folder:checkpoint#")
+
+
+def undisturbed_run(path: Path, batches: str) -> None:
+    InterferenceMonitor.lines = lambda self, states: []  # type: ignore[method-assign]
+    run(path, "base,awq", batches)
 
 
 def test_killed_in_its_middle_it_resumes(path: Path) -> None:
     batches = ",".join(map(str, range(1, 14)))
-    asked = request(
-        "base,awq", batches, weights="random", output=path, patience=QUICK, isolated=False
-    )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["colqwen_lab.measure.sweep"])
-    process = context.Process(target=sweep, args=(asked, str))
+    process = context.Process(target=undisturbed_run, args=(path, batches))
     process.start()
     deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text().count("\n") >= 5):
@@ -350,7 +350,7 @@ def test_killed_in_its_middle_it_resumes(path: Path) -> None:
     assert not path.with_suffix(".result.json").exists()
     cells = run(path, "base,awq", batches)
     assert [c for c in cells if c in survived] == survived
-    counts = Counter((c.variant, c.batch_size) for c in read_cells(path))
+    counts = Counter((c.variant, c.batch_size) for c in rows_of(path))
     assert len(counts) == 26
     assert set(counts.values()) == {1}
 
@@ -377,45 +377,6 @@ def test_weights_that_are_not_the_model_are_refused(path: Path, base_folder: Pat
     assert not path.exists()
 
 
-@pytest.mark.parametrize(
-    "value", ["0", "-1", "a", "", "8,8", "8,,16", "1.5", [], [0], 0, ["x"], ",", 8.5, None, [None]]
-)
-def test_bad_batch_sizes(value: Any) -> None:
-    with pytest.raises(BadInput, match=r"valid: different whole numbers of 1 or more"):
-        batch_sizes_of(value)
-
-
-@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=20, unique=True))
-def test_batch_sizes_in_every_form(sizes: list[int]) -> None:
-    assert (
-        batch_sizes_of(sizes)
-        == batch_sizes_of(", ".join(map(str, sizes)))
-        == batch_sizes_of(str(sizes))
-        == sizes
-    )
-    assert batch_sizes_of(sizes[0]) == sizes[:1]
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"size": "5b"}, "unknown size '5b'.*valid: auto, tiny, mid, 4b, 8b"),
-        ({"workload": "pictures"}, "unknown workload 'pictures'.*valid: queries"),
-        ({"execution": "slow"}, "unknown execution 'slow'.*valid: eager"),
-        ({"protocol": "fat"}, "unknown protocol 'fat'.*valid: lean, published"),
-        (
-            {"weights": "nowhere"},
-            "unknown weights 'nowhere'; valid: auto, hub, random, or a checkpoint folder",
-        ),
-        ({"model": "base,base"}, "models base, base; valid"),
-        ({"model": ""}, "unknown model ''; valid: base, awq"),
-    ],
-)
-def test_bad_request(options: dict[str, str], says: str) -> None:
-    with pytest.raises(BadInput, match=says):
-        request(**{"model": "base", "batch_sizes": "1", **options})
-
-
 def test_folder_that_cannot_be_written() -> None:
     with pytest.raises(BadInput, match=r"cannot write .*name a file in a folder you can write"):
         run(Path("/proc/nowhere/sweep.jsonl"))
@@ -424,36 +385,32 @@ def test_folder_that_cannot_be_written() -> None:
 def test_a_records_file_of_something_else_is_left_alone(path: Path) -> None:
     path.parent.mkdir()
     path.write_text("my thesis\n")
-    with pytest.raises(BadInput, match="line 1 is not a record"):
+    with pytest.raises(BadInput, match="line 1 is not a cell record"):
         run(path)
     assert path.read_text() == "my thesis\n"
 
 
 def test_two_sweeps_into_one_file_come_one_after_the_other(path: Path) -> None:
-    said: list[str] = []
-    held = Store(path, keep=lambda cell: True)
-    asked = request("base", "1", output=path, patience=QUICK, weights="random", isolated=False)
+    lines: list[str] = []
+    held = RecordsFile(path, Cell)
     with ThreadPoolExecutor() as pool:
-        second = pool.submit(sweep, asked, said.append)
-        while not said:
+        second = pool.submit(run, path, batches="1", progress=lines.append)
+        while not lines:
             time.sleep(0.01)
-        assert said == [
-            f"another sweep writes to {path}; waiting for it, then going on from its rows"
-        ]
+        assert lines == [f"another run writes to {path}; waiting for it"]
         assert not second.done()
         held.__exit__()
         assert second.result() == read_cells(path)
 
 
-def test_ways_are_timed_in_turn_each_where_its_kernel_can_go(path: Path) -> None:
-    cells = run(path, "base,awq", "2", ways="report,best,fast/lean/torch", control=True)
-    ways = [(c.variant, c.execution, c.protocol, c.backend.requested) for c in cells]
-    assert ways == [
-        ("base", "eager", "published", "auto"),
-        ("awq", "eager", "published", "torch"),
-        ("base", "fast", "lean", "auto"),
-        ("awq", "fast", "lean", "auto"),
-        ("awq", "fast", "lean", "torch"),
+def test_configurations_are_interleaved_each_where_its_kernel_can_run(path: Path) -> None:
+    cells = run(path, "base,awq", "2", configuration="report,best,fast/lean/torch", control=True)
+    assert [str(c.configuration) for c in cells] == [
+        "base eager/published/auto",
+        "awq eager/published/torch",
+        "base fast/lean/auto",
+        "awq fast/lean/auto",
+        "awq fast/lean/torch",
     ]
     best = cells[3]
     assert best.backend.engaged == {"torch._weight_int4pack_mm_for_cpu": 28}
@@ -461,34 +418,40 @@ def test_ways_are_timed_in_turn_each_where_its_kernel_can_go(path: Path) -> None
     assert "base fast/lean/auto" in best.timing.interleaved_configurations
     assert [bool(c.control_s) for c in cells] == [True, False, True, False, False]
     assert len({len(c.step_s) for c in cells} | {len(cells[0].control_s)}) == 1
-    assert run(path, "base,awq", "2", ways="best") == [cells[2], cells[3]]
-    with pytest.raises(BadInput, match="backend 'fp8' multiplies 16-bit weights"):
-        run(path, "awq", "2", ways="fast/lean/fp8")
+    assert run(path, "base,awq", "2", configuration="best") == [cells[2], cells[3]]
+    with pytest.raises(BadInput, match="kernel fp8 multiplies 16-bit weights; valid here: auto"):
+        run(path, "awq", "2", configuration="fast/lean/fp8")
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ({"ways": "swift"}, "unknown execution 'swift'.*valid: eager, fast"),
-        ({"ways": "eager/lean/auto/more"}, "valid: report, best, or EXECUTION/PROTOCOL/BACKEND"),
-        ({"ways": "best", "execution": "fast"}, "give these or ways, not both"),
-        (
-            {"execution": "fast", "protocol": "published"},
-            "keeps a KV cache, which execution fast has not; valid: lean",
-        ),
-        ({"backend": "fp8"}, "runs in execution fast only"),
+        ({"size": "5b"}, "unknown size '5b'.*valid: auto, tiny, mid, 4b, 8b"),
+        ({"workload": "pictures"}, "unknown .*'pictures'.*valid: queries"),
+        ({"execution": "slow"}, "unknown .*'slow'.*valid: eager"),
+        ({"protocol": "fat"}, "unknown .*'fat'.*valid: lean, published"),
+        ({"weights": "nowhere"}, "weights must be auto, hub, random or a folder, got 'nowhere'"),
+        ({"model": "base,base"}, "model must be one or more different models"),
+        ({"model": "base,BASE"}, "model must be one or more different models"),
+        ({"configuration": "swift"}, "unknown execution 'swift'.*valid: eager, fast"),
+        ({"configuration": "eager/lean/auto/more"}, "report, best or EXECUTION/PROTOCOL/KERNEL"),
+        ({"configuration": "best", "execution": "fast"}, "not both"),
+        ({"execution": "fast", "protocol": "published"}, "keeps no KV cache; use protocol lean"),
+        ({"kernel": "fp8"}, "runs in execution fast only"),
+        ({"batch_sizes": "8,8"}, "different whole numbers of 1 or more"),
     ],
 )
-def test_bad_ways(path: Path, options: dict[str, str], says: str) -> None:
-    with pytest.raises(BadInput, match=says):
-        run(path, "base", "1", **options)
+def test_bad_options(path: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        run(path, **options)  # type: ignore[arg-type]
+    assert not path.exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be able to")
 def test_a_kernel_that_this_machine_cannot_run_says_which_can(path: Path) -> None:
     says = "kernel fp8 needs a CUDA GPU of compute capability 8.9 or newer; valid here: auto"
     with pytest.raises(MissingRequirement, match=says):
-        run(path, "base", "1", ways="best,fast/lean/fp8")
+        run(path, "base", "1", configuration="best,fast/lean/fp8")
 
 
 def test_a_disk_that_fills_up_ends_the_sweep_in_one_line(
@@ -497,41 +460,157 @@ def test_a_disk_that_fills_up_ends_the_sweep_in_one_line(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    asked = request("base", "1,2,4", output=path, patience=QUICK, weights="random", isolated=False)
-    with pytest.raises(
-        MissingRequirement,
-        match=r"cannot write .*: No space left on device; what was measured is on file",
-    ):
-        sweep(asked, lambda line: None, lambda cell: monkeypatch.setattr(os, "fsync", full))
+    def fill(line: str) -> None:
+        if "batch 1: " in line:
+            monkeypatch.setattr(os, "fsync", full)
+
+    message = r"cannot write .*: No space left on device; finished rows are on file"
+    with pytest.raises(MissingRequirement, match=message):
+        run(path, progress=fill)
     monkeypatch.undo()
     (kept,) = read_cells(path)
     assert not path.with_suffix(".result.json").exists()
     assert run(path)[0] == kept
 
 
-def test_what_else_the_system_refuses_is_not_laid_on_the_file(path: Path) -> None:
-    def emit(cell: Cell) -> None:
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+def test_a_refusal_of_the_system_is_not_blamed_on_the_file(path: Path) -> None:
+    def progress(line: str) -> None:
+        if "batch 1: " in line:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    asked = request("base", "1", output=path, patience=QUICK, weights="random", isolated=False)
-    with pytest.raises(
-        MissingRequirement,
-        match=r"^the sweep ended: \[Errno 32\] Broken pipe; what was measured is on file",
-    ):
-        sweep(asked, lambda line: None, emit)
+    message = r"^the sweep ended: \[Errno 32\] Broken pipe; finished rows are on file"
+    with pytest.raises(MissingRequirement, match=message):
+        run(path, batches="1", progress=progress)
     assert len(read_cells(path)) == 1
 
 
-def test_what_was_noticed_stands_in_the_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from colqwen_lab import load
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        ("other processes took 23% of the CPU", False),
+        ("2 other processes on the GPU", False),
+        ("the clock was held down by the power limit", False),
+        ("a display is attached to the GPU", True),
+    ],
+)
+def test_a_cell_with_interference_says_so_and_is_measured_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch, line: str, kept: bool
+) -> None:
+    monkeypatch.setattr(InterferenceMonitor, "lines", lambda self, states: [line])
+    lines: list[str] = []
+    first = run(path, batches="1", progress=lines.append)
+    assert first[0].interference == [line]
+    assert any(line in one for one in lines)
+    monkeypatch.setattr(InterferenceMonitor, "lines", lambda self, states: [])
+    second = run(path, batches="1")
+    assert (second == first) == kept
+    assert read_cells(path) == second == run(path, batches="1")
 
-    monkeypatch.setattr(
-        module.InterferenceMonitor,
-        "interference",
-        lambda self, states: ["the clock was held down by the <power> limit"],
+
+def test_progress_is_plain(path: Path) -> None:
+    lines: list[str] = []
+    run(path, "base,awq", "8", progress=lines.append, kernel="torch")
+    loaded, cells = lines[:2], lines[2:4]
+    assert loaded[1].startswith("awq eager/torch: random tiny (seed 0); bfloat16; text linears on ")
+    pattern = r"base eager/lean/auto batch 8: [\d,]+\.\d queries/s, peak [\d,]+ MiB "
+    assert re.fullmatch(pattern + r"\(2 steps, step limit\)", cells[0])
+    assert re.fullmatch(r"took \d+\.\d s, of which \d\.\d s in timed steps", lines[4])
+    run(path, "base", "8", progress=lines.append)
+    assert lines[5].startswith("on file: base eager/lean/auto batch 8: ")
+
+
+def test_the_quantisation_of_every_checkpoint_is_on_record(
+    path: Path, packed: Any, base_folder: Path
+) -> None:
+    w4 = Quantization(bits=4, group_size=128, sym=True)
+    folders = f"{packed('auto_round')},{base_folder},W8A16"
+    cells = run(path, folders, "1", weights="auto", kernel="torch")
+    cells += run(path, "awq,base", "1", kernel="torch")
+    w8 = Quantization(bits=8, group_size=128, sym=True)
+    assert [cell.quantization for cell in cells] == [w4, None, w8, w4, None]
+
+
+def test_interrupted_it_says_how_to_resume(path: Path) -> None:
+    def stop(line: str) -> None:
+        if "awq eager/lean/torch batch 1: " in line and "on file" not in line:
+            raise KeyboardInterrupt
+
+    said = "stopped; 2 of 6 cells on file, run again to resume"
+    with pytest.raises(Interrupted, match=said) as error:
+        run(path, "base,awq", progress=stop, kernel="torch")
+    assert error.value._render_traceback_() == [said]
+    assert len(read_cells(path)) == 2
+    assert not path.with_suffix(".result.json").exists()
+    assert len(run(path, "base,awq", kernel="torch")) == 6
+
+
+def test_a_notebook_shows_one_line_for_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell.instance()
+    shell.user_ns["stopped"] = Interrupted("stopped; 4 of 12 cells on file, run again to resume")
+    shell.run_cell("raise stopped")
+    assert capsys.readouterr().out.strip() == str(shell.user_ns["stopped"])
+
+
+# ---------------------------------------------------------------- a matrix
+
+
+def test_a_matrix_goes_into_one_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, mark = module.Run.measure, path.with_suffix(".result.json")
+    marked: list[bool] = []
+
+    def no_fast(self: Any, planned: list[Cell]) -> Any:
+        marked.append(mark.exists())
+        if planned[0].execution == "fast":
+            raise MissingRequirement("no kernel here")
+        return measure(self, planned)
+
+    monkeypatch.setattr(module.Run, "measure", no_fast)
+    message = "1 of 2 sweeps failed, .*: tiny queries fast/lean/auto: no kernel here"
+    with pytest.raises(MissingRequirement, match=message):
+        run(path, batches="1,2", execution="fast,eager")
+    assert [(c.execution, c.batch_size) for c in read_cells(path)] == [("eager", 1), ("eager", 2)]
+    assert not mark.exists()
+    monkeypatch.setattr(module.Run, "measure", measure)
+    cells = run(path, batches="1,2", execution="fast,eager")
+    assert sorted(map(Cell.key, cells)) == sorted(map(Cell.key, read_cells(path)))
+    assert [cell.execution for cell in cells] == ["fast", "fast", "eager", "eager"]
+    assert json.loads(mark.read_text())["cells"] == 4
+    monkeypatch.setattr(module.Run, "measure", no_fast)
+    with pytest.raises(MissingRequirement, match="1 of 2 sweeps failed"):
+        run(path, batches="1", execution="fast,eager", fresh=True)
+    assert marked[-2:] == [False, False]
+    assert not mark.exists()
+
+
+def test_the_default_file_names_models_sizes_and_workloads() -> None:
+    options = options_of("", "base,W8A16", workload="queries,pages", size="tiny,mid")
+    path = module.path_of(options, "sweep", ["tiny", "tiny", "mid"])
+    assert path.name == "sweep-base-W8A16-tiny-mid-queries-pages.jsonl"
+    assert module.path_of(options_of("", size="tiny,tiny"), "sweep", ["tiny", "tiny"]).name == (
+        "sweep-base-tiny-queries.jsonl"
     )
-    cells = run(path, batches="1")
-    assert cells[0].interference == ["the clock was held down by the <power> limit"]
-    table = load(path).table()
-    assert table["noticed"].tolist() == cells[0].interference
-    assert "&lt;power&gt;" in load(path)._repr_html_()
+
+
+# ---------------------------------------------------------------- the stack
+
+
+def test_ten_frames_from_the_notebook_to_the_forward(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both processes counted, for timing and memory passes; lab.sweep itself is two frames."""
+    really, parent = worker.Remote.call, {}
+
+    def call(self: worker.Remote, name: str, *arguments: Any) -> Any:
+        frames = ["sweep", "sweep", *own_frames(), "call"]  # this stub stands for `call`
+        parent[name] = max(parent.get(name, []), frames, key=len)
+        return really(self, name, *arguments)
+
+    monkeypatch.setattr(worker.Remote, "call", call)
+    file = path.parent.parent / "frames"
+    monkeypatch.setattr(module, "query_batches", partial(recording_batches, str(file)))
+    cells = run(path, "base,awq", "1", isolated=True, kernel="torch", control=True)
+    assert [cell.status for cell in cells] == ["ok", "ok"]
+    child = {frames[1]: frames for frames in map(str.split, file.read_text().splitlines())}
+    assert set(child) == {"memory", "step"}
+    for name, frames in child.items():
+        assert len(parent[name] + frames) <= 10, parent[name] + frames

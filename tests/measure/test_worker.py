@@ -17,32 +17,28 @@ import torch
 
 from colqwen_lab.errors import MissingRequirement
 from colqwen_lab.measure import worker
-from colqwen_lab.measure.sweep import request, sweep
-from colqwen_lab.measure.timing import StoppingRule
-from colqwen_lab.measure.worker import Remote, failure_of
-from colqwen_lab.records import Cell, read_cells
-
-QUICK = StoppingRule(min_steps=2, max_steps=2, min_s=0, max_s=0, max_warmup=1)
+from colqwen_lab.measure.worker import Remote, Worker, failure_of
+from colqwen_lab.records import Cell, Configuration, read_cells
+from tests.measure import sweeps
 
 
 def run(path: Path, model: str = "base,awq", batches: str = "1,2", **options: Any) -> list[Cell]:
-    options = {"weights": "random", "patience": QUICK, "backend": "torch", **options}
-    return sweep(request(model, batches, output=path, **options), progress=lambda line: None)
+    return sweeps.run(path, model, batches, **{"kernel": "torch", "isolated": True} | options)
 
 
 @pytest.fixture
 def before(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], Callable[[Remote], None]]:
-    """What to do to a process before it is asked something for the nth time, counting all processes."""
+    """What to do to a process before its nth call of a method, counting all processes."""
     todo: dict[tuple[str, int], Callable[[Remote], None]] = {}
     asked: list[str] = []
-    really = Remote._ask
+    really = Remote.call
 
-    def ask(self: Remote, name: str, *arguments: Any) -> Any:
+    def call(self: Remote, name: str, *arguments: Any) -> Any:
         asked.append(name)
         todo.get((name, asked.count(name)), lambda one: None)(self)
         return really(self, name, *arguments)
 
-    monkeypatch.setattr(Remote, "_ask", ask)
+    monkeypatch.setattr(Remote, "call", call)
     return todo
 
 
@@ -51,13 +47,13 @@ def send(number: int) -> Callable[[Remote], None]:
 
 
 def test_the_same_rows_as_in_one_process(tmp_path: Path) -> None:
-    ways = {
-        "ways": "eager/lean/torch,eager/published/torch,fast",
+    options: dict[str, Any] = {
+        "configuration": "eager/lean/torch,eager/published/torch,fast",
         "control": True,
-        "backend": "auto",
+        "kernel": "auto",
     }
-    apart = run(tmp_path / "apart.jsonl", batches="2", **ways)
-    together = run(tmp_path / "together.jsonl", batches="2", isolated=False, **ways)
+    apart = run(tmp_path / "apart.jsonl", batches="2", **options)
+    together = run(tmp_path / "together.jsonl", batches="2", isolated=False, **options)
 
     def untimed(cell: Cell) -> dict[str, Any]:
         return cell.model_dump(
@@ -75,16 +71,20 @@ def test_the_same_rows_as_in_one_process(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="libraries on a GPU keep memory of their own"
 )
-@pytest.mark.parametrize("way", ["fast", "eager/lean/auto"])
-def test_a_peak_does_not_depend_on_what_was_measured_before(way: str, tmp_path: Path) -> None:
-    (alone,) = run(tmp_path / "alone.jsonl", "base", "2", size="tiny", ways=way, backend="auto")
-    _, later = run(tmp_path / "later.jsonl", "base", "1,2", size="tiny", ways=way, backend="auto")
+@pytest.mark.parametrize("configuration", ["fast", "eager/lean/auto"])
+def test_a_peak_does_not_depend_on_earlier_cells(configuration: str, tmp_path: Path) -> None:
+    (alone,) = run(
+        tmp_path / "alone.jsonl", "base", "2", configuration=configuration, kernel="auto"
+    )
+    _, later = run(
+        tmp_path / "later.jsonl", "base", "1,2", configuration=configuration, kernel="auto"
+    )
     assert alone.memory
     assert later.memory
     assert later.memory.peak_bytes == alone.memory.peak_bytes
 
 
-@pytest.mark.parametrize("at", [("load", 2), ("memory", 1), ("turn", 4)])
+@pytest.mark.parametrize("at", [("load", 2), ("memory", 1), ("step", 4)])
 def test_a_killed_process_costs_one_cell_at_most(
     tmp_path: Path, before: dict[tuple[str, int], Callable[[Remote], None]], at: tuple[str, int]
 ) -> None:
@@ -105,12 +105,16 @@ def test_a_killed_process_costs_one_cell_at_most(
     ]
 
 
-def test_ways_that_share_a_killed_process_are_timed_in_another(
+def test_configurations_that_share_a_killed_process_are_timed_in_another(
     tmp_path: Path, before: dict[tuple[str, int], Callable[[Remote], None]]
 ) -> None:
-    before["turn", 5] = send(signal.SIGKILL)
+    before["step", 5] = send(signal.SIGKILL)
     cells = run(
-        tmp_path / "rows.jsonl", "base", "1", ways="eager/lean,eager/published", backend="auto"
+        tmp_path / "rows.jsonl",
+        "base",
+        "1",
+        configuration="eager/lean,eager/published",
+        kernel="auto",
     )
     assert sorted(cell.status for cell in cells) == ["failed", "ok"]
 
@@ -138,17 +142,17 @@ def test_a_process_that_hangs_is_ended(
         send(signal.SIGSTOP)(one)
         monkeypatch.setattr(worker, "DEADLINE_S", 0.1)
 
-    before["turn", 2] = hang
+    before["step", 2] = hang
     before["rest", 1] = lambda one: monkeypatch.setattr(worker, "DEADLINE_S", 60)
     cells = run(tmp_path / "rows.jsonl", "base")
     assert [cell.status for cell in cells] == ["failed", "ok"]
-    assert cells[0].reason == "no answer to 'turn' within 0.1 s; its process was ended"
+    assert cells[0].reason == "no answer to 'step' within 0.1 s; its process was ended"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be able to")
-def test_an_unmet_need_of_a_process_is_the_sweep_s(tmp_path: Path) -> None:
+def test_a_missing_requirement_of_a_process_is_the_sweep_s(tmp_path: Path) -> None:
     with pytest.raises(MissingRequirement, match="kernel fp8 needs a CUDA GPU"):
-        run(tmp_path / "rows.jsonl", "base", ways="fast/lean/fp8", backend="auto")
+        run(tmp_path / "rows.jsonl", "base", configuration="fast/lean/fp8", kernel="auto")
     assert not multiprocessing.active_children()
 
 
@@ -159,7 +163,7 @@ def test_interrupted_it_ends_its_processes_and_keeps_the_rows(
         raise KeyboardInterrupt
 
     before["memory", 3] = interrupt
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped; 2 of 4 cells on file"):
         run(tmp_path / "rows.jsonl")
     assert not multiprocessing.active_children()
     assert [cell.batch_size for cell in read_cells(tmp_path / "rows.jsonl")] == [1, 1]
@@ -168,10 +172,19 @@ def test_interrupted_it_ends_its_processes_and_keeps_the_rows(
 def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import colqwen_lab as lab\nprint('here')\n"
-        f"lab.sweep('base', '1', weights='random', output={str(tmp_path / 'rows.jsonl')!r}, min_steps=2, max_s=0.1)\n"
+        "from tests.measure.sweeps import options_of\n"
+        "from colqwen_lab.measure.sweep import sweep\n"
+        "print('here')\n"
+        f"sweep(options_of({str(tmp_path / 'rows.jsonl')!r}, max_s=0.1, min_steps=2))\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
     assert done.stdout == "here\n"
     assert "Traceback" not in done.stderr
     assert "leaked" not in done.stderr
@@ -180,3 +193,23 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
 def test_reasons_hold_no_home_user_or_token() -> None:
     text = f"no {Path.home()}/x, /home/anna/y, /Users/Anna/z, C:\\Users\\anna\\w; hf_{'a' * 30}"
     assert "anna" not in failure_of(RuntimeError(text)).reason
+
+
+def test_an_untimed_step_of_the_same_batch_precedes_each_timed_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A neighbour leaves a GPU cool or throttled, which must not reach the samples."""
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+    calls: list[bool] = []
+
+    def step(lead_in: bool = False) -> None:
+        calls.append(lead_in)
+        now[0] += 1.0
+
+    one = Worker(None, torch.device("cpu"), Configuration(variant="base"), str)  # type: ignore[arg-type]
+    one.steps = {("lean", False): step}  # type: ignore[dict-item]
+    assert one.step("lean", False, True) == 1.0
+    assert calls == [True, False]
+    assert one.step("lean", False) == 1.0
+    assert calls == [True, False, False]

@@ -1,4 +1,4 @@
-"""What disturbs a measurement is noticed, against a fake driver."""
+"""Interference with a measurement, against a fake driver."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pynvml
 import pytest
 import torch
 
-from colqwen_lab.measure.interference import InterferenceMonitor, own_bytes, spilled
+from colqwen_lab.measure import environment
+from colqwen_lab.measure.environment import InterferenceMonitor, own_bytes, pick_device, spilled
 from colqwen_lab.records import GIB, Memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class FakeNvml:
-    """A GPU with these processes and displays; what is None its driver does not tell."""
+    """A GPU with these processes and displays; None is what its driver does not tell."""
 
     def __init__(self, compute: Any = (), graphics: Any = (), display: int | None = 0) -> None:
         self.told = {"Compute": compute, "Graphics": graphics, "Display": display}
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import pynvml
-
         def tell(what: str) -> Any:
             if self.told[what] is None:
                 raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -37,7 +37,7 @@ class FakeNvml:
         def processes(what: str) -> list[Any]:
             return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in tell(what)]
 
-        monkeypatch.setattr(noticing, "gpu_handle", lambda device: "handle")
+        monkeypatch.setattr(environment, "gpu_handle", lambda device: "handle")
         monkeypatch.setattr(
             pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: processes("Compute")
         )
@@ -49,7 +49,7 @@ class FakeNvml:
 
 
 @pytest.mark.parametrize(
-    ("nvml", "notes"),
+    ("nvml", "lines"),
     [
         (FakeNvml([(os.getpid(), 5), (os.getppid(), 5)]), []),
         (FakeNvml([(os.getpid(), 5), (1, 7)], [(2, 7), (1, 7)]), ["2 other processes on the GPU"]),
@@ -59,27 +59,27 @@ class FakeNvml:
         (FakeNvml(None, None, None), []),
     ],
 )
-def test_others_on_the_gpu(
-    nvml: FakeNvml, notes: list[str], monkeypatch: pytest.MonkeyPatch
+def test_interference_on_the_gpu(
+    nvml: FakeNvml, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvml.install(monkeypatch)
-    own = [os.getppid()] if len(nvml.told["Compute"] or ()) == 2 and not notes else []
-    assert InterferenceMonitor(CUDA, own)._on_the_gpu() == notes
+    own = [os.getppid()] if len(nvml.told["Compute"] or ()) == 2 and not lines else []
+    assert InterferenceMonitor(CUDA, own)._busy_gpu() == lines
 
 
-def test_a_clock_that_was_held_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noticing, "gpu_handle", lambda device: None)
+def test_interference_of_a_clock_that_was_held_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpu_handle", lambda device: None)
     idle = {"before": {"throttle_reasons": "0x1"}, "after": {"sm_clock_mhz": 1980}}
-    assert InterferenceMonitor(CUDA, []).notes(idle) == []
+    assert InterferenceMonitor(CUDA, []).lines(idle) == []
     busy = {"before": {"throttle_reasons": "0x1"}, "after": {"throttle_reasons": hex(0x4 | 0x40)}}
-    assert InterferenceMonitor(CUDA, []).notes(busy) == [
+    assert InterferenceMonitor(CUDA, []).lines(busy) == [
         "the clock was held down by the power limit, temperature, by hardware"
     ]
 
 
-def test_another_busy_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its time, and not of the sweep's own processes, the share is said."""
-    monkeypatch.setattr(noticing.psutil, "cpu_count", lambda: 2)
+def test_interference_of_another_busy_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep's own processes do not count."""
+    monkeypatch.setattr(environment.psutil, "cpu_count", lambda: 2)
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         theirs, ours = InterferenceMonitor(CPU, []), InterferenceMonitor(CPU, [other.pid])
@@ -105,3 +105,10 @@ def test_memory_of_the_host_and_of_this_process(monkeypatch: pytest.MonkeyPatch)
     assert own_bytes(CUDA) is None
     monkeypatch.undo()
     assert own_bytes(CPU) is None
+
+
+def test_a_gpu_is_named_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to cap `cuda` without a number."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert pick_device() == torch.device("cuda:0")
