@@ -12,26 +12,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 MIB = 2**20
 ROUND = 512
-SMALL = MIB
-SMALL_SEGMENT = SEGMENT_ROUND = 2 * MIB
-LARGE_BELOW = 10 * MIB
-LARGE_SEGMENT = 20 * MIB
-# The resolution of the search for the least memory of a run.
+# To how many bytes the least memory of a run is searched.
 CAP_STEP = 4 * MIB
 GRAPH_POOL = -1
 ROUNDING, WORKSPACE = "allocator rounding", "cuBLAS workspace"
-
-# A pool's number, and whether its blocks are small: free blocks of one place serve no other.
-Place = tuple[int, bool]
-
-
-def rounded(size: int, to: int = ROUND) -> int:
-    """`size` rounded up to a multiple of `to`, at least one."""
-    return max(to, -(-size // to) * to)
 
 
 def workspace_bytes(capability: int) -> int:
@@ -42,19 +31,26 @@ def workspace_bytes(capability: int) -> int:
     return 32 * MIB if capability >= 9 else 8 * MIB + MIB // 8
 
 
+def rounded(size: int, to: int) -> int:
+    """`size` rounded up to a multiple of `to`, at least one."""
+    return max(to, -(-size // to) * to)
+
+
 @dataclass(eq=False)
 class Block:
-    """A piece of a segment at an address; `before` and `after` are its neighbours there."""
+    """A piece of a segment at an address; `before` and `after` are its neighbours there.
+
+    `place` is the number of its pool and whether the block is small.
+    """
 
     address: int
     size: int
-    place: Place
+    place: tuple[int, bool]
     before: Block | None = None
     after: Block | None = None
     free: bool = True
 
 
-@dataclass
 class Allocator:
     """Bytes handed out and reserved, now and at the peak, as torch.cuda.memory_stats counts them.
 
@@ -62,28 +58,23 @@ class Allocator:
     if that is not enough, `allocate` raises MemoryError, as a GPU of that memory would.
     """
 
-    cap: float = math.inf
-    allocated: int = 0
-    peak_allocated: int = 0
-    reserved: int = 0
-    peak_reserved: int = 0
-    # Sorted by size, then address.
-    _free: defaultdict[Place, list[tuple[int, int, Block]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    _end: int = 0
+    def __init__(self, cap: float = math.inf) -> None:
+        self.cap = cap
+        self.allocated = self.peak_allocated = self.reserved = self.peak_reserved = self._end = 0
+        # (size, address, block), sorted; free blocks of one place serve no other.
+        self._free: defaultdict[tuple[int, bool], list[Any]] = defaultdict(list)
 
     def allocate(self, size: int, pool: int = 0) -> Block:
         """A block of at least `size` bytes. A captured graph has a pool of its own."""
-        size = rounded(size)
-        place = pool, size <= SMALL
-        free = self._free[place]
+        size = rounded(size, ROUND)
+        small = size <= MIB
+        free = self._free[pool, small]
         at = bisect_left(free, (size,))
-        block = free.pop(at)[2] if at < len(free) else self._segment(size, place)
+        block: Block = free.pop(at)[2] if at < len(free) else self._segment(size, (pool, small))
         block.free = False
         rest = block.size - size
-        if rest >= ROUND if place[1] else rest > SMALL:
-            after = Block(block.address + size, rest, place, block, block.after)
+        if rest >= ROUND if small else rest > MIB:
+            after = Block(block.address + size, rest, block.place, block, block.after)
             if block.after:
                 block.after.before = after
             block.after, block.size = after, size
@@ -100,8 +91,7 @@ class Allocator:
             if other and other.free:
                 del free[bisect_left(free, (other.size, other.address))]
                 first, second = (other, block) if other is block.before else (block, other)
-                first.size += second.size
-                first.after = second.after
+                first.size, first.after = first.size + second.size, second.after
                 if second.after:
                     second.after.before = first
                 block = first
@@ -115,13 +105,9 @@ class Allocator:
             self.reserved -= sum(entry[0] for entry in free) - sum(entry[0] for entry in kept)
             free[:] = kept
 
-    def reset_peaks(self) -> None:
-        """Count peaks from now on, as after `torch.cuda.reset_peak_memory_stats`."""
-        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
-
-    def _segment(self, size: int, place: Place) -> Block:
-        large = LARGE_SEGMENT if size < LARGE_BELOW else rounded(size, SEGMENT_ROUND)
-        total = SMALL_SEGMENT if place[1] else large
+    def _segment(self, size: int, place: tuple[int, bool]) -> Block:
+        large = 20 * MIB if size < 10 * MIB else rounded(size, 2 * MIB)
+        total = 2 * MIB if place[1] else large
         if self.reserved + total > self.cap:
             self.return_segments()
         if self.reserved + total > self.cap:
@@ -137,11 +123,11 @@ class Allocator:
 class Trace:
     """Births (number, bytes) and ends (number, 0) of two steps, the label of each number, the work.
 
-    The first `loaded` events are the births of the weights. Up to `before`, execution fast makes its
-    own weights of them, and the inputs come. Births `captured[0]` to `captured[1]` are a graph's.
+    The first `loaded` events are the births of the weights. Up to `before`, execution fast makes
+    its own weights of them, and the inputs come. Births `captured[0]` to `captured[1]` are those of
+    a graph.
     """
 
-    batch_size: int
     log: list[tuple[int, int]]
     labels: list[str]
     loaded: int
@@ -149,24 +135,16 @@ class Trace:
     flops: int
     captured: tuple[int, int] = (0, 0)
 
-    def same_shape(self, other: Trace) -> bool:
-        """Whether both have the same births and ends in the same order, of whatever size."""
-        shapes = [[(number, size > 0) for number, size in trace.log] for trace in (self, other)]
-        return shapes[0] == shapes[1] and self.labels == other.labels
+    def at(self, more: int, following: Trace) -> Trace | None:
+        """The trace of `more` items more, on the line through this one and that of one item more.
 
-    def at(self, batch_size: int, following: Trace) -> Trace:
-        """The trace of any batch, on the line through this one and that of one item more."""
-        more = batch_size - self.batch_size
-        pairs = zip(self.log, following.log, strict=True)
+        None if the two differ in the order of their births and ends.
+        """
+        a, b = (([(n, size > 0) for n, size in t.log], t.labels) for t in (self, following))
+        pairs = zip(self.log, following.log, strict=False)
         log = [(number, size + more * (other - size)) for (number, size), (_, other) in pairs]
         flops = self.flops + more * (following.flops - self.flops)
-        return replace(self, batch_size=batch_size, log=log, flops=flops)
-
-    def settled(self) -> list[tuple[int, int]]:
-        """The log without tensors that loading made and freed again."""
-        loading, run = self.log[: self.before], self.log[self.before :]
-        ended = {number for number, size in loading if not size}
-        return [event for event in loading if event[0] not in ended] + run
+        return replace(self, log=log, flops=flops) if a == b else None
 
 
 def replay(
@@ -188,7 +166,8 @@ def replay(
         if index == trace.before:
             allocator.allocate(workspace)
             allocator.return_segments()
-            allocator.reset_peaks()
+            allocator.peak_allocated = allocator.allocated
+            allocator.peak_reserved = allocator.reserved
         if size:
             peak = allocator.peak_allocated if index > trace.before else 0
             pool = GRAPH_POOL if trace.captured[0] <= number < trace.captured[1] else 0
@@ -201,23 +180,28 @@ def replay(
     return allocator, live, peak_at
 
 
-def peak_breakdown(trace: Trace, workspace: int) -> tuple[Allocator, dict[str, int]]:
-    """`(allocator after the run, bytes by label at its peak)`; the parts add up to the peak."""
+def memory_on_gpu(trace: Trace, workspace: int) -> dict[str, Any]:
+    """The fields of a `Memory` that depend on the allocator; the breakdown adds up to the peak."""
     allocator, _, peak_at = replay(trace, workspace)
     _, live, _ = replay(trace, workspace, stop_at=peak_at)
     parts: Counter[str] = Counter({WORKSPACE: workspace, ROUNDING: 0})
     for number, (block, size) in live.items():
         parts[trace.labels[number]] += size
         parts[ROUNDING] += block.size - size
-    return allocator, dict(parts)
+    peak, reserved = allocator.peak_allocated, allocator.peak_reserved
+    return {
+        "peak_bytes": peak,
+        "reserved_bytes": reserved,
+        "min_reserved_bytes": _min_reserved(trace, workspace, peak - 1, reserved),
+        "breakdown": dict(parts),
+    }
 
 
-def min_reserved(trace: Trace, workspace: int, uncapped: Allocator) -> int:
+def _min_reserved(trace: Trace, workspace: int, low: int, high: int) -> int:
     """The least bytes that torch must be allowed to reserve for the run, to `CAP_STEP`.
 
     Above the peak, because free memory is fragmented; below what an uncapped run reserves.
     """
-    low, high = uncapped.peak_allocated - 1, uncapped.peak_reserved
     while high - low > CAP_STEP:
         middle = (low + high) // 2
         try:

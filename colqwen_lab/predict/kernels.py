@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from colqwen_lab.errors import one_of
@@ -70,14 +70,9 @@ def _dequantise_then_matmul(layer: Any, x: Tensor) -> Tensor:
     return _matmul(x, x.new_empty(features_of(layer)))
 
 
-def _matmul_alone(x: Tensor, features: tuple[int, int]) -> Tensor:
-    """x times a weight [in, out] that takes no memory."""
-    return _matmul(x, x.new_empty(1).expand(features))
-
-
-def _fused(layer: Any, x: Tensor) -> Tensor:
-    """A fused kernel dequantises in registers: no buffer but its result."""
-    return _matmul_alone(x, features_of(layer))
+def _fused_matmul(layer: Any, x: Tensor) -> Tensor:
+    """A fused kernel dequantises in registers: the weight takes no memory."""
+    return _matmul(x, x.new_empty(1).expand(features_of(layer)))
 
 
 class FusedGemm(Product):
@@ -91,65 +86,60 @@ class FusedGemm(Product):
 
     def __init__(self, fused: Sequence[Any]) -> None:
         super().__init__(fused)
-        qweight, qzeros, scales = gptq(fused)
-        parts = {"qweight": qweight, "scales": scales} | (
-            {} if fused[0].sym else {"qzeros": qzeros}
-        )
-        for name, tensor in parts.items():
-            self.register_buffer(name, tensor)
+        names = "qweight", "qzeros", "scales"
+        for name, tensor in zip(names, gptq(fused), strict=True):
+            if name != "qzeros" or not fused[0].sym:
+                self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _matmul_alone(x, (self.in_features, self.out_features))
+        return _matmul(x, x.new_empty(1).expand(self.in_features, self.out_features))
 
 
 class Fp8Gemm(Fp8):
-    """The FP8 weights of `runtime`; its GEMM takes FP8 codes of the activations and their scales."""
+    """The FP8 weights of `runtime`; the GEMM takes FP8 codes of its input and their scales."""
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = x.new_empty((x.shape[0], self.in_features), dtype=FP8)
-        scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
-        result = _matmul_alone(x[:, : self.in_features], (self.in_features, self.out_features))
-        del codes, scale
+        x = x[:, : self.in_features]
+        buffers = torch.empty_like(x, dtype=FP8), x.new_empty((len(x), 1), dtype=torch.float32)
+        result = _matmul(x, x.new_empty(1).expand(self.in_features, self.out_features))
+        del buffers
         return result
 
 
 class KernelModel(NamedTuple):
     """How a kernel multiplies weights of `bits` bits.
 
-    `forward` replaces that of AutoRound's module (None: it runs as it is); `gemm` is the class that
-    execution fast multiplies by.
+    `gemm` is the class that execution fast multiplies by; `forward` replaces that of AutoRound's
+    module (None: it runs as it is); `eager` says whether execution eager has this kernel.
     """
 
     bits: tuple[int, ...]
-    forward: Callable[[Any, Tensor], Tensor] | None
-    gemm: Callable[[Sequence[Any]], Product]
+    gemm: Callable[[Sequence[Any]], Product] = AsLoaded
+    forward: Callable[[Any, Tensor], Tensor] | None = None
     eager: bool = True
 
 
 KERNELS = {
-    "tritonv2": KernelModel((2, 4, 8, 16), _dequantise_then_matmul, AsLoaded),
-    "torch": KernelModel((2, 3, 4, 8, 16), None, AsLoaded),
-    "fused": KernelModel((2, 3, 4, 8, 16), _fused, FusedGemm),
-    "int4": KernelModel((4, 16), None, Int4Cpu, eager=False),
-    "fp8": KernelModel((16,), None, Fp8Gemm, eager=False),
+    "tritonv2": KernelModel((2, 4, 8, 16), forward=_dequantise_then_matmul),
+    "torch": KernelModel((2, 3, 4, 8, 16)),
+    "fused": KernelModel((2, 3, 4, 8, 16), FusedGemm, _fused_matmul),
+    "int4": KernelModel((4, 16), Int4Cpu, eager=False),
+    "fp8": KernelModel((16,), Fp8Gemm, eager=False),
 }
 
 
 def check_kernel(kernel: str, quantization: Quantization | None, execution: str) -> None:
     """Raises BadInput unless `kernel` is modelled for these weights in this execution."""
     bits = quantization.bits if quantization else 16
-    models = {name: model for name, model in KERNELS.items() if bits in model.bits}
-    valid = [name for name, model in models.items() if model.eager or execution == "fast"]
-    one_of("kernel" if kernel not in KERNELS else f"{bits}-bit {execution} kernel", kernel, valid)
+    fast = execution == "fast"
+    valid = [name for name, m in KERNELS.items() if bits in m.bits and (fast or m.eager)]
+    one_of(f"kernel of {bits}-bit weights in execution {execution}", kernel, valid)
 
 
 def recorded_kernel(cell: Cell) -> str | None:
-    """The kernel model of a measured or published cell, "" for 16-bit weights; None if unknown.
-
-    The report ran the Triton fallback.
-    """
+    """The kernel model of a measured or published cell, "" for 16-bit weights; None if unknown."""
     if cell.origin == "published":
-        return "tritonv2"
+        return "tritonv2"  # the report ran AutoRound's Triton fallback
     models = {
         next((model for part, model in RECORDED.items() if part in name), None)
         for name in cell.backend.engaged
@@ -160,18 +150,16 @@ def recorded_kernel(cell: Cell) -> str | None:
 def recorded_prefetch(cell: Cell) -> tuple[str, ...]:
     """The GEMMs that a measured run did as dequantise-then-GEMM."""
     m = cell.batch_size * bucket(cell.workload.tokens or 1)
-    configs = cell.backend.kernel_configs
-    chosen = next((configs[key] for name in PREFETCHED if (key := f"{name} x {m}") in configs), "")
-    return tuple(kind for kind in KINDS if kind in chosen.split("+"))
+    chosen = [cell.backend.kernel_configs.get(f"{name} x {m}", "") for name in PREFETCHED]
+    return tuple(kind for kind in KINDS if kind in "+".join(chosen).split("+"))
 
 
 def possible_prefetch(
     quantization: Quantization | None, kernel: str, capability: int | None, m: int
 ) -> tuple[str, ...]:
     """The GEMMs of M rows that execution fast may do as dequantise-then-GEMM."""
-    scheme = Quantization(bits=4, group_size=128, sym=True)
-    may = quantization == scheme and kernel == "fused" and capability == 9 and m >= FEWEST_AHEAD
-    return KINDS if may else ()
+    packed = quantization == Quantization(bits=4, group_size=128, sym=True) and kernel == "fused"
+    return KINDS if packed and capability == 9 and m >= FEWEST_AHEAD else ()
 
 
 class _FakeMultiply(Multiply):
@@ -192,15 +180,16 @@ class FakeFast(Fast):
     ) -> None:
         gemm = KERNELS[kernel].gemm
         super().__init__(model, gemm if kernel == "fp8" and not quantized else Dense, gemm)
-        self.tracker = tracker
+        self.tracker, self.on_gpu = tracker, True
         self.start(True, 0, ())
 
     def start(self, on_gpu: bool, m: int, prefetched: tuple[str, ...]) -> None:
-        """Forget the last run; M rows are multiplied with the weights of `prefetched` dequantised."""
+        """Forget the last run; of GEMMs with M rows, those in `prefetched` dequantise first."""
         self.on_gpu, self.ahead = on_gpu, {m: prefetched}
-        self.captured, self.flops, self.graph = (0, 0), 0, ()
+        self.captured, self.flops = (0, 0), 0
+        self.graph: tuple[Tensor, ...] = ()
 
-    def packed(self) -> list[Product]:
+    def packed(self) -> list[nn.Module]:
         """The GEMMs whose buffers count apart."""
         return [gemm for gemm in self.products() if not isinstance(gemm, Dense)]
 
@@ -214,9 +203,9 @@ class FakeFast(Fast):
         if self.graph:
             tracker.flops += self.flops
         else:
-            flops, first = tracker.flops, len(tracker.labels)
             ids = torch.zeros((batch, bucket(tokens)), dtype=torch.int64)
             mask = torch.ones_like(ids)
+            flops, first = tracker.flops, len(tracker.labels)
             self.graph = ids, mask, self.embed(ids, mask)
             self.captured, self.flops = (first, len(tracker.labels)), tracker.flops - flops
         return ColQwen3Output(embeddings=self.graph[-1][:, :tokens].clone())
@@ -241,15 +230,14 @@ class FakeFast(Fast):
         """`function` with only its results in memory; a view of an argument stays a view."""
 
         def call(*args: Any) -> Any:
-            with self.tracker.unseen():
-                results = function(*args)
+            self.tracker.hidden = True
+            results = function(*args)
+            self.tracker.hidden = False
             tensors = [leaf for leaf in tree_iter(args) if isinstance(leaf, Tensor)]
-            arguments = {tensor.untyped_storage()._cdata for tensor in tensors}
-
-            def seen(result: Tensor) -> Tensor:
-                view = result.untyped_storage()._cdata in arguments
-                return result if view else torch.empty_like(result)
-
-            return tree_map(seen, results)
+            storages = {tensor.untyped_storage()._cdata for tensor in tensors}
+            return tree_map(
+                lambda t: t if t.untyped_storage()._cdata in storages else torch.empty_like(t),
+                results,
+            )
 
         return call

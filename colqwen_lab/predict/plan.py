@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from colqwen_lab.errors import BadInput, LabError
+from colqwen_lab.errors import BadInput, LabError, one_of
 from colqwen_lab.hardware import Card, Fit, fit_of, need_bytes
 from colqwen_lab.model.checkpoint import FolderCheckpoint
-from colqwen_lab.model.config import Variant, resolve_variant, scheme_parts
+from colqwen_lab.model.config import SIZES, Variant, resolve_variant, scheme_parts
 from colqwen_lab.model.inputs import VISUAL_TOKENS
 from colqwen_lab.model.network import is_text_linear
 from colqwen_lab.options import WORKLOADS, PlanOptions
@@ -54,63 +54,45 @@ def plan(
         BadInput: an unknown model, card or kernel, or a combination that cannot run.
     """
     cells, cards = [], []
+    names = {"kernel", "dtype", "execution", "workload", "protocol", "visual_tokens"}
+    common = options.model_dump(include=names) | {"tokens": options.tokens or None}
     for model in options.models:
-        variant, setup = _setup_of(model, options)
-        progress(f"predicting {variant}: size {setup.size}, {setup.workload}, {setup.execution}")
-        batch_sizes = options.batch_sizes or WORKLOADS[options.workload].batch_sizes
-        cells += [_named(predict(setup, batch), variant, A100) for batch in batch_sizes]
-        cards += [largest_on(card, setup, variant) for card in options.memory_budgets]
+        variant = resolve_variant(model)
+        size, quantization = network_of(variant, options.size)
+        setup = Setup(size=size, quantization=quantization, **common)
+        progress(f"predicting {variant.name}, size {size}: {setup.workload}, {setup.execution}")
+        for batch_size in options.batch_sizes or WORKLOADS[options.workload].batch_sizes:
+            cells.append(_named(predict(setup, batch_size), variant.name, A100))
+        cards += [largest_on(card, setup, variant.name) for card in options.memory_budgets]
     return cells, cards
 
 
-def _setup_of(model: str, options: PlanOptions) -> tuple[str, Setup]:
-    """`(variant, setup)` of a name or a folder; only the configuration of a folder is read."""
-    variant = resolve_variant(model)
-    size, quantization = options.size, quantization_of(variant)
-    if variant.folder:
-        checkpoint = FolderCheckpoint(variant.folder)
-        size = checkpoint.size
-        quantization = _folder_quantization(checkpoint, variant.name)
-    setup = Setup(
-        size=size,
-        quantization=quantization,
-        kernel=options.kernel,
-        dtype=options.dtype,
-        execution=options.execution,
-        protocol=options.protocol,
-        workload=options.workload,
-        tokens=options.tokens or None,
-        visual_tokens=options.visual_tokens,
-    )
-    return variant.name, setup
-
-
-def quantization_of(variant: Variant) -> Quantization | None:
-    """The quantisation that a variant's name stands for; None is 16-bit weights.
+def network_of(variant: Variant, size: str) -> tuple[str, Quantization | None]:
+    """`(size, quantisation)` of a variant: of a folder from its configuration, else from its name.
 
     Raises:
-        BadInput: a hub repository, whose name does not tell.
+        BadInput: a hub repository, or a folder whose network is not modelled.
     """
+    name = variant.name
     if "any" in variant.hub:
-        valid = "base, awq, a scheme such as W8A16, or a folder"
-        raise BadInput(f"a prediction needs {valid}, got hub id {variant.name}; download it first")
-    if variant.scheme is None:
-        return None
-    bits, group_size = scheme_parts(variant.scheme)
-    return Quantization(bits=bits, group_size=group_size, sym=True)
-
-
-def _folder_quantization(checkpoint: FolderCheckpoint, name: str) -> Quantization | None:
-    raw = checkpoint.quantization
+        raise BadInput(f"{name} is on the hub; download it and name the folder, or name awq")
+    if variant.scheme:
+        bits, group_size = scheme_parts(variant.scheme)
+        return size, Quantization(bits=bits, group_size=group_size, sym=True)
+    if not variant.folder:
+        return size, None
+    checkpoint = FolderCheckpoint(variant.folder)
+    size, raw = one_of(f"size of {name}", checkpoint.size, SIZES), checkpoint.quantization
     if raw is None:
-        return None
-    if any(file.endswith(".weight") and is_text_linear(file[:-7]) for file in checkpoint.files):
-        raise BadInput(f"{name} keeps some text linears at 16 bits; such a mix is not predicted")
+        return size, None
+    if any(is_text_linear(file.removesuffix(".weight")) for file in checkpoint.files):
+        raise BadInput(f"{name} keeps some text linears at 16 bits; plan cannot predict that")
+    fields = {"sym": not raw.get("zero_point", False)} | raw
     try:
-        sym = raw.get("sym", not raw.get("zero_point", False))
-        return Quantization(bits=raw["bits"], group_size=raw["group_size"], sym=sym)
+        parts = {key: fields[key] for key in Quantization.model_fields}
+        return size, Quantization.model_validate(parts)
     except (KeyError, ValueError):
-        raise BadInput(f"quantization_config of {name} has no bits and group_size") from None
+        raise BadInput(f"quantization_config of {name} must hold bits and group_size") from None
 
 
 def _named(cell: Cell, variant: str, gpu: str | None) -> Cell:
@@ -132,17 +114,20 @@ def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
         return need_bytes(memory(batch_size))[1]
 
     verdict = fit_of(memory(1), card.nominal_bytes)
-    item = "page" if setup.workload == "pages" else "query"
-    short = f"{-((card.usable_bytes - need(1)) // MIB):,} MiB"
-    batch: int | None = None
-    if verdict == "does not fit":
-        limited_by = f"weights and one {item} do not fit: short by {short}"
-    elif verdict == "tight":
-        batch, limited_by = 1, f"weights and one {item} may not fit: short by up to {short}"
-    else:
-        batch = largest(need, card.usable_bytes, LARGEST_SEARCHED)
-        reached = batch == LARGEST_SEARCHED
-        limited_by = f"no limit up to batch {batch:,}" if reached else "limited by memory"
+    short = f"short by {-((card.usable_bytes - need(1)) // MIB):,} MiB"
+    smallest = f"weights and one {'page' if setup.workload == 'pages' else 'query'}"
+    batch = safe = None
+    match verdict:
+        case "does not fit":
+            limited_by = f"{smallest} do not fit: {short}"
+        case "tight":
+            batch, limited_by = 1, f"{smallest} may not fit: at worst {short}"
+        case "fits":
+            batch = largest(need, card.usable_bytes, LARGEST_SEARCHED)
+            safe = max(1, int(batch * (1 - MARGIN)))
+            reached = batch == LARGEST_SEARCHED
+            limited_by = f"no limit up to batch {batch}" if reached else "limited by memory"
+    there = memory(batch or 1)
     return CardPlan(
         card=card.name,
         nominal_bytes=card.nominal_bytes,
@@ -150,10 +135,10 @@ def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
         variant=variant,
         verdict=verdict,
         batch_size=batch,
-        safe_batch_size=max(1, int(batch * (1 - MARGIN))) if verdict == "fits" and batch else None,
-        peak_bytes=memory(batch or 1).peak_bytes,
-        min_reserved_bytes=memory(batch or 1).min_reserved_bytes,
-        headroom_bytes=card.usable_bytes - need(batch or 1),
+        safe_batch_size=safe,
+        peak_bytes=there.peak_bytes,
+        min_reserved_bytes=there.min_reserved_bytes,
+        headroom_bytes=card.usable_bytes - need_bytes(there)[1],
         limited_by=limited_by,
     )
 
@@ -174,7 +159,7 @@ def largest(need: Callable[[int], int], budget: int, limit: int) -> int:
 
 
 def _edge(need: Callable[[int], int], budget: int, limit: int) -> int:
-    """A number within `budget` whose next is not: interpolation, or halving where it gains little."""
+    """A number within `budget` whose next is not, by interpolation or by halving."""
     low, high = 1, limit
     low_need, high_need = need(low), need(high)
     if high_need <= budget:
@@ -201,16 +186,17 @@ def predictions(cells: Iterable[Cell]) -> list[Cell | None]:
 def _prediction(cell: Cell) -> Cell | None:
     kernel, work, environment = recorded_kernel(cell), cell.workload, cell.environment
     pages = work.kind == "pages"
+    # Pages of several sizes differ from batch to batch.
     several_sizes = pages and (work.padded_share != 0 or work.visual_tokens is None)
     if kernel is None or cell.memory is None or several_sizes:
         return None
     # The report's queries follow from the batch; other items have the length of the record.
     tokens = work.tokens if pages or (work.texts or "").startswith("natural") else None
     capability = int((environment.compute_capability or "8").split(".")[0])
+    quantization = cell.quantization
     try:
-        quantization = cell.quantization
-        if quantization is None and kernel not in ("", "fp8"):
-            quantization = quantization_of(resolve_variant(cell.variant))
+        if quantization is None and kernel not in ("", "fp8"):  # an older record of packed weights
+            quantization = network_of(resolve_variant(cell.variant), cell.size)[1]
         setup = Setup(
             size=cell.size,
             quantization=quantization,
@@ -227,7 +213,7 @@ def _prediction(cell: Cell) -> Cell | None:
         )
         twin = predict(setup, cell.batch_size)
     except LabError:
-        return None  # a network or a kernel that is not modelled
+        return None
     workload = twin.workload.model_copy(update={"pages": work.pages})
     named = _named(twin, cell.variant, environment.gpu)
     return named.model_copy(update={"workload": workload})

@@ -11,32 +11,23 @@ import math
 import types
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.model import loading
 from colqwen_lab.model.checkpoint import default_checkpoint
 from colqwen_lab.model.config import SIZES, VARIANTS
 from colqwen_lab.model.inputs import VISUAL_TOKENS, batch_of, prompt_ids, visual_tokens_of
+from colqwen_lab.model.loading import DTYPES, skeleton
 from colqwen_lab.model.network import ColQwen3Output, is_text_linear
 from colqwen_lab.model.synthetic import HEIGHT, WIDTH
-from colqwen_lab.options import DTYPES, EXECUTIONS, MOST_VISUAL_TOKENS, PROTOCOLS, WORKLOADS
-from colqwen_lab.predict.allocator import Trace, min_reserved, peak_breakdown, workspace_bytes
-from colqwen_lab.predict.kernels import (
-    BUFFERS,
-    KERNELS,
-    AsLoaded,
-    FakeFast,
-    bucket,
-    check_kernel,
-    possible_prefetch,
-)
+from colqwen_lab.predict import kernels
+from colqwen_lab.predict.allocator import Trace, memory_on_gpu, workspace_bytes
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Quantization, Work, Workload
 from colqwen_lab.runtime.batches import INDEX_VALUE_BYTES, Pages, query_batches
 from colqwen_lab.runtime.eager import STEPS, Steps
@@ -51,8 +42,8 @@ QUERY_ANCHORS = (2, 3)
 # memory is fragmented varies with the batch, and this line is on the upper side of it.
 PAGE_ANCHORS = (4, 32)
 # Parts of the network that a step multiplies by.
-MULTIPLIED = {"queries": ("text linears", "text norms", "head")}
-MULTIPLIED["pages"] = (*MULTIPLIED["queries"], "vision encoder", "mergers")
+MULTIPLIED = ("text linears", "text norms", "head")
+MULTIPLIED_BY_PAGES = (*MULTIPLIED, "vision encoder", "mergers")
 
 
 @dataclass(frozen=True)
@@ -70,102 +61,76 @@ class Setup:
     kernel: str = "tritonv2"
     dtype: str = "bfloat16"
     execution: str = "eager"
-    protocol: str = "lean"
     workload: str = "queries"
+    protocol: str = "lean"
     tokens: int | None = None
     padded: bool = False
     visual_tokens: int = VISUAL_TOKENS
     capability: int | None = 8
     prefetched: tuple[str, ...] | None = None
 
-    def check(self, batch_size: int) -> None:
+    def check(self) -> None:
         """Raises BadInput for a combination that cannot run, or that is not modelled."""
         one_of("size", self.size, SIZES)
         one_of("dtype", self.dtype, DTYPES)
-        one_of("execution", self.execution, EXECUTIONS)
-        one_of("protocol", self.protocol, PROTOCOLS)
-        one_of("workload", self.workload, WORKLOADS)
-        check_kernel(self.kernel, self.quantization, self.execution)
+        kernels.check_kernel(self.kernel, self.quantization, self.execution)
         if self.execution == "fast" and self.protocol != "lean":
             raise BadInput("execution fast keeps no KV cache; use protocol lean")
         if self.execution == "fast" and self.workload == "pages":
             raise BadInput("execution fast embeds queries only; use eager for workload pages")
         if self.workload != "pages" and self.visual_tokens != VISUAL_TOKENS:
             raise BadInput("visual_tokens is an option of workload pages")
-        for name, value, most in (
-            ("batch size", batch_size, LARGEST_BATCH),
-            ("visual_tokens", self.visual_tokens, MOST_VISUAL_TOKENS),
-        ):
-            if not 1 <= value <= most:
-                raise BadInput(f"{name} must be 1 to {most} for a prediction, got {value}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def predict(setup: Setup, batch_size: int) -> Cell:
     """The predicted cell of `batch_size` items; the caller names its variant and its GPU.
 
     Raises:
         BadInput: a combination that cannot run, or that is not modelled.
     """
-    setup.check(batch_size)
+    setup.check()
+    if not 1 <= batch_size <= LARGEST_BATCH:
+        raise BadInput(f"batch size must be 1 to {LARGEST_BATCH}, got {batch_size}")
     if setup.workload == "pages" and batch_size > PAGE_ANCHORS[1]:
-        first, second = PAGE_ANCHORS
-        share = Fraction(batch_size - first, second - first)
         low, high = (predict(setup, batch).model_dump() for batch in PAGE_ANCHORS)
+        share = Fraction(batch_size - PAGE_ANCHORS[0], PAGE_ANCHORS[1] - PAGE_ANCHORS[0])
         return Cell.model_validate(_on_line(low, high, share))
-    network = _network(
-        *(setup.size, setup.quantization, setup.kernel, setup.dtype, setup.execution),
-        setup.workload,
-    )
+    quantization = setup.quantization
+    own = setup.size, quantization, setup.kernel, setup.dtype, setup.execution
+    network = _network(Setup(*own, workload=setup.workload))
     workload, masked = network.workload(setup, batch_size)
-    m, prefetched = batch_size * bucket(workload.tokens or 1), setup.prefetched
-    if setup.execution == "eager":
-        prefetched = ()
-    elif prefetched is None:
-        prefetched = possible_prefetch(setup.quantization, setup.kernel, setup.capability, m)
-    on_gpu = setup.capability is not None
-    run = Run(workload.tokens or 1, masked, setup.protocol, on_gpu, prefetched)
+    tokens, on_gpu, prefetched = (
+        workload.tokens or 1,
+        setup.capability is not None,
+        setup.prefetched,
+    )
+    if prefetched is None:
+        m = batch_size * kernels.bucket(tokens)
+        prefetched = kernels.possible_prefetch(quantization, setup.kernel, setup.capability, m)
+    run = Run(tokens, masked, setup.protocol, on_gpu, prefetched)
     trace = network.trace(batch_size, run)
-    parts = network.parts.values()
-    multiplied = sum(size for part, size in parts if part.startswith(MULTIPLIED[workload.kind]))
-    output = batch_size * run.tokens * network.config.embed_dim * INDEX_VALUE_BYTES
+    memory: dict[str, Any]
+    if setup.capability is None:
+        parts = breakdown_of(trace.log, trace.labels, trace.before)
+        memory = {"peak_bytes": sum(parts.values()), "breakdown": parts}
+    else:
+        memory = memory_on_gpu(trace, workspace_bytes(setup.capability))
+    weights = sum(size for _, size in network.parts)
     return Cell(
         origin="predicted",
-        variant="quantised" if setup.quantization else "base",
+        variant="quantised" if quantization else "base",
         size=setup.size,
         weights="none: fake tensors",
-        quantization=setup.quantization,
+        quantization=quantization,
         workload=workload,
         execution=setup.execution,
         protocol=setup.protocol,
-        backend=Backend(
-            requested=setup.kernel if setup.quantization else "auto", dtype=setup.dtype
-        ),
+        backend=Backend(requested=setup.kernel if quantization else "auto", dtype=setup.dtype),
         status="ok",
-        memory=_memory(trace, sum(size for _, size in parts), setup.capability),
-        work=Work(flops=trace.flops // STEPS, min_bytes=multiplied + output),
+        memory=Memory(weights_bytes=weights, method="predicted", **memory),
+        work=Work(flops=trace.flops // STEPS, min_bytes=network.min_bytes(workload)),
         environment=Environment(cpu=None if on_gpu else "any", torch=torch.__version__),
-    )
-
-
-def _memory(trace: Trace, weights_bytes: int, capability: int | None) -> Memory:
-    if capability is None:
-        parts = breakdown_of(trace.settled(), trace.labels)
-        return Memory(
-            weights_bytes=weights_bytes,
-            peak_bytes=sum(parts.values()),
-            breakdown=parts,
-            method="predicted",
-        )
-    workspace = workspace_bytes(capability)
-    allocator, parts = peak_breakdown(trace, workspace)
-    return Memory(
-        weights_bytes=weights_bytes,
-        peak_bytes=allocator.peak_allocated,
-        reserved_bytes=allocator.peak_reserved,
-        min_reserved_bytes=min_reserved(trace, workspace, allocator),
-        breakdown=parts,
-        method="predicted",
     )
 
 
@@ -174,9 +139,6 @@ def _on_line(low: Any, high: Any, share: Fraction) -> Any:
     if isinstance(high, dict):
         return {name: _on_line(low.get(name, 0), value, share) for name, value in high.items()}
     return round(low + share * (high - low)) if isinstance(high, int) else high
-
-
-# ---------------------------------------------------------------- the network on fake tensors
 
 
 class FakeBesideReal(FakeTensorMode):
@@ -194,28 +156,25 @@ class FakeBesideReal(FakeTensorMode):
         if not self.values:
             return super().__torch_dispatch__(func, types, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        real = [not isinstance(tensor, FakeTensor) for tensor in tensors]
-        if all(real):
+        if all(map(_is_real, tensors)):
             return func(*args, **kwargs)
         self.values = False  # the inner operations of a fake one are fake
         try:
-            if any(real):
-                args, kwargs = tree_map_only(Tensor, self._fake, (_mask_rows(args), kwargs))
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return super().__torch_dispatch__(func, types, _mask_rows(args), kwargs)
         finally:
             self.values = True
 
-    def _fake(self, tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor)
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
 
 
 def _mask_rows(args: Any) -> Any:
     """Arguments with each real mask in a list of indices replaced by the rows that it selects."""
 
-    def rows(index: Any) -> list[Any]:
-        real = isinstance(index, Tensor) and not isinstance(index, FakeTensor)
-        mask = real and index.dtype == torch.bool
-        return list(index.nonzero(as_tuple=True)) if mask else [index]
+    def rows(index: Any) -> Any:
+        mask = _is_real(index) and index.dtype == torch.bool
+        return index.nonzero(as_tuple=True) if mask else (index,)
 
     return tuple(
         [row for index in arg for row in rows(index)] if isinstance(arg, list) else arg
@@ -229,42 +188,40 @@ class Run(NamedTuple):
     tokens: int
     masked: bool
     protocol: str
-    on_gpu: bool = True
-    prefetched: tuple[str, ...] = ()
+    on_gpu: bool
+    prefetched: tuple[str, ...]
 
 
 class FakeNetwork:
-    """The network of one size, quantisation, kernel, dtype and execution, and its traces."""
+    """The network of a setup on fake tensors, and its traces by batch and run."""
 
-    def __init__(
-        self,
-        size: str,
-        quantization: Quantization | None,
-        kernel: str,
-        dtype: str,
-        execution: str,
-        workload: str,
-    ) -> None:
-        source = default_checkpoint(VARIANTS["base"], size, "random", CPU)
-        self.config, self.tokenizer = source.config, source.tokenizer
-        self.size, self.execution = size, execution
+    def __init__(self, setup: Setup) -> None:
+        source = default_checkpoint(VARIANTS["base"], setup.size, "random", CPU)
+        self.setup, self.config, self.tokenizer = setup, source.config, source.tokenizer
+        self.pages = setup.workload == "pages"
         packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
-        packed = quantization and quantization.model_dump() | {"data_type": "int"} | packing
-        backend = "torch" if packed else "auto"
-        self.model, _ = loading.skeleton(self.config, packed, CPU, backend, loading.DTYPES[dtype])
-        self.mode = FakeBesideReal()
-        self.traces: dict[tuple[int, Run], Trace] = {}
-        self._fake()
-        linears = [layer for name, layer in self.model.named_modules() if is_text_linear(name)]
-        self.packed: list[nn.Module] = linears if quantization else []
-        self._set_kernel(kernel, quantization)
+        packed = None
+        if setup.quantization:
+            packed = setup.quantization.model_dump() | {"data_type": "int"} | packing
+        dtype, backend = DTYPES[setup.dtype], "torch" if packed else "auto"
+        self.model, _ = skeleton(self.config, packed, CPU, backend, dtype)
+        self.mode = FakeBesideReal(allow_non_fake_inputs=True)
+        self.traced = cache(self._traced)
+        # The tokens of a page beside its image.
+        self.text_tokens = len(prompt_ids(self.tokenizer, self.config, 0)) if self.pages else 0
+        self.packed: list[nn.Module] = [
+            layer for name, layer in self.model.named_modules() if packed and is_text_linear(name)
+        ]
+        with self.mode:
+            self.model.to_empty(device=CPU)
+            self._set_kernel()
         self.tracker = MemoryTracker(resident(self.model))
         self.loaded = len(self.tracker.log)
-        self.fast: FakeFast | None = None
-        if execution == "fast":
-            self.packed = linears = []  # execution fast lets go of linears that it takes over
+        self.fast: kernels.FakeFast | None = None
+        if setup.execution == "fast":
+            self.packed = []  # execution fast frees the linears that it takes over
             with self.mode, self.tracker:
-                self.fast = FakeFast(self.model, kernel, bool(packed), self.tracker)
+                self.fast = kernels.FakeFast(self.model, setup.kernel, bool(packed), self.tracker)
             self.model.add_module("fast", self.fast)
             self.packed = self.fast.packed()
         # In reverse: a storage keeps the first name that it has in a checkpoint.
@@ -273,64 +230,52 @@ class FakeNetwork:
             self.tracker.label([tensor], part)
         self.built = len(self.tracker.log), len(self.tracker.labels)
         storages = [(part, tensor.untyped_storage()) for part, tensor in parts]
-        self.parts = {storage._cdata: (part, storage.nbytes()) for part, storage in storages}
-        setattr(self.mode, "values", workload == "pages")  # noqa: B010
+        self.parts = {s._cdata: (part, s.nbytes()) for part, s in storages}.values()
+        setattr(self.mode, "values", self.pages)  # noqa: B010
 
-    def _fake(self) -> None:
-        """Replace every meta and real tensor by a fake one."""
-        with self.mode:
-            for module in self.model.modules():
-                for name, value in module._parameters.items():
-                    if value is not None:
-                        like = torch.empty(value.shape, dtype=value.dtype)
-                        module._parameters[name] = nn.Parameter(like, requires_grad=False)
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-                # AutoRound's table of shifts is no buffer.
-                if isinstance(shifts := getattr(module, "wf", None), Tensor):
-                    setattr(module, "wf", torch.empty(shifts.shape, dtype=shifts.dtype))  # noqa: B010
-
-    def _set_kernel(self, kernel: str, quantization: Quantization | None) -> None:
-        model = KERNELS[kernel]
+    def _set_kernel(self) -> None:
+        model, kernel = kernels.KERNELS[self.setup.kernel], self.setup.kernel
+        as_loaded = self.setup.execution == "eager" or model.gemm is kernels.AsLoaded
+        layer: Any
         for layer in self.packed:
-            setattr(layer, "sym", quantization and quantization.sym)  # noqa: B010
-            if self.execution == "fast" and model.gemm is not AsLoaded:
-                continue
-            if model.forward:
+            layer.sym = self.setup.quantization and self.setup.quantization.sym
+            if isinstance(shifts := getattr(layer, "wf", None), Tensor):  # AutoRound's, no buffer
+                layer.wf = torch.empty(shifts.shape, dtype=shifts.dtype)
+            if as_loaded and model.forward:
                 layer.forward = types.MethodType(model.forward, layer)
-            if kernel == "tritonv2":
-                # The module makes its group index at the first forward and keeps it.
-                with self.mode:
-                    features: Any = layer.infeatures
-                    layer.register_buffer("g_idx", torch.empty(features, dtype=torch.int32))
+            if as_loaded and kernel == "tritonv2":  # made at the first forward and kept
+                layer.register_buffer("g_idx", torch.empty(layer.infeatures, dtype=torch.int32))
 
     def workload(self, setup: Setup, batch_size: int) -> tuple[Workload, bool]:
         """`(workload, whether its batches carry a mask)`."""
-        tokens, pages = setup.tokens, setup.workload == "pages"
-        text_tokens = len(prompt_ids(self.tokenizer, self.config, 0)) if pages else 0
-        if tokens is None and not pages:
+        tokens, least, budget = setup.tokens, self.text_tokens, setup.visual_tokens
+        if tokens is None and not self.pages:
             batches = query_batches(self.config, self.tokenizer, batch_size, "report", 64, CPU)
             return batches.workload, True
-        budget = setup.visual_tokens
-        label = Pages().label if pages and tokens is None else None
         if tokens is None:
-            tokens = text_tokens + visual_tokens_of(WIDTH, HEIGHT, self.config, budget)
+            tokens = least + visual_tokens_of(WIDTH, HEIGHT, self.config, budget)
         longest = self.config.text_config.max_position_embeddings
-        if not text_tokens < tokens <= longest:
-            valid = f"{text_tokens + 1} to {longest} at size {self.size}"
+        if not least < tokens <= longest:
+            valid = f"{least + 1} to {longest} at size {setup.size}"
             raise BadInput(f"tokens must be {valid}, got {tokens}")
-        workload = Workload(
-            kind="pages" if pages else "queries",
-            batch_size=batch_size,
-            tokens=tokens,
-            padded_share=0.0,
-            visual_tokens=budget if pages else None,
-            pages=label,
-            index_bytes=tokens * self.config.embed_dim * INDEX_VALUE_BYTES if pages else None,
-        )
         # A run sees that no query is padded, and makes no mask.
-        return workload, pages or setup.padded
+        workload = Workload(kind="queries", batch_size=batch_size, tokens=tokens, padded_share=0.0)
+        if not self.pages:
+            return workload, setup.padded
+        page = {
+            "kind": "pages",
+            "visual_tokens": budget,
+            "pages": Pages().label if setup.tokens is None else None,
+            "index_bytes": tokens * self.config.embed_dim * INDEX_VALUE_BYTES,
+        }
+        return workload.model_copy(update=page), True
+
+    def min_bytes(self, workload: Workload) -> int:
+        """The least bytes that a step can move: each weight it multiplies by, and its result."""
+        multiplied = MULTIPLIED_BY_PAGES if self.pages else MULTIPLIED
+        weights = sum(size for part, size in self.parts if part.startswith(multiplied))
+        tokens = workload.batch_size * (workload.tokens or 0)
+        return weights + tokens * self.config.embed_dim * INDEX_VALUE_BYTES
 
     def trace(self, batch_size: int, run: Run) -> Trace:
         """The trace of two steps.
@@ -338,55 +283,43 @@ class FakeNetwork:
         Queries: traced at two batches; at one length every tensor takes a + b x batch bytes. Pages
         are encoded image by image, so each batch has a trace of its own.
         """
-        if not self.mode.values:
+        if not self.pages:
             first, second = (self.traced(batch, run) for batch in QUERY_ANCHORS)
-            if first.same_shape(second):
-                return first.at(batch_size, second)
+            if trace := first.at(batch_size - QUERY_ANCHORS[0], second):
+                return trace
         return self.traced(batch_size, run)
 
-    def traced(self, batch_size: int, run: Run) -> Trace:
-        """The trace of a run of exactly this batch, kept."""
-        if (batch_size, run) not in self.traces:
-            self.traces[batch_size, run] = self._traced(batch_size, run)
-        return self.traces[batch_size, run]
-
     def _traced(self, batch_size: int, run: Run) -> Trace:
+        """The trace of a run of exactly this batch."""
         tracker, fast = self.tracker, self.fast
         if fast:
-            fast.start(run.on_gpu, batch_size * bucket(run.tokens), run.prefetched)
+            fast.start(run.on_gpu, batch_size * kernels.bucket(run.tokens), run.prefetched)
         tracker.rewind(*self.built)
         inputs = self._inputs(batch_size, run)
         with self.mode, tracker:
             tracker.see(("inputs", tensor) for tensor in inputs.values())
             before = len(tracker.log)
             hooks = [hook for layer in self.packed for hook in _label_buffers(tracker, layer)]
-            steps = Steps(self.model, [inputs], self.execution, run.protocol)
+            steps = Steps(self.model, [inputs], self.setup.execution, run.protocol)
             for _ in range(STEPS):
                 steps()
                 _label_output(tracker, steps.output)
             for hook in hooks:
                 hook.remove()
-            return Trace(
-                batch_size=batch_size,
-                log=list(tracker.log),
-                labels=list(tracker.labels),
-                loaded=self.loaded,
-                before=before,
-                flops=tracker.flops,
-                captured=fast.captured if fast else (0, 0),
-            )
+            log, labels = [*tracker.log], [*tracker.labels]
+        captured = fast.captured if fast else (0, 0)
+        return Trace(log, labels, self.loaded, before, tracker.flops, captured)
 
     def _inputs(self, batch_size: int, run: Run) -> dict[str, Tensor]:
-        """Fake queries; of pages the ids, mask and grid are real. Only a page's area matters."""
+        """Fake queries; of pages the ids, mask and grid are real, and only their area matters."""
         with self.mode:
-            if not self.mode.values:
+            if not self.pages:
                 ids = torch.empty((batch_size, run.tokens), dtype=torch.int64)
                 mask = {"attention_mask": torch.empty_like(ids)} if run.masked else {}
                 return {"input_ids": ids} | mask
             vision = self.config.vision_config
             side = vision.spatial_merge_size
-            text_tokens = len(prompt_ids(self.tokenizer, self.config, 0))
-            grid = (1, side, side * (run.tokens - text_tokens))
+            grid = (1, side, side * (run.tokens - self.text_tokens))
             values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
             weight = next(self.model.parameters())
             pixels = weight.new_empty((math.prod(grid), values), dtype=torch.float32)
@@ -413,7 +346,7 @@ def _label_buffers(tracker: MemoryTracker, layer: nn.Module) -> list[Any]:
         first = len(tracker.labels)
 
     def leave(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-        tracker.labels[first:] = [BUFFERS] * (len(tracker.labels) - first)
+        tracker.labels[first:] = [kernels.BUFFERS] * (len(tracker.labels) - first)
         tracker.label([output], ACTIVATIONS)
 
     return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]

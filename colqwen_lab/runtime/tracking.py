@@ -9,9 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import accumulate
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,30 +21,24 @@ from colqwen_lab.model.loading import storage_of
 from colqwen_lab.model.network import ColQwen3, is_text_linear
 
 ACTIVATIONS = "activations"
-CODES, SCALES = "text linears: codes", "text linears: scales"
-DENSE, OTHER = "text linears: 16 bits", "text linears: other"
-PACKED = {"qweight": CODES, "scales": SCALES, "qzeros": "text linears: zeros"}
-# Parts of the GEMMs of execution fast; 16-bit ones share the storage of their linears.
-FAST = PACKED | {"weight": CODES, "scale": SCALES, "blocked": DENSE}
-LINEAR = PACKED | {"weight": DENSE, "bias": DENSE}
-
-# (number, bytes) at the birth of a storage, (number, 0) at its end.
-Log = Sequence[tuple[int, int]]
+TEXT_LINEARS = {
+    **{"qweight": "codes", "scales": "scales", "scale": "scales", "qzeros": "zeros"},
+    **{"weight": "16 bits", "bias": "16 bits", "blocked": "16 bits"},
+}
 
 
 def part_of(name: str) -> str:
     """The part of the network that a parameter or buffer of this name belongs to."""
     module, _, leaf = name.rpartition(".")
-    if name.startswith("fast."):
-        return FAST.get(leaf, OTHER)
-    if is_text_linear(module):
-        return LINEAR.get(leaf, OTHER)
+    fast = name.startswith("fast.")
+    if fast or is_text_linear(module):
+        # Dense GEMMs of execution fast share the storage of their linears, which come first.
+        kind = "codes" if fast and leaf == "weight" else TEXT_LINEARS.get(leaf, "other")
+        return f"text linears: {kind}"
     if "embed_tokens" in name:
         return "embeddings"
-    if "merger" in name:
-        return "mergers"
     if ".visual." in name:
-        return "vision encoder"
+        return "mergers" if "merger" in name else "vision encoder"
     return "head" if name.startswith("embedding_proj_layer") else "text norms and rotary tables"
 
 
@@ -56,18 +48,11 @@ def resident(model: ColQwen3) -> Iterator[tuple[str, Tensor]]:
         yield part_of(name), tensor
 
 
-def _attention_flops(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout: float = 0.0,
-    causal: bool = False,
-    **more: Any,
-) -> int:
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *dropout_causal: Any, **named: Any) -> int:
     """Operations of all pairs of positions, or of the visible half where attention is causal."""
-    pairs, tokens = sdpa_flop_count(query.shape, key.shape, value.shape), query.shape[-2]
-    masked = causal or more.get("attn_mask") is not None
-    return pairs * (tokens + 1) // (2 * tokens) if masked else pairs
+    pairs, tokens = sdpa_flop_count(q.shape, k.shape, v.shape), q.shape[-2]
+    causal = any(dropout_causal[1:]) or named.get("attn_mask") is not None
+    return pairs * (tokens + 1) // (2 * tokens) if causal else pairs
 
 
 # PyTorch's registry lacks the attention operator of CPU tensors.
@@ -76,27 +61,29 @@ FLOPS = flop_registry | {
 }
 
 
-def breakdown_of(log: Log, labels: Sequence[str]) -> dict[str, int]:
-    """Live bytes by label at the first moment of the peak; they add up to it."""
+def breakdown_of(
+    log: Sequence[tuple[int, int]], labels: Sequence[str], start: int = 0
+) -> dict[str, int]:
+    """Live bytes by label at the peak, the first from event `start` on; they add up to it."""
     sizes: dict[int, int] = {}
-    changes = []
-    for number, size in log:
-        changes.append(size - sizes.pop(number, 0))
+    total = peak = peak_at = 0
+    for index, (number, size) in enumerate(log):
+        total += size - sizes.get(number, 0)
         sizes[number] = size
-    totals = list(accumulate(changes))
-    peak_at = totals.index(max(totals)) if totals else 0
+        if total > peak and index >= start:
+            peak, peak_at = total, index
     parts: Counter[str] = Counter()
     for number, size in dict(log[: peak_at + 1]).items():
-        if size:
-            parts[labels[number]] += size
-    return dict(parts)
+        parts[labels[number]] += size
+    return dict(+parts)
 
 
 class MemoryTracker(TorchDispatchMode):
     """Counts live bytes of all storages: those of `resident` from the start, new ones as they come.
 
     `live_bytes` is the sum now, `peak_bytes` its maximum, `flops` the operations of all GEMMs and
-    attentions so far. `log` holds births and ends in order; `labels[number]` names the part.
+    attentions so far. `log` holds each birth as (number, bytes) and each end as (number, 0), in
+    order; `labels[number]` names the part. While `hidden`, new tensors take no memory.
     """
 
     def __init__(self, resident: Iterable[tuple[str, Tensor]] = ()) -> None:
@@ -105,15 +92,11 @@ class MemoryTracker(TorchDispatchMode):
         self.log: list[tuple[int, int]] = []
         self.labels: list[str] = []
         self._numbers: dict[int, int] = {}
-        self._hidden = False
+        self.hidden = False
         self.see(resident)
 
-    def __enter__(self) -> Self:
-        super().__enter__()
-        return self
-
     def see(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Count tensors that exist already, each under its label; the first label of a storage stays."""
+        """Count existing tensors under their labels; a storage keeps its first label."""
         for label, tensor in tensors:
             storage, key, size = storage_of(tensor)
             if key in self._numbers:
@@ -125,23 +108,16 @@ class MemoryTracker(TorchDispatchMode):
             self.live_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
+    def label(self, tensors: Iterable[Tensor], name: str) -> None:
+        """Change the label of tensors that are counted already."""
+        for tensor in tensors:
+            self.labels[self._numbers[tensor.untyped_storage()._cdata]] = name
+
     def rewind(self, events: int, births: int) -> None:
         """Forget what came after so many events and births; `peak_bytes` stays."""
         del self.log[events:], self.labels[births:]
         self._numbers = {key: number for key, number in self._numbers.items() if number < births}
         self.flops = 0
-
-    @contextmanager
-    def unseen(self) -> Iterator[None]:
-        """New tensors take no memory in this context; their operations count."""
-        self._hidden = True
-        yield
-        self._hidden = False
-
-    def label(self, tensors: Iterable[Tensor], name: str) -> None:
-        """Change the label of tensors that are counted already."""
-        for tensor in tensors:
-            self.labels[self._numbers[tensor.untyped_storage()._cdata]] = name
 
     def breakdown(self) -> dict[str, int]:
         """Live bytes by label at the first moment of the peak; they add up to `peak_bytes`."""
@@ -151,7 +127,7 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if (count := FLOPS.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
-        if not self._hidden:
+        if not self.hidden:
             self.see((ACTIVATIONS, leaf) for leaf in tree_iter(result) if isinstance(leaf, Tensor))
         return result
 
