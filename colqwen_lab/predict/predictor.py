@@ -201,8 +201,8 @@ class FakeNetwork:
         self.pages = setup.workload == "pages"
         packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
         packed = None
-        if setup.quantization:
-            packed = setup.quantization.model_dump() | {"data_type": "int"} | packing
+        if setup.quantization:  # modules of asymmetric codes have the same tensors
+            packed = setup.quantization.model_dump() | {"sym": True, "data_type": "int"} | packing
         dtype, backend = DTYPES[setup.dtype], "torch" if packed else "auto"
         self.model, _ = skeleton(self.config, packed, CPU, backend, dtype)
         self.mode = FakeBesideReal(allow_non_fake_inputs=True)
@@ -213,7 +213,7 @@ class FakeNetwork:
             layer for name, layer in self.model.named_modules() if packed and is_text_linear(name)
         ]
         with self.mode:
-            self.model.to_empty(device=CPU)
+            self.model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
             self._set_kernel()
         self.tracker = MemoryTracker(resident(self.model))
         self.loaded = len(self.tracker.log)
