@@ -157,7 +157,7 @@ def test_a_folder_that_is_not_modelled(
             {"kernel": "x"},
             "unknown kernel of 4-bit weights in execution eager 'x'; valid: tritonv2",
         ),
-        ({"model": "W9A16"}, "unknown model 'W9A16'"),
+        ({"model": "W9A16"}, "W9A16"),
         ({"model": "owner/name"}, "owner/name is on the hub"),
         ({"visual_tokens": 256}, "visual_tokens is an option of workload pages"),
         ({"tokens": 4097}, "tokens must be 1 to 4096"),
