@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Issue 4, point 3: base and awq of the 4B (random weights, the report's queries) in the report's way, in the best, in what
-# lies between, and base with FP8 activations: all in turn, at batch 1 to 512, with an A/A control. Needs the extra [gpu]
-# and 60 GB of GPU memory; nine to ten minutes on an H100 that does nothing else:  benchmarks/gpu.sh [FILE.jsonl]
-# Then: papermill notebooks/compare.ipynb ways.ipynb --cwd notebooks -p ways FILE.jsonl
+# Measures base and awq of the 4B (random weights, the report's queries) in the report's configuration, the best one,
+# two in between, and base with FP8 activations: all interleaved, with an A/A control.
+#
+#   benchmarks/gpu.sh [FILE.jsonl] [BATCH_SIZES]
+#
+# Needs the extra [gpu] and 60 GB of GPU memory. Ten batch sizes take about ten minutes on an idle H100.
+# Then: papermill notebooks/compare.ipynb configurations.ipynb --cwd notebooks -p configurations FILE.jsonl
 set -euo pipefail
 cd "$(dirname "$0")/.."
-file=${1:-outputs/gpu/ways.jsonl}
-python -m colqwen_lab sweep -m base -m awq --size 4b --weights random -b 1,2,4,8,16,32,64,128,256,512 --control -o "$file" \
-  --way report --way eager/lean/tritonv2 --way fast/lean/tritonv2 --way best --way fast/lean/fp8
+file=${1:-outputs/gpu/configurations.jsonl}
+batches=${2:-1,2,4,8,16,32,64,128,256,512}
+python -m colqwen_lab sweep -m base,awq --size 4b --weights random -b "$batches" --control -o "$file" \
+  -c report -c eager/lean/tritonv2 -c fast/lean/tritonv2 -c best -c fast/lean/fp8
 python benchmarks/tables.py "$file"

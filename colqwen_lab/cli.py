@@ -1,10 +1,15 @@
-"""`colqwen-lab`: the lab's functions from a shell. Results on stdout; progress and errors, a line each, on stderr."""
+"""`colqwen-lab`: the package's functions from a shell, with the options declared in `options.py`.
+
+Results go to stdout; progress and errors go to stderr, one line each.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import warnings
+from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,6 +17,19 @@ import typer
 
 import colqwen_lab as lab
 from colqwen_lab.errors import BadInput, LabError, printable
+from colqwen_lab.options import (
+    CompareOptions,
+    FidelityOptions,
+    Options,
+    PlanOptions,
+    QuantizeOptions,
+    SweepOptions,
+    joined,
+)
+
+INTERRUPTED = 130
+KEYWORD = Parameter.KEYWORD_ONLY
+METAVARS = {int: "INT", float: "FLOAT"}
 
 app = typer.Typer(
     help="What a quantised ColQwen3 costs and buys on your GPU.",
@@ -21,309 +39,213 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-INTERRUPTED = 130
 
-Models = Annotated[
-    list[str], typer.Option("-m", "--model", help="base, awq, W8A16 ..., a folder or a hub id.")
-]
-Size = Annotated[
-    str, typer.Option("--size", help="auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b.")
-]
-Weights = Annotated[
-    str, typer.Option("--weights", help="auto, hub, random, or a checkpoint folder.")
-]
-Workload = Annotated[str, typer.Option("--workload", help="queries or pages.")]
-VisualTokens = Annotated[
-    int, typer.Option("--visual-tokens", help="Budget of a page's image, of 32 x 32 pixels each.")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+def _parameter(name: str, field: Any) -> Parameter:
+    """One option of a command, from its declaration in `options.py`.
+
+    Values stay texts until the model checks them, so that one place words the errors.
+    """
+    extra = field.json_schema_extra
+    default = extra["shown"] or field.default
+    hidden = default in ("", False)
+    flag = isinstance(default, bool)
+    several = any(getattr(part, "func", None) is joined for part in field.metadata)
+    if extra["argument"]:
+        kind: Any = typer.Argument(help=field.description, show_default=not hidden)
+    else:
+        flags = [*extra["flags"], f"--{extra['long'] or name.replace('_', '-')}"]
+        metavar = None if flag else METAVARS.get(field.annotation, "TEXT")
+        kind = typer.Option(
+            *flags, help=field.description, metavar=metavar, show_default=not hidden
+        )
+    if flag:
+        return Parameter(name, KEYWORD, default=default, annotation=Annotated[bool, kind])
+    if several and not extra["argument"]:
+        values = [default] if default else []
+        return Parameter(name, KEYWORD, default=values, annotation=Annotated[list[str], kind])
+    return Parameter(name, KEYWORD, default=str(default), annotation=Annotated[str, kind])
+
+
+def command(options: type[Options], *examples: str, **own: Any) -> Callable[..., Any]:
+    """Register a function as a command with these options, and its `own` ones beside them."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            extra = {name: values.pop(name) for name in own}
+            texts = {k: ",".join(v) if isinstance(v, list) else v for k, v in values.items()}
+            try:
+                function(texts, **extra)
+            except KeyboardInterrupt as stop:
+                line = str(stop) or "stopped; run the same command again to resume"
+                _end(line, INTERRUPTED)
+
+        parameters = [_parameter(name, field) for name, field in options.model_fields.items()]
+        parameters += [
+            Parameter(name, KEYWORD, default=default, annotation=annotation)
+            for name, (annotation, default) in own.items()
+        ]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        lines = "\n".join(f"  colqwen-lab {example}" for example in examples)
+        app.command(epilog=f"\b\nExamples:\n{lines}")(run)
+        return function
+
+    return register
+
+
+JSON = (Annotated[bool, typer.Option("--json", help="Print one JSON document.")], False)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(lab.__version__)
+        raise typer.Exit
 
 
 @app.command()
 def variants() -> None:
-    """List what there is to compare, and where its weights come from."""
+    """List the models, and where their weights come from."""
     from colqwen_lab.model.config import SCHEMES, VARIANTS
 
     for variant in VARIANTS.values():
         typer.echo(f"{variant.name:8} {variant.description}")
         for size, repository in variant.hub.items():
             typer.echo(f"{'':8}   {size}: {repository.name} @ {repository.revision}")
-        made = (
-            "quantised here from the default on first use" if variant.scheme else "in the package"
-        )
-        typer.echo(f"{'':8}   tiny: {made}")
-    typer.echo(f"{'scheme':8} any of {SCHEMES[0]} ... {SCHEMES[-1]}, by its name")
+        tiny = "quantised here on first use" if variant.scheme else "in the package"
+        typer.echo(f"{'':8}   tiny: {tiny}")
+    typer.echo(f"{'scheme':8} an AutoRound scheme by its name, {SCHEMES[0]} to {SCHEMES[-1]}")
     typer.echo(f"{'other':8} a checkpoint folder, or a hub id OWNER/NAME")
 
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has: GPU, versions, kernels that could engage, cache, hub access, known-bad versions."""
+    """Show what this machine has: GPU, versions, kernels, cache, hub access."""
     from colqwen_lab.doctor import examine
 
-    for what, found in examine():
-        typer.echo(f"{what:22} {found}")
+    for what, state in examine():
+        typer.echo(f"{what:22} {state}")
 
 
-@app.command()
-def sweep(
-    model: Models = ["awq"],  # noqa: B006  (typer's way to give a list a default)
-    size: Size = "auto",
-    batch_sizes: Annotated[
-        str, typer.Option("-b", "--batch-sizes", help="8,16,32; auto: by workload.")
-    ] = "auto",
-    workload: Workload = "queries",
-    texts: Annotated[str, typer.Option(help="report or natural queries.")] = "report",
-    visual_tokens: VisualTokens = 1280,
-    pages: Annotated[
-        str, typer.Option(help="A folder, an image or a PDF; else drawn: A4, or such as 512x512.")
-    ] = "",
-    weights: Weights = "auto",
-    execution: Annotated[
-        str, typer.Option(help="eager, or fast: fused, in length buckets, CUDA graphs.")
-    ] = "eager",
-    backend: Annotated[
-        str, typer.Option(help="Kernel: auto, torch, ark, tritonv2, humming; fast: fp8 ...")
-    ] = "auto",
-    protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
-    way: Annotated[
-        list[str],
-        typer.Option(
-            "--way", help="Several ways in turn: report, best, EXECUTION/PROTOCOL/BACKEND."
-        ),
-    ] = [],  # noqa: B006
-    control: Annotated[
-        bool, typer.Option("--control", help="The first model twice, as an A/A control.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
-    card: Annotated[
-        str, typer.Option(help="GB or a GPU: the largest batch under its memory, on a bigger GPU.")
-    ] = "",
-    output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is on file.")] = False,
-    on: Annotated[str, typer.Option(help="here, or ray: over a Ray cluster.")] = "here",
-    accelerator: Annotated[
-        list[str], typer.Option(help="With ray, a GPU type such as A100; several times.")
-    ] = [],  # noqa: B006
-    address: Annotated[str, typer.Option(help="Of the Ray cluster; RAY_ADDRESS, else auto.")] = "",
-) -> None:
-    """Measure throughput and peak memory over batch sizes; several models are timed in turn. Resumes its file.
-
-    Sizes, workloads and executions take several, --size tiny,mid: one after the other, or each a task --on ray.
-    """
-    results = lab.sweep(
-        [name for names in model for name in names.split(",")],
-        batch_sizes,
-        size=size,
-        workload=workload,
-        texts=texts,
-        visual_tokens=visual_tokens,
-        pages=pages,
-        weights=weights,
-        execution=execution,
-        backend=backend,
-        protocol=protocol,
-        ways=",".join(way),
-        control=control,
-        dtype=dtype,
-        card=card,
-        output=output,
-        fresh=fresh,
-        on=on,
-        accelerator=",".join(accelerator),
-        address=address,
-    )
-    _show(results.table().to_string())
+@command(
+    SweepOptions,
+    "sweep -m base -m awq -b 8,16,32 -o rows.jsonl",
+    "sweep -m base,awq -c report -c best --control",
+)
+def sweep(options: dict[str, Any]) -> None:
+    """Measure throughput and peak memory over batch sizes. Resumes its file."""
+    results = lab.sweep(**options)
+    _show(results.text())
     if not any(cell.status == "ok" for cell in results):
         raise lab.MissingRequirement("no cell could be measured; the rows say why")
 
 
-@app.command()
-def plan(
-    model: Models = ["base", "awq"],  # noqa: B006
-    size: Annotated[str, typer.Option("--size", help="tiny, mid, 4b, 8b.")] = "4b",
-    batch_sizes: Annotated[
-        str, typer.Option("-b", "--batch-sizes", help="Such as 8,512.")
-    ] = "8,16,32,64,128,256,512",
-    protocol: Annotated[str, typer.Option(help="lean or published.")] = "lean",
-    card: Annotated[
-        list[str], typer.Option("--card", help="Memory in GB, or a GPU's name; several times.")
-    ] = [],  # noqa: B006
-    kernel: Annotated[
-        str,
-        typer.Option(
-            help="How weights are multiplied: tritonv2, torch, fused; fast: also int4, fp8."
-        ),
-    ] = "tritonv2",
-    execution: Annotated[str, typer.Option(help="eager or fast.")] = "eager",
-    workload: Workload = "queries",
-    visual_tokens: VisualTokens = 1280,
-    tokens: Annotated[
-        int, typer.Option(help="Tokens of every item; 0: the report's queries, or A4 pages.")
-    ] = 0,
-    as_json: Json = False,
-) -> None:
-    """Predict peak memory, and the largest batch a card holds. Needs no GPU, no weights, no network."""
-    options: dict[str, Any] = {
-        "protocol": protocol,
-        "kernel": kernel,
-        "workload": workload,
-        "visual_tokens": visual_tokens,
-    }
-    made = lab.plan(
-        model, batch_sizes, size=size, cards=card, tokens=tokens, execution=execution, **options
-    )
+@command(
+    PlanOptions,
+    "plan -m awq --card 8 --card 'RTX 4070'",
+    "plan -m base,awq --size 8b -b 8,512 --json",
+    as_json=JSON,
+)
+def plan(options: dict[str, Any], as_json: bool) -> None:
+    """Predict peak memory, and the largest batch a card holds. Needs no GPU, weights or network."""
+    result = lab.plan(**options)
     if as_json:
-        typer.echo(json.dumps(made.to_dict(), indent=1))
+        typer.echo(json.dumps(result.to_dict(), indent=1))
     else:
-        _show(
-            *(
-                frame.to_string(index=False)
-                for frame in (made.table(), made.card_table())
-                if len(frame)
-            )
-        )
+        _show(result.text())
 
 
-@app.command()
-def compare(
-    base: Annotated[
-        str, typer.Argument(help="A records file that holds BASE, or the word published.")
-    ],
-    awq: Annotated[
-        str, typer.Argument(help="One that holds the quantised model; else the same.")
-    ] = "",
-    card: Annotated[
-        list[str], typer.Option("--card", help="GB, or a GPU's name; several times.")
-    ] = ["8,12,16,24"],  # noqa: B006
-    markdown: Annotated[str, typer.Option(help="Write the report to this file.")] = "",
-    as_json: Json = False,
-) -> None:
-    """Compare two series at equal batch: overhead, memory, cards, crossover, recommendations. Needs no GPU."""
-    comparison = lab.compare(base, awq, ",".join(card))
+@command(
+    CompareOptions,
+    "compare rows.jsonl --card 8 --markdown report.md",
+    "compare published --json",
+    markdown=(Annotated[str, typer.Option(help="Write the report to this file.")], ""),
+    as_json=JSON,
+)
+def compare(options: dict[str, Any], markdown: str, as_json: bool) -> None:
+    """Compare the models of one or two records files. Needs no GPU."""
+    comparison = lab.compare(**options)
     if markdown:
         try:
             Path(markdown).write_text(comparison.markdown(), encoding="utf-8")
         except OSError as error:
-            raise BadInput(
-                f"cannot write {markdown}: {error.strerror}; name a file in a folder you can write"
-            ) from None
+            reason = f"cannot write {markdown}: {error.strerror}"
+            raise BadInput(f"{reason}; name a file in a folder you can write") from None
+        typer.echo(f"wrote {markdown}", err=True)
     if as_json:
         typer.echo(json.dumps(comparison.to_dict(), indent=1))
     elif not markdown:
-        typer.echo(comparison.markdown())
+        _show(comparison.text())
 
 
-@app.command()
-def fidelity(
-    model: Models = ["awq"],  # noqa: B006
-    size: Size = "auto",
-    data: Annotated[
-        str, typer.Option(help="generated, vidore:NAME, or a folder in BEIR layout.")
-    ] = "generated",
-    weights: Annotated[
-        str, typer.Option(help="BASE's: auto, hub, or a checkpoint folder.")
-    ] = "auto",
-    iters: Annotated[
-        int, typer.Option(help="Tuning steps a layer of what is quantised here; 0 is plain.")
-    ] = 50,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Each scheme quantised here also without tuning.")
-    ] = False,
-    margin: Annotated[float, typer.Option(help="A difference below this is none.")] = 0.01,
-    queries: Annotated[int, typer.Option(help="How many at most; 0 means all.")] = 0,
-    pages: Annotated[int, typer.Option(help="How many at most; 0 means all.")] = 0,
-    visual_tokens: Annotated[int, typer.Option(help="The budget of a page.")] = 1280,
-    output: Annotated[str, typer.Option("-o", "--output", help="The records file, .jsonl.")] = "",
-    as_json: Json = False,
-) -> None:
-    """What quantising does to retrieval: rankings, scores and embeddings against BASE's, with intervals."""
-    found = lab.fidelity(
-        [name for names in model for name in names.split(",")],
-        data,
-        size=size,
-        weights=weights,
-        iters=iters,
-        plain=plain,
-        margin=margin,
-        queries=queries,
-        pages=pages,
-        visual_tokens=visual_tokens,
-        output=output,
-    )
+@command(
+    FidelityOptions,
+    "fidelity -m awq",
+    "fidelity -m W8A16,W4A16 --plain --json",
+    as_json=JSON,
+)
+def fidelity(options: dict[str, Any], as_json: bool) -> None:
+    """Measure what quantising does to retrieval, against BASE, with intervals."""
+    result = lab.fidelity(**options)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        typer.echo(json.dumps(result.to_dict(), indent=1))
     else:
-        _show(found.table().to_string(index=False), found.verdict())
+        _show(result.text())
 
 
-@app.command()
-def quantize(
-    size: Size = "auto",
-    scheme: Annotated[
-        str, typer.Option(help="An AutoRound scheme: W4A16, W8A16, W2A16G32 ...")
-    ] = "W4A16",
-    weights: Weights = "auto",
-    iters: Annotated[int, typer.Option(help="Tuning steps a layer; 0 is plain rounding.")] = 50,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
-    seqlen: Annotated[int, typer.Option(help="Tokens a sample.")] = 64,
-    format: Annotated[
-        str, typer.Option(help="Packing: auto_round, auto_gptq, auto_awq.")
-    ] = "auto_round",
-    texts: Annotated[str, typer.Option(help="A file of calibration texts, one a line.")] = "",
-    output: Annotated[str, typer.Option("-o", "--output", help="A new folder.")] = "",
-) -> None:
-    """Quantise the text tower with AutoRound into a complete checkpoint folder."""
-    options = {"weights": weights, "format": format, "texts": texts, "output": output}
-    made = lab.quantize(size, scheme, iters=iters, samples=samples, seqlen=seqlen, **options)
-    typer.echo(f"{made.folder}\n{made.summary().to_string()}")
+@command(
+    QuantizeOptions,
+    "quantize --scheme W8A16 -o my-w8",
+    "quantize --size tiny --iters 0",
+)
+def quantize(options: dict[str, Any]) -> None:
+    """Quantise the language model with AutoRound into a complete checkpoint folder."""
+    result = lab.quantize(**options)
+    _show(f"{result.folder}\n{result.text()}")
 
 
-@app.command()
+@app.command(
+    epilog="\b\nExamples:\n  colqwen-lab train-tiny -o my-tiny\n  colqwen-lab sweep -m my-tiny"
+)
 def train_tiny(
     output: Annotated[str, typer.Option("-o", "--output", help="A new folder.")],
-    seed: Annotated[int, typer.Option(help="What weights and batches hang on.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
 ) -> None:
-    """Train size tiny from scratch on drawn pages, as its default weights were: minutes on two cores of a CPU."""
+    """Train size tiny from scratch on synthetic pages, as its default weights were."""
     from colqwen_lab.retrieval import train
 
     record = train.train_tiny(Path(output), seed, progress=lambda line: typer.echo(line, err=True))
     typer.echo(json.dumps(record, indent=1))
 
 
-def _show(*blocks: str) -> None:
-    """Print texts made of records, without what a terminal would obey."""
-    typer.echo(printable("\n\n".join(blocks)))
+def _show(text: str) -> None:
+    """Print text from records, without control characters."""
+    typer.echo(printable(text))
 
 
 def main() -> None:
-    """The program. Exit codes: 0, 1 for an unmet need, 2 for a wrong value; either is one line on stderr."""
+    """Run the program. Exit codes: 0, 1 missing requirement, 2 wrong value, 130 Ctrl-C."""
     warnings.formatwarning = lambda message, *_, **__: f"colqwen-lab: {message}\n"
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except LabError as error:
         _end(str(error), error.exit_code)
     except Exception as error:
-        # Usage errors: typer brings its own copy of click or uses the installed one, by its version.
+        # Usage errors: typer brings its own copy of click or uses the installed one.
         if not hasattr(error, "format_message"):
             raise
-        names = (
-            str(command.callback.__name__)
-            for command in app.registered_commands
-            if command.callback
-        )
-        commands = ", ".join(names).replace("_", "-")
-        hint = (
-            f"commands: {commands}"
-            if "No such command" in str(error)
-            else "--help lists what it takes"
-        )
+        hint = "--help lists the options"
+        if "No such command" in str(error):
+            names = [
+                command.name or command.callback.__name__ for command in app.registered_commands
+            ]  # type: ignore[union-attr]
+            hint = "commands: " + ", ".join(names).replace("_", "-")
         _end(f"{' '.join(error.format_message().split())}; {hint}", 2)
     if code == INTERRUPTED:  # typer turns Ctrl-C into a return value
-        _end(
-            "interrupted; the rows measured so far are on file, and the same command goes on from there",
-            code,
-        )
+        _end("stopped; run the same command again to resume", code)
     sys.exit(code)
 
 

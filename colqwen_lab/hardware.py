@@ -1,12 +1,12 @@
-"""GPUs as memory budgets and limits of speed, and the rule by which something fits one. Needs no torch.
+"""GPUs with their memory and speed limits, and the rule by which a run fits a card. No torch.
 
-Dense tensor rates are derived: 2 x multiprocessors x boost clock x fused multiply-adds a clock and multiprocessor, with
-32-bit accumulation, the rate that PyTorch's matrix products run at. They reproduce the vendor's tables (A100 312,
-RTX 4090 165, H100 989 TFLOP/s in BF16). Memory, bandwidth, multiprocessors and clocks are the vendor's.
+`data/gpus.csv` holds the vendor's figures with their source; `ecc`: ECC is on as shipped. Dense
+rates are 2 x multiprocessors x boost clock x multiply-adds; laptop rates are upper limits.
 """
 
 from __future__ import annotations
 
+import csv
 import difflib
 import math
 import re
@@ -14,41 +14,43 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from pydantic import BaseModel
+
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import GIB, Memory
+from colqwen_lab.settings import DATA
 
 Fit = Literal["fits", "tight", "does not fit"]
 
-# What a process holds outside torch's allocator: the context, libraries, kernels. Source: the project's facts on
-# measuring, 200 to 700 MB; the largest GPU here, an H200, held 729 MB (outputs/h200).
+# Memory that a process holds outside torch's allocator: CUDA context, libraries, kernels.
+# Measured: 200 to 700 MB; the largest GPU here, an H200, held 729 MB (outputs/h200).
 OUTSIDE_TORCH_BYTES = (200 * 10**6, 700 * 10**6)
-# A 6 GB card shows 5.80 GiB: the lowest share of the nominal memory in those facts.
-USABLE_SHARE = Fraction(967, 1000)
+USABLE_SHARE = Fraction(967, 1000)  # a 6 GB card shows 5.80 GiB, the lowest share measured
+MOST_GB = 1024
+SIZE = re.compile(r"(\d+)[\s_-]*gi?b(?![a-z])", re.IGNORECASE)
+IGNORED = re.compile(
+    r"nvidia|geforce|tesla|rtx|gpu|generation|workstation|edition|sxm\d?|hbm\d?e?|[^a-z\d]"
+)
+
+# 16-bit multiply-adds per clock and multiprocessor, INT8 and FP8 rates relative to 16-bit, compute
+# capability. The rates are with 32-bit accumulation, as in PyTorch: half on GeForce, A10G and L40.
+ARCHITECTURES = {
+    "Turing": (512, 2, 0, (7, 5)),  # no BF16: the rate is that of FP16
+    "Ampere": (512, 2, 0, (8, 6)),
+    "Ampere GeForce": (256, 4, 0, (8, 6)),
+    "Ampere A10G": (256, 2, 0, (8, 6)),
+    "Ampere A100": (1024, 2, 0, (8, 0)),
+    "Ada": (512, 2, 2, (8, 9)),
+    "Ada GeForce": (256, 4, 2, (8, 9)),
+    "Ada L40": (256, 2, 2, (8, 9)),
+    "Hopper": (2048, 2, 2, (9, 0)),
+    "Blackwell B200": (4096, 2, 2, (10, 0)),
+    "Blackwell PRO": (512, 2, 2, (12, 0)),
+    "Blackwell GeForce": (256, 4, 2, (12, 0)),
+}
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Multiply-adds a clock and multiprocessor in 16 bits, the factors of INT8 and FP8 over it, and the source."""
-
-    fma: int
-    int8: int
-    fp8: int
-    compute_capability: tuple[int, int]
-    source: str
-
-
-TURING = Architecture(512, 2, 0, (7, 5), "NVIDIA T4 datasheet; no BF16, the rate is FP16's")
-AMPERE = Architecture(256, 4, 0, (8, 6), "NVIDIA Ampere GA102 architecture whitepaper")
-AMPERE_A10 = Architecture(512, 2, 0, (8, 6), "NVIDIA A10 datasheet")
-AMPERE_A100 = Architecture(1024, 2, 0, (8, 0), "NVIDIA A100 datasheet")
-ADA = Architecture(256, 4, 2, (8, 9), "NVIDIA Ada GPU architecture whitepaper")
-ADA_L = Architecture(512, 2, 2, (8, 9), "NVIDIA L4 and L40S datasheets")
-HOPPER = Architecture(2048, 2, 2, (9, 0), "NVIDIA H100 and H200 datasheets")
-BLACKWELL = Architecture(256, 4, 2, (12, 0), "NVIDIA RTX Blackwell GPU architecture whitepaper")
-
-
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(BaseModel, frozen=True):
     """A GPU: nominal memory in GiB, bandwidth in GB/s, multiprocessors, boost clock in GHz."""
 
     name: str
@@ -56,45 +58,38 @@ class Gpu:
     bandwidth_gb_s: float
     multiprocessors: int
     boost_ghz: float
-    architecture: Architecture
-    ecc: bool = False
+    architecture: str
+    ecc: bool
+    alias: str
+    source: str
 
     @property
     def visible_bytes(self) -> int:
-        """Memory as the driver shows it: ECC inside GDDR6 takes a sixteenth (nvidia-smi: L4 23,034 MiB of 24,576)."""
+        """Memory as the driver shows it; ECC in GDDR6 takes 1/16 (L4: 23,034 of 24,576 MiB)."""
         return round(self.memory_gib * GIB * (15 / 16 if self.ecc else 1))
 
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """CUDA compute capability, such as (8, 9)."""
+        return ARCHITECTURES[self.architecture][3]
+
     def flops(self, dtype: str = "bfloat16") -> float:
-        """Dense operations a second in 16 bits, `int8` or `fp8`; 0 where the GPU has no such products."""
-        factor = {"int8": self.architecture.int8, "fp8": self.architecture.fp8}.get(dtype, 1)
-        return 2e9 * self.multiprocessors * self.boost_ghz * self.architecture.fma * factor
+        """Dense operations per second in 16 bits, `int8` or `fp8`; 0 where not supported."""
+        multiply_adds, int8, fp8, _ = ARCHITECTURES[self.architecture]
+        factor = {"int8": int8, "fp8": fp8}.get(dtype, 1)
+        return 2e9 * self.multiprocessors * self.boost_ghz * multiply_adds * factor
 
 
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("RTX 3060 8GB", 8, 240, 28, 1.777, AMPERE),
-        Gpu("RTX 3060", 12, 360, 28, 1.777, AMPERE),
-        Gpu("RTX 3070", 8, 448, 46, 1.725, AMPERE),
-        Gpu("RTX 3080", 10, 760, 68, 1.71, AMPERE),
-        Gpu("RTX 4060", 8, 272, 24, 2.46, ADA),
-        Gpu("RTX 4060 Ti 16GB", 16, 288, 34, 2.535, ADA),
-        Gpu("RTX 4070", 12, 504, 46, 2.475, ADA),
-        Gpu("RTX 4080", 16, 716.8, 76, 2.505, ADA),
-        Gpu("RTX 4090", 24, 1008, 128, 2.52, ADA),
-        Gpu("RTX 5070", 12, 672, 48, 2.512, BLACKWELL),
-        Gpu("RTX 5080", 16, 960, 84, 2.617, BLACKWELL),
-        Gpu("RTX 5090", 32, 1792, 170, 2.407, BLACKWELL),
-        Gpu("T4", 16, 320, 40, 1.59, TURING, ecc=True),
-        Gpu("L4", 24, 300, 58, 2.04, ADA_L, ecc=True),
-        Gpu("A10", 24, 600, 72, 1.695, AMPERE_A10, ecc=True),
-        Gpu("A100 40GB", 40, 1555, 108, 1.41, AMPERE_A100),
-        Gpu("A100 80GB", 80, 2039, 108, 1.41, AMPERE_A100),
-        Gpu("L40S", 48, 864, 142, 2.49, ADA_L, ecc=True),
-        Gpu("H100", 80, 3350, 132, 1.83, HOPPER),
-        Gpu("H200", 141, 4800, 132, 1.83, HOPPER),
-    )
-}
+def _key(name: str) -> tuple[str, float | None]:
+    """Model and memory in GB of a GPU's name in any spelling: ("4060ti", 16.0)."""
+    size = SIZE.search(name)
+    model = SIZE.sub("", name).lower().replace("mobile", "laptop")
+    return IGNORED.sub("", model), float(size[1]) if size else None
+
+
+ROWS = csv.DictReader((DATA / "gpus.csv").read_text(encoding="utf-8").splitlines())
+GPUS = {row["name"]: Gpu.model_validate(row) for row in ROWS}
+SPELLINGS = [(*_key(name), gpu) for gpu in GPUS.values() for name in (gpu.name, gpu.alias) if name]
 
 
 @dataclass(frozen=True)
@@ -107,85 +102,88 @@ class Card:
 
     @property
     def usable_bytes(self) -> int:
-        """The bytes that are there at the worst."""
+        """Bytes that are usable in the worst case."""
         return usable(self.nominal_bytes)
 
 
-def find_card(name: str | float) -> Card:
-    """The card of a GPU's name, or of a budget in GB: "RTX 4070", "8", 8, "8GB".
+def _named(name: str, memory_gib: float | None = None) -> list[Gpu]:
+    """GPUs of this name; `memory_gib`, or the size in the name, selects among them."""
+    model, stated = _key(name)
+    size = memory_gib or stated  # a driver shows up to 10 % less: ECC, reserved memory
+    gpus = {
+        gpu.name: gpu
+        for key, memory, gpu in SPELLINGS
+        if key == model and (not size or abs((memory or gpu.memory_gib) - size) < 0.12 * size)
+    }.values()
+    # The more common of two sizes has the plain name: RTX 3060 (12 GB), RTX 3080 (10 GB).
+    return [gpu for gpu in gpus if not SIZE.search(gpu.name)] or list(gpus)
 
-    Raises:
-        BadInput: neither; the closest names are given.
+
+def _similar(model: str) -> list[str]:
+    """Names of up to four GPUs with this text or number in their model."""
+    part = rf"(?<!\d){re.escape(model)}(?!\d)"
+    names = [gpu.name for key, _, gpu in SPELLINGS if re.search(part, key)]
+    return list(dict.fromkeys(names))[:4]
+
+
+def find_card(name: str | float) -> Card:
+    """The card of a GPU's name in any usual spelling, or of a budget in GB: "rtx4070", "8GB", 8.
+
+    Raises BadInput for an unknown or ambiguous card, and for a number that may be a GPU's name.
     """
     text = str(name).strip()
-    for gpu in GPUS.values():
-        if _plain(gpu.name) == _plain(text):
-            return Card(gpu.name, gpu.visible_bytes, gpu)
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?:gi?b)?", text, re.IGNORECASE)
-    size = float(match[1]) if match else math.nan
-    if not 0 < size < 1e6:
-        plain, asked = {_plain(known): known for known in GPUS}, _plain(text)
-        alike = [one for one in plain if asked and asked in one][:4]
-        near = [
-            plain[one] for one in alike or difflib.get_close_matches(asked, plain, n=3, cutoff=0.4)
-        ]
-        closest = f"the closest GPUs are {', '.join(near)}" if near else f"GPUs: {', '.join(GPUS)}"
-        raise BadInput(
-            f"unknown card {text!r}; valid: memory in GB above 0, or a GPU's name; {closest}"
-        )
-    return Card(f"{size:g} GB", round(size * GIB))
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
+    number = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(gi?b)?", text, re.IGNORECASE)
+    if number and (size := float(number[1])) > 0:
+        figure = f"{size:g}"
+        # 40 is a budget, not an A40; 100 without a unit may be an A100.
+        models = [gpu.name for gpu in _named(figure)] or _similar(figure) if size >= 100 else []
+        hint = f"did you mean {' or '.join(models)}?" if models else f"at most {MOST_GB} GB"
+        if size > MOST_GB:
+            raise BadInput(f"{figure} GB is not a card; {hint}")
+        if models and not number[2]:
+            raise BadInput(f"{figure} GB is not a card; {hint} Write {figure}GB for memory.")
+        return Card(f"{figure} GB", round(size * GIB))
+    gpus = _named(text)
+    if len(gpus) == 1:
+        return Card(gpus[0].name, gpus[0].visible_bytes, gpus[0])
+    model, names = _key(text)[0], {key: gpu.name for key, _, gpu in SPELLINGS}
+    close = _similar(model) or [names[key] for key in difflib.get_close_matches(model, names)]
+    near = ", ".join(close if model else GPUS)  # "NVIDIA" alone lists every GPU
+    if gpus:
+        raise BadInput(f"{text!r} names more than one card; write one of {near}")
+    closest = f"; the closest GPUs are {near}" if near else ""
+    valid = "memory in GB above 0, such as 12, or a GPU's name, such as RTX 4070"
+    raise BadInput(f"card must be {valid}, got {text!r}{closest}")
 
 
 def gpu_of(device: str, memory_bytes: int | None = None) -> Gpu | None:
-    """The GPU of the table that a driver names so ("NVIDIA A100-SXM4-40GB"); None if it is none of them.
-
-    Where two have the name and differ in memory, `memory_bytes` or the size in the name tells.
-    """
-    words = set(re.split(r"[\s-]+", device)) - {
-        "NVIDIA",
-        "GeForce",
-        "Tesla",
-        "SXM4",
-        "SXM5",
-        "HBM3",
-    }
-    sizes = {word for word in words if re.fullmatch(r"\d+GB", word)}
-    words -= sizes | ({"PCIE", "PCIe"} if "A100" in words else set())
-    named = [gpu for gpu in GPUS.values() if set(re.sub(r" \d+GB", "", gpu.name).split()) == words]
-    size = memory_bytes / GIB if memory_bytes else float(min(sizes)[:-2]) if sizes else None
-    near = [gpu for gpu in named if size is None or abs(gpu.memory_gib - size) < 0.12 * size]
-    return near[0] if near else None
+    """The GPU that a driver names so ("NVIDIA A100-SXM4-40GB"); None if unknown or ambiguous."""
+    gpus = _named(device, memory_bytes / GIB if memory_bytes else None)
+    return gpus[0] if len(gpus) == 1 else None
 
 
 def outside_bytes(memory: Memory) -> int | None:
-    """What lies outside torch, as a GPU measured it; None where none did."""
+    """Memory outside torch's allocator as measured on a GPU; None if not measured."""
     if memory.device_bytes is None or memory.reserved_bytes is None:
         return None
     return max(0, memory.device_bytes - memory.reserved_bytes)
 
 
 def usable(nominal_bytes: int) -> int:
-    """The bytes that a card of `nominal_bytes` has at the worst."""
+    """Bytes of a card of `nominal_bytes` that are usable in the worst case."""
     return math.floor(nominal_bytes * USABLE_SHARE)
 
 
 def need_bytes(memory: Memory) -> tuple[int, int]:
-    """What a row needs of a card, at least and at most, with what lies outside torch, measured or assumed.
-
-    Inside torch that is the peak; of a prediction the least that torch must be allowed to reserve.
-    """
-    inside = memory.min_reserved_bytes or memory.peak_bytes
+    """The least and most bytes of a card that a run needs, inside and outside torch."""
+    inside = memory.min_reserved_bytes or memory.peak_bytes  # predictions know the former
     measured = outside_bytes(memory)
     least, most = OUTSIDE_TORCH_BYTES if measured is None else (measured, measured)
     return inside + least, inside + most
 
 
 def fit_of(memory: Memory, nominal_bytes: int) -> Fit:
-    """Whether a row fits a card of `nominal_bytes` at the worst, only at the best (tight), or not."""
+    """Whether a run fits a card of `nominal_bytes`: always, only in the best case, or not."""
     least, most = need_bytes(memory)
     if most <= usable(nominal_bytes):
         return "fits"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, NamedTuple, Self
+from functools import wraps
+from inspect import Parameter, Signature
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -59,7 +61,8 @@ def listed(value: Any) -> list[Any]:
     return list(value)
 
 
-def _joined(value: Any) -> str:
+def joined(value: Any) -> str:
+    """The items of a text or a list as one text, "a,b"."""
     parts = listed(value)
     if not all(
         isinstance(part, (str, int, float)) and not isinstance(part, bool) for part in parts
@@ -97,21 +100,26 @@ def _one_of(*valid: str) -> Callable[[str], str]:
     return lambda value: one_of("value", value, valid)
 
 
-Several = Annotated[str, BeforeValidator(_joined)]
+Several = Annotated[str, BeforeValidator(joined)]
 BatchSizes = Annotated[tuple[int, ...], BeforeValidator(batch_sizes_of)]
 Size = Annotated[str, AfterValidator(lambda value: one_of("size", value.lower(), ["auto", *SIZES]))]
 VisualTokens = Annotated[int, Field(ge=1, le=MOST_VISUAL_TOKENS)]
 
 
-def option(default: Any, help: str, *flags: str, shown: str = "") -> Any:
-    """A field with its help, its short or different flags, and its default as help shows it."""
-    return Field(
-        default, description=help, json_schema_extra={"flags": list(flags), "shown": shown}
-    )
+def option(
+    default: Any, help: str, *flags: str, shown: str = "", long: str = "", argument: bool = False
+) -> Any:
+    """A field with its help and its place on the command line.
+
+    `flags` are short flags, `long` a long flag other than the name, `shown` the default in a text,
+    `argument` says that the option is positional.
+    """
+    place = {"flags": list(flags), "shown": shown, "long": long, "argument": argument}
+    return Field(default, description=help, json_schema_extra=place)
 
 
 class Options(BaseModel):
-    """The options of one command. Wrong values raise BadInput, one line that names the valid ones."""
+    """The options of one command. A wrong value raises BadInput with the valid ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
@@ -151,6 +159,43 @@ def _message(options: type[Options], error: ErrorDetails) -> str:
     return f"{name} must be {expected}, such as {default!r}, got {error['input']!r}"
 
 
+Checked = TypeVar("Checked", bound=Options)
+
+
+def takes(options: type[Checked]) -> Callable[[Callable[[Checked], Any]], Callable[..., Any]]:
+    """Let a function of `options` be called by their names; signature and Args come from the model.
+
+    The first two options may be given by position.
+    """
+    fields = options.model_fields
+    kinds = [Parameter.POSITIONAL_OR_KEYWORD] * 2 + [Parameter.KEYWORD_ONLY] * len(fields)
+    parameters = [
+        Parameter(name, kind, default=_default(field))
+        for (name, field), kind in zip(fields.items(), kinds, strict=False)
+    ]
+    arguments = "\n".join(f"        {name}: {field.description}" for name, field in fields.items())
+
+    def decorate(function: Callable[[Checked], Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if len(args) > 2 or {*list(fields)[: len(args)]} & kwargs.keys():
+                raise BadInput(
+                    f"{function.__name__} takes its options by name: {', '.join(fields)}"
+                )
+            return function(options.of(dict(zip(fields, args, strict=False)) | kwargs))
+
+        call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        call.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n    Args:\n{arguments}\n    "
+        call.options = options  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _default(field: Any) -> Any:
+    return field.json_schema_extra["shown"] or field.default
+
+
 # ---------------------------------------------------------------- the commands
 
 
@@ -161,10 +206,10 @@ class SweepOptions(Options):
         "awq",
         "base, awq, an AutoRound scheme such as W8A16, a checkpoint folder or a hub id; several "
         "are interleaved: base,awq",
-        *("-m", "--model"),
+        "-m",
     )
     batch_sizes: BatchSizes = option(
-        (), "such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages", *("-b",), shown="auto"
+        (), "such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages", "-b", shown="auto"
     )
     size: Several = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
     workload: Annotated[Several, AfterValidator(_each_of(*WORKLOADS))] = option(
@@ -194,7 +239,7 @@ class SweepOptions(Options):
     configuration: Several = option(
         "",
         "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL",
-        *("-c", "--configuration"),
+        "-c",
     )
     control: bool = option(False, "time the first model of each configuration twice: A/A control")
     dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
@@ -203,7 +248,7 @@ class SweepOptions(Options):
     card: Annotated[str, BeforeValidator(str)] = option(
         "", "find the largest batch under the memory of this card (GB or a GPU's name)"
     )
-    output: str = option("", "the records file, .jsonl; by default under outputs/", *("-o",))
+    output: str = option("", "the records file, .jsonl; by default under outputs/", "-o")
     fresh: bool = option(False, "measure again what is on file")
     min_steps: Annotated[int, Field(ge=0)] = option(
         0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
@@ -309,13 +354,13 @@ class PlanOptions(Options):
     """Options of `plan`."""
 
     model: Several = option(
-        "base,awq", "base, awq, a scheme such as W8A16, a folder, or several", *("-m", "--model")
+        "base,awq", "base, awq, a scheme such as W8A16, a folder, or several", "-m"
     )
     batch_sizes: BatchSizes = option(
-        (8, 16, 32, 64, 128, 256, 512), "such as 8,512", *("-b",), shown="8,16,...,512"
+        (8, 16, 32, 64, 128, 256, 512), "such as 8,512", "-b", shown="8,16,32,64,128,256,512"
     )
     size: Annotated[str, AfterValidator(_one_of(*SIZES))] = option("4b", "tiny, mid, 4b, 8b")
-    cards: Several = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070", *("--card",))
+    cards: Several = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070", long="card")
     protocol: Annotated[str, AfterValidator(_one_of(*PROTOCOLS))] = option(
         "lean", "lean or published"
     )
@@ -336,6 +381,9 @@ class PlanOptions(Options):
         "eager", "eager or fast"
     )
 
+    def model_post_init(self, _: Any) -> None:
+        self.memory_budgets  # noqa: B018  (checks the names of the cards)
+
     @property
     def models(self) -> list[str]:
         """The names of the variants."""
@@ -350,9 +398,16 @@ class PlanOptions(Options):
 class CompareOptions(Options):
     """Options of `compare`. `base` and `awq` are Results, records files, or `published`."""
 
-    base: Any = option("published", "a records file that holds BASE, or the word published")
-    awq: Any = option("", "a records file that holds the quantised model; by default the same")
-    cards: Several = option("8,12,16,24", "memory budgets in GB, or GPUs by name", *("--card",))
+    base: Any = option(
+        "published", "a records file that holds BASE, or the word published", argument=True
+    )
+    awq: Any = option(
+        "", "a records file that holds the quantised model; by default the same", argument=True
+    )
+    cards: Several = option("8,12,16,24", "memory budgets in GB, or GPUs by name", long="card")
+
+    def model_post_init(self, _: Any) -> None:
+        self.memory_budgets  # noqa: B018  (checks the names of the cards)
 
     @property
     def memory_budgets(self) -> list[Card]:
@@ -373,14 +428,14 @@ class QuantizeOptions(Options):
         "auto_round", "the packing: auto_round, auto_gptq, auto_awq"
     )
     texts: str = option("", "a file of calibration texts, one a line; by default built in")
-    output: str = option("", "a new folder; by default outputs/SIZE-SCHEME", *("-o",))
+    output: str = option("", "a new folder; by default outputs/SIZE-SCHEME", "-o")
 
 
 class FidelityOptions(Options):
     """Options of `fidelity`."""
 
     model: Several = option(
-        "awq", "awq, a scheme such as W8A16, a folder, a hub id, or several", *("-m", "--model")
+        "awq", "awq, a scheme such as W8A16, a folder, a hub id, or several", "-m"
     )
     data: str = option(
         "generated", "generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"
@@ -393,7 +448,7 @@ class FidelityOptions(Options):
     queries: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     pages: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     visual_tokens: VisualTokens = option(VISUAL_TOKENS, "the budget of a page")
-    output: str = option("", "the records file, .jsonl; by default under outputs/", *("-o",))
+    output: str = option("", "the records file, .jsonl; by default under outputs/", "-o")
 
     @property
     def models(self) -> list[str]:

@@ -40,7 +40,7 @@ Origin = Literal["measured", "predicted", "published"]
 
 
 def renamed(default: Any, *names: str) -> Any:
-    """A field with `default` that also reads the key of earlier records; the first name is the current one."""
+    """A field with `default` that reads the current key, named first, and the earlier ones."""
     return Field(default, validation_alias=AliasChoices(*names))
 
 
@@ -57,7 +57,7 @@ class Value(BaseModel):
 
 
 class Configuration(Value):
-    """How a variant runs: execution x protocol x kernel x dtype. What is interleaved is a list of these."""
+    """How a variant runs: execution x protocol x kernel x dtype."""
 
     variant: str
     execution: str = "eager"
@@ -160,14 +160,14 @@ class Memory(Value):
 
 
 class Work(Value):
-    """What one step computes, and the fewest bytes it can move; counted on the prediction's trace."""
+    """What one step computes, and the fewest bytes it can move."""
 
     flops: Count
     min_bytes: Positive = Field(validation_alias=AliasChoices("min_bytes", "least_bytes"))
 
 
 class Limits(Value):
-    """Rates the device reached in the same run: a large 16-bit GEMM, and a copy (bytes read + written)."""
+    """Rates measured in the same run: a large 16-bit GEMM, and a copy (bytes read + written)."""
 
     flops_per_s: Speed
     bytes_per_s: Speed
@@ -181,7 +181,7 @@ class Stages(Value):
 
 
 class Difference(Value):
-    """Cosine of the token embeddings to those of the same weights with 16-bit activations, on one batch."""
+    """Cosine of token embeddings to those with 16-bit activations, on one batch."""
 
     against: str
     cosine_mean: Figure
@@ -241,7 +241,7 @@ class Environment(Value):
         return self.gpu or self.cpu or "unknown device"
 
     def identity(self) -> str:
-        """What two cells of one sweep share: every field but the commit, the time and the host memory.
+        """What the cells of one sweep share: every field but commit, time and host memory.
 
         Machines of one type show host memory a few pages apart.
         """
@@ -307,7 +307,7 @@ class Cell(Row):
         )
 
     def settings(self) -> tuple[str, ...]:
-        """What two series must share to be compared at equal batch: size, workload, execution, protocol."""
+        """What two series must share to be compared: size, workload, execution, protocol."""
         work = self.workload
         pages = f" ({work.pages})" if work.pages else ""
         return (self.size, work.budget + pages, self.execution, self.protocol)
@@ -362,12 +362,17 @@ def read_cells(source: str | Path) -> list[Cell]:
     with suppress(ValueError, RecursionError):
         document = json.loads(text)
     if isinstance(document, dict) and "results" in document:
-        return [Cell(**fields) for fields in report_script.cells(document)]
+        try:
+            return [Cell.model_validate(fields) for fields in report_script.cells(document)]
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise BadInput(f"{path} is not the report script's: {field}: {first['msg']}") from None
     return read_rows(path, Cell, "sweep")
 
 
 def read_rows(path: Path, kind: type[R], command: str) -> list[R]:
-    """The newest rows of a file that `colqwen-lab command` wrote; raises BadInput if it holds none."""
+    """The newest rows of a file that `colqwen-lab command` wrote; BadInput if it holds none."""
     rows = newest(_rows(path, kind, command))
     if not rows:
         raise BadInput(f"{path} holds no row; name a file written by `colqwen-lab {command}`")
@@ -471,7 +476,7 @@ class RecordsFile(Generic[R]):
             stack.enter_context(_locked(self.path, progress))
             exists = self.path.exists() and self.path.stat().st_size
             self.rows = newest(_rows(self.path, kind, command, progress)) if exists else []
-            self._cut_torn_line()
+            self._end_last_line(kind)
             self._held = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -487,13 +492,18 @@ class RecordsFile(Generic[R]):
             append_lines(self.path, new)
         self.rows = newest([*self.rows, *new])
 
-    def _cut_torn_line(self) -> None:
-        """Cut what a killed run left of its last line, so that the next line starts on its own."""
+    def _end_last_line(self, kind: type[R]) -> None:
+        """Give the last row its newline, or cut what a killed run left of it."""
         with self.path.open("ab+") as file:
             file.seek(0)
-            content = file.read()
-            if content and not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
+            whole, _, last = file.read().rpartition(b"\n")
+            if not last:
+                return
+            try:
+                kind.model_validate_json(last)
+                file.write(b"\n")
+            except ValidationError:
+                file.truncate(len(whole) + 1 if whole else 0)
 
 
 @contextmanager

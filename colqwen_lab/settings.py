@@ -1,4 +1,4 @@
-"""What a person may set once for all runs: where outputs and cached checkpoints lie, and the default size."""
+"""Folders: where outputs and cached checkpoints go."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ def cache_folder() -> Path:
 def outputs_folder() -> Path:
     """The folder that runs write to, the same from every current folder.
 
-    COLQWEN_LAB_OUTPUTS, else `outputs/` beside pyproject.toml in a checkout, else `outputs/` here.
-
-    Raises:
-        BadInput: the folder cannot be made or written.
+    COLQWEN_LAB_OUTPUTS, else `outputs/` in the checkout, else `outputs/` in the current folder.
+    Raises BadInput if it cannot be written.
     """
     checkout = PACKAGE.parent
     root = checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
@@ -33,37 +31,26 @@ def outputs_folder() -> Path:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether there is a file, or a folder that holds something.
-
-    Raises:
-        BadInput: no folder can have this name, or it cannot be looked into.
-    """
+    """Whether `folder` is a file, or a folder that holds something; BadInput for an odd name."""
     try:
         return not stat.S_ISDIR(os.stat(folder).st_mode) or any(folder.iterdir())
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
-        raise BadInput(
-            f"cannot make the folder {folder}: {_why(error)}; name one that can be written"
-        ) from None
-
-
-def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+        raise _cannot_make(folder, error) from None
 
 
 def writable_folder(folder: Path) -> Path:
-    """`folder`, made if need be.
-
-    Raises:
-        BadInput: it cannot be made or written.
-    """
+    """`folder`, created if needed; BadInput if it cannot be created or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise BadInput(
-            f"cannot make the folder {folder}: {_why(error)}; name one that can be written"
-        ) from None
+        raise _cannot_make(folder, error) from None
     if not os.access(folder, os.W_OK):
-        raise BadInput(f"cannot write to the folder {folder}; name one that can be written")
+        raise BadInput(f"cannot write to the folder {folder}; name a writable folder")
     return folder
+
+
+def _cannot_make(folder: Path, error: Exception) -> BadInput:
+    reason = getattr(error, "strerror", None) or str(error)
+    return BadInput(f"cannot create the folder {folder}: {reason}; name a writable folder")

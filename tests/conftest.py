@@ -17,8 +17,7 @@ from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
 from colqwen_lab.model.config import VARIANTS
 from colqwen_lab.model.inputs import TINY_TOKENIZER
 from colqwen_lab.records import Backend, Environment
-from colqwen_lab.retrieval.metrics import NAMES
-from colqwen_lab.retrieval.record import Cosines, Fidelity
+from colqwen_lab.retrieval.record import NAMES, Cosines, Fidelity
 
 CPU = torch.device("cpu")
 
@@ -94,7 +93,7 @@ def tiny() -> loading.Loaded:
 
 @pytest.fixture(scope="session")
 def tiny_awq(packed: Callable[[str], Path]) -> loading.Loaded:
-    return loading.load(FolderCheckpoint(packed("auto_round")), CPU, backend="torch")
+    return loading.load(FolderCheckpoint(packed("auto_round")), CPU, kernel="torch")
 
 
 @pytest.fixture(scope="session")

@@ -20,12 +20,11 @@ from colqwen_lab.records import (
     Cell,
     Environment,
     Memory,
-    Store,
+    RecordsFile,
     Workload,
     published_cells,
     rate_of,
     read_cells,
-    script_json,
     write_cells,
 )
 
@@ -68,7 +67,7 @@ def file_of(folder: Path, *cells: Cell, tail: str = "") -> Path:
 
 @pytest.mark.parametrize(("samples", "rank"), [(6, 1), (10, 2), (20, 6), (50, 18), (100, 40)])
 def test_interval_takes_the_tabled_ranks(samples: int, rank: int) -> None:
-    # As tables of the sign test give them: P(at most rank - 1 of the samples below the median) <= 2.5 %.
+    # Tables of the sign test: P(at most rank - 1 of the samples below the median) <= 2.5 %.
     times = [float(n) for n in range(1, samples + 1)]
     rate = rate_of(times, 1)
     assert rate.high == pytest.approx(1 / rank)
@@ -120,7 +119,7 @@ def test_last_line_is_kept_without_its_newline(tmp_path: Path) -> None:
 def test_corrupt_line_is_named_by_its_number(tmp_path: Path) -> None:
     path = file_of(tmp_path, measured(8), measured(16), measured(32))
     path.write_text(path.read_text().replace('"batch_size":16', '"batch_size":0'))
-    with pytest.raises(BadInput, match=r"line 2 is not a record: workload\.batch_size"):
+    with pytest.raises(BadInput, match=r"line 2 is not a cell record: workload\.batch_size"):
         read_cells(path)
 
 
@@ -130,7 +129,7 @@ def test_corrupt_line_is_named_by_its_number(tmp_path: Path) -> None:
 def test_wrong_type_unknown_field_and_nan_are_refused(tmp_path: Path, change: str) -> None:
     path = file_of(tmp_path, measured())
     path.write_text(path.read_text().replace('"execution":"eager"', change))
-    with pytest.raises(BadInput, match="line 1 is not a record"):
+    with pytest.raises(BadInput, match="line 1 is not a cell record"):
         read_cells(path)
 
 
@@ -174,96 +173,37 @@ def test_published_rows_are_the_reports() -> None:
     assert all(cell.step_s == [] for cell in cells)
 
 
-# ---------------------------------------------------------------- the report's script
-
-
-def test_script_document_goes_out_and_comes_in(tmp_path: Path) -> None:
-    cells = [
-        measured(8),
-        measured(16),
-        measured(32, status="oom", reason="full"),
-        *published_cells(),
-    ]
-    named = [(f"AWQ_text_queries_bs{cell.batch_size}", cell) for cell in cells]
-    document = script_json(named, {"gpu": "NVIDIA A100", "cuda_version": "12.8"})
-    row = document["results"]["AWQ_text_queries_bs16"]
-    assert row["total_items"] == 112
-    assert row["total_time_s"] == pytest.approx(0.077)
-    assert row["throughput_items_per_s"] == pytest.approx(112 / 0.077)
-    assert row["latency_mean_ms_per_batch"] == pytest.approx(11)
-    assert (row["cuda_max_memory_allocated_MB"], row["cuda_memory_allocated_MB"]) == (30, 10)
-    path = tmp_path / "script.json"
-    path.write_text(json.dumps(document, indent=2))
-    back = read_cells(path)
-    assert [(cell.variant, cell.batch_size, cell.environment.gpu) for cell in back] == [
-        ("awq", 8, "NVIDIA A100"),
-        ("awq", 16, "NVIDIA A100"),
-    ]
-    assert back[0].memory is not None
-    assert back[0].memory.peak_bytes == 30 * MIB
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("BASE_text_queries_bs8", ("base", "queries", 8)),
-        ("AWQ_text_queries", ("awq", "queries", 4)),
-        ("AWQ_image_documents", ("awq", "pages", 2)),
-        ("AWQ_high_batch_bs1024", ("awq", "queries", 1024)),
-    ],
-)
-def test_script_names_say_variant_workload_and_batch(
-    tmp_path: Path, name: str, expected: tuple[str, str, int]
-) -> None:
-    row = {"throughput_items_per_s": 10.0, "cuda_max_memory_allocated_MB": 100.0}
-    metadata = {"text_batch_size": 4, "image_batch_size": 2}
-    path = tmp_path / "script.json"
-    path.write_text(json.dumps({"metadata": metadata, "results": {name: row}}))
-    (cell,) = read_cells(path)
-    assert (cell.variant, cell.workload.kind, cell.batch_size) == expected
-
-
-@pytest.mark.parametrize(
-    "results", [{"AWQ_text_queries": {}}, {"AWQ_bsx": {"a": 1}}, [1], {"AWQ_text_queries_bs8": 3}]
-)
-def test_odd_script_document_is_bad_input(tmp_path: Path, results: Any) -> None:
-    path = tmp_path / "script.json"
-    path.write_text(json.dumps({"metadata": {}, "results": results}))
-    with pytest.raises(BadInput, match="not a document of the report's script"):
-        read_cells(path)
-
-
 # ---------------------------------------------------------------- the store
 
 
-def test_store_appends_what_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_file_appends_what_is_on_disk_at_once(tmp_path: Path) -> None:
     path = tmp_path / "new" / "cells.jsonl"
-    with Store(path, keep=lambda cell: True) as store:
-        store.add([measured(8)])
-        assert read_cells(path) == store.cells == [measured(8)]
-        store.add([measured(16), measured(32)])
+    with RecordsFile(path, Cell) as file:
+        file.append([measured(8)])
+        assert read_cells(path) == file.rows == [measured(8)]
+        file.append([measured(16), measured(32)])
         assert [cell.batch_size for cell in read_cells(path)] == [8, 16, 32]
 
 
-def test_store_resumes_a_torn_file_whole(tmp_path: Path) -> None:
+def test_file_resumes_a_torn_file_whole(tmp_path: Path) -> None:
     path = file_of(tmp_path, measured(8), tail=measured(16).to_line()[:100])
     with pytest.warns(UserWarning, match="the last line is torn and left out"):
         assert read_cells(path) == [measured(8)]
-    said: list[str] = []
-    with Store(path, keep=lambda cell: True, say=said.append) as store:
-        assert said == [
-            f"{path}: the last line is torn and left out; a sweep was killed while it wrote it"
+    lines: list[str] = []
+    with RecordsFile(path, Cell, progress=lines.append) as file:
+        assert lines == [
+            f"{path}: the last line is torn and left out; a run was killed while writing"
         ]
-        assert [cell.batch_size for cell in store.cells] == [8]
-        store.add([measured(16)])
+        assert [cell.batch_size for cell in file.rows] == [8]
+        file.append([measured(16)])
     assert [cell.batch_size for cell in read_cells(path)] == [8, 16]
 
 
 @pytest.mark.parametrize("written", [0, 4, 40])
-def test_store_resumes_a_sweep_killed_in_its_first_line(tmp_path: Path, written: int) -> None:
+def test_file_resumes_a_sweep_killed_in_its_first_line(tmp_path: Path, written: int) -> None:
     path = file_of(tmp_path, tail=measured().to_line()[:written])
-    with Store(path, keep=lambda cell: True) as store:
-        store.add([measured()])
+    with RecordsFile(path, Cell) as file:
+        file.append([measured()])
     assert read_cells(path) == [measured()]
 
 
@@ -281,16 +221,16 @@ def test_a_full_disk_leaves_whole_lines(
             return super().write(data)
 
     path = file_of(tmp_path, measured(8))
-    with Store(path, keep=lambda cell: True) as store:
+    with RecordsFile(path, Cell) as file:
         monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Full(path, "ab"))
         with pytest.raises(
             MissingRequirement,
-            match=r"cannot write .*: No space left on device; what was measured is on file",
+            match=r"cannot write .*: No space left on device; finished rows are on file",
         ):
-            store.add([measured(16)])
+            file.append([measured(16)])
         monkeypatch.undo()
-        assert read_cells(path) == [measured(8)] == store.cells
-        store.add([measured(16)])
+        assert read_cells(path) == [measured(8)] == file.rows
+        file.append([measured(16)])
     assert read_cells(path) == [measured(8), measured(16)]
 
 
@@ -300,8 +240,8 @@ def test_a_full_disk_leaves_whole_lines(
 def test_another_schema_is_refused_in_one_line(tmp_path: Path, schema: object, says: str) -> None:
     row = json.loads(measured().to_line()) | {"schema": schema}
     path = file_of(tmp_path, measured(), tail=json.dumps(row) + "\n")
-    for read in (read_cells, lambda path: Store(path, keep=lambda cell: True)):
-        with pytest.raises(BadInput, match=f"line 2 is not a record: {says}") as caught:
+    for read in (read_cells, lambda path: RecordsFile(path, Cell)):
+        with pytest.raises(BadInput, match=f"line 2 is not a cell record: {says}") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
@@ -319,47 +259,76 @@ def test_a_row_from_the_future_is_a_row(tmp_path: Path) -> None:
     assert read_cells(file_of(tmp_path, skewed)) == [skewed]
 
 
-def test_store_moves_what_it_does_not_keep_beside(tmp_path: Path) -> None:
-    old = [measured(8), measured(16, status="oom", reason="full")]
-    path = file_of(tmp_path, *old)
-    for _ in range(2):
-        with Store(path, keep=lambda cell: cell.status == "ok") as store:
-            assert store.cells == [old[0]]
-    assert read_cells(path) == [old[0]]
-    assert read_cells(tmp_path / "cells.superseded.jsonl") == [old[1]]
+def test_the_newest_row_of_a_key_and_environment_counts(tmp_path: Path) -> None:
+    path = file_of(tmp_path, measured(8, status="failed", reason="a driver"), measured(16))
+    elsewhere = measured(8).model_copy(update={"environment": Environment(gpu="A100")})
+    with RecordsFile(path, Cell) as file:
+        before = path.read_bytes()
+        file.append([measured(8), elsewhere])
+        assert file.rows == read_cells(path) == [measured(8), measured(16), elsewhere]
+    assert path.read_bytes().startswith(before)
 
 
-def test_store_is_held_by_one_sweep_and_released_after(tmp_path: Path) -> None:
+def test_saving_over_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "new.jsonl"
+    write_cells(path, [measured(8)])
+    with pytest.raises(BadInput, match="holds 1 rows already; name a new file"):
+        write_cells(path, [measured(16)])
+    assert read_cells(path) == [measured(8)]
+
+
+def test_keys_of_earlier_records_are_read() -> None:
+    row = json.loads(measured().to_line())
+    row["memory"]["ledger"] = row["memory"].pop("breakdown") or {"activations": 3}
+    row["memory"]["least_reserved_bytes"] = 7
+    del row["memory"]["min_reserved_bytes"]
+    row["towers"] = {"vision_s": 1.0, "decoder_s": 2.0}
+    row["notes"] = ["busy"]
+    row["workload"]["refused"] = 3
+    row["backend"]["schedules"] = {"qkv x 18": "a"}
+    for name, part in (("stages", row), ("interference", row), ("skipped", row["workload"])):
+        del part[name]
+    del row["backend"]["kernel_configs"]
+    cell = Cell.model_validate_json(json.dumps(row))
+    assert cell.memory is not None
+    assert cell.stages is not None
+    assert (cell.memory.breakdown, cell.memory.min_reserved_bytes) == ({"activations": 3}, 7)
+    assert (cell.stages.vision_encoder_s, cell.stages.language_model_s) == (1.0, 2.0)
+    assert (cell.interference, cell.workload.skipped) == (["busy"], 3)
+    assert cell.backend.kernel_configs == {"qkv x 18": "a"}
+    assert Cell.model_validate_json(cell.to_line()) == cell
+
+
+def test_file_is_held_by_one_sweep_and_released_after(tmp_path: Path) -> None:
     path = tmp_path / "cells.jsonl"
-    with Store(path, keep=lambda cell: True), pytest.raises(BadInput, match="another sweep writes"):
-        Store(path, keep=lambda cell: True)
-    with Store(path, keep=lambda cell: True) as store:
-        assert store.cells == []
+    with RecordsFile(path, Cell), pytest.raises(BadInput, match="another run writes"):
+        RecordsFile(path, Cell)
+    with RecordsFile(path, Cell) as file:
+        assert file.rows == []
 
 
 def test_a_link_to_a_file_is_held_as_the_file(tmp_path: Path) -> None:
     path, link = tmp_path / "cells.jsonl", tmp_path / "deep" / "link.jsonl"
     link.parent.mkdir()
     link.symlink_to(path)
-    with Store(path, keep=lambda cell: True) as store:
-        store.add([measured(8)])
-        with pytest.raises(BadInput, match="another sweep writes"):
-            Store(link, keep=lambda cell: True)
-        with pytest.raises(BadInput, match="a sweep writes"):
+    with RecordsFile(path, Cell) as file:
+        file.append([measured(8)])
+        with pytest.raises(BadInput, match="another run writes"):
+            RecordsFile(link, Cell)
+        with pytest.raises(BadInput, match="another run writes"):
             write_cells(link, [])
-    with Store(link, keep=lambda cell: False) as store:
-        store.add([measured(16)])
+    with RecordsFile(link, Cell) as file:
+        file.append([measured(16)])
     assert link.is_symlink()
-    assert read_cells(path) == [measured(16)]
-    assert read_cells(tmp_path / "cells.superseded.jsonl") == [measured(8)]
+    assert read_cells(path) == [measured(8), measured(16)]
 
 
-@pytest.mark.parametrize("kind", ["superseded.jsonl", "result.json", "jsonl.lock", "jsonl.tmp"])
+@pytest.mark.parametrize("kind", ["result.json", "jsonl.lock", "jsonl.tmp"])
 def test_what_lies_beside_a_records_file_is_no_records_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"rows.{kind}"
-    for write in (lambda: Store(path, keep=lambda cell: True), lambda: write_cells(path, [])):
+    for write in (lambda: RecordsFile(path, Cell), lambda: write_cells(path, [])):
         with pytest.raises(
-            BadInput, match=r"lies beside a records file; valid: .*such as rows\.jsonl"
+            BadInput, match=r"is the name of a side file; name a file such as rows\.jsonl"
         ):
             write()
     assert not list(tmp_path.iterdir())
@@ -368,8 +337,8 @@ def test_what_lies_beside_a_records_file_is_no_records_file(tmp_path: Path, kind
 def test_refused_file_is_untouched_and_not_held(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("my notes\n")
-    with pytest.raises(BadInput, match="line 1 is not a record") as caught:
-        Store(path, keep=lambda cell: True)
+    with pytest.raises(BadInput, match="line 1 is not a cell record") as caught:
+        RecordsFile(path, Cell)
     assert path.read_text() == "my notes\n"
     # The traceback is still alive here, as a notebook's last one is.
     assert caught.value.__traceback__ is not None
@@ -380,10 +349,10 @@ def test_refused_file_is_untouched_and_not_held(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_made_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="name a file in a folder you can write"):
-        Store(tmp_path / "file" / "cells.jsonl", keep=lambda cell: True)
+        RecordsFile(tmp_path / "file" / "cells.jsonl", Cell)
     (tmp_path / "folder").mkdir()
     with pytest.raises(BadInput):
-        Store(tmp_path / "folder", keep=lambda cell: True)
+        RecordsFile(tmp_path / "folder", Cell)
 
 
 # ---------------------------------------------------------------- identity
@@ -413,7 +382,7 @@ def test_a_torn_line_s_warning_names_no_home(
 )
 def test_deep_nesting_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "deep.jsonl").write_text(text + "\n")
-    with pytest.raises(BadInput, match="line 1 is not a record"):
+    with pytest.raises(BadInput, match="line 1 is not a cell record"):
         read_cells(tmp_path / "deep.jsonl")
 
 
@@ -421,20 +390,6 @@ def test_deep_nesting_is_one_line(tmp_path: Path, text: str) -> None:
 def test_a_name_that_no_file_can_have_is_bad_input(name: str) -> None:
     with pytest.raises(BadInput, match=r"^.{,2000}$"):
         read_cells(name)
-
-
-@pytest.mark.parametrize(
-    "value", ["Infinity", "NaN", "1" + "0" * 400, "1" + "0" * 5000, "1e400", "-1", "0"]
-)
-@pytest.mark.parametrize("field", ["throughput_items_per_s", "cuda_max_memory_allocated_MB"])
-def test_odd_figures_of_the_script_are_bad_input(tmp_path: Path, field: str, value: str) -> None:
-    row = {"throughput_items_per_s": "1.5", "cuda_max_memory_allocated_MB": "10"} | {field: value}
-    content = ", ".join(f'"{name}": {figure}' for name, figure in row.items())
-    (tmp_path / "script.json").write_text(
-        f'{{"metadata": {{}}, "results": {{"BASE_bs8": {{{content}}}}}}}'
-    )
-    with pytest.raises(BadInput):
-        read_cells(tmp_path / "script.json")
 
 
 @pytest.mark.parametrize(
@@ -456,7 +411,7 @@ def test_figures_out_of_bounds_are_refused(
     row = json.loads(measured().to_line())
     row[part][field] = value
     (tmp_path / "row.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(BadInput, match=f"line 1 is not a record: {part}.{field}"):
+    with pytest.raises(BadInput, match=f"line 1 is not a cell record: {part}.{field}"):
         read_cells(tmp_path / "row.jsonl")
 
 

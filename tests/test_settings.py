@@ -52,5 +52,5 @@ def test_a_folder_is_in_use_where_it_holds_something(tmp_path: Path) -> None:
     assert in_use(tmp_path / "file")
     for name in ODD:
         for ask in (in_use, writable_folder):
-            with pytest.raises(LabError, match="cannot make the folder"):
+            with pytest.raises(LabError, match="cannot create the folder"):
                 ask(Path(name))

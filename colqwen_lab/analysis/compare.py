@@ -1,863 +1,593 @@
-"""BASE against a quantised variant, from records alone: at equal batch, under a memory budget, and what follows.
+"""`awq` against `base`, from records alone: at the same batch, under a memory budget, what follows.
 
-Percentages are of BASE: an overhead of -50 % is half of BASE's items per second, a saving of 50 % half of its peak.
-A card's "8 GB" is 8 GiB nominal. What a row needs of it is its peak plus what lies outside torch's allocator.
+Percentages are of base: a speed of -50 % is half of base's items per second.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from html import escape
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from html import escape as html_escape
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import numpy as np
+import pandas as pd
 
-from colqwen_lab.analysis.results import (
+from colqwen_lab import analysis
+from colqwen_lab.analysis import render
+from colqwen_lab.analysis.budget import (
+    budgets,
+    card_fits,
+    find_crossover,
+    stretches,
+    too_small,
+)
+from colqwen_lab.analysis.claims import claims
+from colqwen_lab.analysis.render import escape, interval, markdown, mib, short, span
+from colqwen_lab.analysis.speed import (
+    FEWEST_SAMPLES,
+    SAME_PERCENT,
+    Speed,
+    differences,
+    same_batch,
+    speed_ratio,
+    speeds,
+)
+from colqwen_lab.analysis.table import (
+    Pair,
     Results,
     Series,
-    eight_bit,
-    html_table,
-    mib,
+    conditions,
+    disturbed,
+    frame,
+    kernels,
+    peak,
     pick,
     random_weights,
-    repeated,
-    rounded,
-    short,
+    rate,
     unit,
 )
 from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.hardware import OUTSIDE_TORCH_BYTES, USABLE_SHARE, Fit, fit_of, need_bytes, usable
-from colqwen_lab.records import GIB, Cell, Memory, published_cells
+from colqwen_lab.hardware import OUTSIDE_TORCH_BYTES
+from colqwen_lab.records import GIB, Cell, published_cells
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
-    from colqwen_lab.analysis.claims import Claim
+__all__ = ["CARDS_GB", "SAME_PERCENT", "Comparison", "Speed", "compare", "speed_ratio", "speeds"]
 
-#: Below this, in percent, two rates are not told apart: MLPerf's audit takes 2 % as different.
-SAME_PERCENT = 2.0
-#: A bootstrap of the ratio of medians: fewer than six samples a side give no 95 % interval of a median.
-RESAMPLES, FEWEST_SAMPLES, SEED = 2000, 6, 0
 CARDS_GB = (8, 12, 16, 24)
-#: What must be equal on both sides before a difference in speed is the variant's and not the machine's.
-MACHINE = ("gpu", "driver", "cuda", "cpu", "threads", "power_limit_w", "torch")
+PARAMETERS = ["variant", "weights", "kernels", "gpu", "driver", "cuda", "cpu", "threads"]
+PARAMETERS += ["attention", "torch", "transformers", "auto_round", "python", "os"]
+SUMMARY = (
+    "Overview",
+    "Comparison at the same batch size",
+    "Memory-constrained scenarios",
+    "Caveats",
+)
+USE_OF = {"faster": "awq", "only awq": "awq", "slower": "base", "only base": "base"}
+EACH = "each at its largest batch that fits"
+
+Block: TypeAlias = pd.DataFrame | list[str]
 
 
-@dataclass(frozen=True)
-class Overhead:
-    """The rates at one batch size; `overhead_percent` is awq / base - 1 with its 95 % interval, negative = slower."""
+class Recommendation(NamedTuple):
+    """What to use (`base`, `awq` or `either`), and when."""
 
-    batch_size: int
-    base_items_per_s: float
-    awq_items_per_s: float
-    overhead_percent: float
-    low: float | None
-    high: float | None
-    verdict: Literal["faster", "slower", "cannot tell"]
-
-
-@dataclass(frozen=True)
-class Saving:
-    """The peaks at one batch size; `saving_percent` is 1 - awq / base."""
-
-    batch_size: int
-    base_peak_bytes: int
-    awq_peak_bytes: int
-    saving_percent: float
-
-
-@dataclass(frozen=True)
-class CardFit:
-    """What one variant does on one card: its largest batch that fits (or, if none does, is tight), of those measured.
-
-    `headroom_bytes` is pessimistic, so negative where tight. `best_*` is the fastest batch under the same verdict.
-    """
-
-    variant: str
-    verdict: Fit
-    batch_size: int | None
-    items_per_s: float | None
-    peak_bytes: int | None
-    headroom_bytes: int | None
-    best_batch_size: int | None
-    best_items_per_s: float | None
-    note: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """A memory budget. `ratio` is awq's rate over base's, each at its largest batch; null where one has none."""
-
-    card_gb: float
-    nominal_bytes: int
-    usable_bytes: int
-    base: CardFit
-    awq: CardFit
-    ratio: float | None
-
-
-@dataclass(frozen=True)
-class Crossover:
-    """The smallest usable memory from which on base, at its largest batch, is at least as fast as awq at its own.
-
-    By the medians; `open` is true where an interval leaves awq the chance to be faster. `nominal_bytes` is the card
-    that surely has it. All are null where there is no crossover; `reason` says why.
-    """
-
-    reason: str
-    budget_bytes: int | None = None
-    nominal_bytes: int | None = None
-    base_batch_size: int | None = None
-    base_items_per_s: float | None = None
-    awq_batch_size: int | None = None
-    awq_items_per_s: float | None = None
-    open: bool = field(default=False, repr=False)
-
-    @property
-    def as_fast(self) -> str:
-        if self.open:
-            return "at least as fast or not told apart"
-        base, awq = self.base_items_per_s, self.awq_items_per_s
-        near = base and awq and 100 * abs(awq / base - 1) < SAME_PERCENT
-        return "at least as fast" + (
-            f" (where that begins, by less than {SAME_PERCENT:g} %)" if near else ""
-        )
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """What to use (`base`, `awq` or `either`), in one sentence with its figures, and how that was derived."""
-
-    use: Literal["base", "awq", "either"]
+    use: str
     sentence: str
-    derived: str
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Budgets, in bytes of usable memory, over which the same thing is to be said. `end_bytes` None: no upper end."""
-
-    regime: str
-    start_bytes: int
-    end_bytes: int | None
-    percents: tuple[float, ...]
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """Two series held against each other. A notebook shows it; `.to_dict()`, `.markdown()` and `.plot()` export it."""
+    """`awq` against `base`: `.text()`, `.to_dict()`, `.markdown()`, `.plot()`, and tables.
 
-    base: Series
-    awq: Series
-    overhead: tuple[Overhead, ...]
-    memory: tuple[Saving, ...]
-    cards: tuple[Card, ...]
-    crossover: Crossover
-    recommendations: tuple[Recommendation, ...]
-    caveats: tuple[str, ...]
+    A place is a device, size, workload, execution and protocol. `places` holds a comparison each;
+    `base`, `awq`, `speeds`, `rows` and the like are of the first place.
+    """
 
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON. `claims` is there when the figures are the published ones."""
-        parts = ("overhead", "memory", "cards", "recommendations")
-        out: dict[str, Any] = {"base": self.base.describe(), "awq": self.awq.describe()}
-        out |= {name: [asdict(value) for value in getattr(self, name)] for name in parts}
-        out |= {
-            "crossover": asdict(self.crossover),
-            "caveats": list(self.caveats),
-            "verdict": self.verdict(),
-        }
-        return out | ({"claims": [asdict(claim) for claim in self.claims]} if self.claims else {})
+    pairs: dict[str, Pair]
+    cards_gb: tuple[float, ...] = CARDS_GB
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for gb in self.cards_gb:
+            if not 0 < gb < math.inf:
+                raise BadInput(f"a card must be memory in GB above 0, such as 8 or 12, got {gb}")
+
+    @cached_property
+    def places(self) -> dict[str, Comparison]:
+        """Place to its comparison."""
+        if len(self.pairs) == 1:
+            return dict.fromkeys(self.pairs, self)
+        return {name: Comparison({name: pair}, self.cards_gb) for name, pair in self.pairs.items()}
 
     @property
-    def claims(self) -> tuple[Claim, ...]:
-        """The report's claims held against its own rows; none unless these are the report's figures."""
-        from colqwen_lab.analysis.claims import claims
+    def pair(self) -> Pair:
+        """Base and awq of the first place."""
+        return next(iter(self.pairs.values()))
 
-        return claims(self) if [*self.base.cells, *self.awq.cells] == published_cells() else ()
+    @property
+    def base(self) -> Series:
+        return self.pair[0]
 
-    def verdict(self) -> str:
-        """One to three sentences: memory, speed at the same batch, and the budget from which base is as fast."""
-        base, awq = self.base.label, self.awq.label
-        said = []
-        if percents := [row.saving_percent for row in self.memory]:
-            said.append(f"At the same batch {awq} saves {span(percents)} % of {base}'s peak memory")
-        if speeds := [
-            f"{what} at {batches_of(rows)}" for what, rows in by_verdict(self.overhead).items()
-        ]:
-            said.append(f"Speed of {awq}: {'; '.join(speeds)}")
-        start, why = self.crossover.budget_bytes, self.crossover.reason
-        at_least = f"From {_gib(start)} of usable memory on" if start else ""
-        said.append(
-            f"{at_least} {base} is {self.crossover.as_fast}, each at its largest batch"
-            if start
-            else f"No crossover: {why}"
-        )
-        return ". ".join(said) + "."
+    @property
+    def awq(self) -> Series:
+        return self.pair[1]
 
-    def overhead_table(self) -> pd.DataFrame:
-        """One row a shared batch: both rates, the overhead with its interval, the verdict, the memory saved."""
-        import pandas as pd
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells of both sides."""
+        return [*self.base.cells, *self.awq.cells]
 
-        saved = {row.batch_size: round(row.saving_percent, 1) for row in self.memory}
-        what = unit(self.base.first)
-        rows = [
-            {
-                "batch": row.batch_size,
-                f"{self.base.label} {what}": rounded(row.base_items_per_s),
-                f"{self.awq.label} {what}": rounded(row.awq_items_per_s),
-                "overhead %": round(row.overhead_percent, 1),
-                "95 % interval": interval(row),
-                "verdict": row.verdict,
-                "memory saved %": saved.get(row.batch_size),
-            }
-            for row in self.overhead
-        ]
-        return pd.DataFrame(rows)
+    @cached_property
+    def speeds(self) -> tuple[Speed, ...]:
+        """The speed at every shared batch."""
+        return speeds(*self.pair)
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The tidy frame of both sides, one row a batch: see `same_batch`."""
+        return same_batch(*self.pair, self.speeds)
+
+    @cached_property
+    def cards(self) -> pd.DataFrame:
+        """One row a card and side: see `card_fits`."""
+        return card_fits(self.pair, self.cards_gb)
+
+    @cached_property
+    def budgets(self) -> pd.DataFrame:
+        """One row a memory budget at which a largest batch changes: see `budgets`."""
+        return budgets(self.pair)
+
+    @cached_property
+    def crossover(self) -> dict[str, Any]:
+        """The memory from which on base is at least as fast: see `find_crossover`."""
+        return {} if self.no_budgets else find_crossover(self.budgets)
+
+    @cached_property
+    def no_budgets(self) -> str:
+        """Why memory budgets say nothing of these models; empty where they do."""
+        if differences(self.base.cells, self.awq.cells):
+            return "the two sides were not measured under the same conditions"
+        if not all(series.rated and series.sized for series in self.pair):
+            return "one side has no row with a rate and a peak"
+        return too_small(self.pair, self.cards_gb)
+
+    @cached_property
+    def claims_table(self) -> pd.DataFrame:
+        """The report's claims, what its rows say, whether each follows; empty for other rows."""
+        published = self.cells == published_cells()
+        return claims(self.pair, self.rows, self.budgets) if published else pd.DataFrame()
+
+    def speed_table(self) -> pd.DataFrame:
+        """One row a shared batch: rates, speed vs base with its verdict, memory saved."""
+        rows, what = self.rows.dropna(subset="percent"), unit(self.base.first)
+        ends = rows[["low", "high"]].to_numpy()
+        columns = {
+            "batch": rows["batch_size"],
+            f"{self.base.label} {what}": rows["base_items_per_s"].map(render.rounded),
+            f"{self.awq.label} {what}": rows["awq_items_per_s"].map(render.rounded),
+            "speed vs base, %": rows["percent"].map("{:+.1f}".format),
+            "95 % interval": [interval(low, high, sign="+") for low, high in ends],
+            "verdict": rows["verdict"],
+            "memory saved, %": rows["saving_percent"].round(1),
+        }
+        return render.screen(columns | ({"reason": rows["reason"]} if any(rows["reason"]) else {}))
 
     def card_table(self) -> pd.DataFrame:
-        """One row a card and variant: does it fit, the largest batch, the rate there, peak and headroom."""
-        import pandas as pd
+        """One row a card and side: does it fit, the largest batch, the rate there, the headroom."""
+        cards = self.cards
+        if cards.empty:
+            return cards
+        columns = {
+            "card GB": cards["card_gb"],
+            "variant": cards["label"],
+            "verdict": cards["verdict"],
+            "largest batch": cards["batch_size"],
+            unit(self.base.first): cards["items_per_s"].map(render.rounded, "ignore"),
+            "peak MiB": cards["peak_bytes"].map(render.in_mib, "ignore"),
+            "headroom": cards["headroom_bytes"].map(mib, "ignore"),
+            "note": cards["note"],
+        }
+        return render.screen(columns)
 
-        rows = [
-            {
-                "card GB": card.card_gb,
-                "variant": label,
-                "verdict": fit.verdict,
-                "largest batch": fit.batch_size,
-                unit(self.base.first): rounded(fit.items_per_s),
-                "peak": mib(fit.peak_bytes) if fit.peak_bytes else "",
-                "headroom": mib(fit.headroom_bytes) if fit.headroom_bytes is not None else "",
-                "note": fit.note,
+    def side_by_side(self) -> pd.DataFrame:
+        """One row a batch, a column a place: the speed vs base with its verdict, and the saving."""
+        columns = {
+            where: {
+                speed.batch_size: f"{speed.percent:+.1f} % {speed.verdict}"
+                for speed in place.speeds
             }
-            for card in self.cards
-            for label, fit in ((self.base.label, card.base), (self.awq.label, card.awq))
+            for where, place in self.places.items()
+        }
+        return render.screen(pd.DataFrame(columns).sort_index().rename_axis("batch"))
+
+    def place_table(self) -> pd.DataFrame:
+        """One row a place and variant: the largest batch, its rate and peak, the fastest batch."""
+        rows = []
+        for where, place in self.places.items():
+            for series in place.pair:
+                row: dict[str, Any] = {"where": where, "variant": series.variant}
+                if series.rated:
+                    largest = series.rated[max(series.rated)]
+                    fastest = max(series.rated.values(), key=rate)
+                    row |= {"largest batch": largest.batch_size}
+                    row |= {"items/s": render.rounded(rate(largest))}
+                    row |= {"peak MiB": largest.memory and render.in_mib(peak(largest))}
+                    row |= {"fastest batch": fastest.batch_size}
+                    row |= {"items/s there": render.rounded(rate(fastest))}
+                failed = [f"{cell.batch_size} {cell.status}" for cell in series.failed]
+                rows.append(row | {"not ok": ", ".join(failed)})
+        return render.screen(rows)
+
+    # ------------------------------------------------------------ output
+
+    @cached_property
+    def recommendations(self) -> tuple[Recommendation, ...]:
+        """When to use which: by memory, by budget, by batch, and by the time of a step."""
+        return tuple(_recommendations(self))
+
+    @cached_property
+    def caveats(self) -> tuple[str, ...]:
+        """What the figures do not show."""
+        return tuple(_caveats(self))
+
+    def verdict(self) -> str:
+        """Memory, speed at the same batch, and the crossover, in a few sentences a place."""
+        if len(self.pairs) > 1:
+            return "\n".join(f"{where}: {place.verdict()}" for where, place in self.places.items())
+        return " ".join(self.sentences)
+
+    @cached_property
+    def sentences(self) -> list[str]:
+        """The sentences of the verdict."""
+        spoken = [
+            row.sentence for row in speed_sentences(self.base.label, self.awq.label, self.speeds)
         ]
-        return pd.DataFrame(rows).astype({"largest batch": "Int64"} if rows else {})
+        return [*_saving_sentences(self), *spoken, _crossover_sentence(self)]
 
-    def claims_table(self) -> pd.DataFrame:
-        """One row a claim of the report, what its rows say, and whether it follows."""
-        import pandas as pd
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON: schema 2, and the parts of each place."""
+        places = []
+        for where, place in self.places.items():
+            tables = {"same_batch": place.rows, "cards": place.cards, "budgets": place.budgets}
+            tables["claims"] = place.claims_table
+            tables = {name: table.to_json(orient="records") for name, table in tables.items()}
+            places.append(
+                {"where": where, "base": place.base.to_dict(), "awq": place.awq.to_dict()}
+                | {name: json.loads(table) for name, table in tables.items()}
+                | {"crossover": place.crossover, "verdict": place.verdict()}
+                | {"recommendations": [row._asdict() for row in place.recommendations]}
+                | {"caveats": list(place.caveats)}
+            )
+        return {"schema": 2, "places": places, "skipped": list(self.skipped)}
 
-        return pd.DataFrame(
-            [asdict(claim) for claim in self.claims], columns=["claim", "rows_say", "follows"]
-        )
+    def text(self, width: int | None = None) -> str:
+        """The comparison as plain text of at most `width` columns; default: the terminal's."""
+        columns = width or shutil.get_terminal_size().columns
+
+        def wrapped(sentence: str) -> str:
+            return textwrap.fill(sentence, columns, initial_indent="- ", subsequent_indent="  ")
+
+        return self._document("{}".format, wrapped, lambda t: render.text(t, columns), SUMMARY)
 
     def markdown(self) -> str:
-        """The comparison as a Markdown report, in the layout of the report it grew from."""
-        from colqwen_lab.analysis.render import report
+        """The comparison as Markdown, in the layout of the report it grew from."""
+        overhead = {"speed vs base, %": "Overhead, %"}
+        return self._document(
+            lambda title: f"## {escape(title)}",
+            lambda sentence: f"- {escape(sentence)}",
+            lambda table: markdown(table.rename(columns=overhead)),
+        )
 
-        return report(self)
+    def _repr_html_(self) -> str:
+        return self._document(
+            lambda title: f"<h4>{html_escape(title)}</h4>",
+            lambda sentence: f"<p>{html_escape(sentence)}</p>",
+            render.html,
+            SUMMARY,
+        )
 
-    def plot(self, kind: str = "overhead", **options: Any) -> Figure:
-        """A figure: `overhead`, `throughput`, `memory` (with `cards=(8, 12)` in GB) or `tradeoff`.
+    def __repr__(self) -> str:
+        return self.text(100)
+
+    def _document(
+        self,
+        heading: Callable[[str], str],
+        line: Callable[[str], str],
+        table: Callable[[pd.DataFrame], str],
+        titles: Sequence[str] = (),
+    ) -> str:
+        """Titles, sentences and tables of all places; of the sections only `titles`, if any."""
+        sections: list[tuple[str, list[Block]]] = []
+        if several := len(self.pairs) > 1:
+            side_by_side = [self.side_by_side(), self.place_table(), list(self.skipped)]
+            sections.append(("Side by side", side_by_side))
+        for where, place in self.places.items():
+            title = f"{place.awq.label} against {place.base.label}"
+            sections.append((f"{title}: {where}" if several else title, []))
+            sections += [s for s in _sections(place).items() if not titles or s[0] in titles]
+        parts = []
+        for title, blocks in sections:
+            parts.append(heading(title))
+            for block in blocks:
+                frame_ = isinstance(block, pd.DataFrame)
+                parts += [table(block) if frame_ else "\n".join(map(line, block))]
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+    def plot(self, kind: str = "speed", **options: Any) -> Figure:
+        """A figure: speed, throughput, memory (with `cards=(8, 12)` in GB), tradeoff or roofline.
 
         Raises:
             BadInput: an unknown kind.
         """
-        from colqwen_lab.analysis import plots
-
-        if one_of("plot", kind, ["overhead", *plots.KINDS]) == "overhead":
-            return plots.overhead(self)
-        asked = tuple(card.card_gb for card in self.cards)
-        cards = {"cards": asked} if kind == "memory" and asked != CARDS_GB else {}
-        return plots.KINDS[kind]((self.base, self.awq), **cards | options)
-
-    def __repr__(self) -> str:
-        rows = [
-            f"batch {o.batch_size}: {o.overhead_percent:+.1f} % {interval(o)} {o.verdict}"
-            for o in self.overhead
-        ]
-        return "\n".join(
-            [
-                f"{self.awq.label} against {self.base.label}: {self.verdict()}",
-                *map(str.rstrip, rows),
-            ]
-        )
-
-    def _repr_html_(self) -> str:
-        tables = html_table(self.overhead_table()) + html_table(self.card_table())
-        return f"<p>{escape(self.verdict())}</p>{tables}<ul>{''.join(f'<li>{escape(c)}</li>' for c in self.caveats)}</ul>"
+        plots = analysis.plots
+        series: Sequence[Series] = self.pair
+        one_of("plot", kind, ["speed", *plots.KINDS])
+        if len(self.pairs) > 1:
+            cells = {id(cell): cell for place in self.places.values() for cell in place.cells}
+            series = Results(tuple(cells.values())).series()
+        if kind == "speed" and len(self.pairs) == 1:
+            return plots.speed_vs_base(self)
+        if kind == "speed":
+            return plots.speed_lines(
+                series, {where: place.speeds for where, place in self.places.items()}
+            )
+        cards = {"cards": self.cards_gb} if kind == "memory" and self.cards_gb != CARDS_GB else {}
+        return plots.KINDS[kind](series, **cards | options)
 
 
-@dataclass(frozen=True, repr=False)
-class SideBySide:
-    """Comparisons by where they were measured: a device, and what else tells them apart. Never one series of several.
-
-    `left_out` is what stands in none of them.
-    """
-
-    comparisons: dict[str, Comparison]
-    left_out: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, ready for JSON: the comparisons by place."""
-        found = {where: one.to_dict() for where, one in self.comparisons.items()}
-        return {
-            "side_by_side": found,
-            "gpus": self.gpu_table().to_dict("records"),
-            "left_out": list(self.left_out),
-        }
-
-    def overhead_table(self) -> pd.DataFrame:
-        """One row a batch, for each place the overhead with its verdict, and the memory saved."""
-        import pandas as pd
-
-        columns: dict[str, dict[int, Any]] = {}
-        for where, one in self.comparisons.items():
-            said = {
-                row.batch_size: f"{row.overhead_percent:+.1f} %, {row.verdict}"
-                for row in one.overhead
-            }
-            columns[f"{where}: overhead"] = said
-            columns[f"{where}: memory saved %"] = {
-                row.batch_size: round(row.saving_percent, 1) for row in one.memory
-            }
-        return pd.DataFrame(columns).sort_index().rename_axis("batch").reset_index()
-
-    def gpu_table(self) -> pd.DataFrame:
-        """One row a place and model: the largest batch that ran there, its rate and peak, and the fastest batch."""
-        import pandas as pd
-
-        rows = [
-            _on_device(where, series)
-            for where, one in self.comparisons.items()
-            for series in (one.base, one.awq)
-        ]
-        return pd.DataFrame(rows).astype({"largest batch": "Int64", "fastest batch": "Int64"})
-
-    def markdown(self) -> str:
-        """The tables side by side, then each comparison's own report."""
-        from colqwen_lab.analysis.render import side_by_side
-
-        return side_by_side(self)
-
-    def plot(self, kind: str = "throughput", **options: Any) -> Figure:
-        """All series in one figure, each its own line: kinds as of `Results`."""
-        both = [series for one in self.comparisons.values() for series in (one.base, one.awq)]
-        cells = {id(cell): cell for series in both for cell in series.cells}
-        return Results(tuple(cells.values())).plot(kind, **options)
-
-    def __repr__(self) -> str:
-        return "\n".join(f"{where}: {one!r}" for where, one in self.comparisons.items())
-
-    def _repr_html_(self) -> str:
-        left_out = "".join(f"<p>{escape(one)}</p>" for one in self.left_out)
-        return html_table(self.overhead_table()) + html_table(self.gpu_table()) + left_out
-
-
-def _on_device(where: str, series: Series) -> dict[str, Any]:
-    ran = series.sized.keys() | series.rated.keys()
-    largest = max(ran, default=None)
-    at = series.rated.get(largest or 0), series.sized.get(largest or 0)
-    fastest = max(series.rated, key=lambda batch: rate(series.rated[batch]), default=None)
-    return {
-        "where": where,
-        "model": series.variant,
-        "largest batch": largest,
-        "items/s": rounded(rate(at[0])) if at[0] else None,
-        "peak": mib(peak(at[1])) if at[1] else "",
-        "fastest batch": fastest,
-        "items/s there": rounded(rate(series.rated[fastest])) if fastest else None,
-        "not ok": ", ".join(f"{cell.batch_size} {cell.status}" for cell in series.lost),
-    }
-
-
-def by_place(
-    base: Results, awq: Results, cards: Sequence[float] = CARDS_GB
-) -> Comparison | SideBySide:
-    """`awq` held against `base` wherever both were measured, and each of several models or kernels there on its own.
-
-    A place is a device, size, workload, execution and protocol.
-
-    Raises:
-        BadInput: as of `compare`.
-    """
-    both = [_places(side) for side in (base, awq)]
-    every = list(dict.fromkeys([*both[0], *both[1]]))
-    shared = [place for place in every if place in both[0] and place in both[1]]
-    if len(every) > 1:  # a model alone in a file that is on both sides would be held against itself
-        shared = [
-            at for at in shared if both[0][at] != both[1][at] or len(both[0][at].variants) > 1
-        ]
-    if not shared:
-        return compare(base, awq, cards)
-    varied = [
-        at for at in range(len(every[0])) if at == 0 or len({place[at] for place in every}) > 1
-    ]
-    names = {place: ", ".join(place[at] for at in varied) for place in every}
-    pairs, left_out = (
-        {},
-        [f"{names[at]}: nothing to compare with there." for at in every if at not in shared],
-    )
-    for place in shared:
-        sides = both[0][place], both[1][place]
-        series = [one for one in sides[0].series() if one.variant == "base"]
-        plain = [one for one in series if not eight_bit(one.first)]
-        others = [one for one in sides[1].series() if one.variant != "base"]
-        if len(plain) == 1 and others:
-            left_out += [
-                f"{names[place]}: {one.label}, a way of base's own."
-                for one in series
-                if one is not plain[0]
-            ]
-            for one in others:
-                name = f"{names[place]}, {one.label}" if len(others) > 1 else names[place]
-                pairs[name] = Results(plain[0].cells), Results(one.cells)
-        else:
-            pairs[names[place]] = sides
-    found = {name: compare(*sides, cards) for name, sides in pairs.items()}
-    return (
-        SideBySide(found, tuple(left_out))
-        if len(every) > 1 or len(found) > 1
-        else next(iter(found.values()))
-    )
-
-
-def _places(results: Results) -> dict[tuple[str, ...], Results]:
-    found: dict[tuple[str, ...], list[Cell]] = {}
-    for cell in results:
-        found.setdefault((cell.environment.device, *cell.settings()), []).append(cell)
-    return {place: Results(tuple(cells)) for place, cells in found.items()}
+# ---------------------------------------------------------------- which series
 
 
 def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> Comparison:
-    """`awq` held against `base`; `cards` are memory budgets in GB.
+    """`awq` against `base` at every place where both were measured; `cards` are budgets in GB.
 
-    Of `base` the variant `base` is taken, else its only one; of `awq` its only variant, else its only one that is not
-    base. The same variant on both sides is a control: it must come out as "cannot tell".
+    Of `base` the variant `base` counts, else its only one; of `awq` its only variant, else its
+    only one that is not base. The same variant on both sides is a control. Where a place has one
+    16-bit base, each other model and kernel there is compared with it.
 
     Raises:
-        BadInput: the series are ambiguous, differ in size, workload, execution or protocol, or a card is not one.
+        BadInput: series that are ambiguous or differ in their settings, or a card of 0 GB or less.
     """
-    first = pick(
-        base, "base" if "base" in base.variants else _only(base.variants), "the first argument"
-    )
-    others = [variant for variant in awq.variants if variant != "base"]
-    second = pick(awq, _only(awq.variants) or _only(others), "the second argument")
+    sides = [_by_place(side) for side in (base, awq)]
+    every = list(dict.fromkeys([*sides[0], *sides[1]]))
+    shared = [place for place in every if place in sides[0] and place in sides[1]]
+    if len(every) > 1:  # a single model that is on both sides would be compared with itself
+        alone = [p for p in shared if sides[0][p] == sides[1][p] and len(sides[0][p].variants) == 1]
+        shared = [place for place in shared if place not in alone]
+    columns = enumerate(zip(*every, strict=True))
+    varied = [n for n, values in columns if len({*values}) > 1] or [0]
+    names = {place: ", ".join(place[n] for n in varied) for place in every}
+    skipped = [
+        f"{names[place]}: nothing to compare with." for place in every if place not in shared
+    ]
+    pairs: dict[str, Pair] = {}
+    for place in shared:
+        name, both = names[place], (sides[0][place], sides[1][place])
+        bases = [series for series in both[0].series() if series.variant == "base"]
+        plain = [series for series in bases if not series.first.configuration.eight_bit]
+        others = [series for series in both[1].series() if series.variant != "base"]
+        if len(plain) != 1 or not others:
+            pairs[name] = _pair(*both)
+            continue
+        own = [series.label for series in bases if series is not plain[0]]
+        skipped += [f"{name}: {label} is a configuration of base itself." for label in own]
+        for other in others:
+            where = f"{name}, {other.label}" if len(others) > 1 else name
+            pairs[where] = Series("base", plain[0].cells), Series(other.variant, other.cells)
+    if not pairs:
+        pairs, skipped = {" against ".join(names.values()): _pair(base, awq)}, []
+    return Comparison(pairs, tuple(cards), tuple(skipped))
+
+
+def _by_place(results: Results) -> dict[tuple[str, ...], Results]:
+    places: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in results:
+        places.setdefault((cell.environment.device, *cell.settings()), []).append(cell)
+    return {place: Results(tuple(cells)) for place, cells in places.items()}
+
+
+def _pair(base: Results, awq: Results) -> Pair:
+    quantised = [variant for variant in awq.variants if variant != "base"]
+    only = quantised if len(quantised) == 1 else awq.variants
+    first = pick(base, "base" if "base" in base.variants else base.variants, "base")
+    second = pick(awq, only, "awq")
     if first.first.settings() != second.first.settings():
-        theirs = [" ".join(series.first.settings()) for series in (first, second)]
+        ours, theirs = (" ".join(series.first.settings()) for series in (first, second))
         raise BadInput(
-            f"not comparable: {first.label} is {theirs[0]}, {second.label} is {theirs[1]}"
+            f"base and awq must share their settings, got {first.label} with {ours} and "
+            f"{second.label} with {theirs}; narrow them with .select(...)"
         )
     if first.label == second.label:
-        first, second = (
-            Series(f"{first.label} (A)", first.cells),
-            Series(f"{second.label} (B)", second.cells),
+        return Series(f"{first.label} (A)", first.cells), Series(f"{first.label} (B)", second.cells)
+    return first, second
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def speed_sentences(base: str, other: str, rows: Sequence[Speed]) -> list[Recommendation]:
+    """A sentence for the batch sizes of each verdict, and what it speaks for."""
+    table = pd.DataFrame(map(asdict, rows), columns=["verdict", "reason", "batch_size", "percent"])
+    sentences = []
+    for (verdict, reason), group in table.groupby(["verdict", "reason"], sort=False):
+        where, size = _batches(group["batch_size"]), span(group["percent"].abs())
+        signed = f"({span(group['percent'], 1, '+')} %)"
+        if reason:
+            sentence = f"No verdict at {where} {signed}: {reason}."
+        elif verdict == "inconclusive":
+            sentence = f"No significant difference at {where} {signed}."
+        else:
+            row = rows[group.index[0]]
+            within = ""
+            if len(group) == 1 and row.low is not None and row.high is not None:
+                low, high = sorted((abs(row.low), abs(row.high)))
+                within = f" {interval(low, high, 0)}"
+            what = f"{other} is {size} % {verdict} than {base}"
+            sentence = f"{what}{within} at {where}."
+        sentences.append(Recommendation(USE_OF.get(verdict, "either"), sentence))
+    return sentences
+
+
+def _batches(sizes: Iterable[int]) -> str:
+    """`batch 8, 16 and 32`."""
+    return "batch " + " and ".join(", ".join(map(str, sizes)).rsplit(", ", 1))
+
+
+def _saving_sentences(place: Comparison) -> Iterator[str]:
+    rows = place.rows[place.rows["saving_percent"] > 0]
+    if len(rows):
+        saved = f"{span(rows['saving_percent'])} % of {place.base.label}'s peak memory"
+        yield f"{place.awq.label} saves {saved} at {_batches(rows['batch_size'])}."
+
+
+def _free(start: float, end: float | None = None) -> str:
+    upper = f" to {end / GIB:.1f} GiB" if end and end == end else " GiB or more"
+    return f"With {start / GIB:.1f}{upper} free"
+
+
+def _crossover_sentence(place: Comparison) -> str:
+    base, cross = place.base.label, place.crossover
+    if place.no_budgets:
+        return f"No crossover: {place.no_budgets}."
+    if not cross:
+        why = f"{place.awq.label} is faster"
+        if place.budgets["outcome"].iloc[-1] == "inconclusive":
+            why = "no significant difference"
+        return f"No crossover: {why} where every row fits, {EACH}."
+    ours, theirs = cross["base_items_per_s"], cross["awq_items_per_s"]
+    what = f"{base} is at least as fast"
+    if cross["open"]:
+        what += ", or the difference is not significant"
+    elif theirs and 100 * abs(theirs / ours - 1) < SAME_PERCENT:
+        what += f" (at first by less than {SAME_PERCENT:g} %)"
+    return f"{_free(cross['need_bytes'])}, {what}, {EACH}."
+
+
+def _recommendations(place: Comparison) -> Iterator[Recommendation]:
+    base, awq = place.base.label, place.awq.label
+    yield from (Recommendation("awq", sentence) for sentence in _saving_sentences(place))
+    if differences(place.base.cells, place.awq.cells):
+        return
+    steps = place.budgets if not too_small(place.pair, place.cards_gb) else place.budgets[:0]
+    for row in stretches(steps).itertuples():
+        signed = f"({span(row.percents, 1, '+')} %)" if row.percents else ""
+        size = span(map(abs, row.percents)) if row.percents else ""
+        within = bool(row.percents) and max(map(abs, row.percents)) < SAME_PERCENT
+        undecided = "no verdict" if row.disturbed else "no significant difference"
+        inconclusive = f"{undecided} {signed}, {EACH}"
+        if within and not row.disturbed:
+            inconclusive = f"the two are within {SAME_PERCENT:g} %, {EACH}"
+        sentence = {
+            "only awq": f"only {awq} fits",
+            "only base": f"only {base} fits",
+            "faster": f"{awq} is {size} % faster, {EACH}",
+            "slower": f"{awq} is {size} % slower, {EACH}",
+            "inconclusive": inconclusive,
+        }.get(row.outcome)
+        if sentence:
+            free = _free(row.start_bytes, row.end_bytes)
+            yield Recommendation(USE_OF.get(row.outcome, "either"), f"{free}, {sentence}.")
+    yield from speed_sentences(base, awq, place.speeds)
+    for row in place.speeds[:1]:
+        ours, theirs = (
+            f"{short(1000 * row.batch_size / items)} ms with {label}"
+            for label, items in ((base, row.base_items_per_s), (awq, row.items_per_s))
         )
-    differing = machines_differ(first, second)
-    overhead = tuple(overheads(first, second, told_apart=not differing))
-    held = tuple(on_card(first, second, gb, told_apart=not differing) for gb in cards)
-    everywhere = fit_everywhere(first, second, held)
-    memory = tuple(savings(first, second))
-    speeds = ((), ()) if differing else (overhead, () if everywhere else tuple(walk(first, second)))
-    return Comparison(
-        base=first,
-        awq=second,
-        overhead=overhead,
-        memory=memory,
-        cards=held,
-        crossover=Crossover(everywhere) if everywhere else find_crossover(first, second, differing),
-        recommendations=tuple(recommend(first, second, memory, *speeds)),
-        caveats=tuple(caveats(first, second, differing)),
-    )
+        use = USE_OF.get(row.verdict, "either")
+        yield Recommendation(use, f"A step of {row.batch_size} takes {ours}, {theirs}.")
 
 
-# ---------------------------------------------------------------- at equal batch
-
-
-def overheads(base: Series, awq: Series, told_apart: bool = True) -> Iterator[Overhead]:
-    """The overhead at every batch that both measured. `told_apart` false: the machines differ, so no verdict."""
-    for batch in sorted(base.rated.keys() & awq.rated.keys()):
-        yield overhead(base.rated[batch], awq.rated[batch], told_apart)
-
-
-def overhead(base: Cell, awq: Cell, told_apart: bool = True) -> Overhead:
-    """The overhead of one row against another, item by item: their batch sizes may differ."""
-    before, after = rate(base), rate(awq)
-    percent = 100 * (after / before - 1)
-    low, high = _interval(base, awq) if told_apart else (None, None)
-    clear = (
-        told_apart
-        and abs(percent) >= SAME_PERCENT
-        and (low is None or high is None or low * high > 0)
-    )
-    verdict: Any = ("faster" if percent > 0 else "slower") if clear else "cannot tell"
-    return Overhead(awq.batch_size, before, after, percent, low, high, verdict)
-
-
-def _interval(base: Cell, awq: Cell) -> tuple[float | None, float | None]:
-    """The 95 % bootstrap interval of the overhead in percent, from the step times."""
-    if min(len(base.step_s), len(awq.step_s)) < FEWEST_SAMPLES:
-        return None, None
-    draw = np.random.default_rng(SEED)
-    medians = [
-        np.median(draw.choice(one.step_s, (RESAMPLES, len(one.step_s))), axis=1)
-        for one in (base, awq)
-    ]
-    ratios = awq.batch_size / base.batch_size * medians[0] / medians[1]
-    low, high = np.percentile(100 * (ratios - 1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def savings(base: Series, awq: Series) -> Iterator[Saving]:
-    """The share of the peak saved at every batch that both measured."""
-    for batch in sorted(base.sized.keys() & awq.sized.keys()):
-        before, after = peak(base.sized[batch]), peak(awq.sized[batch])
-        yield Saving(batch, before, after, 100 * (1 - after / before))
-
-
-def machines_differ(base: Series, awq: Series) -> list[str]:
-    """What differs of machine, versions and origin between two series; none if their speeds may be compared."""
-    found = []
-    for name in ("origin", *MACHINE):
-        ours, theirs = (_recorded(series, name) for series in (base, awq))
-        if ours != theirs or len(ours) > 1:
-            found.append(f"{name} ({' and '.join(ours)} against {' and '.join(theirs)})")
-    return found
-
-
-def _recorded(series: Series, name: str) -> list[str]:
-    values = {
-        cell.origin if name == "origin" else getattr(cell.environment, name)
-        for cell in series.cells
-    }
-    return sorted("not recorded" if value is None else str(value) for value in values)
-
-
-# ---------------------------------------------------------------- under a budget
-
-
-def on_card(base: Series, awq: Series, card_gb: float, told_apart: bool = True) -> Card:
-    """Both series on a card of `card_gb` GB.
-
-    Raises:
-        BadInput: not a positive number.
-    """
-    if not 0 < card_gb < math.inf:
-        raise BadInput(
-            f"a card is a memory budget in GB above 0, not {card_gb}; for example 8 or 12"
-        )
-    card_gb = int(card_gb) if card_gb == int(card_gb) else card_gb
-    nominal = round(card_gb * GIB)
-    fits = [_card_fit(series, nominal) for series in (base, awq)]
-    before, after = (fit.items_per_s for fit in fits)
-    ratio = after / before if before and after and told_apart else None
-    return Card(card_gb, nominal, usable(nominal), fits[0], fits[1], ratio)
-
-
-def _card_fit(series: Series, nominal: int) -> CardFit:
-    verdicts = {batch: fit_of(memory_of(cell), nominal) for batch, cell in series.sized.items()}
-    verdict: Fit = next(
-        (fit for fit in ("fits", "tight") if fit in verdicts.values()), "does not fit"
-    )
-    if verdict == "does not fit":
-        smallest = min(series.sized.values(), key=peak, default=None)
-        why = (
-            f"batch {smallest.batch_size} alone peaks at {mib(peak(smallest))}"
-            if smallest
-            else "no row has a peak"
-        )
-        return CardFit(series.variant, verdict, None, None, None, None, None, None, why)
-    within = [series.sized[batch] for batch, fit in verdicts.items() if fit == verdict]
-    largest = max(within, key=lambda cell: cell.batch_size)
-    rates = {cell.batch_size: rate(cell) for cell in within if cell.items_per_s}
-    best = max(rates, key=lambda batch: rates[batch], default=None)
-    return CardFit(
-        variant=series.variant,
-        verdict=verdict,
-        batch_size=largest.batch_size,
-        items_per_s=rates.get(largest.batch_size),
-        peak_bytes=peak(largest),
-        headroom_bytes=usable(nominal) - need_bytes(memory_of(largest))[1],
-        best_batch_size=best,
-        best_items_per_s=rates.get(best) if best else None,
-        note="; ".join(_card_notes(series, verdicts, largest)),
-    )
-
-
-def _card_notes(series: Series, verdicts: dict[int, Fit], largest: Cell) -> Iterator[str]:
-    """What stands above the largest batch: nothing measured, a tight one, one that ran out of memory."""
-    above = [batch for batch, fit in verdicts.items() if batch > largest.batch_size]
-    lost = [cell for cell in series.lost if cell.batch_size > largest.batch_size]
-    if verdicts[largest.batch_size] == "fits" and (
-        tight := [batch for batch in above if verdicts[batch] == "tight"]
-    ):
-        yield f"batch {max(tight)} is tight"
-    yield from (
-        f"batch {cell.batch_size} {cell.status} on {cell.environment.device}" for cell in lost
-    )
-    if not above and not lost:
-        yield "larger not measured"
-
-
-def fit_everywhere(base: Series, awq: Series, cards: Sequence[Card]) -> str:
-    """Why cards and budgets say nothing of models this small; empty where they do."""
-    peaks = [peak(cell) for series in (base, awq) for cell in series.sized.values()]
-    lost = base.lost or awq.lost
-    if (
-        not peaks
-        or not cards
-        or lost
-        or max(peaks) > min(card.nominal_bytes for card in cards) / 100
-    ):
-        return ""
-    return f"no batch peaks above {mib(max(peaks))}, which every card holds with more than 99 % to spare"
-
-
-def largest_within(series: Series, usable_bytes: int) -> Cell | None:
-    """The row with the largest batch whose need, at the worst, is within `usable_bytes`."""
-    rows = [
-        cell for cell in series.sized.values() if need_bytes(memory_of(cell))[1] <= usable_bytes
-    ]
-    return max(rows, key=lambda cell: cell.batch_size, default=None)
-
-
-def budgets(base: Series, awq: Series) -> list[tuple[int, Cell | None, Cell | None]]:
-    """Every amount of usable memory at which a largest batch may change, with the largest of both sides there."""
-    rows = [*base.sized.values(), *awq.sized.values()]
-    needs = sorted({need_bytes(memory_of(cell))[1] for cell in rows})
-    return [(need, largest_within(base, need), largest_within(awq, need)) for need in needs]
-
-
-def find_crossover(base: Series, awq: Series, differing: Sequence[str] = ()) -> Crossover:
-    """The crossover of two series, found by walking the budgets down from the largest."""
-    if differing:
-        return Crossover("the speeds were not recorded under one environment")
-    if not all((base.rated, awq.rated, base.sized, awq.sized)):
-        return Crossover("one side has no row with a rate and a peak")
-    found, row, unsure = None, None, False
-    for need, ours, theirs in reversed(budgets(base, awq)):
-        if ours is None or not ours.items_per_s or (theirs and not theirs.items_per_s):
-            break
-        row = overhead(ours, theirs) if theirs else None
-        if row and row.overhead_percent > 0:
-            break
-        unsure |= row is not None and row.high is not None and row.high > 0
-        found = need, ours, theirs
-    if found is None:
-        faster = row is None or row.verdict == "faster"
-        what = f"{awq.label} is the faster" if faster else "the rates are not told apart"
-        return Crossover(f"{what}, each at its largest batch, even where every row fits")
-    need, ours, theirs = found
-    return Crossover(
-        f"each at the largest batch whose peak and memory outside torch are within {mib(need)}",
-        budget_bytes=need,
-        nominal_bytes=math.ceil(need / USABLE_SHARE),
-        base_batch_size=ours.batch_size,
-        base_items_per_s=rate(ours),
-        awq_batch_size=theirs.batch_size if theirs else None,
-        awq_items_per_s=rate(theirs) if theirs else None,
-        open=unsure,
-    )
-
-
-def walk(base: Series, awq: Series) -> Iterator[Stretch]:
-    """The budgets from the smallest need on, cut where another thing is to be said."""
-    steps = []
-    for need, ours, theirs in budgets(base, awq):
-        row = (
-            overhead(ours, theirs)
-            if ours and theirs and ours.items_per_s and theirs.items_per_s
-            else None
-        )
-        steps.append((_regime(ours, theirs, row), need, row.overhead_percent if row else None))
-    groups = [(regime, list(group)) for regime, group in groupby(steps, key=lambda step: step[0])]
-    ends = [*(group[0][1] for _, group in groups[1:]), None]
-    for (regime, group), end in zip(groups, ends, strict=False):
-        yield Stretch(
-            regime, group[0][1], end, tuple(percent for *_, percent in group if percent is not None)
-        )
-
-
-def _regime(ours: Cell | None, theirs: Cell | None, row: Overhead | None) -> str:
-    if ours is None:
-        return "only awq"
-    if theirs is None:
-        return "only base"
-    if row is None:
-        return "no rates"
-    return {"faster": "awq faster", "slower": "base faster", "cannot tell": "either"}[row.verdict]
-
-
-# ---------------------------------------------------------------- what follows
-
-
-def recommend(
-    base: Series,
-    awq: Series,
-    memory: Sequence[Saving],
-    overhead: Sequence[Overhead],
-    stretches: Sequence[Stretch],
-) -> Iterator[Recommendation]:
-    """When to use which, each from the figures alone. By budget, by batch, and by the time of a step."""
-    a, b = base.label, awq.label
-    if saving := [row for row in memory if row.saving_percent > 0]:
-        sentence = f"{b} saves {span(row.saving_percent for row in saving)} % of the peak at {batches_of(saving)}."
-        yield Recommendation(
-            "awq", sentence, f"1 - its peak / {a}'s, at every batch that both measured"
-        )
-    said: dict[str, tuple[Any, str]] = {
-        "only awq": ("awq", f"{b} fits, {a} does not"),
-        "only base": ("base", f"{a} fits, {b} does not"),
-        "awq faster": ("awq", f"{b} is the faster, each at its largest batch"),
-        "base faster": ("base", f"{a} is the faster, each at its largest batch"),
-        "either": (
-            "either",
-            f"the rates differ by less than {SAME_PERCENT:g} %, each at its largest batch",
-        ),
-    }
-    for stretch in stretches:
-        if stretch.regime in said:
-            use, what = said[stretch.regime]
-            if stretch.regime == "either" and max(map(abs, stretch.percents)) >= SAME_PERCENT:
-                what = "the rates are not told apart, each at its largest batch"
-            till = (
-                f"of usable memory to {_gib(stretch.end_bytes)}"
-                if stretch.end_bytes
-                else "of usable memory on"
-            )
-            by = f" ({span(stretch.percents, '+')} %)" if stretch.percents else ""
-            yield Recommendation(
-                use,
-                f"From {_gib(stretch.start_bytes)} {till} {what}{by}.",
-                "the largest measured batch of either whose peak and memory outside torch are within the budget",
-            )
-    uses: dict[str, Any] = {"slower": "base", "faster": "awq"}
-    for verdict, rows in by_verdict(overhead).items():
-        percents = span([row.overhead_percent for row in rows], "+")
-        sentence = f"At the same batch {b} is {verdict} at {batches_of(rows)} ({percents} %)."
-        if verdict == "cannot tell":
-            sentence = f"At the same batch the rates are not told apart at {batches_of(rows)} ({percents} %)."
-        yield Recommendation(
-            uses.get(verdict, "either"),
-            sentence,
-            f"its rate / {a}'s - 1, at every batch that both measured",
-        )
-    if overhead:
-        row = overhead[0]
-        times = [
-            1000 * row.batch_size / value for value in (row.base_items_per_s, row.awq_items_per_s)
+def _caveats(place: Comparison) -> Iterator[str]:
+    cells, table = place.cells, frame(place.cells)
+    ok, count = table[table["status"] == "ok"], disturbed(cells)
+    shared = place.rows.dropna(subset="percent")
+    differing = differences(place.base.cells, place.awq.cells)
+    unlike: list[str] = []
+    for name in ("texts", "tokens", "dtype"):
+        values = shared[[f"base_{name}", f"awq_{name}"]].map(render.shown).to_numpy()
+        different = [
+            f"{name} ({ours} against {theirs})" for ours, theirs in values if ours != theirs
         ]
-        sentence = f"A step of {row.batch_size} takes {short(times[0])} ms with {a} and {short(times[1])} ms with {b}."
-        yield Recommendation(
-            uses.get(row.verdict, "either"), sentence, "the smallest shared batch over its rate"
-        )
-
-
-def caveats(base: Series, awq: Series, differing: Sequence[str]) -> Iterator[str]:
-    """What the figures cannot claim: where they come from, what differs, what was not measured."""
-    cells = [*base.cells, *awq.cells]
-    ok = [cell for cell in cells if cell.status == "ok"]
-    yield "The figures are " + " and ".join(dict.fromkeys(cell.origin for cell in cells)) + "."
-    if differing:
-        yield f"No verdict on speed: the two sides differ in {'; '.join(differing)}."
-    if not base.rated.keys() & awq.rated.keys():
-        yield "No batch size was measured on both sides."
-    if any(len(cell.step_s) < FEWEST_SAMPLES for cell in ok):
-        yield f"No interval where a source kept fewer than {FEWEST_SAMPLES} samples: a verdict there has one figure."
-    methods = {cell.memory.method for cell in ok if cell.memory}
-    if "tracked" in methods and len(methods) > 1:
-        yield "Peaks by different methods: tracked from the tensors on one side, the CUDA allocator's on the other."
-    if any(
-        cell.memory and (cell.memory.device_bytes is None or cell.memory.reserved_bytes is None)
-        for cell in ok
-    ):
-        least, most = (amount // 10**6 for amount in OUTSIDE_TORCH_BYTES)
-        yield f"Memory outside torch was not measured in every row; {least} to {most} MB are assumed there."
-    devices = " and ".join(dict.fromkeys(cell.environment.device for cell in cells))
-    yield f"Rates under a memory budget are those of {devices} under that budget, not of a card of that size."
-    if any(cell.environment.gpu is None and cell.environment.cpu for cell in cells):
-        yield "Run on a CPU: its rates say nothing about a GPU's."
-    yield from _differences(base, awq)
-    for series in (base, awq):
-        if any(random_weights(cell) for cell in series.cells):
-            yield f"{series.label} has untrained weights: speed and memory hold, embeddings mean nothing."
-        if unsteady := [
-            str(cell.batch_size) for cell in series.cells if cell.timing and not cell.timing.steady
-        ]:
-            yield f"{series.label} was not steady at batch {', '.join(unsteady)}."
-        if twice := repeated(series):
-            yield f"{series.label} has batch {', '.join(map(str, twice))} more than once; the last row counts."
-        yield from (
-            f"{series.label} batch {c.batch_size}: {c.status}, {c.reason or 'no reason'}."
-            for c in series.lost
-        )
-
-
-def _differences(base: Series, awq: Series) -> Iterator[str]:
-    """What else is not equal on the two sides: texts, padded length, precision, and whether they were timed in turn."""
-    both = [
-        (base.rated[batch], awq.rated[batch])
-        for batch in sorted(base.rated.keys() & awq.rated.keys())
-    ]
-    reads: dict[str, Callable[[Cell], Any]] = {
-        "texts": lambda cell: cell.workload.texts,
-        "padded length": lambda cell: cell.workload.tokens,
-        "precision": lambda cell: cell.backend.dtype,
+        unlike += different[:1]
+    least, most = (amount // 10**6 for amount in OUTSIDE_TORCH_BYTES)
+    devices = " and ".join(table["device"].unique())
+    timings = [(cell.timing, place.base.rated.get(b)) for b, cell in place.awq.rated.items()]
+    methods = {cell.memory.method == "tracked" for cell in cells if cell.memory}
+    few = [c for c in cells if c.status == "ok" and len(c.step_s) < FEWEST_SAMPLES]
+    on_cpu = [c for c in cells if c.environment.cpu and not c.environment.gpu]
+    outside = ok["device_bytes"].isna() | ok["reserved_bytes"].isna()
+    apart = [t for t, c in timings if t and c and c.variant not in t.interleaved_with]
+    origins = {*table["origin"]}
+    sentences = {
+        "These figures come from the report; they were not measured here.": "published" in origins,
+        "These figures are predictions; they were not measured.": "predicted" in origins,
+        f"No verdict on speed: the two sides differ in {'; '.join(differing)}.": differing,
+        f"{count} of {len(cells)} cells were disturbed and give no verdict on speed.": count,
+        "No batch size was measured on both sides.": shared.empty,
+        f"Some rows have no error bars: they kept fewer than {FEWEST_SAMPLES} samples.": few,
+        "Peaks come from tracked tensors and from the CUDA allocator.": len(methods) > 1,
+        f"Some rows lack the memory outside torch: {least} to {most} MB are assumed.": any(outside),
+        f"Rates under a memory budget are those of {devices}, not those of a smaller card.": True,
+        "Some rates come from a CPU and say nothing about a GPU.": on_cpu,
+        f"The two sides differ in {', '.join(unlike)}.": unlike,
+        "The two were not interleaved: a drift between the runs looks like a difference.": apart,
     }
-    for name, read in reads.items():
-        if differing := [(a, b) for a, b in both if read(a) != read(b)]:
-            a, b = differing[0]
-            yield f"The {name} differs: {read(a)} against {read(b)} at batch {a.batch_size}.".replace(
-                "None", "not recorded"
-            )
-    if any(b.timing and a.variant not in b.timing.interleaved_with for a, b in both):
-        yield "The two were not timed in turn: a drift between the runs would look like a difference."
+    yield from (sentence for sentence, holds in sentences.items() if holds)
+    for series in place.pair:
+        unsteady = [c.batch_size for c in series.cells if c.timing and not c.timing.steady]
+        if any(map(random_weights, series.cells)):
+            yield f"{series.label} has random weights: its embeddings mean nothing."
+        if unsteady:
+            yield f"{series.label} was not steady at {_batches(unsteady)}."
+        if series.repeated:
+            yield f"{series.label} has {_batches(series.repeated)} twice; the last row counts."
+        for cell in series.failed:
+            reason = cell.reason or "no reason recorded"
+            yield f"{series.label} batch {cell.batch_size}: {cell.status}, {reason}."
 
 
-# ---------------------------------------------------------------- small things
+# ---------------------------------------------------------------- the report's layout
 
 
-def rate(cell: Cell) -> float:
-    """Items per second of a cell that has them."""
-    assert cell.items_per_s is not None
-    return cell.items_per_s.median
-
-
-def memory_of(cell: Cell) -> Memory:
-    """The memory of a cell that has it."""
-    assert cell.memory is not None
-    return cell.memory
-
-
-def peak(cell: Cell) -> int:
-    """Peak bytes of a cell that has them."""
-    return memory_of(cell).peak_bytes
-
-
-def span(values: Iterable[float], sign: str = "") -> str:
-    """Figures as `-59.4 to -4.0`, or as one where they are one."""
-    figures = sorted(values)
-    return " to ".join(
-        dict.fromkeys(format(end, f"{sign}.1f") for end in (figures[0], figures[-1]))
-    )
-
-
-def interval(row: Overhead) -> str:
-    """`[-51.2 to -50.1]`, or empty where there is none."""
-    return "" if row.low is None or row.high is None else f"[{row.low:+.1f} to {row.high:+.1f}]"
-
-
-def by_verdict(overhead: Iterable[Overhead]) -> dict[str, list[Overhead]]:
-    """The rows of each verdict, in the order in which a verdict first comes."""
-    found: dict[str, list[Overhead]] = {}
-    for row in overhead:
-        found.setdefault(row.verdict, []).append(row)
-    return found
-
-
-def batches_of(rows: Sequence[Overhead] | Sequence[Saving]) -> str:
-    """`batch 8, 16`."""
-    return "batch " + ", ".join(str(row.batch_size) for row in rows)
-
-
-def _gib(amount_bytes: float) -> str:
-    return f"{amount_bytes / GIB:.2f} GiB"
-
-
-def _only(values: Sequence[str]) -> str | None:
-    return values[0] if len(values) == 1 else None
+def _sections(place: Comparison) -> dict[str, list[Block]]:
+    """Title to tables and sentences, in the order of the report."""
+    base, awq = place.pair
+    parameters = {
+        series.label: pd.DataFrame(
+            [
+                {"variant": c.variant, "weights": c.weights, "kernels": kernels(c)}
+                | dict(c.environment)
+                for c in series.cells
+            ]
+        )[PARAMETERS].agg(lambda column: " and ".join(map(str, column.dropna().unique())))
+        for series in place.pair
+    }
+    table = pd.DataFrame(parameters).rename_axis("Parameter")
+    small = too_small(place.pair, place.cards_gb)
+    crossover, cross = [_crossover_sentence(place)], place.crossover
+    if cross:
+        nominal, need = mib(cross["nominal_bytes"]), mib(cross["need_bytes"])
+        crossover.append(f"A card of {nominal} has these {need}.")
+    names = {"base": f"Use {base.label}", "awq": f"Use {awq.label}", "either": "Either"}
+    sections: dict[str, list[Block]] = {
+        "Overview": [[conditions(place.cells), *place.sentences]],
+        "Test environment": [table[table.ne("").any(axis=1)]],
+        "Batch size sweep": [Results(tuple(place.cells)).table()],
+        "Memory-constrained scenarios": [
+            [f"Cards say nothing of models this small: {small}."] if small else place.card_table()
+        ],
+        "Comparison at the same batch size": [place.speed_table()],
+        "Crossover": [crossover],
+        "Recommendations": [[f"{names[row.use]}: {row.sentence}" for row in place.recommendations]],
+        "Caveats": [list(place.caveats)],
+    }
+    if len(place.claims_table):
+        sections["The report's claims against its own rows"] = [place.claims_table]
+    return sections

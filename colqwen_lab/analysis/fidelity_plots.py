@@ -1,155 +1,114 @@
-"""Figures of fidelity: what is lost over bytes, every metric with its interval, and pages before and after."""
+"""Figures of fidelity: the loss by weight size, every metric of a variant, pages side by side."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
-from matplotlib.axes import Axes
+import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
-from colqwen_lab.analysis.plots import FIXED, FREE, Plot, framed, spread
+from colqwen_lab.analysis.fidelity import Fidelities
+from colqwen_lab.analysis.plots import FIXED, FREE, Plot, band, difference_line, framed, legend
+from colqwen_lab.errors import BadInput
 from colqwen_lab.records import MIB
-from colqwen_lab.retrieval.record import Fidelity
 
-if TYPE_CHECKING:
-    from colqwen_lab.analysis.fidelity import Fidelities
-    from colqwen_lab.retrieval.data import Corpus
-
-#: Pages shown of each ranking, and the width in pixels that each is drawn at.
-SHOWN, THUMBNAIL = 5, 130
-ANSWERS, DOES_NOT = "#009E73", "0.75"
-#: What a label on its side takes of the width of a figure.
-LABEL = 0.03
+PAGES, WIDTH = 5, 130  # pages of a ranking, and their width in pixels
+KINDS_OF_WEIGHTS = {  # colour and marker by the origin of the weights
+    "base": FIXED["base"],
+    "tuned by AutoRound": FIXED["awq"],
+    "rounded without tuning": FREE[3],
+}
 
 
-def _conditions(found: Fidelities) -> str:
-    return f"measured · {found.conditions()} · budget {found.base.visual_tokens} visual tokens"
-
-
-def frontier(found: Fidelities, metric: str = "nDCG@5") -> Figure:
-    """The loss in `metric` over the bytes of the weights, with its interval; tuned and plainly rounded models apart."""
-    figure, axes = framed(
-        f"What is lost of {metric} over what the weights take", _conditions(found), 5.2
-    )
-    axes.axhspan(-found.margin, found.margin, color="0.88", label=f"±{found.margin:g}: the margin")
-    best = found.frontier(metric)
-    axes.plot(
-        [one.weights_bytes / MIB for one in best],
-        [found.loss(one, metric).difference for one in best],
-        color="0.5",
-        linewidth=1,
-        linestyle="--",
-        label="frontier: nothing smaller is as good",
-        zorder=1,
-    )
-    tops = {}
-    for record in found.records:
-        row = found.loss(record, metric)
-        plain = record.iters == 0
-        colour, marker = (
-            FIXED["base"] if record is found.base else FREE[3] if plain else FIXED["awq"]
-        )
-        bars = spread(row.difference, row.low, row.high)
-        at = record.weights_bytes / MIB
-        axes.errorbar(
-            at, row.difference, [[end] for end in bars], color=colour, marker=marker, capsize=3
-        )
-        if not plain:
-            tops[at, row.difference + bars[1]] = record.label, colour
-    kinds = {one.iters == 0 for one in found.others}
-    others = [
-        ("tuned by AutoRound", FIXED["awq"], False in kinds),
-        ("rounded plainly", FREE[3], True in kinds),
-    ]
-    for name, (colour, marker), there in [("base", FIXED["base"], True), *others]:
-        if there:
-            axes.plot([], [], color=colour, marker=marker, linestyle="", label=name)
+def frontier(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
+    """The difference to base in `metric` by the MiB of the weights, with intervals."""
+    title = f"{metric} compared with base, by weight size"
+    figure, axes = framed(title, fidelities.conditions(), 5.2)
+    band(axes, fidelities.margin, f"±{fidelities.margin:g}: the margin")
+    best = {record.weights_bytes / MIB: record for record in fidelities.frontier(metric)}
+    heights = [fidelities.loss(record, metric).difference for record in best.values()]
+    label = "frontier: nothing smaller is as good"
+    axes.plot([*best], heights, "--", color="0.5", linewidth=1, label=label)
+    named = []
+    for record in fidelities.records:
+        row, x = fidelities.loss(record, metric), record.weights_bytes / MIB
+        number = 0 if record is fidelities.base else 2 if record.iters == 0 else 1
+        label, look = [*KINDS_OF_WEIGHTS.items()][number]
+        rows = [(row.difference, row.low, row.high, row.verdict)]
+        difference_line(axes, [x], rows, look, label=label, linestyle="")
+        if number < 2:
+            named.append((x, max(row.difference, row.high or -1), record.label, look[0]))
     axes.margins(x=0.08, y=0.1)
-    _name(axes, tops)
-    axes.set_xlabel("weights, MiB")
-    axes.set_ylabel(f"{metric}, difference to base")
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    return figure
-
-
-def _name(axes: Axes, tops: dict[tuple[float, float], tuple[str, str]]) -> None:
-    """Label the points in a row above them all, side by side, each with a line to the upper end of its interval."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.45 * (high - low))
+    # Labels stand in a row above all points, at least 0.035 of the width apart.
+    named.sort()
     left, right = axes.get_xlim()
-    slots: list[float] = []
-    for at, _ in sorted(tops):
-        slots.append(max([(at - left) / (right - left), *(slot + LABEL for slot in slots[-1:])]))
-    for nth, point in enumerate(sorted(tops)):
-        label, colour = tops[point]
-        axes.annotate(
-            label,
-            point,
-            (min(slots[nth], 0.98 - LABEL * (len(slots) - 1 - nth)), 0.8),
-            textcoords="axes fraction",
-            rotation=90,
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=colour,
-            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.7, "shrinkB": 0},
-        )
+    steps = 0.035 * np.arange(len(named))
+    places = np.array([(x - left) / (right - left) for x, *_ in named])
+    places = np.minimum(np.maximum.accumulate(places - steps) + steps, 0.98 - steps[::-1])
+    text: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8}
+    text |= {"arrowprops": {"arrowstyle": "-", "color": "0.75", "shrinkB": 0, "relpos": (0.5, 0)}}
+    for place, (x, y, label, colour) in zip(places, named, strict=True):
+        to = (place, 0.8)
+        axes.annotate(label, (x, y), to, textcoords="axes fraction", color=colour, **text)
+    axes.set_xlabel("weights, MiB")
+    axes.set_ylabel(f"{metric}, difference to base")
+    return legend(figure, axes)
 
 
-def metrics(found: Fidelities, label: str = "") -> Figure:
-    """Every metric's difference to BASE with its interval; a filled marker is told apart from zero."""
-    record = found.pick(label)
-    rows = found.all_losses(record)[::-1]
-    figure, axes = framed(f"{record.label} against base, metric by metric", _conditions(found), 3.8)
-    colour, marker = FIXED["awq"]
-    axes.axvspan(-found.margin, found.margin, color="0.88", label=f"±{found.margin:g}: the margin")
-    axes.axvline(0, color="0.3", linewidth=1)
-    for place, row in enumerate(rows):
-        bars = [[end] for end in spread(row.difference, row.low, row.high)]
-        face = colour if row.verdict in ("worse", "better") else "white"
-        axes.errorbar(
-            row.difference, place, xerr=bars, color=colour, marker=marker, mfc=face, capsize=3
-        )
-    axes.set_yticks(range(len(rows)), [row.metric for row in rows])
-    axes.set_xlabel("difference to base, mean over queries, 95 % interval")
-    axes.legend(frameon=False, fontsize=8)
-    return figure
+def metrics(fidelities: Fidelities, label: str = "") -> Figure:
+    """The difference to base in every metric, with intervals; filled markers are significant."""
+    record = fidelities.pick(label)
+    losses = fidelities.all_losses(record)
+    figure, axes = framed(f"{record.label} compared with base", fidelities.conditions())
+    band(axes, fidelities.margin, f"±{fidelities.margin:g}: the margin")
+    rows = [(loss.difference, loss.low, loss.high, loss.verdict) for loss in losses]
+    difference_line(axes, range(len(rows)), rows, FIXED["awq"], linestyle="")
+    axes.set_xticks(range(len(rows)), [loss.metric for loss in losses], fontsize=8)
+    axes.set_ylabel("difference to base, mean over queries")
+    return legend(figure, axes)
 
 
 KINDS: dict[str, Callable[..., Figure]] = {"frontier": frontier, "metrics": metrics}
 
 
-def pictures(found: Fidelities, corpus: Corpus, query: int, record: Fidelity, which: str) -> Figure:
-    """The first pages for one query in BASE's order and in the variant's."""
+def pictures(fidelities: Fidelities, which: str = "worst", label: str = "") -> Figure:
+    """The first pages of the worst or best query: base's ranking above the variant's.
+
+    Raises:
+        BadInput: neither worst nor best, or records from a file, which hold no pages.
+    """
+    base, record, corpus = fidelities.base, fidelities.pick(label), fidelities.corpus
+    query = fidelities.query(which, label)
+    if corpus is None:
+        raise BadInput("records from a file hold no pages; run lab.fidelity(...) to see them")
     answers = corpus.relevance[corpus.query_ids[query]]
-    number = {page: place for place, page in enumerate(corpus.page_ids)}
-    shown = min(SHOWN, len(corpus.page_ids))
     figure = Plot(figsize=(6.4, 4.3), layout="constrained")
-    before, after = (one.values["nDCG@5"][query] for one in (found.base, record))
-    said = f"nDCG@5 {before:.2f} to {after:.2f}"
-    said = f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n{record.label} against base, {said}"
-    figure.suptitle(f"{said}\n{textwrap.fill(_conditions(found), 90)}", fontsize=9)
-    grid = figure.subplots(2, shown, squeeze=False)
-    for row, one in zip(grid, (found.base, record), strict=True):
-        row[0].set_ylabel(one.label)
-        for place, (axes, page) in enumerate(zip(row, one.top[query], strict=False)):
-            _page(axes, corpus.page(number[page]))
-            right = answers.get(page, 0) > 0
-            axes.set_title(f"{place + 1}: {page}{', answers' if right else ''}", fontsize=8)
-            for side in axes.spines.values():
-                side.set(color=ANSWERS if right else DOES_NOT, linewidth=4 if right else 1)
+    after, before = (side.values["nDCG@5"][query] for side in (record, base))
+    figure.suptitle(
+        f"The {which} query: “{textwrap.shorten(corpus.queries[query], 80)}”\n"
+        f"nDCG@5 of {record.label} {after:.2f} against {before:.2f} of base\n"
+        + textwrap.fill(fidelities.conditions(), 90),
+        fontsize=9,
+    )
+    grid = figure.subplots(2, min(PAGES, len(corpus.page_ids)), squeeze=False)
+    for row, side in zip(grid, (base, record), strict=True):
+        row[0].set_ylabel(side.label)
+        for place, (axes, page_id) in enumerate(zip(row, side.top[query], strict=False), 1):
+            relevant = answers.get(page_id, 0) > 0
+            axes.set_title(f"{place}: {page_id}{', answers' if relevant else ''}", fontsize=8)
+            axes.set(xticks=[], yticks=[])
+            frame = ("#009E73", 4) if relevant else ("0.75", 1)
+            axes.spines[:].set(color=frame[0], linewidth=frame[1])
+            page = corpus.page(corpus.page_ids.index(page_id))
+            if isinstance(page, str):
+                text = textwrap.fill(textwrap.shorten(page, 400), 34)
+                axes.text(0.04, 0.96, text, va="top", fontsize=8)
+            else:
+                page = page.copy()
+                page.thumbnail((WIDTH, 2 * WIDTH))
+                axes.imshow(page)
     return figure
-
-
-def _page(axes: Axes, page: Image.Image | str) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if isinstance(page, str):
-        axes.text(0.04, 0.96, textwrap.fill(textwrap.shorten(page, 400), 34), va="top", fontsize=8)
-    else:
-        small = page.copy()
-        small.thumbnail((THUMBNAIL, 2 * THUMBNAIL))
-        axes.imshow(small)

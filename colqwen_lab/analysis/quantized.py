@@ -1,17 +1,18 @@
-"""What quantising did, from its record: bytes, and each layer's weight error."""
+"""A quantised checkpoint as its record describes it: bytes, and the weight error of each linear."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colqwen_lab.analysis.results import html_table
+import pandas as pd
+
+from colqwen_lab import analysis
+from colqwen_lab.analysis import render
 from colqwen_lab.records import MIB
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -19,77 +20,57 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Quantized:
-    """A checkpoint folder and the record of its making."""
+    """A checkpoint folder, and the record of its quantisation."""
 
     folder: Path
     record: dict[str, Any]
 
     def errors(self) -> dict[tuple[int, str], float]:
-        """Relative weight error by (layer, linear): the norm of the difference over that of the original."""
-        found = {}
+        """The relative weight error ‖Δ‖ / ‖W‖ by (layer, linear)."""
+        errors = {}
         for name, error in self.record["relative_error"].items():
-            match = re.search(r"layers\.(\d+)\..*?(\w+_proj)$", name)
-            if match:
-                found[int(match[1]), match[2]] = error
-        return found
+            *_, layer, _, linear = name.split(".")  # ...layers.3.self_attn.q_proj
+            errors[int(layer), linear] = error
+        return errors
 
     def summary(self) -> pd.DataFrame:
-        """One row: scheme, tuning, layers, MiB before and after, saving, mean and largest weight error."""
-        import pandas as pd
-
+        """One row: scheme, tuning, linears, MiB before and after, saving, weight errors."""
         before, after = self.record["source_bytes"], self.record["result_bytes"]
-        errors = list(self.errors().values())
-        recipe = self.record["recipe"]
+        errors, recipe = pd.Series(self.errors()), self.record["recipe"]
         row = {
-            "scheme": recipe["scheme"],
             "iterations": recipe["iters"],
             "linears": len(errors),
-            "before MiB": round(before / MIB, 2),
-            "after MiB": round(after / MIB, 2),
+            "before MiB": render.in_mib(before),
+            "after MiB": render.in_mib(after),
             "saving %": round(100 * (1 - after / before), 1),
-            "mean error": round(sum(errors) / len(errors), 3),
-            "largest error": round(max(errors), 3),
+            "mean error": round(errors.mean(), 3),
+            "largest error": round(errors.max(), 3),
         }
-        return pd.DataFrame([row]).set_index("scheme")
+        return pd.DataFrame([row], index=pd.Index([recipe["scheme"]], name="scheme"))
 
     def table(self) -> pd.DataFrame:
-        """Relative weight error, a row a layer, a column a linear."""
-        import pandas as pd
-
-        errors = self.errors()
-        layers = sorted({layer for layer, _ in errors})
-        rows = [{linear: round(errors[layer, linear], 4) for linear in LINEARS} for layer in layers]
-        return pd.DataFrame(rows, index=pd.Index(layers, name="layer"))
+        """The relative weight error, one row a layer, one column a linear."""
+        table = pd.Series(self.errors()).unstack()[list(LINEARS)]
+        return table.round(4).rename_axis("layer")
 
     def plot(self) -> Figure:
-        """Relative weight error over the layers, a line a linear."""
-        from matplotlib.ticker import MaxNLocator
-
-        from colqwen_lab.analysis import plots
-
-        table, recipe = self.table(), self.record["recipe"]
-        figure = plots.Plot(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
+        """The relative weight error by layer, one line a linear."""
+        plots, table, recipe = analysis.plots, self.table(), self.record["recipe"]
+        title = f"Weight error of {recipe['scheme']}, {recipe['iters']} iterations"
+        figure, axes = plots.framed(title, f"quantised from {self.record['source']}")
         styles = [*plots.FIXED.values(), *plots.FREE]
-        for linear, (colour, marker) in zip(table.columns, styles, strict=True):
-            axes.plot(
-                table.index, table[linear], color=colour, marker=marker, label=linear, linewidth=1
-            )
-        axes.set_xlabel("layer of the text tower")
+        for linear, (colour, marker) in zip(LINEARS, styles, strict=True):
+            axes.plot(table[linear], color=colour, marker=marker, label=linear, linewidth=1)
+        axes.set_xlabel("layer of the language model")
         axes.set_ylabel("relative weight error, ‖Δ‖ / ‖W‖")
-        axes.set_ylim(0, 1.15 * table.to_numpy().max())
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(
-            f"{recipe['scheme']}, {recipe['iters']} iterations, of {self.record['source']}",
-            fontsize=10,
-        )
-        axes.legend(ncols=2, fontsize=8)
-        return figure
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        return plots.legend(figure, axes)
 
     def __repr__(self) -> str:
-        before, after = self.record["source_bytes"], self.record["result_bytes"]
-        recipe = self.record["recipe"]
-        return f"Quantized({self.folder.name}: {recipe['scheme']}, {before / MIB:.2f} -> {after / MIB:.2f} MiB)"
+        before, after = (self.record[name] / MIB for name in ("source_bytes", "result_bytes"))
+        scheme = self.record["recipe"]["scheme"]
+        return f"Quantized({self.folder.name}: {scheme}, {before:.2f} -> {after:.2f} MiB)"
 
     def _repr_html_(self) -> str:
-        return html_table(self.summary().reset_index())
+        return render.html(self.summary())

@@ -1,241 +1,150 @@
-"""A comparison as a Markdown report, in the layout of the report it grew from."""
+"""Frames and values as text, HTML and Markdown. A missing value is "-"; memory is shown in MiB."""
 
 from __future__ import annotations
 
-import html
+import html as markup
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import shutil
+import textwrap
+from collections.abc import Iterable
+from itertools import zip_longest
+from numbers import Number
+from typing import Any
 
-from colqwen_lab.analysis.compare import fit_everywhere
-from colqwen_lab.analysis.results import Series, conditions, kernels, mib, short, unit
-from colqwen_lab.errors import plain
-from colqwen_lab.records import Cell
+import pandas as pd
 
-if TYPE_CHECKING:
-    from colqwen_lab.analysis.compare import CardFit, Comparison, SideBySide
+from colqwen_lab.errors import plain, printable
+from colqwen_lab.records import MIB
 
-SHOWN = (
-    "gpu",
-    "driver",
-    "cuda",
-    "cpu",
-    "threads",
-    "attention",
-    "torch",
-    "transformers",
-    "auto_round",
-    "python",
-    "os",
-)
-# Also a link's `](`, `_` at a word's edge, an address that would become a link, and what begins a block.
+MISSING = "-"
+# Also a link's `](`, `_` at a word's edge, an address that would become a link, and block starts.
 MARKUP = re.compile(
     r"[\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|:(?=//)|(?<=www)\.|^(?:[-+](?=[\s-]|$)|[#=])",
     re.IGNORECASE,
 )
-USES = {"awq": "Use {awq} when", "base": "Use {base} when", "either": "It does not matter when"}
 
 
-def report(comparison: Comparison) -> str:
-    """The whole report, as Markdown. Strings from records are escaped."""
-    base, awq, said = comparison.base, comparison.awq, escape(comparison.verdict())
-    sections = {
-        "Overview": [
-            table(["Model", "Variant", "Weights", "Kernels"], map(_model, (base, awq))),
-            said,
-        ],
-        "Test environment": [table(["Parameter", base.label, awq.label], _environment(base, awq))],
-        "Batch size sweep": [table(*_sweep(base, awq))],
-        "Memory-constrained scenarios": list(_cards(comparison)),
-        "Comparison at the same batch size": [table(*_same_batch(comparison))],
-        "Crossover": [_crossover(comparison)],
-        "Recommendations": list(_recommendations(comparison)),
-        "Caveats": ["\n".join(f"- {escape(caveat)}" for caveat in comparison.caveats)],
-    }
-    if found := comparison.claims:
-        rows = [
-            [claim.claim, claim.rows_say, "yes" if claim.follows else "**no**"] for claim in found
-        ]
-        sections["The report's claims against its own rows"] = [
-            table(["Claim", "The rows say", "Follows"], rows)
-        ]
-    parts = [f"# {escape(awq.label)} against {escape(base.label)}"]
-    for title, blocks in sections.items():
-        parts += [f"## {title}", *blocks]
-    parts.append(f"*{escape(conditions([*base.cells, *awq.cells]))}*")
-    return "\n\n".join(parts) + "\n"
+def short(value: float) -> str:
+    """Three significant digits; from 100 on the whole number: "0.0123", "94", "10,220"."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
-def side_by_side(found: SideBySide) -> str:
-    """The tables of several devices beside each other, then the report of each, as Markdown."""
-    parts = ["# Side by side"]
-    for title, frame in (
-        ("Overhead and memory", found.overhead_table()),
-        ("By device", found.gpu_table()),
-    ):
-        rows = frame.astype(object).where(frame.notna(), None).to_numpy().tolist()
-        parts += [f"## {title}", table(list(frame.columns), rows)]
-    parts += [escape(one) for one in found.left_out]
-    reports = [f"# {escape(where)}\n\n{report(one)}" for where, one in found.comparisons.items()]
-    return "\n\n".join([*parts, *reports])
+def rounded(value: float) -> float:
+    """Four significant digits below 1,000, one decimal above."""
+    return float(f"{value:.4g}") if abs(value) < 1000 else round(value, 1)
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table, every string in it escaped; None is a dash. Only a cell that is wholly `**...**` stays bold."""
-    head, *body = ("| " + " | ".join(map(_shown, line)) + " |" for line in (headers, *rows))
-    return "\n".join([head, "|" + " --- |" * len(headers), *body])
+def in_mib(amount_bytes: float) -> float:
+    """Bytes in MiB, rounded for a table."""
+    return rounded(amount_bytes / MIB)
+
+
+def mib(amount_bytes: float) -> str:
+    """Bytes in MiB for a sentence: "4,278 MiB"."""
+    return f"{short(amount_bytes / MIB)} MiB"
+
+
+def interval(low: float | None, high: float | None, digits: int = 1, sign: str = "") -> str:
+    """`[-51.2 to -50.1]`, empty without both ends; sign "+" also marks positive ends."""
+    if low is None or high is None or pd.isna(low) or pd.isna(high):
+        return ""
+    return f"[{low:{sign}.{digits}f} to {high:{sign}.{digits}f}]"
+
+
+def span(values: Iterable[float], digits: int = 0, sign: str = "") -> str:
+    """`4 to 59`: the smallest and the largest value, or one where they look the same."""
+    ends = sorted(values)
+    return " to ".join(dict.fromkeys(f"{end:{sign}.{digits}f}" for end in (ends[0], ends[-1])))
 
 
 def escape(text: str) -> str:
-    """`text` with what Markdown or HTML would take as markup made plain, on one line, without control characters."""
-    marked = MARKUP.sub(r"\\\g<0>", html.escape(plain(text), quote=False))
+    """`text` on one line, with its Markdown and HTML shown as they are; no control characters."""
+    marked = MARKUP.sub(r"\\\g<0>", markup.escape(plain(text), quote=False))
     return re.sub(r"^(\d+)(?=[.)](?:\s|$))", r"\1\\", marked)
 
 
-def _shown(value: Any) -> str:
-    if value is None or value == "":
-        return "-"
-    bold = re.fullmatch(r"\*\*([\w ]+)\*\*", str(value))
-    return f"**{bold[1]}**" if bold else escape(str(value))
+def shown(value: Any) -> str:
+    """A value as a table shows it: "-" if missing, yes or no, thousands separated."""
+    if pd.isna(value) or value in ("", MISSING):
+        return MISSING
+    if str(value) in ("True", "False"):
+        return "yes" if value else "no"
+    return f"{value:,.10g}" if isinstance(value, Number) else plain(str(value))
 
 
-def _model(series: Series) -> list[str]:
-    named = dict.fromkeys(kernels(cell) for cell in series.cells)
-    return [series.label, series.variant, series.first.weights, "; ".join(named)]
+def screen(rows: Any) -> pd.DataFrame:
+    """Rows or a frame to look at: every missing value is "-", and whole numbers stay whole."""
+    table = pd.DataFrame(rows).convert_dtypes().astype(object)
+    return table.where(table.notna() & (table != ""), MISSING)
 
 
-def _environment(base: Series, awq: Series) -> Iterator[list[str]]:
-    """The rows that either side recorded."""
-    for name in SHOWN:
-        values = [_recorded(series, name) for series in (base, awq)]
-        if any(values):
-            yield [name.replace("_", "-"), *(value or "not recorded" for value in values)]
+def html(frame: pd.DataFrame) -> str:
+    """An HTML table, everything in it escaped."""
+    with pd.option_context("display.max_colwidth", None):
+        return _strings(frame).to_html(index=False, border=0)
 
 
-def _recorded(series: Series, name: str) -> str:
-    values = (getattr(cell.environment, name) for cell in series.cells)
-    return " and ".join(dict.fromkeys(str(value) for value in values if value is not None))
-
-
-def _sweep(base: Series, awq: Series) -> tuple[list[str], list[list[Any]]]:
-    headers = ["Batch size"]
-    headers += [
-        f"{series.label} {what}" for series in (base, awq) for what in ("throughput", "peak memory")
-    ]
-    cells = [cell for series in (base, awq) for cell in series.cells]
-    noticed = {
-        batch: _noticed(cells, batch) for batch in sorted({cell.batch_size for cell in cells})
-    }
+def markdown(frame: pd.DataFrame) -> str:
+    """A Markdown table, everything in it escaped."""
+    table = _strings(frame)
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
     rows = [
-        [batch, *_figures(base, batch), *_figures(awq, batch), what]
-        for batch, what in noticed.items()
+        [cell if cell in ("---", MISSING) else escape(str(cell)) for cell in row] for row in rows
     ]
-    return (
-        ([*headers, "Noticed"], rows)
-        if any(noticed.values())
-        else (headers, [row[:-1] for row in rows])
-    )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _noticed(cells: Sequence[Cell], batch: int) -> str:
-    return "; ".join(
-        dict.fromkeys(
-            note for cell in cells if cell.batch_size == batch for note in cell.interference
-        )
-    )
+def text(frame: pd.DataFrame, width: int | None = None) -> str:
+    """A plain table of at most `width` columns; the default is the terminal's width.
+
+    Columns of one text throughout are named above the table, empty columns are dropped. A
+    table that is too wide even with long cells on several lines continues below, with its first
+    two columns again.
+    """
+    width = width or shutil.get_terminal_size().columns
+    table, above, names = _strings(frame), [], []
+    for name, cells in table.items():
+        varies = len(table) < 2 or cells.nunique() > 1 or (_figures(cells) and cells[0] != MISSING)
+        names += [name] if varies else []
+        above += [f"{name}: {cells[0]}"] if not varies and cells[0] != MISSING else []
+    for longest in (40, 24, 16, 10):
+        columns = [_column(str(name), table[name], longest) for name in names]
+        blocks = [columns[:2]]
+        for column in columns[2:]:
+            if sum(len(each[0][0]) + 2 for each in [*blocks[-1], column]) > width + 2:
+                blocks.append(columns[:2])
+            blocks[-1] = [*blocks[-1], column]
+        if len(blocks) == 1:
+            break
+    constant = [f"{line}\n" for line in textwrap.wrap("; ".join(above), width)]
+    return printable("".join(constant) + "\n\n".join(map(_block, blocks)))
 
 
-def _figures(series: Series, batch: int) -> list[str | None]:
-    """Throughput and peak of a cell; of one without figures its status and reason."""
-    here = [cell for cell in series.cells if cell.batch_size == batch]
-    if here and all(cell.status != "ok" for cell in here):
-        return [here[-1].status, here[-1].reason]
-    rated, sized = series.rated.get(batch), series.sized.get(batch)
-    return [
-        _rate(rated.items_per_s.median, unit(rated)) if rated and rated.items_per_s else None,
-        mib(sized.memory.peak_bytes) if sized and sized.memory else None,
-    ]
+def _figures(cells: Iterable[str]) -> bool:
+    return all(re.fullmatch(r"-|[-+]?\d.*", cell) for cell in cells)
 
 
-def _cards(comparison: Comparison) -> Iterator[str]:
-    if said := fit_everywhere(comparison.base, comparison.awq, comparison.cards):
-        yield f"They say nothing of models this small: {said}."
-        return
-    headers = ["Model", "Verdict", "Largest batch", "Throughput", "Peak memory", "Headroom", "Note"]
-    for card in comparison.cards:
-        yield f"### {card.card_gb:g} GB"
-        both = ((comparison.base.label, card.base), (comparison.awq.label, card.awq))
-        yield table(
-            headers, [[label, *_fit(fit, unit(comparison.base.first))] for label, fit in both]
-        )
-        if card.ratio:
-            yield f"At the largest batches the rate is {card.ratio:.3f} times {escape(comparison.base.label)}'s."
+def _column(name: str, cells: pd.Series[str], longest: int) -> list[list[str]]:
+    """The lines of the header, of a rule and of each cell, all of one width."""
+    body = [textwrap.wrap(cell, max(longest, len(cell) * _figures([cell]))) for cell in cells]
+    head = textwrap.wrap(name, max([6, *map(len, name.split()), *map(_longest, body)]))
+    size = max(map(_longest, [head, *body]))
+    align = ">" if _figures(cells) else "<"
+    return [[f"{line:{align}{size}}" for line in lines] for lines in [head, ["-" * size], *body]]
 
 
-def _fit(fit: CardFit, unit: str) -> list[Any]:
-    rate = _rate(fit.items_per_s, unit) if fit.items_per_s else None
-    sizes = [
-        mib(amount) if amount is not None else None
-        for amount in (fit.peak_bytes, fit.headroom_bytes)
-    ]
-    return [fit.verdict, fit.batch_size, rate, *sizes, fit.note]
+def _longest(lines: list[str]) -> int:
+    return max(map(len, lines), default=0)
 
 
-def _same_batch(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
-    what = unit(comparison.base.first)
-    headers = [
-        "Batch size",
-        comparison.base.label,
-        comparison.awq.label,
-        "Overhead",
-        "95 % interval",
-        "Verdict",
-    ]
-    headers += ["Memory saved"]
-    saved = {row.batch_size: f"{row.saving_percent:.1f} %" for row in comparison.memory}
-    rows = [
-        [
-            row.batch_size,
-            _rate(row.base_items_per_s, what),
-            _rate(row.awq_items_per_s, what),
-            f"{row.overhead_percent:+.1f} %",
-            None if row.low is None or row.high is None else f"{row.low:+.1f} to {row.high:+.1f} %",
-            row.verdict,
-            saved.get(row.batch_size),
-        ]
-        for row in comparison.overhead
-    ]
-    return headers, rows
+def _block(columns: list[list[list[str]]]) -> str:
+    lines = []
+    for row in zip(*columns, strict=True):
+        blank = [" " * len(column[0][0]) for column in columns]
+        for parts in zip_longest(*row):
+            lines.append("  ".join(p or b for p, b in zip(parts, blank, strict=True)).rstrip())
+    return "\n".join(lines)
 
 
-def _crossover(comparison: Comparison) -> str:
-    found = comparison.crossover
-    if found.budget_bytes is None or found.nominal_bytes is None:
-        return f"None: {escape(found.reason)}."
-    base, awq = escape(comparison.base.label), escape(comparison.awq.label)
-    there = (
-        f"{short(found.awq_items_per_s)} at batch {found.awq_batch_size}"
-        if found.awq_items_per_s
-        else "none that fits"
-    )
-    rate = _rate(found.base_items_per_s or 0, unit(comparison.base.first))
-    return (
-        f"From {mib(found.budget_bytes)} of usable memory on (a card of {mib(found.nominal_bytes)} nominal) {base}"
-        f" at its largest batch is {found.as_fast}: {rate} at batch {found.base_batch_size}, {awq} {there}."
-    )
-
-
-def _recommendations(comparison: Comparison) -> Iterator[str]:
-    for use, title in USES.items():
-        found = [one for one in comparison.recommendations if one.use == use]
-        if found:
-            yield "### " + escape(
-                title.format(base=comparison.base.label, awq=comparison.awq.label)
-            )
-            yield "\n".join(
-                f"- {escape(one.sentence)} Derived: {escape(one.derived)}." for one in found
-            )
-
-
-def _rate(items_per_s: float, what: str) -> str:
-    return f"{short(items_per_s)} {what}"
+def _strings(frame: pd.DataFrame) -> pd.DataFrame:
+    return (frame.reset_index() if frame.index.name else frame).map(shown)

@@ -1,1 +1,1 @@
-"""ColQwen3: the network, its variants, where weights come from, how they are quantised and loaded."""
+"""ColQwen3: its network, variants, weights, quantisation and loading."""

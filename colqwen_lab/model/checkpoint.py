@@ -1,8 +1,7 @@
-"""Where weights come from: the hub, a folder, seeded random values, or the trained `tiny` in the package.
+"""Where weights come from: the hub, a folder, seeded random values, or the packaged `tiny`.
 
-A source gives the network's configuration, the names, shapes and types of its tensors, and then the tensors one by
-one, straight onto the device: there is never a second copy of a checkpoint in memory. Only safetensors and JSON are
-read; nothing from a checkpoint is executed.
+A checkpoint gives the configuration, then one tensor at a time straight onto the device, so memory
+never holds a second copy. Only safetensors and JSON are read; no code of a checkpoint runs.
 """
 
 from __future__ import annotations
@@ -13,43 +12,37 @@ import math
 import os
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colqwen_lab.errors import MissingRequirement
+from colqwen_lab.errors import LabError, MissingRequirement
 from colqwen_lab.model.config import SIZES, Repository, Variant, scheme_parts
 from colqwen_lab.model.inputs import TINY, TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
+from colqwen_lab.options import WEIGHTS
 
-WEIGHTS = ("auto", "hub", "random")
-CHECKPOINT_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "tokenizer.json",
-    "*_config.json",
-]
-# Qwen's tokenizer has 11 MB; the other JSON of a checkpoint is small, and a parser takes seventy times its bytes.
-TOKENIZER_BYTES = 64 * 2**20
-JSON_BYTES = 2**20
-# The types of a checkpoint that are read: whether they are floating-point.
-FLOATING = {"BF16": True, "F16": True, "F32": True, "I32": False, "I64": False}
+CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*config.json"]
+# Qwen's tokenizer has 11 MB. A JSON parser takes seventy times a file's bytes.
+TOKENIZER_BYTES, JSON_BYTES = 64 * 2**20, 2**20
+# The types that are read, by whether the network's tensor is floating-point.
+DTYPES = {True: ("BF16", "F16", "F32"), False: ("I32", "I64")}
 
 
 class Checkpoint(ABC):
-    """The weights of one variant. `label` is what a record says of them.
+    """The weights of one variant; records name them by `label`.
 
-    `quantization` is the checkpoint's quantization_config; None for 16-bit weights.
+    `quantization` is the checkpoint's quantization_config, None for 16-bit weights.
     """
 
     label: str
@@ -59,17 +52,20 @@ class Checkpoint(ABC):
 
     @property
     def size(self) -> str:
-        """The size that this configuration is; `custom` for another."""
-        names = ("hidden_size", "num_hidden_layers", "vocab_size")
-        found = [getattr(self.config.text_config, name) for name in names]
-        known = {
-            size: [parts["text_config"][name] for name in names] for size, parts in SIZES.items()
-        }
-        return next((size for size, parts in known.items() if parts == found), "custom")
+        """The name of the configuration's size, else `custom`."""
+        keys = ("hidden_size", "num_hidden_layers", "vocab_size")
+        own = {key: getattr(self.config.text_config, key) for key in keys}
+        matching = (size for size in SIZES if own.items() <= SIZES[size]["text_config"].items())
+        return next(matching, "custom")
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The tensors that the network never calls."""
+        return ()
 
     @abstractmethod
     def check(self, expected: dict[str, Tensor]) -> None:
-        """Raise MissingRequirement, listing them, if the tensors here are not just `expected` (name to meta tensor)."""
+        """Raise MissingRequirement with a list unless the tensors are exactly `expected`."""
 
     @abstractmethod
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
@@ -78,9 +74,9 @@ class Checkpoint(ABC):
 
 @dataclass
 class RandomCheckpoint(Checkpoint):
-    """Random weights of any size and scheme, drawn on `device`; each tensor's values hang on `seed` and its name.
+    """Random weights of any size and scheme, generated on `device`.
 
-    Speed and memory do not depend on the values.
+    A tensor's values depend on `seed` and its name. Speed and memory do not depend on the values.
     """
 
     label: str
@@ -95,187 +91,150 @@ class RandomCheckpoint(Checkpoint):
         if self.scheme:
             bits, group_size = scheme_parts(self.scheme)
             packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
-            self.quantization = {
-                "bits": bits,
-                "group_size": group_size,
-                "sym": True,
-                "data_type": "int",
-            } | packing
+            codes = {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"}
+            self.quantization = codes | packing
 
     def check(self, expected: dict[str, Tensor]) -> None:
-        """Nothing to check: every tensor is drawn as the network asks for it."""
+        """Nothing can be missing: `read` generates every tensor."""
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        """Weights are normal with deviation 0.02, as is a dequantised weight; norms are one, biases zero.
+        """Normal weights of deviation 0.02, norms of one, biases of zero.
 
-        Codes are uniform over all their values and scales of either sign, as AutoRound makes them: with one sign alone
-        weights have a mean, and every token of a deep network ends in the same direction.
+        Codes are uniform and scales have either sign, so dequantised weights have mean zero and
+        deviation 0.02. A mean would turn every token of a deep network in the same direction.
         """
-        bits = scheme_parts(self.scheme)[0] if self.scheme else 0
-        if name.endswith(".qzeros"):
-            return torch.full(like.shape, _zero_word(bits), dtype=like.dtype, device=device)
-        if name.endswith(".bias"):
-            return torch.zeros(like.shape, dtype=like.dtype, device=device)
-        if "norm" in name.split(".")[-2]:
-            return torch.ones(like.shape, dtype=like.dtype, device=device)
+        layer, kind = name.split(".")[-2:]
+        bits = (self.quantization or {}).get("bits", 0)
         generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
         values = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        if name.endswith(".qweight"):
+        if kind == "qzeros":
+            values.fill_(_zero_word(bits))
+        elif kind == "bias":
+            values.zero_()
+        elif "norm" in layer:
+            values.fill_(1)
+        elif kind == "qweight":
             values.random_(-(2**31), 2**31 - 1, generator=generator)
-        elif name.endswith(".scales"):
-            values.random_(2, generator=generator).mul_(2).sub_(1).mul_(
-                0.02 / math.sqrt((4**bits + 2) / 12)
-            )
+        elif kind == "scales":
+            deviation = math.sqrt((4**bits + 2) / 12)
+            values.random_(2, generator=generator).mul_(2).sub_(1).mul_(0.02 / deviation)
         else:
             values.normal_(std=0.02, generator=generator)
         return values.to(device)
 
 
 def _zero_word(bits: int, stored_less: int = 1) -> int:
-    """A word of packed zero points of symmetric codes, 2^(bits-1), stored less one as the GPTQ packing does."""
-    word = 0
-    for shift in range(0, 32 - 32 % bits, bits):
-        word |= (2 ** (bits - 1) - stored_less) << shift
+    """An int32 of packed zero points 2^(bits-1), which the GPTQ packing stores less one."""
+    zero = 2 ** (bits - 1) - stored_less
+    word = sum(zero << shift for shift in range(0, 32 - 32 % bits, bits))
     return word - 2**32 if word >= 2**31 else word
 
 
+def is_symmetric(quantization: dict[str, Any]) -> bool:
+    """Whether codes are symmetric: AutoRound writes `sym`, AutoAWQ the opposite `zero_point`."""
+    return bool(quantization.get("sym", not quantization.get("zero_point", False)))
+
+
+@contextmanager
+def one_line_errors(message: str) -> Iterator[None]:
+    """Turns an error of a library inside into a MissingRequirement that starts with `message`."""
+    try:
+        yield
+    except LabError:
+        raise
+    except Exception as error:  # torch, transformers and the parsers raise many types
+        raise MissingRequirement(f"{message}: {error!s:.200}") from None
+
+
 class FolderCheckpoint(Checkpoint):
-    """A checkpoint folder in the hub's layout: config.json, one or several safetensors files, tokenizer.json."""
+    """A folder in the hub's layout: config.json, safetensors files, tokenizer.json."""
 
     def __init__(self, folder: Path, label: str | None = None) -> None:
         self.folder = folder
-        raw = self._json("config.json")
-        if raw.get("model_type") != ColQwen3Config.model_type:
-            raise MissingRequirement(
-                f"{folder}/config.json: model_type is {raw.get('model_type')!r:.100}, not 'colqwen3'"
-            )
-        self.quantization = raw.pop("quantization_config", None)
+        config, tokenizer = folder / "config.json", folder / "tokenizer.json"
+        values = self._json("config.json")
+        model_type, expected = values.get("model_type"), ColQwen3Config.model_type
+        if model_type != expected:
+            got = f"{model_type!r:.100}"
+            raise MissingRequirement(f"{config}: model_type must be {expected!r}, got {got}")
+        self.quantization = values.pop("quantization_config", None)
         if not isinstance(self.quantization, dict | None):
-            raise MissingRequirement(f"{folder}/config.json: quantization_config is not an object")
-        # `auto_map` names code in the repository; it is never read.
-        known = {
-            key: value
-            for key, value in raw.items()
-            if key not in ("auto_map", "dtype", "torch_dtype")
-        }
-        try:
-            self.config = ColQwen3Config(**known)
-        except Exception as error:  # transformers validates with several error types
-            raise MissingRequirement(
-                f"{folder}/config.json is not the configuration of a ColQwen3: {error!s:.200}"
-            ) from None
+            raise MissingRequirement(f"{config}: quantization_config must be an object")
+        # `auto_map` names code of the repository.
+        for key in ("auto_map", "dtype", "torch_dtype"):
+            values.pop(key, None)
         self.files = self._index()
-        self._check_dimensions()
-        tokenizer = folder / "tokenizer.json"
-        self.tokenizer = (
-            read_tokenizer(self._own(tokenizer, TOKENIZER_BYTES)) if tokenizer.exists() else None
-        )
+        with one_line_errors(f"{config} is not the configuration of a ColQwen3"):
+            self.config = ColQwen3Config(**values)
+            self._check_dimensions()
+        self.tokenizer = None
+        if tokenizer.exists():
+            self.tokenizer = read_tokenizer(self._own(tokenizer, TOKENIZER_BYTES))
         self.label = label or f"folder:{folder.resolve().name}#{self.digest}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For another process, which opens the files again."""
+        """Another process opens the files again."""
         return FolderCheckpoint, (self.folder, self.label)
 
-    def _own(self, path: Path, most_bytes: int | None = None) -> Path:
-        """`path`, if it lies in this folder, or as a link of the hub's cache among its blobs, and is not too large."""
+    def _own(self, path: Path, most_bytes: int = 2**63) -> Path:
+        """`path`, if it is a small enough file here or, by a link, among the hub's blobs."""
         home = Path(os.path.realpath(self.folder))
         homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
         if Path(os.path.realpath(path)).parent not in homes:
             raise MissingRequirement(f"{path} points outside its folder")
         if path.exists() and not path.is_file():
             raise MissingRequirement(f"{path} is not a file")
-        if most_bytes and path.exists() and path.stat().st_size > most_bytes:
-            raise MissingRequirement(
-                f"{path} has {path.stat().st_size} bytes; valid: up to {most_bytes}"
-            )
+        if path.exists() and (size := path.stat().st_size) > most_bytes:
+            raise MissingRequirement(f"{path} must have at most {most_bytes} bytes, got {size}")
         return path
 
     def _json(self, name: str) -> dict[str, Any]:
-        try:
-            document = json.loads(
-                self._own(self.folder / name, JSON_BYTES).read_text(encoding="utf-8")
-            )
-        except FileNotFoundError:
-            raise MissingRequirement(
-                f"{self.folder} is not a checkpoint folder: it has no {name}"
-            ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise MissingRequirement(
-                f"{self.folder / name} cannot be read: {error!s:.200}"
-            ) from None
-        if not isinstance(document, dict):
-            raise MissingRequirement(f"{self.folder / name} is not a JSON object")
+        path = self._own(self.folder / name, JSON_BYTES)
+        if not path.exists():
+            raise MissingRequirement(f"{self.folder} is not a checkpoint folder: it has no {name}")
+        with one_line_errors(f"{path} cannot be read"):
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(document, dict):
+                raise ValueError("it must be a JSON object")
         return document
 
     def _index(self) -> dict[str, Any]:
-        """Each tensor's open safetensors file, its name checked against the index and the folder."""
-        index = self.folder / "model.safetensors.index.json"
-        weight_map = (
-            self._json(index.name).get("weight_map")
-            if index.exists()
-            else {"": "model.safetensors"}
-        )
-        if not isinstance(weight_map, dict):
-            raise MissingRequirement(f"{index} has no weight_map")
-        names = set(map(str, weight_map.values()))
-        outside = sorted(
-            name
-            for name in names
-            if Path(name).name != name or not name.isprintable() or len(name) > 200
-        )
-        if outside:
-            raise MissingRequirement(
-                f"{index} points outside its folder, or at what names no file: {outside[0]!r:.200}"
-            )
-        self.paths = [self.folder / name for name in sorted(names)]
+        """The open safetensors file of each tensor."""
+        index = "model.safetensors.index.json"
+        weight_map: Any = {"": "model.safetensors"}
+        if (self.folder / index).exists():
+            weight_map = self._json(index).get("weight_map")
+        with one_line_errors(f"{self.folder / index} has no weight_map"):
+            self.paths = [self.folder / name for name in sorted(set(map(str, weight_map.values())))]
         files: dict[str, Any] = {}
         for path in self.paths:
-            self._own(path)
-            try:
-                file = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise MissingRequirement(
-                    f"{path} is missing, truncated or not safetensors: {error!s:.200}"
-                ) from None
+            with one_line_errors(f"{path!s:.150} is missing, truncated or not safetensors"):
+                file = safe_open(self._own(path), framework="pt")
             files |= dict.fromkeys(file.keys(), file)
         return files
 
     def _check_dimensions(self) -> None:
-        """Before memory is reserved: the network that the configuration describes fits into the files.
+        """Raise ValueError if the files are too small for the network of the configuration.
 
-        Checked on a network of one layer a tower, on the meta device. Weights have two bits or more.
+        This precedes all allocation. It builds one layer of each kind on the meta device.
         """
-        where = self.folder / "config.json"
-        try:
-            config: Any = deepcopy(self.config)
-            layers = (config.text_config.num_hidden_layers, config.vision_config.depth)
-            config.text_config.num_hidden_layers = config.vision_config.depth = 1
-            tapped = config.vision_config.deepstack_visual_indexes
-            fits = (
-                min(layers) > 0
-                and sum(layers) <= len(self.files)
-                and len(set(tapped)) == len(tapped) <= layers[1]
-            )
+        config: Any = deepcopy(self.config)
+        layers, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
+        tapped = config.vision_config.deepstack_visual_indexes
+        config.text_config.num_hidden_layers = config.vision_config.depth = 1
+        tensors, held = len(self.files), sum(path.stat().st_size for path in self.paths)
+        plausible = min(layers, blocks) > 0 and layers + blocks <= tensors
+        if plausible and len(set(tapped)) == len(tapped) <= blocks:
             with torch.device("meta"):
-                least = (
-                    sum(tensor.numel() for tensor in ColQwen3(config).parameters()) // 4
-                    if fits
-                    else 0
-                )
-        except Exception as error:  # torch, transformers and Python each say it in their own way
-            raise MissingRequirement(
-                f"{where} is not the configuration of a ColQwen3: {error!s:.200}"
-            ) from None
-        held = sum(path.stat().st_size for path in self.paths)
-        if not fits or least > held:
-            raise MissingRequirement(
-                f"{where} describes a network that its files do not hold: {layers[0]} + {layers[1]} "
-                f"layers, at least {least} bytes; {len(self.files)} tensors, {held} bytes"
-            )
+                weights = sum(tensor.numel() for tensor in ColQwen3(config).parameters())
+            if weights // 4 <= held:  # a weight has at least two bits
+                return
+        network = f"a network of {layers} + {blocks} layers of these dimensions"
+        raise ValueError(f"its files ({tensors} tensors, {held} bytes) do not hold {network}")
 
     @cached_property
     def digest(self) -> str:
-        """Twelve hex digits of each file's size, header and sixteen samples of 4 kB: what tells two folders apart."""
+        """Twelve hex digits of each file's size, header and sixteen samples of 4 kB."""
         state = hashlib.sha256()
         for path in self.paths:
             size = path.stat().st_size
@@ -288,57 +247,48 @@ class FolderCheckpoint(Checkpoint):
         return state.hexdigest()[:12]
 
     @property
-    def unused(self) -> list[str]:
-        """Tensors of the checkpoint that the network never calls."""
-        return sorted(UNUSED_TENSORS & self.files.keys())
+    def unused(self) -> tuple[str, ...]:
+        return tuple(sorted(UNUSED_TENSORS & self.files.keys()))
 
     def check(self, expected: dict[str, Tensor]) -> None:
-        unneeded = {
-            name
-            for name in self.files
-            if name in UNUSED_TENSORS or self._is_plain_group_index(name)
-        }
         problems = [f"missing {name}" for name in expected if name not in self.files]
-        problems += [
-            f"unexpected {name}"
-            for name in self.files
-            if name not in expected and name not in unneeded
-        ]
-        for name in (name for name in expected if name in self.files):
-            view, like = self.files[name].get_slice(name), expected[name]
-            kind = view.get_dtype()
-            if list(view.get_shape()) != list(like.shape):
-                problems.append(f"{name} has shape {view.get_shape()}, not {list(like.shape)}")
-            elif kind not in FLOATING:
-                problems.append(f"{name} is {kind}; valid: {', '.join(FLOATING)}")
-            elif FLOATING[kind] != like.is_floating_point():
-                problems.append(f"{name} is {kind}, not {like.dtype}")
-        odd = [] if problems else self._odd_zeros(expected)
-        problems += [f"{name} holds zero points, but the codes are symmetric" for name in odd]
+        for name, file in self.files.items():
+            if name not in expected:
+                known = name in UNUSED_TENSORS or self._is_plain_group_index(name)
+                problems += [] if known else [f"unexpected {name}"]
+                continue
+            view, like = file.get_slice(name), expected[name]
+            shape, valid = list(view.get_shape()), DTYPES[like.is_floating_point()]
+            if shape != list(like.shape):
+                problems.append(f"{name} must have shape {list(like.shape)}, got {shape}")
+            elif view.get_dtype() not in valid:
+                problems.append(f"{name} must be one of {', '.join(valid)}, got {view.get_dtype()}")
+        if not problems:
+            problems = self._odd_zeros(expected)
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             listed = "; ".join(f"{problem:.300}" for problem in problems[:5])
             raise MissingRequirement(f"{self.folder} does not fit the network: {listed}{more}")
 
     def _odd_zeros(self, expected: dict[str, Tensor]) -> list[str]:
-        """Packed zero points other than the middle one in a checkpoint that says it is symmetric.
+        """Problems with zero points of symmetric codes that are not the middle code.
 
-        Kernels for symmetric codes do not read them, so such a checkpoint would load and be wrong.
+        Kernels for symmetric codes do not read zero points: such a checkpoint would load wrongly.
         """
-        asked = self.quantization or {}
-        bits = asked.get("bits")
-        if bits not in (2, 4, 8) or not asked.get("sym", not asked.get("zero_point", False)):
+        quantization = self.quantization or {}
+        bits = quantization.get("bits")
+        if bits not in (2, 4, 8) or not is_symmetric(quantization):
             return []
         middles = {_zero_word(bits), _zero_word(bits, stored_less=0)}
-        names = [name for name in expected if name.endswith(".qzeros") and name in self.files]
         return [
-            name
-            for name in names
-            if not set(self.files[name].get_tensor(name).unique().tolist()) <= middles
+            f"{name} holds zero points, but the codes are symmetric"
+            for name in expected
+            if name.endswith(".qzeros")
+            and not set(self.files[name].get_tensor(name).unique().tolist()) <= middles
         ]
 
     def _is_plain_group_index(self, name: str) -> bool:
-        """Whether this is a GPTQ group index in its plain order, which says nothing; a re-ordered one matters."""
+        """Whether a GPTQ group index has its plain order, which holds no information."""
         group = (self.quantization or {}).get("group_size")
         if not name.endswith(".g_idx") or not isinstance(group, int) or group < 1:
             return False
@@ -349,35 +299,36 @@ class FolderCheckpoint(Checkpoint):
         return self.files[name].get_tensor(name).to(device=device, dtype=like.dtype)
 
 
-def hub_folder(repository: Repository) -> tuple[Path, str]:
-    """`(folder, commit)` of a hub repository: the commit its revision is at now, or without a network the cached one.
+def hub_folder(repository: Repository) -> Path:
+    """The local folder of a hub repository, named by the commit that its revision has now.
+
+    Without a network it is the folder in the hub's cache.
 
     Raises:
-        MissingRequirement: no network and not in the hub's cache, or no such repository or revision.
+        MissingRequirement: no such repository or revision, or no network and nothing in the cache.
     """
-    find: dict[str, Any] = {"repo_id": repository.name, "allow_patterns": CHECKPOINT_FILES}
-    try:
-        commit = HfApi().model_info(repository.name, revision=repository.revision, timeout=20).sha
-        folder = snapshot_download(**find, revision=commit)
-    except Exception as error:  # the hub's library raises those of whichever HTTP client it uses
+    name, revision = repository
+    download = partial(snapshot_download, name, revision=revision, allow_patterns=CHECKPOINT_FILES)
+    reason = ""
+    for cached in (False, True):
         try:
-            folder = snapshot_download(**find, revision=repository.revision, local_files_only=True)
-        except (LocalEntryNotFoundError, HFValidationError):
-            pin = "" if repository.revision == "main" else f" --revision {repository.revision}"
-            raise MissingRequirement(
-                f"cannot get {repository.name} from the hub ({type(error).__name__}); where there is a network: "
-                f"`hf download {repository.name}{pin}`; or `--weights random` runs the same network for speed and "
-                "memory"
-            ) from None
-    return Path(folder), Path(folder).name
+            return Path(download(local_files_only=cached))
+        except Exception as error:  # the types depend on the HTTP client
+            reason = reason or type(error).__name__
+    pin = "" if revision == "main" else f" --revision {revision}"
+    raise MissingRequirement(
+        f"cannot get {name} from the hub ({reason}); run `hf download {name}{pin}` with a network, "
+        "or use `--weights random` to measure speed and memory"
+    )
 
 
 def default_checkpoint(
     variant: Variant, size: str, weights: str, device: torch.device, seed: int = 0
 ) -> Checkpoint:
-    """The source of `variant` at `size`: `weights` is hub, random, a folder, or auto (tiny: its default; else hub).
+    """The checkpoint of `variant` at `size`; `weights` is hub, random, a folder or auto.
 
-    Quantised variants of `tiny` have no hub repository; `quantize.cached_checkpoint` makes their folder.
+    `auto` is the packaged checkpoint for 16-bit `tiny`, else the hub. The hub has no quantised
+    `tiny`; `quantize.cached_checkpoint` makes it.
 
     Raises:
         MissingRequirement: there are no such weights here.
@@ -385,25 +336,20 @@ def default_checkpoint(
     if variant.folder:
         return FolderCheckpoint(variant.folder)
     if weights == "auto" and size == "tiny" and variant.scheme is None and "any" not in variant.hub:
-        trained = FolderCheckpoint(TINY)
-        trained.label = f"tiny default (trained, #{trained.digest})"
-        return trained
+        packaged = FolderCheckpoint(TINY)
+        packaged.label = f"tiny default (trained, #{packaged.digest})"
+        return packaged
     if weights == "random":
-        return RandomCheckpoint(
-            label=f"random {size} (seed {seed})",
-            config=ColQwen3Config.of_size(size),
-            scheme=variant.scheme,
-            device=device,
-            seed=seed,
-            tokenizer=read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None,
-        )
+        label, config = f"random {size} (seed {seed})", ColQwen3Config.of_size(size)
+        tokenizer = read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None
+        return RandomCheckpoint(label, config, variant.scheme, device, seed, tokenizer)
     if weights not in WEIGHTS:
         return FolderCheckpoint(Path(weights))
     repository = variant.hub.get(size) or variant.hub.get("any")
     if repository is None:
         raise MissingRequirement(
-            f"no hub repository is known for {variant.name} at size {size}; use `--weights random`, a folder, or make "
-            "one with `colqwen-lab quantize`"
+            f"no hub repository is known for {variant.name} at size {size}; use `--weights "
+            "random`, a folder, or `colqwen-lab quantize`"
         )
-    folder, commit = hub_folder(repository)
-    return FolderCheckpoint(folder, label=f"hub:{repository.name}@{commit}")
+    folder = hub_folder(repository)
+    return FolderCheckpoint(folder, label=f"hub:{repository.name}@{folder.name}")

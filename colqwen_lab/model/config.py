@@ -1,116 +1,72 @@
-"""The sizes of ColQwen3, and the variants that are compared."""
+"""The sizes of ColQwen3 and the variants that are compared. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from colqwen_lab.errors import BadInput, one_of
 
 EMBED_DIM = 320
+TEXT_KEYS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+VISION_KEYS = ("hidden_size", "intermediate_size", "depth", "num_heads")
 
 
-def _size(text: dict[str, Any], vision: dict[str, Any], **other: Any) -> dict[str, Any]:
-    """The parts that all sizes share: one rotary base, grouped heads, the patch geometry, a 320-dimension head."""
-    rotary = {
-        "rope_type": "default",
-        "rope_theta": 5e6,
-        "mrope_interleaved": True,
-        "mrope_section": text.pop("mrope"),
-    }
+def _size(
+    text: Sequence[int],
+    vision: Sequence[int],
+    deepstack: list[int],
+    mrope: Sequence[int] = (24, 20, 20),
+    vocabulary: int = 151936,
+    positions: int = 262144,
+    vision_positions: int = 2304,
+    **other: Any,
+) -> dict[str, Any]:
+    """A configuration from the values of TEXT_KEYS and VISION_KEYS."""
+    rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
     return {
-        "text_config": {
-            "num_hidden_layers": 36,
-            "head_dim": 128,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-        }
-        | {"vocab_size": 151936, "max_position_embeddings": 262144, "rope_parameters": rotary}
-        | text,
-        "vision_config": {
-            "num_heads": 16,
-            "num_position_embeddings": 2304,
-            "out_hidden_size": text["hidden_size"],
-        }
+        "text_config": dict(zip(TEXT_KEYS, text, strict=True))
+        | {"vocab_size": vocabulary, "max_position_embeddings": positions}
+        | {"rope_parameters": rotary | {"mrope_section": list(mrope)}},
+        "vision_config": dict(zip(VISION_KEYS, vision, strict=True))
+        | {"num_position_embeddings": vision_positions, "out_hidden_size": text[0]}
         | {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2}
-        | vision,
+        | {"deepstack_visual_indexes": deepstack},
         "embed_dim": EMBED_DIM,
-    } | other
+        "tie_word_embeddings": True,
+        **other,
+    }
 
 
-SIZES: dict[str, dict[str, Any]] = {
+# The first ids of the packaged tokenizer are its special tokens.
+TINY_IDS = {
+    "vision_start_token_id": 3,
+    "vision_end_token_id": 4,
+    "image_token_id": 5,
+    "video_token_id": 6,
+}
+SIZES = {
     "tiny": _size(
-        text={
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "head_dim": 32,
-            "vocab_size": 1536,
-        }
-        | {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "mrope": [6, 5, 5],
-        },
-        vision={"depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4}
-        | {"num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1, 2]},
-        # The first ids of the tokenizer in the package: its special tokens.
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=3,
-        vision_end_token_id=4,
-        tie_word_embeddings=True,
+        (128, 256, 4, 4, 2, 32), (64, 128, 4, 4), [0, 1, 2], (6, 5, 5), 1536, 4096, 256, **TINY_IDS
     ),
-    # A quarter of the 4B's depth and less than half of its width: what a CPU multiplies in seconds.
-    "mid": _size(
-        text={
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-        }
-        | {"num_key_value_heads": 2, "mrope": [24, 20, 20]},
-        vision={
-            "depth": 8,
-            "hidden_size": 512,
-            "intermediate_size": 2048,
-            "deepstack_visual_indexes": [1, 3, 5],
-        },
-        tie_word_embeddings=True,
-    ),
-    "4b": _size(
-        text={"hidden_size": 2560, "intermediate_size": 9728, "mrope": [24, 20, 20]},
-        vision={
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-        tie_word_embeddings=True,
-    ),
+    # A quarter of the 4B's depth and less than half of its width: a CPU runs it in seconds.
+    "mid": _size((1024, 3072, 8, 8, 2, 128), (512, 2048, 8, 16), [1, 3, 5]),
+    "4b": _size((2560, 9728, 36, 32, 8, 128), (1024, 4096, 24, 16), [5, 11, 17]),
     "8b": _size(
-        text={"hidden_size": 4096, "intermediate_size": 12288, "mrope": [24, 20, 20]},
-        vision={
-            "depth": 27,
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-        tie_word_embeddings=False,
+        (4096, 12288, 36, 32, 8, 128), (1152, 4304, 27, 16), [8, 16, 24], tie_word_embeddings=False
     ),
 }
 
 
 def resolve_size(size: str, cuda: bool) -> str:
-    """`size`, where `auto` means COLQWEN_LAB_SIZE, else 4b where there is a CUDA GPU and tiny where not.
-
-    Raises:
-        BadInput: no such size.
-    """
+    """The size's name; `auto` is COLQWEN_LAB_SIZE, else 4b with CUDA, tiny without."""
     size = check_size(size)
     if size == "auto":
         size = check_size(os.environ.get("COLQWEN_LAB_SIZE") or "auto")
@@ -118,18 +74,22 @@ def resolve_size(size: str, cuda: bool) -> str:
 
 
 def check_size(size: str) -> str:
-    """`size`, if it is a known one or `auto`. Raises BadInput."""
+    """The size's name in lower case, or `auto`. Raises BadInput."""
     return one_of("size", str(size).lower(), ["auto", *SIZES])
 
 
-# The integer weight-only presets of AutoRound that its GPTQ packing holds: bits, and the group size if not 128.
-SCHEME = re.compile(r"W([2348])A16(?:G(32|64))?")
+# The integer weight-only presets of AutoRound that its GPTQ packing holds.
 SCHEMES = tuple(f"W{bits}A16{group}" for bits in (2, 3, 4, 8) for group in ("", "G64", "G32"))
 
 
-@dataclass(frozen=True)
-class Repository:
-    """A hub repository at a commit; `main` is resolved to its commit at load, and that commit recorded."""
+def scheme_parts(scheme: str) -> tuple[int, int]:
+    """`(bits, group size)` of a scheme: (4, 128) for W4A16. Raises BadInput: an unknown scheme."""
+    bits, _, group = one_of("scheme", scheme, SCHEMES)[1:].partition("A16")
+    return int(bits), int(group.removeprefix("G") or 128)
+
+
+class Repository(NamedTuple):
+    """A hub repository at a revision; `main` is resolved to a commit at load."""
 
     name: str
     revision: str = "main"
@@ -137,9 +97,9 @@ class Repository:
 
 @dataclass(frozen=True)
 class Variant:
-    """Something to measure.
+    """A model to measure.
 
-    `scheme` is its AutoRound scheme (None: 16 bits), `hub` where its weights are, by size or `any`.
+    `scheme` is its AutoRound scheme, None for 16 bits. `hub` holds repositories by size or `any`.
     """
 
     name: str
@@ -149,65 +109,41 @@ class Variant:
     folder: Path | None = None
 
 
+AWQ_REPOSITORY = "shubhamg2208/tomoro-ai-colqwen3-embed-{}-w4a16-autoawq-seqlen-1024"
 VARIANTS = {
-    variant.name: variant
-    for variant in (
-        Variant(
-            "base",
-            "the original model, 16 bits",
-            hub={
-                "4b": Repository(
-                    "TomoroAI/tomoro-colqwen3-embed-4b", "6a32fb68598730bf5620fbf18d832c784235c59c"
-                ),
-                "8b": Repository(
-                    "TomoroAI/tomoro-colqwen3-embed-8b", "0b9fe28142910e209bbac15b1efe85507c27644f"
-                ),
-            },
-        ),
-        Variant(
-            "awq",
-            "AutoRound W4A16, group 128, text tower only",
-            scheme="W4A16",
-            hub={
-                size: Repository(
-                    f"shubhamg2208/tomoro-ai-colqwen3-embed-{size}-w4a16-autoawq-seqlen-1024"
-                )
-                for size in ("4b", "8b")
-            },
-        ),
-    )
+    "base": Variant(
+        "base",
+        "the original model, 16 bits",
+        hub={
+            "4b": Repository(
+                "TomoroAI/tomoro-colqwen3-embed-4b", "6a32fb68598730bf5620fbf18d832c784235c59c"
+            ),
+            "8b": Repository(
+                "TomoroAI/tomoro-colqwen3-embed-8b", "0b9fe28142910e209bbac15b1efe85507c27644f"
+            ),
+        },
+    ),
+    "awq": Variant(
+        "awq",
+        "AutoRound W4A16, group 128, language model only",
+        scheme="W4A16",
+        hub={size: Repository(AWQ_REPOSITORY.format(size)) for size in ("4b", "8b")},
+    ),
 }
 
 
 def resolve_variant(name: str) -> Variant:
-    """The variant of this name: `base`, `awq`, an AutoRound scheme such as W8A16, a folder, or a hub id OWNER/NAME.
-
-    Raises:
-        BadInput: none of these; the message names them.
-    """
+    """The variant `base`, `awq`, a scheme such as W8A16, a folder or a hub id. Raises BadInput."""
+    scheme = name.upper()
     if name.lower() in VARIANTS:
         return VARIANTS[name.lower()]
-    if name.upper() in SCHEMES:
-        return Variant(
-            name.upper(), f"AutoRound {name.upper()}, text tower only", scheme=name.upper()
-        )
+    if scheme in SCHEMES:
+        return Variant(scheme, f"AutoRound {scheme}, language model only", scheme)
     if os.path.isdir(name):
         return Variant(Path(name).resolve().name, "a checkpoint folder", folder=Path(name))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
         return Variant(name, "a hub repository", hub={"any": Repository(name)})
     raise BadInput(
-        f"unknown model {name!r}; valid: {', '.join(VARIANTS)}, an AutoRound scheme ({SCHEMES[0]} ... {SCHEMES[-1]}), "
-        "a folder that holds a checkpoint, or a hub id OWNER/NAME"
+        f"model must be {', '.join(VARIANTS)}, a scheme ({SCHEMES[0]} to {SCHEMES[-1]}), "
+        f"a checkpoint folder or a hub id OWNER/NAME, got {name!r}"
     )
-
-
-def scheme_parts(scheme: str) -> tuple[int, int]:
-    """`(bits, group size)` of a scheme, for example (4, 128) of W4A16.
-
-    Raises:
-        BadInput: no such scheme.
-    """
-    match = SCHEME.fullmatch(scheme)
-    if not match:
-        raise BadInput(f"unknown scheme {scheme!r}; valid: {', '.join(SCHEMES)}")
-    return int(match[1]), int(match[2] or 128)

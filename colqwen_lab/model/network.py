@@ -1,8 +1,7 @@
-"""ColQwen3, native to transformers: Qwen3-VL, a linear head of 320 dimensions with bias, one unit vector a token.
+"""ColQwen3 on transformers' Qwen3-VL: a linear head gives one unit vector of 320 values per token.
 
-Module names are the names in the published checkpoints (`vlm.model.language_model.*`, `vlm.model.visual.*`,
-`embedding_proj_layer.*`), so these load as they are and no remote code runs. Qwen3VLModel does the images: deepstack
-and 3-D rotary positions, which it derives from `mm_token_type_ids`.
+Modules are named as in the published checkpoints (`vlm.model.language_model.*`,
+`vlm.model.visual.*`, `embedding_proj_layer.*`), so these load unchanged and no remote code runs.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from transformers.utils import ModelOutput
 from colqwen_lab.model.config import EMBED_DIM, SIZES
 
 TEXT_LAYERS = "vlm.model.language_model.layers"
-# The 8B checkpoint carries a language-model head that the forward never calls; it is left out, and reported.
+# The 8B checkpoint holds a language-model head that the forward never calls.
 UNUSED_TENSORS = frozenset({"vlm.lm_head.weight"})
 
 
 class ColQwen3Config(Qwen3VLConfig):
-    """The configuration of the published checkpoints: Qwen3-VL's, and the width of an embedding."""
+    """The published configuration: Qwen3-VL's, and the width of an embedding."""
 
     model_type = "colqwen3"
     text_config: Any = None
@@ -40,7 +39,7 @@ class ColQwen3Config(Qwen3VLConfig):
 
 @dataclass
 class ColQwen3Output(ModelOutput):
-    """`embeddings` [batch, tokens, 320], zero at padding; `past_key_values` only if the forward was asked for it."""
+    """`embeddings` [batch, tokens, 320], zero at padding; `past_key_values` with `use_cache`."""
 
     embeddings: Tensor | None = None
     past_key_values: Cache | None = None
@@ -55,9 +54,9 @@ class Backbone(nn.Module):
 
 
 class ColQwen3(Qwen3VLPreTrainedModel):
-    """Late-interaction embedding model: one L2-normalised vector of 320 dimensions a token.
+    """Late-interaction embedding model: one L2-normalised vector of 320 values per token.
 
-    Source: the hub code of TomoroAI/tomoro-colqwen3-embed-4b, re-implemented over transformers' Qwen3VLModel.
+    Source: the hub code of TomoroAI/tomoro-colqwen3-embed-4b, written again over Qwen3VLModel.
     """
 
     config: ColQwen3Config
@@ -84,15 +83,15 @@ class ColQwen3(Qwen3VLPreTrainedModel):
         use_cache: bool = False,
         **_: Any,
     ) -> ColQwen3Output:
-        """Embed a batch of queries or pages.
+        """Embeddings of a batch of queries or pages.
 
         Args:
             input_ids: [batch, tokens].
-            attention_mask: [batch, tokens], 1 at real tokens; None where nothing is padded.
-            pixel_values: [patches, 3 * 2 * 16 * 16], the patches of all images of the batch.
+            attention_mask: [batch, tokens], 1 at real tokens; None without padding.
+            pixel_values: [patches, 3 * 2 * 16 * 16], the patches of all images.
             image_grid_thw: [images, 3], each image's grid of patches.
-            mm_token_type_ids: [batch, tokens], 1 at image tokens; needed with images.
-            use_cache: keep the KV cache, as the published protocol does; nothing here reads it.
+            mm_token_type_ids: [batch, tokens], 1 at image tokens; images need it.
+            use_cache: keep the KV cache, as the published protocol does.
         """
         outputs = self.vlm.model(
             input_ids=input_ids,
@@ -111,7 +110,7 @@ class ColQwen3(Qwen3VLPreTrainedModel):
 
 
 def empty_network(config: ColQwen3Config, dtype: torch.dtype) -> ColQwen3:
-    """The network with parameters on the meta device; the few rotary buffers are real, and float32 as published."""
+    """The network on the meta device, except its rotary buffers, which are real and float32."""
     with init_empty_weights(include_buffers=False):
         model = ColQwen3(config)
     for parameter in model.parameters():
@@ -120,5 +119,5 @@ def empty_network(config: ColQwen3Config, dtype: torch.dtype) -> ColQwen3:
 
 
 def is_text_linear(name: str) -> bool:
-    """Whether the module of this name is one of the text tower's linears, the only ones that are quantised."""
+    """Whether a module's name is a linear of the language model; only these are quantised."""
     return name.startswith(TEXT_LAYERS) and name.rsplit(".", 1)[-1].endswith("_proj")

@@ -1,14 +1,13 @@
-"""Drawn pages: documents that the lab draws, queries about them, and which page answers which query.
+"""Synthetic pages, queries about them, and which page answers which query. Imports no torch.
 
-A page is a report on one topic with a chart, a table and text. Four facts tell pages apart: the topic, the chart's
-kind, its colour and its place. A query asks in words for a topic, a kind and a colour, and every second one for a
-place too; a page answers a query if all that is asked holds.
+A page reports on one topic with a chart, a table and text. Four facts distinguish pages: the topic,
+and the chart's kind, colour and place. A query names a topic, a kind and a colour, every second one
+also a place; the pages with all of these answer it.
 
-Held out is a fifth of the combinations of topic, kind and colour: pages and queries of the split `held-out` have
-these and no others, those of `train` never. Each pair of facts in them is in training too, so what a model meets for
-the first time in `held-out` is how the three go together.
+The split `held-out` has a fifth of the combinations of topic, kind and colour; `train` has the
+others. Every pair of facts is in `train`, so only combinations of three are new in `held-out`.
 
-Everything hangs on the split and the number alone, drawn with PIL's own font; no torch.
+Pages and queries depend on the split and the number alone: trained weights and records rely on it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import math
 import textwrap
 from collections.abc import Iterator
 from functools import cache
-from itertools import product
+from itertools import chain
 from random import Random
 from typing import NamedTuple
 
@@ -25,9 +24,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from colqwen_lab.errors import one_of
 
+Colour = tuple[int, ...]
 SPLITS = ("train", "held-out")
 WIDTH, HEIGHT = 1240, 1754  # A4 at 150 dpi
-# Where the tiny model was trained: 70 visual tokens a page.
+# The width that the tiny model was trained at: 70 visual tokens a page.
 SMALL_WIDTH = 224
 
 TOPICS = (
@@ -64,19 +64,20 @@ PHRASES = (
 MARGIN, INK, GREY, PALE = 90, (40, 40, 45), (120, 120, 125), (226, 226, 230)
 MONTHS = ("January", "March", "April", "June", "August", "September", "November")
 REGIONS = ("North", "South", "East", "West", "Coast", "Uplands", "Islands", "Lakes", "Capital")
-SENTENCES = (
-    "In {month} {year} the {region} office recorded a change of {a}.{b} percent against the year before.",
-    "The figures for {topic} are based on {a}{b} returns and have been rounded to the nearest unit.",
-    "Most of the difference is due to the {region} district, where {topic} came to {a},{b}00 in {year}.",
-    "Values for {month} are provisional and will be revised when the last returns have been received.",
-    "Over the whole period since {year}, the average stood at {a}.{b}, slightly below the long-term mean.",
-    "The committee took note of the results on {topic} and asked for a further survey in {month}.",
-    "No comparable data exist for the {region} district before {year}, so the series begins there.",
-)
+SENTENCES = """\
+In {month} {year} the {region} office recorded a change of {a}.{b} percent against the year before.
+The figures for {topic} are based on {a}{b} returns and have been rounded to the nearest unit.
+Most of the difference is due to the {region} district, where {topic} came to {a},{b}00 in {year}.
+Values for {month} are provisional and will be revised when the last returns have been received.
+Over the whole period since {year}, the average stood at {a}.{b}, slightly below the long-term mean.
+The committee took note of the results on {topic} and asked for a further survey in {month}.
+No comparable data exist for the {region} district before {year}, so the series begins there.
+""".splitlines()
+POINTS = {"bar": (5, 8), "line": (7, 12), "scatter": (28, 45)}
 
 
 class Facts(NamedTuple):
-    """What tells pages apart, as keys of TOPICS, KINDS, COLOURS and PLACES."""
+    """What distinguishes pages: a topic, and keys of KINDS, COLOURS and PLACES."""
 
     topic: str
     kind: str
@@ -86,88 +87,60 @@ class Facts(NamedTuple):
 
 @cache
 def _facts(split: str) -> tuple[Facts, ...]:
-    """All facts of a split, shuffled: held out are topics, kinds and colours whose places in their lists add up to 0
-    modulo 5."""
+    """All facts of a split, shuffled. Held out: positions in the lists add up to 0 modulo 5."""
     held_out = one_of("split", split, SPLITS) == "held-out"
-    every = product(enumerate(TOPICS), enumerate(KINDS), enumerate(COLOURS), PLACES)
-    found = [
-        Facts(t, k, c, place)
-        for (i, t), (j, k), (n, c), place in every
-        if ((i + j + n) % 5 == 0) == held_out
+    result = [
+        Facts(topic, kind, colour, place)
+        for i, topic in enumerate(TOPICS)
+        for j, kind in enumerate(KINDS)
+        for k, colour in enumerate(COLOURS)
+        for place in PLACES
+        if ((i + j + k) % 5 == 0) == held_out
     ]
-    Random(split).shuffle(found)
-    return tuple(found)
+    Random(split).shuffle(result)
+    return tuple(result)
 
 
 def different(split: str) -> int:
-    """How many pages of a split differ in their facts, before these come back."""
+    """The number of pages of a split that differ in their facts."""
     return len(_facts(split))
 
 
 def facts(number: int, split: str = "train") -> Facts:
-    """The facts of a page; they come back after `different(split)` pages."""
+    """The facts of a page; they repeat after `different(split)` pages."""
     return _facts(split)[number % different(split)]
 
 
-def asked(number: int, split: str = "train") -> tuple[str, ...]:
-    """What query `number` asks for: the facts of the page of this number, without the place if the number is even."""
+def query_facts(number: int, split: str = "train") -> tuple[str, ...]:
+    """The facts that a query names: those of the page of its number; even numbers name no place."""
     return facts(number, split)[: 3 + number % 2]
 
 
 def query(number: int, split: str = "train") -> str:
-    """Query `number` in words; the page of the same number answers it, and perhaps others."""
+    """The text of a query; the page of the same number answers it, and perhaps others."""
     random = Random(f"query {split} {number}")
-    topic, kind, colour, *place = asked(number, split)
+    topic, kind, colour, *place = query_facts(number, split)
     where = "".join(f" {random.choice(PLACES[name])}" for name in place)
     words = {"topic": topic, "kind": random.choice(KINDS[kind]), "colour": colour, "place": where}
     return random.choice(PHRASES).format(**words).replace("a orange", "an orange")
 
 
 def relevance(queries: int, pages: int, split: str = "train") -> dict[str, dict[str, int]]:
-    """For each of the first `queries`, the pages among the first `pages` that answer it: {"q0": {"p0": 1, ...}, ...}.
+    """The answers of the first `queries` among the first `pages`: {"q0": {"p0": 1, ...}, ...}.
 
     Every query has an answer if there are at least as many pages.
     """
-    described = [facts(number, split) for number in range(pages)]
-    judged = {}
+    judged: dict[str, dict[str, int]] = {}
     for number in range(queries):
-        wanted = asked(number, split)
-        answers = (page for page, has in enumerate(described) if has[: len(wanted)] == wanted)
+        named = query_facts(number, split)
+        answers = [page for page in range(pages) if facts(page, split)[: len(named)] == named]
         judged[f"q{number}"] = {f"p{page}": 1 for page in answers}
     return judged
 
 
 def page(number: int, split: str = "train", width: int = WIDTH) -> Image.Image:
-    """Page `number` as an RGB image of A4 proportions, `width` pixels wide. All pages differ.
-
-    Raises:
-        BadInput: no such split.
-    """
-    has, random = facts(number, split), Random(f"page {split} {number}")
-    pen = _Pen(width)
-    year = random.randint(1980, 2024)
-    pen.text(MARGIN, 60, f"Office of Statistics  -  Bulletin {number}", 26, GREY)
-    pen.text(
-        MARGIN + random.randint(-12, 12),
-        95 + random.randint(-8, 8),
-        has.topic.capitalize(),
-        165,
-        INK,
-    )
-    pen.text(
-        MARGIN, 305, f"{random.choice(REGIONS)} district, {random.choice(MONTHS)} {year}", 40, GREY
-    )
-    pen.box((MARGIN, 372, WIDTH - MARGIN, 378), INK)
-    sentences = _sentences(random, has.topic)
-    top = 410 + random.randint(0, 20)
-    if has.place == "top":
-        _chart(pen, random, has, top)
-        _table(pen, random, _paragraphs(pen, sentences, top + 590, random.randint(2, 3)))
-    else:
-        _paragraphs(pen, sentences, _table(pen, random, _paragraphs(pen, sentences, top, 2)), 1)
-        _chart(pen, random, has, top + 650)
-    pen.text(WIDTH // 2, HEIGHT - 70, str(number + 1), 26, GREY)
-    return pen.image
+    """A page as an RGB image of A4 proportions, `width` pixels wide. Raises BadInput."""
+    return _Page(number, split, width).image
 
 
 @cache
@@ -175,118 +148,126 @@ def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-class _Pen:
-    """Draws in the units of a page of 1240 x 1754, whatever its size."""
+class _Page:
+    """A page in the making. Coordinates are in units of 1240 x 1754, whatever its size."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, number: int, split: str, width: int) -> None:
+        self.facts, self.random = facts(number, split), Random(f"page {split} {number}")
         self.scale = width / WIDTH
         self.image = Image.new("RGB", (width, round(HEIGHT * self.scale)), "white")
         self.draw = ImageDraw.Draw(self.image)
+        random, topic = self.random, self.facts.topic
+        year = random.randint(1980, 2024)
+        self.text(MARGIN, 60, f"Office of Statistics  -  Bulletin {number}", 26, GREY)
+        x, y = MARGIN + random.randint(-12, 12), 95 + random.randint(-8, 8)
+        self.text(x, y, topic.capitalize(), 165)
+        period = f"{random.choice(REGIONS)} district, {random.choice(MONTHS)} {year}"
+        self.text(MARGIN, 305, period, 40, GREY)
+        self.draw.rectangle(self.scaled(MARGIN, 372, WIDTH - MARGIN, 378), INK)
+        self.sentences = self.endless_sentences()
+        y = 410 + random.randint(0, 20)
+        if self.facts.place == "top":
+            self.chart(y)
+            self.table(self.paragraphs(y + 590, random.randint(2, 3)))
+        else:
+            self.paragraphs(self.table(self.paragraphs(y, 2)), 1)
+            self.chart(y + 650)
+        self.text(WIDTH // 2, HEIGHT - 70, str(number + 1), 26, GREY)
 
-    def text(
-        self, x: float, y: float, text: str, size: float, colour: tuple[int, ...] = INK
-    ) -> None:
-        scaled = (x * self.scale, y * self.scale)
-        self.draw.text(
-            scaled, text, colour, _font(size * self.scale), spacing=0.5 * size * self.scale
-        )
+    def scaled(self, *values: float) -> list[float]:
+        return [value * self.scale for value in values]
 
-    def box(self, corners: tuple[float, float, float, float], colour: tuple[int, ...]) -> None:
-        self.draw.rectangle([value * self.scale for value in corners], colour)
+    def text(self, x: float, y: float, text: str, size: float, colour: Colour = INK) -> None:
+        place, font = (x * self.scale, y * self.scale), _font(size * self.scale)
+        self.draw.text(place, text, colour, font, spacing=0.5 * size * self.scale)
 
-    def line(
-        self, points: list[tuple[float, float]], colour: tuple[int, ...], thick: float = 2
-    ) -> None:
-        scaled = [(x * self.scale, y * self.scale) for x, y in points]
-        self.draw.line(scaled, colour, max(1, round(thick * self.scale)), joint="curve")
+    def line(self, points: list[tuple[float, float]], colour: Colour, width: float) -> None:
+        pixels = max(1, round(width * self.scale))
+        self.draw.line(self.scaled(*chain(*points)), colour, pixels, joint="curve")
 
-    def around(self, x: float, y: float, radius: float) -> list[float]:
-        """The corners of a circle, as PIL takes them."""
-        return [value * self.scale for value in (x - radius, y - radius, x + radius, y + radius)]
+    def circle(self, x: float, y: float, radius: float) -> list[float]:
+        return self.scaled(x - radius, y - radius, x + radius, y + radius)
 
+    def endless_sentences(self) -> Iterator[str]:
+        random = self.random
+        while True:
+            for sentence in random.sample(SENTENCES, len(SENTENCES)):
+                yield sentence.format(
+                    month=random.choice(MONTHS),
+                    region=random.choice(REGIONS),
+                    topic=self.facts.topic,
+                    year=random.randint(1950, 2024),
+                    a=random.randint(1, 98),
+                    b=random.randint(1, 9),
+                )
 
-def _sentences(random: Random, topic: str) -> Iterator[str]:
-    while True:
-        for sentence in random.sample(SENTENCES, len(SENTENCES)):
-            words = {
-                "month": random.choice(MONTHS),
-                "region": random.choice(REGIONS),
-                "topic": topic,
-            }
-            numbers = {
-                "year": random.randint(1950, 2024),
-                "a": random.randint(1, 98),
-                "b": random.randint(1, 9),
-            }
-            yield sentence.format(**words, **numbers)
+    def paragraphs(self, y: float, count: int) -> float:
+        """Write `count` paragraphs from `y` down; the y where they end."""
+        for _ in range(count):
+            lines = textwrap.wrap(f"{next(self.sentences)} {next(self.sentences)}", 88)
+            self.text(MARGIN, y, "\n".join(lines), 25)
+            y += 38 * len(lines) + 22
+        return y
 
+    def table(self, y: float) -> float:
+        """Draw a table of regions over years from `y` down; the y where it ends."""
+        random = self.random
+        years = sorted(random.sample(range(1990, 2025), random.randint(4, 5)))
+        regions = random.sample(REGIONS, 4)
+        self.draw.rectangle(self.scaled(MARGIN, y, WIDTH - MARGIN, y + 40), PALE)
+        for region in ("District", *regions):
+            self.text(MARGIN + 14, y + 8, region, 24)
+            for column, year in enumerate(years):
+                value = str(year) if region == "District" else f"{random.randint(10, 9999):,}"
+                self.text(MARGIN + 260 + column * 165, y + 8, value, 24)
+            y += 42
+            self.line([(MARGIN, y), (WIDTH - MARGIN, y)], GREY, 2)
+        return y + 26
 
-def _paragraphs(pen: _Pen, sentences: Iterator[str], y: float, count: int) -> float:
-    """Draw `count` paragraphs from `y` down; where they end."""
-    for _ in range(count):
-        lines = textwrap.wrap(" ".join(next(sentences) for _ in range(2)), 88)
-        pen.text(MARGIN, y, "\n".join(lines), 25)
-        y += 38 * len(lines) + 22
-    return y
+    def chart(self, y: float) -> None:
+        """Draw the chart with its caption, 570 units high, from `y` down."""
+        random, (topic, kind, name, _) = self.random, self.facts
+        colour = tuple(min(255, max(0, part + random.randint(-15, 15))) for part in COLOURS[name])
+        if kind == "pie":
+            self.pie(y, colour)
+        else:
+            self.axes(y, kind, colour)
+        number, subject = random.randint(1, 9), random.choice(("year", "district", "source"))
+        self.text(MARGIN + 300, y + 535, f"Figure {number}: {topic} by {subject}", 26)
 
-
-def _table(pen: _Pen, random: Random, y: float) -> float:
-    """Draw a table of regions over years from `y` down; where it ends."""
-    years = sorted(random.sample(range(1990, 2025), random.randint(4, 5)))
-    regions = random.sample(REGIONS, 4)
-    pen.box((MARGIN, y, WIDTH - MARGIN, y + 40), PALE)
-    for row, first in enumerate(["District", *regions]):
-        pen.text(MARGIN + 14, y + 8, first, 24)
-        for column, year in enumerate(years):
-            value = str(year) if row == 0 else f"{random.randint(10, 9999):,}"
-            pen.text(MARGIN + 260 + column * 165, y + 8, value, 24)
-        y += 42
-        pen.line([(MARGIN, y), (WIDTH - MARGIN, y)], GREY)
-    return y + 26
-
-
-def _chart(pen: _Pen, random: Random, has: Facts, y: float) -> None:
-    """Draw the page's chart with its caption, 570 units high, from `y` down."""
-    colour = tuple(min(255, max(0, part + random.randint(-15, 15))) for part in COLOURS[has.colour])
-    left, right, bottom = MARGIN + 70, WIDTH - MARGIN - 40, y + 490
-    if has.kind == "pie":
-        _pie(pen, random, colour, y)
-    else:
+    def axes(self, y: float, kind: str, colour: Colour) -> None:
+        """Draw a bar, line or scatter chart."""
+        left, right, bottom = MARGIN + 70, WIDTH - MARGIN - 40, y + 490
         for tick in range(6):
             level = bottom - tick * 90
-            pen.line([(left, level), (right, level)], INK if tick == 0 else PALE)
-            pen.text(MARGIN, level - 14, str(tick * 20), 22, GREY)
-        count = random.randint(*{"bar": (5, 8), "line": (7, 12), "scatter": (28, 45)}[has.kind])
+            self.line([(left, level), (right, level)], PALE if tick else INK, 2)
+            self.text(MARGIN, level - 14, str(tick * 20), 22, GREY)
+        count = self.random.randint(*POINTS[kind])
         step = (right - left) / count
-        points = [(left + (i + 0.5) * step, bottom - random.uniform(60, 450)) for i in range(count)]
-        if has.kind == "bar":
-            for x, level in points:
-                pen.box((x - 0.36 * step, level, x + 0.36 * step, bottom), colour)
-        elif has.kind == "line":
-            pen.line(points, colour, 14)
-        else:
-            for x, level in points:
-                pen.draw.ellipse(pen.around(x, level, 15), colour)
+        levels = [bottom - self.random.uniform(60, 450) for _ in range(count)]
+        points = [(left + (i + 0.5) * step, level) for i, level in enumerate(levels)]
+        if kind == "line":
+            self.line(points, colour, 14)
+        for x, level in points:
+            if kind == "bar":
+                corners = self.scaled(x - 0.36 * step, level, x + 0.36 * step, bottom)
+                self.draw.rectangle(corners, colour)
+            elif kind == "scatter":
+                self.draw.ellipse(self.circle(x, level, 15), colour)
         for i in range(6):
-            pen.text(left + i * (right - left) / 6, bottom + 12, str(2000 + i), 22, GREY)
-    caption = f"Figure {random.randint(1, 9)}: {has.topic} by {random.choice(('year', 'district', 'source'))}"
-    pen.text(MARGIN + 300, y + 535, caption, 26, INK)
+            self.text(left + i * (right - left) / 6, bottom + 12, str(2000 + i), 22, GREY)
 
-
-def _pie(pen: _Pen, random: Random, colour: tuple[int, ...], y: float) -> None:
-    """A pie in tints of one colour, with its legend."""
-    shares = [random.uniform(0.6, 2) for _ in range(random.randint(3, 6))]
-    start = random.uniform(0, 360)
-    for i, (share, region) in enumerate(zip(shares, REGIONS, strict=False)):
-        end, tint = start + 360 * share / sum(shares), 0.55 * i / len(shares)
-        paint = tuple(round(part + (255 - part) * tint) for part in colour)
-        edge = max(1, round(4 * pen.scale))
-        pen.draw.pieslice(pen.around(WIDTH * 0.42, y + 260, 245), start, end, paint, "white", edge)
-        pen.box((WIDTH * 0.72, y + 120 + 50 * i, WIDTH * 0.72 + 28, y + 148 + 50 * i), paint)
-        pen.text(
-            WIDTH * 0.72 + 44,
-            y + 118 + 50 * i,
-            f"{region} {math.floor(100 * share / sum(shares))} %",
-            24,
-        )
-        start = end
+    def pie(self, y: float, colour: Colour) -> None:
+        """Draw a pie in tints of one colour, with its legend."""
+        shares = [self.random.uniform(0.6, 2) for _ in range(self.random.randint(3, 6))]
+        start, edge, x = self.random.uniform(0, 360), max(1, round(4 * self.scale)), WIDTH * 0.72
+        for i, (share, region) in enumerate(zip(shares, REGIONS, strict=False)):
+            end, tint = start + 360 * share / sum(shares), 0.55 * i / len(shares)
+            paint = tuple(round(part + (255 - part) * tint) for part in colour)
+            pie = self.circle(WIDTH * 0.42, y + 260, 245)
+            self.draw.pieslice(pie, start, end, paint, "white", edge)
+            row = y + 50 * i
+            self.draw.rectangle(self.scaled(x, row + 120, x + 28, row + 148), paint)
+            percent = math.floor(100 * share / sum(shares))
+            self.text(x + 44, row + 118, f"{region} {percent} %", 24)
+            start = end

@@ -1,1 +1,1 @@
-"""What quantising does to retrieval: the same queries and pages through BASE and a variant, and what changed."""
+"""What quantisation does to retrieval: BASE and variants embed the same queries and pages."""

@@ -1,82 +1,131 @@
-"""What a query's scores say, one value a query: how good its ranking is, and how near it is to BASE's. No torch."""
+"""Late-interaction scores (MaxSim), and metrics of rankings and scores: one value per query."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
+import ir_measures
 import numpy as np
+import torch
+from ir_measures import R, nDCG
 from numpy.typing import NDArray
+from scipy.stats import kendalltau
+from torch import Tensor
 
-#: By the name that ir-measures gives it, the name that a table shows.
-RETRIEVAL = {"nDCG@5": "nDCG@5", "nDCG@10": "nDCG@10", "R@5": "recall@5", "R@10": "recall@10"}
-OVERLAP_AT = (5, 10)
-#: All that a record holds by query.
-NAMES = (
-    *RETRIEVAL.values(),
-    *(f"overlap@{k}" for k in OVERLAP_AT),
-    "Kendall's tau",
-    "score error",
-    "query cosine",
-)
+BUDGET_BYTES = 256 * 2**20
+RETRIEVAL = {nDCG @ 5: "nDCG@5", nDCG @ 10: "nDCG@10", R @ 5: "recall@5", R @ 10: "recall@10"}
 
+Scores = NDArray[np.floating]  # [queries, pages]
+T = TypeVar("T")
+Ranking = NDArray[np.intp]  # [queries, pages], page numbers, best first
 Relevance = Mapping[str, Mapping[str, int]]
 
 
-def ranking(scores: NDArray[np.floating]) -> NDArray[np.intp]:
-    """Page numbers [queries, pages], best first; pages of equal score in their own order.
+def unpadded(embeddings: Tensor, mask: Tensor) -> list[Tensor]:
+    """The [tokens, dim] of each row of [rows, tokens, dim] where `mask` [rows, tokens] is not 0."""
+    return [row[keep] for row, keep in zip(embeddings, mask.bool(), strict=True)]
 
-    Scores are equal to five decimals: a product may round a page's twin differently, by its place in the block.
+
+def maxsim(
+    queries: Sequence[Tensor], pages: Sequence[Tensor], budget_bytes: int = BUDGET_BYTES
+) -> Tensor:
+    """Scores [queries, pages]: for each query token the best page token, summed over the query.
+
+    The result is float32 (float64 for float64 embeddings), on the queries' device. A query without
+    tokens scores 0; a page without tokens scores -inf. Source: ColBERT (Khattab and Zaharia 2020),
+    equation 3.
+
+    >>> query, page = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [1.0, 0.0]])
+    >>> maxsim([query], [page])
+    tensor([[1.8000]])
+
+    Args:
+        queries: [tokens, dim] each.
+        pages: [tokens, dim] each, on any device.
+        budget_bytes: memory for the similarities between tokens, unless one pair needs more.
+    """
+    if not queries or not pages:
+        return torch.zeros(len(queries), len(pages))
+    device, dtype = queries[0].device, torch.promote_types(queries[0].dtype, torch.float32)
+    budget = budget_bytes // dtype.itemsize
+    scores = []
+    for some in batches(queries, int(budget**0.5) // _longest(queries)):
+        query, lengths = torch.cat(list(some)).to(dtype), _lengths(some, device)
+        parts = []
+        for others in batches(pages, budget // (_longest(pages) * max(1, len(query)))):
+            page = torch.cat(list(others)).to(device, dtype)
+            best = torch.segment_reduce(
+                page @ query.T, "max", lengths=_lengths(others, device), initial=-torch.inf
+            )
+            best = best.T.contiguous()
+            parts.append(torch.segment_reduce(best, "sum", lengths=lengths, initial=0))
+        scores.append(torch.cat(parts, dim=1))
+    return torch.cat(scores)
+
+
+def batches(rows: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive rows in batches of `size`, or of one if `size` is below 1."""
+    return [rows[start : start + max(1, size)] for start in range(0, len(rows), max(1, size))]
+
+
+def _lengths(rows: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.tensor(list(map(len, rows)), device=device)
+
+
+def _longest(rows: Sequence[Tensor]) -> int:
+    return max(1, *map(len, rows))
+
+
+def ranking(scores: Scores) -> Ranking:
+    """Page numbers [queries, pages], best first; pages with equal scores keep their order.
+
+    Scores are rounded to five decimals: a GEMM may round identical pages differently.
     """
     return np.argsort(-np.round(scores, 5), axis=-1, kind="stable")
 
 
 def retrieval(
-    ranked: NDArray[np.intp],
-    query_ids: Sequence[str],
-    page_ids: Sequence[str],
-    relevance: Relevance,
+    query_ids: Sequence[str], top: Sequence[Sequence[str]], relevance: Relevance
 ) -> dict[str, list[float]]:
-    """nDCG and recall of each query, by ir-measures. Every query has a relevant page; `ranked` [queries, pages]."""
-    import ir_measures
+    """nDCG and recall of each query, from the ids of its ten best pages, by ir-measures.
 
-    # By rank, not by score: the library would break ties by the pages' names.
+    Every query must have a relevant page.
+    """
+    # Scored by rank: the library breaks ties by page id.
     run = {
-        query: {page_ids[page]: float(-place) for place, page in enumerate(row)}
-        for query, row in zip(query_ids, ranked, strict=True)
+        query: {page: float(-place) for place, page in enumerate(pages)}
+        for query, pages in zip(query_ids, top, strict=True)
     }
     judged = {query: dict(relevance[query]) for query in query_ids}
-    measures = {ir_measures.parse_measure(name): shown for name, shown in RETRIEVAL.items()}
-    values = ir_measures.iter_calc(list(measures), judged, run)
-    found = {(value.query_id, measures[value.measure]): float(value.value) for value in values}
-    return {shown: [found[query, shown] for query in query_ids] for shown in measures.values()}
+    values = {
+        (value.measure, value.query_id): float(value.value)
+        for value in ir_measures.iter_calc(list(RETRIEVAL), judged, run)
+    }
+    return {
+        name: [values[measure, query] for query in query_ids] for measure, name in RETRIEVAL.items()
+    }
 
 
-def overlap(ranked: NDArray[np.intp], base: NDArray[np.intp], k: int) -> list[float]:
-    """The share of BASE's best k pages that are among the best k here; of all pages where there are fewer."""
-    k = min(k, base.shape[1])
-    return [
-        len(set(ours[:k]) & set(theirs[:k])) / k for ours, theirs in zip(ranked, base, strict=True)
-    ]
+def overlap(ranked: Ranking, base: Ranking, k: int) -> list[float]:
+    """The share of BASE's best k pages (or of all, if fewer) among the best k of `ranked`."""
+    return [float(np.isin(*pair).mean()) for pair in zip(ranked[:, :k], base[:, :k], strict=True)]
 
 
-def kendall(scores: NDArray[np.floating], base: NDArray[np.floating]) -> list[float]:
-    """Kendall's tau-b of each query's scores to BASE's, over all pages, by scipy.
+def kendall(scores: Scores, base: Scores) -> list[float]:
+    """Kendall's tau-b of each query's scores to BASE's, over all pages.
 
-    Where all scores are equal (one page, a query without tokens) it is not defined: 1 if they are on both sides,
-    else 0.
+    Constant scores have no tau-b: the value is 1 if both sides are constant, 0 if only one is.
     """
-    from scipy.stats import kendalltau
 
-    def tau(ours: NDArray[np.floating], theirs: NDArray[np.floating]) -> float:
-        flat = [bool((side == side[0]).all()) for side in (ours, theirs)]
-        return float(all(flat)) if any(flat) else float(kendalltau(ours, theirs).statistic)
+    def tau(ours: Scores, theirs: Scores) -> float:
+        constant = [(side == side[0]).all() for side in (ours, theirs)]
+        return float(all(constant) if any(constant) else kendalltau(ours, theirs).statistic)
 
-    return [tau(ours, theirs) for ours, theirs in zip(scores, base, strict=True)]
+    return list(map(tau, scores, base))
 
 
-def score_error(scores: NDArray[np.floating], base: NDArray[np.floating]) -> list[float]:
-    """The mean over pages of |score - BASE's| / |BASE's|; pages without tokens and queries without any add nothing."""
-    counted = np.isfinite(base) & np.isfinite(scores) & (base != 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        errors = np.where(counted, np.abs(scores - base) / np.abs(base), 0.0)
-    return [float(value) for value in errors.sum(axis=1) / np.maximum(1, counted.sum(axis=1))]
+def score_error(scores: Scores, base: Scores) -> list[float]:
+    """The mean over pages of |score - BASE's| / |BASE's|; infinite and zero scores do not count."""
+    ours, theirs = np.ma.masked_invalid(scores), np.ma.masked_invalid(base)
+    return (abs(ours - theirs) / abs(theirs)).mean(axis=1).filled(0).tolist()

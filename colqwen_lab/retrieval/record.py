@@ -1,21 +1,37 @@
-"""The record of one variant on one data set, BASE's included: what its rankings are, and how near BASE's. No torch.
+"""The record of one variant on one data set: its rankings, and how near they are to BASE's.
 
-A file is JSON lines, BASE's first. Values are kept by query, so every interval and verdict follows from the file.
+BASE has a record too. Values are kept per query, so intervals and verdicts follow from the file.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 
-from colqwen_lab.records import Backend, Environment, Rate, Row, Value, rate_of, read_rows
-from colqwen_lab.retrieval.metrics import NAMES
+from colqwen_lab.records import (
+    Backend,
+    Count,
+    Measured,
+    Positive,
+    Rate,
+    Row,
+    Value,
+    rate_of,
+    read_rows,
+    renamed,
+)
+
+#: The metrics of a record, in the order of its tables.
+NAMES = (
+    *("nDCG@5", "nDCG@10", "recall@5", "recall@10", "overlap@5", "overlap@10"),
+    *("Kendall's tau", "score error", "query cosine"),
+)
 
 
 class Cosines(Value):
-    """Cosine of each token's embedding to BASE's on the same input: how many, the least, quantiles, and the mean."""
+    """Cosines of each token's embedding to BASE's on the same input: count, quantiles, mean."""
 
     tokens: int
     least: float
@@ -29,9 +45,10 @@ class Cosines(Value):
 class Fidelity(Row):
     """One variant on one data set.
 
-    `values` holds by metric one figure a query, in the order of `query_ids`; `top` each query's best pages. `iters` is
-    of variants that were quantised here. `refused` pages could not be read. `page_step_s` are the times of forwards
-    over `page_batch` pages, the first one thrown away; variants are not timed in turn.
+    `values` holds one figure per query for each metric, in the order of `query_ids`. `top` holds
+    the best page ids of each query. `iters` are the tuning steps of a variant quantised for this
+    run. `skipped` counts unreadable pages. `page_step_s` are the times of forwards over
+    `page_batch` pages, without the first; variants are not interleaved.
     """
 
     kind: Literal["fidelity"] = "fidelity"
@@ -40,30 +57,27 @@ class Fidelity(Row):
     weights: str
     iters: int | None = None
     data: str
-    pages: int = Field(gt=0)
-    skipped: int = Field(default=0, ge=0, validation_alias=AliasChoices("skipped", "refused"))
+    pages: Positive
+    skipped: Count = renamed(0, "skipped", "refused")
     visual_tokens: int
     backend: Backend
-    weights_bytes: int = Field(gt=0)
+    weights_bytes: Positive
     query_cosine: Cosines
     page_cosine: Cosines
-    page_batch: int = Field(gt=0)
-    page_step_s: list[Annotated[float, Field(gt=0)]]
+    page_batch: Positive
+    page_step_s: list[Measured]
     query_ids: list[str] = Field(min_length=1)
     values: dict[str, list[float]]
     top: list[list[str]]
-    environment: Environment
 
     @model_validator(mode="after")
-    def _by_query(self) -> Self:
+    def _complete(self) -> Self:
         if missing := set(NAMES) - self.values.keys():
-            raise ValueError(f"no values of {', '.join(sorted(missing))}")
-        lengths = {"top": len(self.top)} | {
-            name: len(values) for name, values in self.values.items()
-        }
+            raise ValueError(f"values lack the metrics {', '.join(sorted(missing))}")
+        lengths = {"top": len(self.top)} | {name: len(row) for name, row in self.values.items()}
         for name, length in lengths.items():
             if length != len(self.query_ids):
-                raise ValueError(f"{name} of {length} queries, and there are {len(self.query_ids)}")
+                raise ValueError(f"{name} must have {len(self.query_ids)} queries, got {length}")
         return self
 
     def key(self) -> tuple[str, ...]:
@@ -71,19 +85,23 @@ class Fidelity(Row):
 
     @property
     def inputs(self) -> tuple[object, ...]:
-        """What two records must share to be compared: what was embedded, at which size and budget."""
+        """What two records must share to be compared: data, queries, size and visual tokens."""
         return self.data, self.pages, self.query_ids, self.size, self.visual_tokens
 
     @property
     def label(self) -> str:
-        """The variant; plainly rounded ones say so."""
+        """The variant's name, with `plain` where it was rounded without tuning."""
         return f"{self.variant} plain" if self.iters == 0 else self.variant
 
     @property
     def pages_per_s(self) -> Rate | None:
+        """Pages per second of the forward, if a batch was timed."""
         return rate_of(self.page_step_s, self.page_batch) if self.page_step_s else None
 
 
 def read(path: str | Path) -> list[Fidelity]:
-    """The newest record of each variant in a file; raises BadInput if it holds none."""
+    """The records of a file: of each variant on the same inputs and machine, the newest.
+
+    Raises BadInput if the file holds no record.
+    """
     return read_rows(Path(path), Fidelity, "fidelity")

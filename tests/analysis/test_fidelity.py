@@ -14,12 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from colqwen_lab.analysis.fidelity import Fidelities, loss, one_row
-from colqwen_lab.analysis.results import Results
+from colqwen_lab.analysis.fidelity import Fidelities, loss, side_by_side
+from colqwen_lab.analysis.table import Results
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import MIB, Cell, Environment, Workload, published_cells, rate_of
 from colqwen_lab.retrieval.data import Corpus
-from colqwen_lab.retrieval.record import Fidelity
+from colqwen_lab.retrieval.record import NAMES, Fidelity
 
 OUTPUTS = Path(__file__).parents[2] / "outputs"
 Record = Callable[..., Fidelity]
@@ -30,20 +30,23 @@ BASE = [float(value) for value in DRAW.uniform(0.3, 1, 200)]
 
 def changed(mean: float, spread: float = 0.0, count: int = 200) -> list[float]:
     return [
-        one + float(by)
-        for one, by in zip(BASE[:count], DRAW.normal(mean, spread or 1e-9, count), strict=True)
+        value + float(by)
+        for value, by in zip(BASE[:count], DRAW.normal(mean, spread or 1e-9, count), strict=True)
     ]
 
 
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
-        (changed(-0.002, 0.001), "same within 0.01"),  # lower for sure, by less than counts
+        (changed(-0.002, 0.001), "same"),  # significantly lower, but within the margin
         (changed(-0.05, 0.1), "worse"),
         (changed(0.05, 0.1), "better"),
-        (changed(0.0, 0.5), "cannot tell"),
-        # Told from zero, but not from the margin.
-        ([one - 0.009 + (0.03 if n % 2 else -0.03) for n, one in enumerate(BASE)], "cannot tell"),
+        (changed(0.0, 0.5), "inconclusive"),
+        # Excludes zero, but reaches beyond the margin.
+        (
+            [value - 0.009 + (0.03 if n % 2 else -0.03) for n, value in enumerate(BASE)],
+            "inconclusive",
+        ),
     ],
 )
 def test_verdicts(record: Record, values: list[float], verdict: str) -> None:
@@ -56,7 +59,7 @@ def test_verdicts(record: Record, values: list[float], verdict: str) -> None:
 
 
 def test_the_interval_is_paired(record: Record) -> None:
-    """Queries differ by 0.7, the two sides by 0.02: unpaired it would be drowned."""
+    """Queries differ by 0.7, the two sides by 0.02: an unpaired interval would be far wider."""
     row = loss(record("base", BASE), record("awq", changed(-0.02, 0.001)), "nDCG@5")
     assert row.low is not None
     assert row.high is not None
@@ -65,12 +68,12 @@ def test_the_interval_is_paired(record: Record) -> None:
 
 
 def test_the_interval_covers(record: Record) -> None:
-    """Of 200 repetitions about 95 % hold the true mean."""
-    held = 0
+    """About 95 % of 200 intervals contain the true mean."""
+    covered = 0
     for _ in range(200):
         row = loss(record("base", BASE[:60]), record("awq", changed(-0.03, 0.1, 60)), "nDCG@5")
-        held += (row.low or 0) <= -0.03 <= (row.high or 0)
-    assert 180 <= held <= 199
+        covered += (row.low or 0) <= -0.03 <= (row.high or 0)
+    assert 180 <= covered <= 199
 
 
 def test_the_same_records_give_the_same_interval(record: Record) -> None:
@@ -80,51 +83,98 @@ def test_the_same_records_give_the_same_interval(record: Record) -> None:
     assert first == second
 
 
-def test_too_few_queries_tell_nothing(record: Record) -> None:
+def test_few_queries_are_inconclusive(record: Record) -> None:
     few = loss(record("base", BASE[:29]), record("awq", changed(-0.3, 0.1, 29)), "nDCG@5")
     assert (few.low, few.high, few.interval) == (None, None, "")
-    assert few.told == "cannot tell: 29 queries, 30 needed"
+    assert few.verdict == "inconclusive"
+    assert few.reason == "29 queries are too few; use at least 30."
     enough = loss(record("base", BASE[:30]), record("awq", changed(-0.3, 0.1, 30)), "nDCG@5")
     assert enough.verdict == "worse"
 
 
 @pytest.mark.parametrize(
-    ("count", "lost", "told"),
+    ("count", "lost", "verdict", "reason"),
     [
-        (96, 0.0, "cannot tell: all 96 queries alike, so within 3/96"),
-        (96, 0.5, "worse"),
-        (200, 0.01, "cannot tell: all 200 queries alike, so within 3/200"),
-        (400, 0.0, "same within 0.01"),
+        (
+            96,
+            0.0,
+            "inconclusive",
+            "No query changed; 96 queries are too few to rule out a 3 % loss.",
+        ),
+        (96, 0.5, "worse", ""),
+        (
+            *(200, 0.012, "inconclusive"),
+            "All queries changed alike; 200 queries are too few to rule out a 3 % loss.",
+        ),
+        (400, 0.0, "same", ""),
     ],
 )
-def test_no_query_that_differs_is_no_proof_that_none_would(
-    record: Record, count: int, lost: float, told: str
+def test_equal_differences_are_no_proof(
+    record: Record, count: int, lost: float, verdict: str, reason: str
 ) -> None:
     row = loss(record("base", [1.0] * count), record("awq", [1.0 - lost] * count), "nDCG@5")
     assert (row.low, row.high) == pytest.approx((-lost - 3 / count, -lost + 3 / count))
-    assert row.told == told
+    assert (row.verdict, row.reason) == (verdict, reason)
 
 
 def test_base_is_itself(record: Record) -> None:
     base = record("base", [1.0] * 5)
     row = loss(base, base, "nDCG@5")
-    assert (row.low, row.high, row.verdict) == (0, 0, "same within 0.01")
+    assert (row.low, row.high, row.verdict) == (0, 0, "same")
 
 
 def test_the_committed_schemes() -> None:
-    """What the shipped records of 96 queries say, by their intervals."""
-    found = Fidelities.load(OUTPUTS / "fidelity" / "schemes-tiny.jsonl")
-    rows = {record.label: found.loss(record, "nDCG@5") for record in found.others}
-    eight, two = rows["W8A16"], rows["W2A16"]
-    assert eight.told == "cannot tell: all 96 queries alike, so within 3/96"
-    assert "W8A16 cannot be told from base, nor said to be the same" in found.verdict()
-    assert "(+0.000 [-0.031 to +0.031] all 96 queries alike, so within 3/96)" in found.verdict()
-    assert eight.low == -3 / 96
-    assert two.verdict == "worse"
-    against = loss(found.pick("W4A16"), found.pick("W2A16"), "nDCG@5")
-    for row in (two, against):
+    """The sentences and intervals of the committed records of 96 queries."""
+    committed = Fidelities.load(OUTPUTS / "fidelity" / "schemes-tiny.jsonl")
+    rows = {record.label: committed.loss(record, "nDCG@5") for record in committed.others}
+    assert rows["W8A16"].low == -3 / 96
+    verdict = committed.verdict()
+    for sentence in (
+        "W8A16 against base is inconclusive: nDCG@5 0.9835 against 0.9835, "
+        "difference +0.000 [-0.031 to +0.031]. "
+        "No query changed; 96 queries are too few to rule out a 3 % loss. "
+        "It keeps 99 % of base's first five pages; its weights are 18 % smaller.",
+        "W4A16 finds pages as well as base: nDCG@5 0.9830 against 0.9835, difference within 0.01.",
+        "W2A16 finds pages worse than base: nDCG@5 0.9260 against 0.9835, difference -0.057",
+    ):
+        assert sentence in verdict
+    against = loss(committed.pick("W4A16"), committed.pick("W2A16"), "nDCG@5")
+    for row in (rows["W2A16"], against):
         assert row.high is not None
         assert row.high < 0
+
+
+def test_a_file_gives_the_newest_records_of_the_same_inputs_and_machine(
+    record: Record, tmp_path: Path
+) -> None:
+    def at(day: int, *names: str, threads: int = 1, **changes: Any) -> list[Fidelity]:
+        machine = Environment(cpu="a CPU", threads=threads, started_at=f"2026-01-0{day}")
+        ndcg = [day / 10] * 40
+        return [record(name, ndcg, environment=machine, **changes) for name in names]
+
+    other_data = {"data": "other"}
+    history = [
+        at(1, "base", "W8A16", "W4A16"),
+        at(2, "base", "W4A16", **other_data),
+        at(3, "base", "W4A16"),
+        at(4, "base", "W8A16", **other_data),
+        at(5, "base", "W2A16", threads=2),
+        at(6, "base", "W8A16", threads=2, weights="a folder"),
+    ]
+
+    def loaded(runs: int) -> list[tuple[str, str, float]]:
+        path = tmp_path / f"{runs}.jsonl"
+        path.write_text("".join(row.to_line() for run in history[:runs] for row in run))
+        return [(r.label, r.data, r.values["nDCG@5"][0]) for r in Fidelities.load(path).records]
+
+    first = [("base", "drawn", 0.1), ("W8A16", "drawn", 0.1), ("W4A16", "drawn", 0.1)]
+    assert loaded(1) == first
+    assert loaded(2) == [("base", "other", 0.2), ("W4A16", "other", 0.2)]
+    assert loaded(3) == [("base", "drawn", 0.3), ("W8A16", "drawn", 0.1), ("W4A16", "drawn", 0.3)]
+    third = [("base", "other", 0.4), ("W4A16", "other", 0.2), ("W8A16", "other", 0.4)]
+    assert loaded(4) == third
+    assert loaded(5) == [("base", "drawn", 0.5), ("W2A16", "drawn", 0.5)]
+    assert loaded(6) == [("base", "drawn", 0.6), ("W8A16", "drawn", 0.6)]
 
 
 def test_more_error_is_worse(record: Record) -> None:
@@ -145,21 +195,21 @@ def test_more_error_is_worse(record: Record) -> None:
 )
 def test_other_inputs_are_not_compared(record: Record, other: dict[str, Any]) -> None:
     records = record("base", BASE), record("awq", BASE, **other)
-    with pytest.raises(BadInput, match="not the same inputs"):
+    with pytest.raises(BadInput, match="awq and base must have the same data, queries"):
         loss(*records, "nDCG@5")
-    with pytest.raises(BadInput, match="not the same inputs"):
+    with pytest.raises(BadInput, match="awq and base must have the same data, queries"):
         Fidelities(records)
 
 
 def test_no_base_and_no_margin(record: Record) -> None:
-    with pytest.raises(BadInput, match="held against base"):
+    with pytest.raises(BadInput, match="the first record must be of base, got awq"):
         Fidelities((record("awq", BASE),))
-    with pytest.raises(BadInput, match="margin 2"):
+    with pytest.raises(BadInput, match="margin must be above 0 and below 1, got 2"):
         Fidelities((record("base", BASE),), margin=2)
 
 
 @pytest.fixture
-def found(record: Record) -> Fidelities:
+def fidelities(record: Record) -> Fidelities:
     sizes = {
         "base": (1000, 0.0),
         "W8A16": (600, -0.001),
@@ -178,7 +228,7 @@ def found(record: Record) -> Fidelities:
     plain = record("W4A16", changed(-0.1), weights_bytes=400 * MIB, iters=0)
     ids = records[0].query_ids
     shown = Corpus(
-        "drawn", ["p0", "p1"], picture, ids, ["a query"] * 200, {one: {"p1": 1} for one in ids}
+        "drawn", ["p0", "p1"], picture, ids, ["a query"] * 200, {query: {"p1": 1} for query in ids}
     )
     return Fidelities((*records, plain), corpus=shown)
 
@@ -187,35 +237,37 @@ def picture(number: int) -> Image.Image | str:
     return Image.new("RGB", (400, 560), "white") if number else "a page of text"
 
 
-def test_the_frontier_holds_what_nothing_smaller_matches(found: Fidelities) -> None:
-    assert [one.label for one in found.frontier()] == ["W4A16", "W8A16", "base"]
+def test_the_frontier_holds_what_nothing_smaller_matches(fidelities: Fidelities) -> None:
+    assert [record.label for record in fidelities.frontier()] == ["W4A16", "W8A16", "base"]
 
 
-def test_tables_and_words(found: Fidelities) -> None:
-    table = found.table().set_index("variant")
+def test_tables_and_words(fidelities: Fidelities) -> None:
+    table = fidelities.table().set_index("variant")
     assert list(table.index) == ["base", "W8A16", "W4A16", "W3A16", "W4A16 plain"]
     assert table.verdict.to_dict() == {
-        "base": "",
-        "W8A16": "same within 0.01",
+        "base": "same",
+        "W8A16": "same",
         "W4A16": "worse",
         "W3A16": "worse",
         "W4A16 plain": "worse",
     }
     assert table["pages/s"].tolist() == [80.0] * 5
-    assert found.losses("W4A16").columns[2] == "W4A16"
-    assert len(found.cosines()) == 2 * 4
-    assert "W8A16 retrieves as base does, within 0.01" in found.verdict()
-    assert "W3A16 retrieves worse than base" in repr(found)
-    document = json.loads(json.dumps(found.to_dict()))
+    assert fidelities.losses("W4A16").columns[2] == "W4A16"
+    assert len(fidelities.cosines()) == 2 * 4
+    assert "W8A16 finds pages as well as base" in fidelities.verdict()
+    assert "W3A16 finds pages worse than base" in repr(fidelities)
+    document = json.loads(json.dumps(fidelities.to_dict()))
     assert document["frontier"] == ["W4A16", "W8A16", "base"]
     assert document["variants"][1]["losses"][0]["metric"] == "nDCG@5"
-    assert "<table" in found._repr_html_()
+    assert "<table" in fidelities._repr_html_()
 
 
-def test_a_base_that_finds_nothing_is_said(found: Fidelities, record: Record) -> None:
-    assert "next to nothing" not in found.verdict()
+def test_the_verdict_names_a_base_that_finds_almost_nothing(
+    fidelities: Fidelities, record: Record
+) -> None:
+    assert "almost nothing" not in fidelities.verdict()
     blind = Fidelities((record("base", [0.01] * 50), record("awq", [0.0] * 50)))
-    assert blind.verdict().startswith("Base itself finds next to nothing here (nDCG@5 0.010)")
+    assert blind.verdict().startswith("Base itself finds almost nothing here (nDCG@5 0.0100)")
 
 
 def test_strings_of_a_record_are_escaped(record: Record) -> None:
@@ -224,23 +276,23 @@ def test_strings_of_a_record_are_escaped(record: Record) -> None:
     assert "<b>" not in hostile._repr_html_()
 
 
-def test_worst_and_best_query_and_their_pictures(found: Fidelities) -> None:
-    one = found.pick("W3A16")
-    gain = np.array(one.values["nDCG@5"]) - np.array(found.base.values["nDCG@5"])
-    assert found.query("worst", "W3A16") == gain.argmin()
-    assert found.query("best", "W3A16") == gain.argmax()
-    titles = [axes.get_title() for axes in found.pictures("worst").axes if axes.get_title()]
+def test_worst_and_best_query_and_their_pictures(fidelities: Fidelities) -> None:
+    variant = fidelities.pick("W3A16")
+    gain = np.array(variant.values["nDCG@5"]) - np.array(fidelities.base.values["nDCG@5"])
+    assert fidelities.query("worst", "W3A16") == gain.argmin()
+    assert fidelities.query("best", "W3A16") == gain.argmax()
+    titles = [axes.get_title() for axes in fidelities.pictures("worst").axes if axes.get_title()]
     assert titles == ["1: p1, answers", "2: p0", "1: p1, answers", "2: p0"]
-    assert found.base.size in found.pictures("worst").get_suptitle()
+    assert fidelities.base.size in fidelities.pictures("worst").get_suptitle()
     with pytest.raises(BadInput, match="hold no pages"):
-        Fidelities(found.records).pictures()
+        Fidelities(fidelities.records).pictures()
     with pytest.raises(BadInput, match="valid: worst, best"):
-        found.pictures("middle")
+        fidelities.pictures("middle")
 
 
 def test_labels_of_the_frontier_lie_beside_each_other() -> None:
-    found = Fidelities.load(OUTPUTS / "fidelity" / "schemes-tiny.jsonl")
-    figure = found.plot()
+    fidelities = Fidelities.load(OUTPUTS / "fidelity" / "schemes-tiny.jsonl")
+    figure = fidelities.plot()
     FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
     boxes = [
@@ -254,19 +306,16 @@ def test_labels_of_the_frontier_lie_beside_each_other() -> None:
     assert axes.get_title().startswith("measured · CPU AMD EPYC · tiny · generated")
 
 
-def test_plots(found: Fidelities) -> None:
-    frontier = found.plot()
-    assert {text.get_text() for text in frontier.axes[0].texts} == {
-        "base",
-        "W8A16",
-        "W4A16",
-        "W3A16",
-    }
-    assert found.plot("metrics", label="W4A16").axes[0].get_yticklabels()[-1].get_text() == "nDCG@5"
+def test_plots(fidelities: Fidelities) -> None:
+    frontier = fidelities.plot().axes[0]
+    assert {text.get_text() for text in frontier.texts} == {"base", "W8A16", "W4A16", "W3A16"}
+    assert frontier.get_xlabel() == "weights, MiB"
+    metrics = fidelities.plot("metrics", label="W4A16").axes[0]
+    assert [label.get_text() for label in metrics.get_xticklabels()] == list(NAMES)
     with pytest.raises(BadInput, match="valid: frontier, metrics"):
-        found.plot("lines")
+        fidelities.plot("lines")
     with pytest.raises(BadInput, match="unknown metric 'MRR'"):
-        found.plot(metric="MRR")
+        fidelities.plot(metric="MRR")
 
 
 def timed(variant: str, batch: int, step_s: float) -> Cell:
@@ -279,7 +328,7 @@ def timed(variant: str, batch: int, step_s: float) -> Cell:
     return FIRST.model_copy(update=same | {"environment": Environment(cpu="a CPU")})
 
 
-def test_one_row_of_speed_memory_and_fidelity(found: Fidelities) -> None:
+def test_speed_memory_and_fidelity_side_by_side(fidelities: Fidelities) -> None:
     cells = [
         timed("base", 8, 0.1),
         timed("W4A16", 8, 0.2),
@@ -287,16 +336,9 @@ def test_one_row_of_speed_memory_and_fidelity(found: Fidelities) -> None:
         timed("W2A16", 8, 0.1),
     ]
     cells[0] = cells[0].model_copy(update={"weights": "trained elsewhere"})
-    table = one_row(Results(tuple(cells)), found).set_index("variant")
+    table = side_by_side(Results(tuple(cells)), fidelities).set_index("variant")
     assert table["batch"].to_dict() == {"base": 8, "W4A16": 16, "W2A16": 8}
     assert table["queries/s"].to_dict() == {"base": 80, "W4A16": 80, "W2A16": 80}
-    assert table["verdict"].fillna("none").to_dict() == {
-        "base": "same within 0.01",
-        "W4A16": "worse",
-        "W2A16": "none",
-    }
-    assert table["weights"].fillna("none").to_dict() == {
-        "base": "others",
-        "W4A16": "the same",
-        "W2A16": "none",
-    }
+    assert table["verdict"].to_dict() == {"base": "same", "W4A16": "worse", "W2A16": "-"}
+    assert table["weights"].to_dict() == {"base": "different", "W4A16": "same", "W2A16": "-"}
+    assert table["peak MiB"].iloc[0] == 8527

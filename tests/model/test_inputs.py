@@ -10,26 +10,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from colqwen_lab.errors import MissingRequirement
-from colqwen_lab.model import inputs as texts
+from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.model.config import SIZES
 from colqwen_lab.model.inputs import (
+    CALIBRATION_TEXTS,
+    NATURAL_QUERIES,
     PAD,
     QUERY_SUFFIX_TOKENS,
     TINY_TOKENIZER,
     encode_queries,
     left_padded,
+    queries,
     read_tokenizer,
 )
 
 MARKS = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 SPECIAL_TOKENS = (PAD, *(f"<|{mark}|>" for mark in MARKS))
 # Qwen's own splitting rule: words with their leading space, digits one by one.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def trained(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with Qwen's splitting rule and special tokens; how the tokenizer in the package was made."""
+    """A byte-level BPE with Qwen's splitting rule and special tokens, as the packaged tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -50,7 +55,7 @@ def trained(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def test_the_tokenizer_in_the_package_is_the_trained_one() -> None:
-    read = [*texts.calibration_texts(), *texts.natural_queries(), *texts.queries("report", 64)]
+    read = [*CALIBRATION_TEXTS, *NATURAL_QUERIES, *queries("report", 64)]
     tokenizer = trained(read, SIZES["tiny"]["text_config"]["vocab_size"])
     assert json.loads(tokenizer.to_str()) == json.loads(TINY_TOKENIZER.read_text())
 
@@ -67,7 +72,9 @@ def test_special_ids_are_those_of_the_tiny_configuration() -> None:
 
 @pytest.mark.parametrize(("number", "tokens"), [(0, 17), (9, 17), (42, 18), (511, 19), (1023, 20)])
 def test_the_report_s_queries_have_its_lengths(number: int, tokens: int) -> None:
-    (ids,) = encode_queries(read_tokenizer(TINY_TOKENIZER), [texts.report_query(number)])
+    (ids,) = encode_queries(
+        read_tokenizer(TINY_TOKENIZER), [f"Retrieve information about topic number {number}"]
+    )
     assert len(ids) == tokens
     assert ids[-QUERY_SUFFIX_TOKENS:] == [0] * QUERY_SUFFIX_TOKENS
     assert 0 not in ids[:-QUERY_SUFFIX_TOKENS]
@@ -94,17 +101,19 @@ def test_left_padding(rows: list[list[int]]) -> None:
 
 
 def test_texts_are_many_and_distinct() -> None:
-    natural = texts.natural_queries()
+    natural = NATURAL_QUERIES
     assert len(set(natural)) == len(natural) >= 200
     assert len({len(query.split()) for query in natural}) >= 15
-    assert not set(natural) & set(texts.calibration_texts())
-    assert len(set(texts.queries("natural", 1000))) == 1000
-    assert texts.queries("report", 2) == [
+    assert not set(natural) & set(CALIBRATION_TEXTS)
+    assert len(set(queries("natural", 1000))) == 1000
+    assert queries("report", 2) == [
         f"Retrieve information about topic number {n}" for n in range(2)
     ]
+    with pytest.raises(BadInput, match=r"texts.*report, natural"):
+        queries("own", 1)
 
 
-def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_is_an_error(tmp_path: Path) -> None:
     bad = tmp_path / "tokenizer.json"
     bad.write_text("{}")
     with pytest.raises(MissingRequirement, match=r"not a tokenizer\.json"):

@@ -1,7 +1,8 @@
-"""Page images to tensors, held against transformers' own processor, and against pages one by one."""
+"""Page images to tensors: equal to transformers' processor, and to pages one by one."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -62,11 +63,17 @@ def test_the_prompt_is_the_published_one() -> None:
         CONFIG.image_token_id,
         CONFIG.vision_end_token_id,
     )
-    assert [one for one in ids if one in (start, image, end)] == [start, image, image, image, end]
+    assert [token for token in ids if token in (start, image, end)] == [
+        start,
+        image,
+        image,
+        image,
+        end,
+    ]
     assert prompt_ids(None, CONFIG, 3)[3:8] == [start, image, image, image, end]
 
 
-def test_the_image_s_tokens_are_told_apart() -> None:
+def test_the_image_s_tokens_are_marked() -> None:
     images = [page(0).resize(size) for size in ((96, 96), (64, 224))]
     batch = page_batch(images, read_tokenizer(TINY_TOKENIZER), CONFIG, 20)
     types, grids = batch["mm_token_type_ids"], batch["image_grid_thw"]
@@ -147,14 +154,15 @@ def test_a_folder_goes_on_past_what_it_cannot_read(
     encrypted(tmp_path / "d-encrypted.pdf")
     (tmp_path / "i-gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "j.png").mkdir()
+    os.mkfifo(tmp_path / "k.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7_000_000)
-    said: list[str] = []
-    found = [image.size for image in read_pages(page_files(tmp_path), said.append)]
-    assert found == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
+    skipped: list[str] = []
+    sizes = [image.size for image in read_pages(page_files(tmp_path), skipped.append)]
+    assert sizes == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
     names = ["b-broken.png", "d-encrypted.pdf", "f-line.png", "g-bomb.png", "i-gone.png"]
-    assert [line.split(" is left out: ")[0] for line in said] == names
-    assert all("\n" not in line for line in said)
-    assert "password" in said[1].lower()
+    assert [line.split(" is skipped: ")[0] for line in skipped] == names
+    assert all("\n" not in line for line in skipped)
+    assert "password" in skipped[1].lower()
 
 
 def test_the_reader_s_filter_of_warnings_is_not_its_caller_s(tmp_path: Path) -> None:
@@ -166,12 +174,13 @@ def test_the_reader_s_filter_of_warnings_is_not_its_caller_s(tmp_path: Path) -> 
 
 
 def encrypted(path: Path) -> None:
-    """A PDF that asks for a password: its trailer names an encryption of which nobody has the key."""
+    """A PDF that needs a password: nobody has the key of its encryption."""
     path.write_bytes(
-        b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n2 0 obj<</Type/Pages/Kids[]/Count 0>>endobj\n"
-        b"trailer<</Root 1 0 R/ID[<00><00>]/Encrypt<</Filter/Standard/V 1/R 2/P -4/O<" + b"00" * 32 + b">/U<" 
-        + b"00" * 32 + b">>>>>\n%%EOF"
-    )  # fmt: skip
+        b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj\n"
+        b"2 0 obj<</Type/Pages/Kids[]/Count 0>>endobj\n"
+        b"trailer<</Root 1 0 R/ID[<00><00>]/Encrypt<</Filter/Standard/V 1/R 2/P -4"
+        b"/O<" + b"00" * 32 + b">/U<" + b"00" * 32 + b">>>>>\n%%EOF"
+    )
 
 
 def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
@@ -199,11 +208,11 @@ def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(
-        BadInput, match=r"no pages at .+; valid: a folder of images, an image, or a PDF"
+        BadInput, match=r"pages must be a folder of images, an image or a PDF, got .*not exist"
     ):
         page_files(tmp_path / "nowhere")
     with pytest.raises(BadInput, match="holds no image and no PDF"):
         page_files(tmp_path)
     for budget in (0, 16_385):
-        with pytest.raises(BadInput, match=f"visual_tokens {budget}; valid: 1 to 16384"):
+        with pytest.raises(BadInput, match=f"visual_tokens must be 1 to 16384, got {budget}"):
             patches(Image.new("RGB", (64, 64)), CONFIG, budget)

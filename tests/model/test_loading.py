@@ -1,4 +1,4 @@
-"""Checkpoint folders in the published layout: they load as they are, or an error names what is wrong."""
+"""Checkpoint folders in the published layout load unchanged, or an error names the problem."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colqwen_lab.errors import BadInput, MissingRequirement
-from colqwen_lab.model import checkpoint as loading_weights
+from colqwen_lab.model import checkpoint as checkpoints
 from colqwen_lab.model import loading
 from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
 from colqwen_lab.model.config import SIZES, VARIANTS, resolve_variant
@@ -63,7 +64,7 @@ def test_sharded_folder_loads(base_folder: Path, tmp_path: Path, tiny: loading.L
     torch.testing.assert_close(embed(load(folder)), embed(tiny), rtol=0, atol=0)
     index["weight_map"][names[0]] = "../base/model.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(MissingRequirement, match="outside its folder"):
+    with pytest.raises(MissingRequirement, match="points outside its folder"):
         load(folder)
 
 
@@ -75,11 +76,11 @@ def test_half_precision_checkpoint_is_cast(
     assert load(folder, dtype="float16").dtype == "float16"
 
 
-def test_the_8b_s_unused_head_is_left_out_and_said(base_folder: Path, edited: Edit) -> None:
+def test_the_8b_s_unused_head_is_recorded(base_folder: Path, edited: Edit) -> None:
     folder = edited(
         base_folder, tensors=lambda t: t.update({"vlm.lm_head.weight": torch.zeros(1536, 128)})
     )
-    assert load(folder).left_out == ("vlm.lm_head.weight",)
+    assert load(folder).unused == ("vlm.lm_head.weight",)
 
 
 @pytest.mark.parametrize("format", ["auto_round", "auto_gptq", "auto_awq"])
@@ -89,8 +90,8 @@ def test_every_packing_loads_onto_a_real_kernel(format: str, packed: Callable[[s
     (kernel,) = loaded.engaged
     assert loaded.engaged == {kernel: 28}
     assert kernel in ("auto_round:torch_zp", "auto_round_kernel_zp", "auto_round_kernel_awq")
-    assert loaded.kept_16bit == {"vision tower": 24, "head": 1}
-    reference = embed(load(packed("auto_round"), backend="torch"))
+    assert loaded.kept_16bit == {"vision encoder": 24, "head": 1}
+    reference = embed(load(packed("auto_round"), kernel="torch"))
     assert torch.cosine_similarity(embed(loaded), reference, dim=-1).min() > 0.999
 
 
@@ -123,15 +124,15 @@ def test_awq_checkpoint_is_the_same_codes_in_another_packing(packed: Callable[[s
         ),
         (
             lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 64)}),
-            rf"{LAYER}.weight has shape \[256, 64\]",
+            rf"{LAYER}.weight must have shape \[256, 128\], got \[256, 64\]",
         ),
         (
             lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128, dtype=torch.int32)}),
-            "is I32, not",
+            "must be one of BF16, F16, F32, got I32",
         ),
         (
             lambda t: t.update({f"{LAYER}.weight": torch.zeros(256, 128).double()}),
-            "is F64; valid: BF16",
+            "must be one of BF16, F16, F32, got F64",
         ),
     ],
 )
@@ -158,13 +159,13 @@ def test_truncated_file_is_named(base_folder: Path, edited: Edit, keep: int) -> 
         load(folder)
 
 
-def test_links_out_of_the_folder_are_refused_but_for_the_hub_s_own(
+def test_links_out_of_the_folder_are_errors_except_to_the_hub_s_blobs(
     base_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "models--x" / "snapshots" / "abc"
     blobs = tmp_path / "models--x" / "blobs"
-    for made in (folder, blobs):
-        made.mkdir(parents=True)
+    for directory in (folder, blobs):
+        directory.mkdir(parents=True)
     for number, file in enumerate(sorted(base_folder.iterdir())):
         shutil.copy(file, blobs / str(number))
         (folder / file.name).symlink_to(Path("../../blobs") / str(number))
@@ -185,17 +186,17 @@ def test_links_out_of_the_folder_are_refused_but_for_the_hub_s_own(
         (
             "text_config",
             {"num_hidden_layers": 10**12},
-            "describes a network that its files do not hold",
+            r"its files .* do not hold a network",
         ),
         (
             "text_config",
             {"intermediate_size": 10**9},
-            "describes a network that its files do not hold",
+            r"its files .* do not hold a network",
         ),
         (
             "vision_config",
             {"intermediate_size": 10**9},
-            "describes a network that its files do not hold",
+            r"its files .* do not hold a network",
         ),
         ("text_config", {"head_dim": 0}, "is not the configuration of a ColQwen3"),
     ],
@@ -216,12 +217,14 @@ def test_a_header_that_claims_too_much_is_named(base_folder: Path, edited: Edit)
     ):
         load(folder)
     with (folder / "tokenizer.json").open("ab") as grown:
-        grown.truncate(loading_weights.TOKENIZER_BYTES + 1)
+        grown.truncate(checkpoints.TOKENIZER_BYTES + 1)
     file.write_bytes((base_folder / file.name).read_bytes())
-    with pytest.raises(MissingRequirement, match=r"tokenizer\.json has \d+ bytes; valid: up to"):
+    with pytest.raises(
+        MissingRequirement, match=r"tokenizer\.json must have at most \d+ bytes, got"
+    ):
         load(folder)
-    (folder / "config.json").write_bytes(b" " * (loading_weights.JSON_BYTES + 1))
-    with pytest.raises(MissingRequirement, match=r"config\.json has \d+ bytes; valid: up to"):
+    (folder / "config.json").write_bytes(b" " * (checkpoints.JSON_BYTES + 1))
+    with pytest.raises(MissingRequirement, match=r"config\.json must have at most \d+ bytes, got"):
         load(folder)
 
 
@@ -288,12 +291,14 @@ def test_a_tokenizer_neither_pads_nor_cuts_nor_rewrites(
     changed = own | {key: value and value | pad for key, value in change.items()}
     (folder / "tokenizer.json").write_text(json.dumps(changed))
     if taken:
-        tokenizer, plain = (read_tokenizer(one / "tokenizer.json") for one in (folder, base_folder))
+        tokenizer, plain = (
+            read_tokenizer(path / "tokenizer.json") for path in (folder, base_folder)
+        )
         assert encode_queries(tokenizer, ["where is the tree?"]) == encode_queries(
             plain, ["where is the tree?"]
         )
     else:
-        with pytest.raises(MissingRequirement, match=r"has a normalizer .*; valid: NFC, or none"):
+        with pytest.raises(MissingRequirement, match=r"normalizer must be NFC or none, got"):
             load(folder)
 
 
@@ -307,18 +312,21 @@ def test_pickled_weights_are_never_read(base_folder: Path, edited: Edit) -> None
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda c: c.update(model_type="qwen3_vl"), "model_type is 'qwen3_vl'"),
+        (
+            lambda c: c.update(model_type="qwen3_vl"),
+            "model_type must be 'colqwen3', got 'qwen3_vl'",
+        ),
         (
             lambda c: c.update(model_type="x" * 10**6),
-            "^.{,300}model_type is 'x{,100}, not 'colqwen3'$",
+            "^.{,300}model_type must be 'colqwen3', got 'x{,100}$",
         ),
         (
             lambda c: c["vision_config"].update(deepstack_visual_indexes=[0] * 80_000),
-            "files do not hold",
+            r"its files .* do not hold a network",
         ),
         (
             lambda c: c["vision_config"].update(deepstack_visual_indexes=list(range(80_000))),
-            "files do not hold",
+            r"its files .* do not hold a network",
         ),
         (
             lambda c: c["text_config"].update(hidden_size="wide"),
@@ -326,11 +334,11 @@ def test_pickled_weights_are_never_read(base_folder: Path, edited: Edit) -> None
         ),
         (
             lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "bits": 4}),
-            "valid packings",
+            "kernel auto cannot load bits 4, .*'bitsandbytes' on cpu.*Only `gptqv1`, `awq`",
         ),
     ],
 )
-def test_a_wrong_configuration_is_named(
+def test_a_wrong_configuration_is_an_error(
     base_folder: Path, edited: Edit, change: Any, says: str
 ) -> None:
     with pytest.raises(MissingRequirement, match=says):
@@ -348,7 +356,7 @@ def test_not_a_checkpoint_folder(tmp_path: Path) -> None:
 def test_blocks_that_match_nothing_are_an_error(
     packed: Callable[[str], Path], edited: Edit
 ) -> None:
-    """AutoRound would go on with freshly drawn 16-bit linears."""
+    """AutoRound would go on with new random 16-bit linears."""
     folder = edited(
         packed("auto_round"),
         config=lambda c: c["quantization_config"].update(block_name_to_quantize="model.layers"),
@@ -360,28 +368,32 @@ def test_blocks_that_match_nothing_are_an_error(
 def test_a_packing_that_no_kernel_serves_is_an_error(
     packed: Callable[[str], Path], edited: Edit
 ) -> None:
-    """AutoRound would choose its fake backend, or end the process."""
+    """AutoRound would choose its fake kernel, or end the process."""
     folder = edited(
         packed("auto_round"),
         config=lambda c: c["quantization_config"].update(packing_format="auto_round:nowhere"),
     )
     with pytest.raises(
         MissingRequirement,
-        match="no installed kernel for 4-bit weights of group 128 in packing auto_round:nowhere",
+        match="kernel auto cannot load bits 4, group_size 128, packing_format 'auto_round:nowhere'",
     ):
         load(folder)
     with pytest.raises(
-        MissingRequirement, match=r"backend torch has no installed kernel .* auto_round_kernel_awq"
+        MissingRequirement,
+        match=r"kernel torch cannot load bits 4.*'awq' on cpu.*no installed .* auto_round:auto_awq",
     ):
-        load(packed("auto_awq"), backend="torch")
+        load(packed("auto_awq"), kernel="torch")
 
 
 def test_asymmetric_codes_have_no_fallback(packed: Callable[[str], Path], edited: Edit) -> None:
     folder = edited(
         packed("auto_round"), config=lambda c: c["quantization_config"].update(sym=False)
     )
-    with pytest.raises(MissingRequirement, match="backend torch has no installed kernel"):
-        load(folder, backend="torch")
+    with pytest.raises(
+        MissingRequirement,
+        match=r"kernel torch cannot load .* no installed kernel runs packing auto_round:auto_",
+    ):
+        load(folder, kernel="torch")
 
 
 def zeros(word: int) -> Callable[[dict[str, torch.Tensor]], Any]:
@@ -391,11 +403,11 @@ def zeros(word: int) -> Callable[[dict[str, torch.Tensor]], Any]:
 def test_zero_points_of_symmetric_codes_must_be_the_middle(
     packed: Callable[[str], Path], edited: Edit
 ) -> None:
-    """Kernels for symmetric codes do not read them: the checkpoint would load and be wrong."""
+    """Kernels for symmetric codes do not read zero points: such a checkpoint would load wrongly."""
     with pytest.raises(
         MissingRequirement, match=r"qzeros holds zero points, but the codes are symmetric"
     ):
-        load(edited(packed("auto_round"), tensors=zeros(0x33333333)), backend="torch")
+        load(edited(packed("auto_round"), tensors=zeros(0x33333333)), kernel="torch")
 
 
 def test_autoawq_s_zero_point_is_asymmetric(packed: Callable[[str], Path], edited: Edit) -> None:
@@ -465,24 +477,26 @@ def test_layers_that_a_quantisation_keeps_are_kept(
         tensors=unpack,
         config=lambda c: c["quantization_config"].update({key: value}),
     )
-    assert load(folder, backend="torch").engaged["torch.nn.Linear"] == 1
+    assert load(folder, kernel="torch").engaged["torch.nn.Linear"] == 1
 
 
 def test_quantization_config_must_be_an_object(packed: Callable[[str], Path], edited: Edit) -> None:
-    with pytest.raises(MissingRequirement, match="quantization_config is not an object"):
+    with pytest.raises(MissingRequirement, match="quantization_config must be an object"):
         load(edited(packed("auto_gptq"), config=lambda c: c.update(quantization_config="x")))
 
 
-def test_the_source_s_configuration_stays_its_own(packed: Callable[[str], Path]) -> None:
-    source = FolderCheckpoint(packed("auto_round"))
-    loading.load(source, CPU, "torch")
-    assert not hasattr(source.config, "quantization_config")
+def test_the_checkpoint_s_configuration_stays_its_own(packed: Callable[[str], Path]) -> None:
+    checkpoint = FolderCheckpoint(packed("auto_round"))
+    loading.load(checkpoint, CPU, "torch")
+    assert not hasattr(checkpoint.config, "quantization_config")
 
 
-def test_fake_backend_is_refused_by_name_and_on_the_module(packed: Callable[[str], Path]) -> None:
-    with pytest.raises(BadInput, match="unknown backend 'auto_round:fake'"):
-        load(packed("auto_round"), backend="auto_round:fake")
-    loaded = load(packed("auto_round"), backend="torch")
+def test_the_fake_kernel_is_an_error_by_name_and_on_the_module(
+    packed: Callable[[str], Path],
+) -> None:
+    with pytest.raises(BadInput, match=r"kernel must be auto, .*, got 'auto_round:fake'"):
+        load(packed("auto_round"), kernel="auto_round:fake")
+    loaded = load(packed("auto_round"), kernel="torch")
     from auto_round.experimental.qmodules import FakeActQuantLinear
 
     layer = loaded.model.get_submodule(LAYER)
@@ -492,15 +506,15 @@ def test_fake_backend_is_refused_by_name_and_on_the_module(packed: Callable[[str
 
     fake = FakeActQuantLinear.from_original(QuantizationScheme.from_dict(scheme), original)
     loaded.model.set_submodule(LAYER, fake)
-    with pytest.raises(MissingRequirement, match="fake backend"):
-        loading.engaged_kernels(loaded.model, ["auto_round:torch_zp"])
+    with pytest.raises(MissingRequirement, match="fake kernel"):
+        loading.kernels_used(loaded.model, ["auto_round:torch_zp"])
     loaded.model.set_submodule(LAYER, layer)
 
 
 def test_engaged_is_read_off_the_modules(packed: Callable[[str], Path]) -> None:
-    loaded = load(packed("auto_round"), backend="torch")
+    loaded = load(packed("auto_round"), kernel="torch")
     loaded.model.set_submodule(LAYER, torch.nn.Linear(128, 256, bias=False))
-    assert loading.engaged_kernels(loaded.model, ["auto_round:torch_zp"]) == {
+    assert loading.kernels_used(loaded.model, ["auto_round:torch_zp"]) == {
         "auto_round:torch_zp": 27,
         "torch.nn.Linear": 1,
     }
@@ -534,20 +548,24 @@ def test_an_odd_group_index_is_unexpected(
         tensors=lambda t: t.update({f"{LAYER}.g_idx": index}),
         config=lambda c: c["quantization_config"].update(config),
     )
-    with pytest.raises(MissingRequirement, match=r"unexpected .*g_idx|cannot be loaded"):
+    with pytest.raises(MissingRequirement, match=r"unexpected .*g_idx|cannot load"):
         load(folder)
 
 
-@pytest.mark.parametrize("backend", ["nope", "marlin"])
-def test_unknown_backend_names_the_valid_ones(backend: str, packed: Callable[[str], Path]) -> None:
-    with pytest.raises(BadInput, match=r"valid: auto, .*torch"):
-        load(packed("auto_round"), backend=backend)
+@pytest.mark.parametrize("kernel", ["nope", "marlin"])
+def test_an_unknown_kernel_names_the_valid_ones(kernel: str, packed: Callable[[str], Path]) -> None:
+    with pytest.raises(
+        BadInput, match=rf"kernel must be auto, .*torch, torch_zp on cpu, got '{kernel}'"
+    ):
+        load(packed("auto_round"), kernel=kernel)
 
 
-def test_backend_for_plain_weights(base_folder: Path) -> None:
-    with pytest.raises(BadInput, match="valid for 16-bit weights: auto, torch"):
-        load(base_folder, backend="ark")
-    with pytest.raises(BadInput, match="unknown dtype 'int4'; valid: bfloat16"):
+def test_kernel_for_16_bit_weights(base_folder: Path) -> None:
+    with pytest.raises(
+        BadInput, match="kernel must be auto or torch for 16-bit weights, got 'ark'"
+    ):
+        load(base_folder, kernel="ark")
+    with pytest.raises(BadInput, match=r"dtype.*bfloat16.*float32"):
         load(base_folder, dtype="int4")
 
 
@@ -555,7 +573,7 @@ def test_backend_for_plain_weights(base_folder: Path) -> None:
 def test_random_weights_run_and_depend_on_the_seed_alone(scheme: str | None) -> None:
     variant = resolve_variant(scheme or "base")
     first, again, other = (
-        loading.load(default_checkpoint(variant, "tiny", "random", CPU, seed), CPU, backend="torch")
+        loading.load(default_checkpoint(variant, "tiny", "random", CPU, seed), CPU, kernel="torch")
         for seed in (1, 1, 2)
     )
     torch.testing.assert_close(embed(first), embed(again), rtol=0, atol=0)
@@ -565,13 +583,41 @@ def test_random_weights_run_and_depend_on_the_seed_alone(scheme: str | None) -> 
         assert parameter.isfinite().all(), name
 
 
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        ("W4A16", "8a244d846dc4954e"),
+        ("W3A16G32", "f7cfb4fab3600157"),
+        ("W2A16G64", "90f031b0037729fb"),
+        ("W8A16", "b86080afae88f461"),
+    ],
+)
+def test_random_codes_are_the_recorded_ones(scheme: str, expected: str) -> None:
+    checkpoint = default_checkpoint(resolve_variant(scheme), "tiny", "random", CPU, 3)
+    model, _ = loading.skeleton(checkpoint.config, checkpoint.quantization, CPU, "torch")
+    state = sha256()
+    for name, like in model.state_dict().items():
+        if name.endswith(("qweight", "qzeros", "scales")):
+            values = checkpoint.read(name, like, CPU)
+            state.update((name + str(values.dtype) + str(tuple(values.shape))).encode())
+            state.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    assert state.hexdigest()[:16] == expected
+    head = checkpoint.read("embedding_proj_layer.weight", torch.empty(320, 128), CPU)
+    torch.testing.assert_close(
+        default_checkpoint(VARIANTS["base"], "tiny", "random", CPU).read(
+            "embedding_proj_layer.weight", head, CPU
+        )[0, :4],
+        torch.tensor([0.02523618, -0.01508156, 0.00729021, -0.01691708]),
+    )
+
+
 @pytest.mark.parametrize("scheme", ["W2A16", "W4A16", "W8A16"])
 def test_random_codes_dequantise_to_the_spread_of_random_weights(scheme: str) -> None:
     """And to their mean, zero: else a deep network turns every token the same way."""
     from colqwen_lab.model.quantize import dequantized
 
     loaded = loading.load(
-        default_checkpoint(resolve_variant(scheme), "tiny", "random", CPU), CPU, backend="torch"
+        default_checkpoint(resolve_variant(scheme), "tiny", "random", CPU), CPU, kernel="torch"
     )
     weight = dequantized(loaded.model.get_submodule(LAYER), 128, CPU).float()
     assert weight.shape == (256, 128)
@@ -581,8 +627,8 @@ def test_random_codes_dequantise_to_the_spread_of_random_weights(scheme: str) ->
 
 def test_4b_skeleton_counts_the_published_bytes() -> None:
     """3,336.2 MiB with packed zeros of 13.6 MiB more; source: the project's facts."""
-    source = default_checkpoint(VARIANTS["awq"], "4b", "random", CPU)
-    model, used = loading.skeleton(source.config, source.quantization, CPU, backend="torch")
+    checkpoint = default_checkpoint(VARIANTS["awq"], "4b", "random", CPU)
+    model, used = loading.skeleton(checkpoint.config, checkpoint.quantization, CPU, kernel="torch")
     sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     packed_bytes = sum(
         size for name, size in sizes.items() if name.rsplit(".", 1)[-1] in ("qweight", "scales")
@@ -607,7 +653,7 @@ def test_no_network_says_what_to_do() -> None:
 def test_hub_revision_is_recorded(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Over the hub library's own cache layout, found without a network: a pinned commit, and a branch resolved."""
+    """A pinned commit and a branch, both from the hub's cache without a network."""
     from huggingface_hub import constants
 
     from colqwen_lab.model.checkpoint import Repository, hub_folder
@@ -618,14 +664,14 @@ def test_hub_revision_is_recorded(
     shutil.copytree(base_folder, cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
-    assert hub_folder(branch)[1] == "0" * 40
+    assert hub_folder(branch).name == "0" * 40
     shutil.copytree(
         base_folder,
         tmp_path / "models--TomoroAI--tomoro-colqwen3-embed-4b/snapshots" / pinned.revision,
     )
-    source = default_checkpoint(VARIANTS["base"], "4b", "hub", CPU)
-    assert source.label == f"hub:{pinned.name}@{pinned.revision}"
-    assert source.size == "tiny"
+    checkpoint = default_checkpoint(VARIANTS["base"], "4b", "hub", CPU)
+    assert checkpoint.label == f"hub:{pinned.name}@{pinned.revision}"
+    assert checkpoint.size == "tiny"
 
 
 def test_size_is_told_from_the_configuration(base_folder: Path, edited: Edit) -> None:
@@ -664,14 +710,17 @@ def test_loading_streams_to_the_device(
     format: str, base_folder: Path, packed: Callable[[str], Path]
 ) -> None:
     """With a device that is not the host, the host holds one tensor at a time."""
-    source = FolderCheckpoint(base_folder if format == "base" else packed(format))
-    (file,) = set(source.files.values())
+    checkpoint = FolderCheckpoint(base_folder if format == "base" else packed(format))
+    (file,) = set(checkpoint.files.values())
     counted = _Counted(file)
-    source.files = dict.fromkeys(source.files, counted)  # type: ignore[arg-type]
+    checkpoint.files = dict.fromkeys(checkpoint.files, counted)  # type: ignore[arg-type]
     meta = torch.device("meta")
     model, _ = loading.skeleton(
-        source.config, source.quantization, CPU, "torch" if source.quantization else "auto"
+        checkpoint.config,
+        checkpoint.quantization,
+        CPU,
+        "torch" if checkpoint.quantization else "auto",
     )
-    loading.fill(model, source, meta)
+    loading.fill(model, checkpoint, meta)
     assert counted.most == max(like.nbytes for like in model.state_dict().values())
     assert counted.live == 0

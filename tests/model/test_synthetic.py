@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+from hashlib import sha256
 from itertools import combinations
 
 import pytest
+from PIL import features
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.model import synthetic
@@ -13,7 +16,30 @@ EVERY = {
 }
 
 
-def test_a_page_hangs_on_its_split_and_number_alone() -> None:
+@pytest.mark.parametrize(
+    ("split", "pages", "queries", "relevance"),
+    [
+        ("train", "dd06fabf9eb7", "b54d245f87c2", "94dde85ddfef"),
+        ("held-out", "24f57ce4471d", "f3f314f71b02", "ab9a816fdf86"),
+    ],
+)
+def test_the_corpus_is_the_trained_one(
+    split: str, pages: str, queries: str, relevance: str
+) -> None:
+    """The tiny weights, the goldens and the committed records depend on every byte."""
+
+    def digest(parts: list[bytes]) -> str:
+        return sha256(b"".join(parts)).hexdigest()[:12]
+
+    assert digest([synthetic.query(n, split).encode() for n in range(200)]) == queries
+    assert digest([json.dumps(synthetic.relevance(40, 60, split)).encode()]) == relevance
+    if features.version("freetype2") == "2.14.3":  # another FreeType draws other glyphs
+        widths = (synthetic.SMALL_WIDTH, synthetic.WIDTH)
+        images = [synthetic.page(n, split, width) for width in widths for n in range(8)]
+        assert digest([image.tobytes() for image in images]) == pages
+
+
+def test_a_page_depends_on_its_split_and_number_alone() -> None:
     pages = [
         synthetic.page(number, split, 128) for split in synthetic.SPLITS for number in range(20)
     ]
@@ -33,7 +59,7 @@ def test_pages_have_the_proportions_of_a4(width: int, height: int) -> None:
     assert page.size == (width, height)
 
 
-def test_what_is_held_out_is_never_in_training() -> None:
+def test_held_out_combinations_are_never_in_training() -> None:
     train, held_out = ({has[:3] for has in EVERY[split]} for split in synthetic.SPLITS)
     assert not train & held_out
     assert len(train) + len(held_out) == len(synthetic.TOPICS) * len(synthetic.KINDS) * len(
@@ -66,11 +92,11 @@ def test_an_answer_has_all_that_its_query_names() -> None:
             has = EVERY["held-out"][int(page[1:])]
             named = has if number % 2 else has[:3]
             assert all(any(word in query for word in words[fact]) for fact in named), (query, has)
-    asked = [synthetic.asked(number, "held-out") for number in range(40)]
+    named_facts = [synthetic.query_facts(number, "held-out") for number in range(40)]
     all_pages = {f"p{number}": has for number, has in enumerate(EVERY["held-out"])}
     missed = [
         page
-        for wanted, answers in zip(asked, judged.values(), strict=True)
+        for wanted, answers in zip(named_facts, judged.values(), strict=True)
         for page, has in all_pages.items()
         if page not in answers and set(wanted) <= set(has)
     ]
@@ -78,5 +104,5 @@ def test_an_answer_has_all_that_its_query_names() -> None:
 
 
 def test_an_unknown_split() -> None:
-    with pytest.raises(BadInput, match=r"unknown split 'test'.*valid: train, held-out"):
+    with pytest.raises(BadInput, match=r"split.*train, held-out"):
         synthetic.page(0, "test")

@@ -1,3 +1,5 @@
+"""A short training, and the default weights against their record."""
+
 from __future__ import annotations
 
 import json
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 SHIPPED = json.loads((TINY / RECORD).read_text())
 
 
-def test_loss_is_the_share_of_right_pages() -> None:
+def test_the_loss_is_the_share_of_relevant_pages() -> None:
     scores = torch.tensor([[0.0, 0.0, 0.0, 0.0], [math.log(3), 0.0, -torch.inf, -torch.inf]])
     answers = torch.tensor([[True, True, False, False], [True, False, False, False]])
     assert train.contrastive_loss(scores, answers).item() == pytest.approx(
@@ -29,15 +31,15 @@ def test_loss_is_the_share_of_right_pages() -> None:
     )
 
 
-def test_batches_are_of_training_and_alike_as_asked() -> None:
+def test_batches_hold_alike_training_pages() -> None:
     batch = [synthetic.facts(number) for number in train._batch(Random(0), 8)]
     assert len(batch) == train.BATCH
     for start in range(0, train.BATCH, 8):
-        assert len({(has.kind, has.colour) for has in batch[start : start + 8]}) == 1
+        assert len({(facts.kind, facts.colour) for facts in batch[start : start + 8]}) == 1
         assert len(set(batch[start : start + 8])) == 8
 
 
-def test_a_short_training_learns_and_hangs_on_the_seed(
+def test_a_short_training_learns_and_depends_on_the_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draws: list[float] = []
@@ -46,41 +48,41 @@ def test_a_short_training_learns_and_hangs_on_the_seed(
     monkeypatch.setattr(
         train, "_batch", lambda random, _: draws.append(random.random()) or list(range(6))
     )
-    monkeypatch.setattr(drawn, "_facts", lambda split: splits.add(split) or facts(split))
-    said: list[str] = []
-    record = train.train_tiny(tmp_path / "made", 1, ((64, 20, 1),), said.append)
-    assert said == [f"step 20 of 20: loss {record['loss']['last 25']:.3f}"]
+    monkeypatch.setattr(synthetic, "_facts", lambda split: splits.add(split) or facts(split))
+    lines: list[str] = []
+    record = train.train_tiny(tmp_path / "new", 1, ((64, 20, 1),), lines.append)
+    assert lines == [f"step 20 of 20: loss {record['loss']['last 25']:.3f}"]
     again = train.fresh(1)
     splits.clear()
-    losses = train.fit(again, 1, ((64, 20, 1),), said.append)
+    losses = train.fit(again, 1, ((64, 20, 1),), lines.append)
     assert splits == {"train"}
     expected = Random(1)
     assert draws == 2 * [expected.random() for _ in range(20)]
     assert losses[0] == pytest.approx(record["loss"]["first"], abs=1e-4)
     assert losses[-1] < losses[0] / 4
-    saved = load(FolderCheckpoint(tmp_path / "made"), CPU).model.state_dict()
+    saved = load(FolderCheckpoint(tmp_path / "new"), CPU).model.state_dict()
     assert all(
         torch.equal(saved[name], tensor.bfloat16())
         for name, tensor in again.model.state_dict().items()
     )
-    with pytest.raises(BadInput, match="seed -1; valid: 0 to 18446744073709551615"):
+    with pytest.raises(BadInput, match="seed must be 0 to 18446744073709551615, got -1"):
         train.train_tiny(tmp_path / "another", -1)
-    with pytest.raises(BadInput, match="seed 18446744073709551616"):
+    with pytest.raises(BadInput, match="got 18446744073709551616"):
         train.train_tiny(tmp_path / "another", 2**64)
     assert not (tmp_path / "another").exists()
     with pytest.raises(BadInput, match="is not empty"):
-        train.train_tiny(tmp_path / "made")
+        train.train_tiny(tmp_path / "new")
 
 
-def test_the_weights_in_the_package_are_what_their_record_says(tiny: Loaded) -> None:
+def test_the_default_weights_match_their_record(tiny: Loaded) -> None:
     source = default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU)
     assert source.label == f"tiny default (trained, #{SHIPPED['digest']})"
     for part in ("text_config", "vision_config"):
         assert SIZES["tiny"][part].items() <= getattr(source.config, part).to_dict().items()
     assert sum(path.stat().st_size for path in TINY.glob("*.safetensors")) <= 3_000_000
     assert SHIPPED["stages"] == [list(stage) for stage in train.STAGES]
-    found, control = train.held_out(tiny)
-    assert found == pytest.approx(SHIPPED["ndcg_at_5"], abs=0.01)
-    assert found >= 0.8
+    ndcg, control = train.held_out(tiny)
+    assert ndcg == pytest.approx(SHIPPED["ndcg_at_5"], abs=0.01)
+    assert ndcg >= 0.8
     assert 0 < control < 0.1
     assert control == pytest.approx(SHIPPED["shuffled_control"], abs=0.01)

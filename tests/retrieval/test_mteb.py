@@ -1,4 +1,4 @@
-"""A variant through mteb's own evaluation, on a task of four pages made here; and its scores are the lab's."""
+"""A variant in mteb's own evaluation, on a small synthetic task; its scores are the lab's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from colqwen_lab.model import synthetic
 from colqwen_lab.retrieval import data
-from colqwen_lab.retrieval.embed import embed, embed_pages, query_inputs
-from colqwen_lab.retrieval.maxsim import maxsim
+from colqwen_lab.retrieval.evaluate import embed, embed_pages, query_inputs
+from colqwen_lab.retrieval.metrics import maxsim
 
 mteb = pytest.importorskip("mteb")
 
@@ -23,12 +23,12 @@ def task() -> Any:
 
     corpus = data.load("generated", queries=4, pages=6, width=synthetic.SMALL_WIDTH)
 
-    class Drawn(AbsTaskRetrieval):
+    class Synthetic(AbsTaskRetrieval):
         metadata = TaskMetadata(
-            name="ColQwenLabDrawn",
-            description="Drawn pages.",
+            name="ColQwenLabSynthetic",
+            description="Synthetic pages.",
             reference=None,
-            dataset={"path": "drawn", "revision": "1"},
+            dataset={"path": "synthetic", "revision": "1"},
             type="DocumentUnderstanding",
             category="t2i",
             modalities=["text", "image"],
@@ -60,32 +60,34 @@ def task() -> Any:
             }
             self.data_loaded = True
 
-    return Drawn(), corpus
+    return Synthetic(), corpus
 
 
 def test_mteb_scores_with_the_lab_s_scores(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from mteb.models.models_protocols import EncoderProtocol
 
-    from colqwen_lab.retrieval.mteb_adapter import MtebModel
+    from colqwen_lab.retrieval.mteb import MtebModel
 
-    model, (made, corpus), seen = MtebModel("base", size="tiny"), task, []
+    model, (synthetic_task, corpus), seen = MtebModel("base", size="tiny"), task, []
     assert isinstance(model, EncoderProtocol)
     similarity = model.similarity
     monkeypatch.setattr(
         model, "similarity", lambda *both: seen.append(similarity(*both)) or seen[-1]
     )
-    result = mteb.evaluate(model, made, cache=None, show_progress_bar=False).task_results[0]
+    result = mteb.evaluate(model, synthetic_task, cache=None, show_progress_bar=False).task_results[
+        0
+    ]
     queries, _ = embed(model.loaded, query_inputs(model.loaded, corpus.queries))
     pages, _ = embed_pages(model.loaded, [corpus.page(number) for number in range(6)], 1280)
     (scores,) = seen
     torch.testing.assert_close(scores, maxsim(queries, pages))
     assert 0 <= result.scores["test"][0]["ndcg_at_5"] <= 1
-    assert result.task_name == "ColQwenLabDrawn"
+    assert result.task_name == "ColQwenLabSynthetic"
 
 
 def test_documents_of_texts_and_of_images(task: Any) -> None:
     from colqwen_lab.errors import BadInput
-    from colqwen_lab.retrieval.mteb_adapter import MtebModel
+    from colqwen_lab.retrieval.mteb import MtebModel
 
     model, image = MtebModel("base", size="tiny"), task[1].page(0)
     both = model.encode([{"text": ["wheat", None, "ice"], "image": [None, image, None]}])
@@ -94,24 +96,26 @@ def test_documents_of_texts_and_of_images(task: Any) -> None:
         model.encode([{"image": [image]}]),
         model.encode([{"text": ["ice"]}]),
     ]
-    scores = torch.cat([model.similarity(one, both[:1])[0] for one in apart])
+    scores = torch.cat([model.similarity(item, both[:1])[0] for item in apart])
     torch.testing.assert_close(model.similarity(both, both[:1])[:, 0], scores, atol=0.05, rtol=0)
-    with pytest.raises(BadInput, match="neither text nor image"):
+    with pytest.raises(BadInput, match="must have a text or an image"):
         model.encode([{"text": ["wheat", None]}])
 
 
 def test_padding_and_pairs(task: Any) -> None:
-    from colqwen_lab.retrieval.mteb_adapter import MtebModel
+    from colqwen_lab.retrieval.mteb import MtebModel
 
     model = MtebModel("base", size="tiny", weights="random")
-    made = model.encode(
+    embeddings = model.encode(
         [{"text": ["wheat", "a much longer question about the price of wheat"]}, {"text": ["x"]}]
     )
-    assert made.shape[0] == 3
-    assert made[0, -1].abs().sum() == 0
-    every = model.similarity(made, made)
-    torch.testing.assert_close(model.similarity_pairwise(made, made), every.diagonal())
-    torch.testing.assert_close(model.similarity(made, made[:, : made.shape[1]]), every)
+    assert embeddings.shape[0] == 3
+    assert embeddings[0, -1].abs().sum() == 0
+    every = model.similarity(embeddings, embeddings)
+    torch.testing.assert_close(model.similarity_pairwise(embeddings, embeddings), every.diagonal())
+    torch.testing.assert_close(
+        model.similarity(embeddings, embeddings[:, : embeddings.shape[1]]), every
+    )
     # A page opposite to the query, and padding that would be nearer.
     query, page = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[-1.0, 0.0], [0.0, 0.0]]])
     assert model.similarity(query, page).item() == -1

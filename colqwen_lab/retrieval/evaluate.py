@@ -1,0 +1,252 @@
+"""Embeds the same queries and pages with BASE and with each variant, and compares the results.
+
+Only BASE's page embeddings are kept; a variant's are compared and scored batch by batch.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.measure.environment import environment, pick_device
+from colqwen_lab.measure.timing import synchronise
+from colqwen_lab.model.config import VARIANTS, Variant, resolve_size, resolve_variant
+from colqwen_lab.model.inputs import encode_queries, left_padded, pad_id, page_batch
+from colqwen_lab.model.loading import Loaded, load
+from colqwen_lab.model.quantize import Recipe, checkpoint_of
+from colqwen_lab.model.synthetic import SMALL_WIDTH, WIDTH
+from colqwen_lab.options import VISUAL_TOKENS, FidelityOptions
+from colqwen_lab.records import Backend, RecordsFile
+from colqwen_lab.retrieval import data, metrics
+from colqwen_lab.retrieval.data import Corpus, Page
+from colqwen_lab.retrieval.record import Cosines, Fidelity
+from colqwen_lab.settings import outputs_folder
+
+MAX_ITERS = 1000
+TEXT_TOKENS = 2048  # a longer text is cut
+QUERY_BATCH, PAGE_BATCH = 32, 8
+TOP_PAGES, DIGITS = 10, 6  # of a query and of a value, in a record
+
+#: A variant, and its tuning steps if it is quantised for this run.
+Subject = tuple[Variant, int | None]
+
+
+class Embedded(NamedTuple):
+    """BASE's embeddings [tokens, 320] of each query and page, and its scores [queries, pages]."""
+
+    queries: list[Tensor]
+    pages: list[Tensor]
+    scores: np.ndarray
+
+
+def evaluate(
+    options: FidelityOptions, progress: Callable[[str], None]
+) -> tuple[list[Fidelity], Corpus]:
+    """The records of BASE and of each variant, in this order, and the corpus they ran on.
+
+    Each record is appended to the records file as soon as it is complete.
+
+    Raises:
+        BadInput: options that do not fit together, or a file that is not a records file.
+        MissingRequirement: no weights, kernel or tokenizer for a variant.
+    """
+    device = pick_device()
+    size = resolve_size(options.size, device.type == "cuda")
+    chosen = subjects(options, size)
+    width = SMALL_WIDTH if size == "tiny" else WIDTH
+    corpus = data.load(options.data, options.queries, options.pages, width, progress)
+    pages = (corpus.page(number) for number in range(len(corpus.page_ids)))
+    budget = options.visual_tokens
+    if budget != VISUAL_TOKENS and all(isinstance(page, str) for page in pages):
+        raise BadInput(
+            f"visual_tokens must be {VISUAL_TOKENS} where no page is an image, got {budget} for "
+            f"{corpus.label}"
+        )
+    names = "-".join(dict.fromkeys(variant.name for variant, _ in chosen[1:]))
+    stem = f"fidelity-{names}-{size}-{options.data}".replace("/", "-").replace(":", "-")
+    path = Path(options.output or outputs_folder() / f"{stem}.jsonl")
+    records: list[Fidelity] = []
+    base: Embedded | None = None
+    with RecordsFile(path, Fidelity, "fidelity", progress) as file:
+        for variant, iters in chosen:
+            weights = options.weights if variant.name == "base" else "auto"
+            recipe = None if iters is None else Recipe(variant.scheme or "", iters)
+            checkpoint = checkpoint_of(variant, size, weights, device, recipe)
+            if checkpoint.size != size:
+                raise MissingRequirement(
+                    f"size must be {checkpoint.size} for {checkpoint.label}, got {size}"
+                )
+            about = {"variant": variant.name, "size": size, "iters": iters}
+            record, base = record_of(load(checkpoint, device), corpus, budget, base, **about)
+            file.append([record])
+            records.append(record)
+            ndcg = np.mean(record.values["nDCG@5"])
+            progress(
+                f"{record.label} {size}: nDCG@5 {ndcg:.4f} on {corpus.label}, {record.weights}"
+            )
+            if device.type == "cuda":
+                gc.collect()  # frees this model before the next is loaded
+    return records, corpus
+
+
+def subjects(options: FidelityOptions, size: str) -> list[Subject]:
+    """BASE and the variants; with `plain` each scheme quantised for this run also without tuning.
+
+    Raises:
+        BadInput: models that are unknown, repeated or only BASE; weights or steps that do not fit.
+    """
+    variants = {variant.name: variant for variant in map(resolve_variant, options.models)}
+    if len(variants) < len(options.models) or set(variants) <= {"base"}:
+        raise BadInput(
+            "model must be different ones of awq, an AutoRound scheme, a folder or a hub id, to "
+            f"compare with base; got {options.model}"
+        )
+    if not 0 <= options.iters <= MAX_ITERS:
+        raise BadInput(f"iters must be 0 (plain rounding) to {MAX_ITERS}, got {options.iters}")
+    if options.weights == "random":
+        raise BadInput("weights must be auto, hub or a folder, got random, which ranks at random")
+    steps = [options.iters, 0] if options.plain and options.iters else [options.iters]
+    chosen: list[Subject] = []
+    for variant in ({"base": VARIANTS["base"]} | variants).values():
+        if not variant.scheme or size in variant.hub:
+            chosen.append((variant, None))
+        elif options.weights in ("auto", "hub"):
+            chosen += [(variant, count) for count in steps]
+        else:
+            raise BadInput(
+                f"weights must be auto or hub to quantise {variant.name} from, got "
+                f"{options.weights}; run `colqwen-lab quantize --weights {options.weights} "
+                f"--scheme {variant.scheme} -o DIR` and name DIR as the model"
+            )
+    return chosen
+
+
+def record_of(
+    loaded: Loaded, corpus: Corpus, visual_tokens: int, base: Embedded | None, **about: Any
+) -> tuple[Fidelity, Embedded]:
+    """A model's record, and the embeddings of BASE: `base`, or the model's own if that is None.
+
+    `about` holds the record's variant, size and tuning steps.
+    """
+    queries = [
+        row
+        for texts in metrics.batches(corpus.queries, QUERY_BATCH)
+        for row in embed(loaded, query_inputs(loaded, texts))[0]
+    ]
+    on_device = [query.to(loaded.device) for query in queries]
+    pages: list[Tensor] = []
+    cosines: list[Tensor] = []
+    blocks, steps = [], []
+    for batch in metrics.batches(range(len(corpus.page_ids)), PAGE_BATCH):
+        embedded, seconds = embed_pages(loaded, [corpus.page(at) for at in batch], visual_tokens)
+        blocks.append(metrics.maxsim(on_device, embedded).cpu())
+        cosines += map(_cosine, embedded, base.pages[batch[0] :] if base else embedded)
+        pages += [] if base else embedded
+        steps += [seconds] if len(batch) == PAGE_BATCH else []
+    scores = torch.cat(blocks, dim=1).numpy()
+    base = base or Embedded(queries, pages, scores)
+    query_cosines = list(map(_cosine, queries, base.queries))
+    ranked, base_ranked = metrics.ranking(scores), metrics.ranking(base.scores)
+    top = [[corpus.page_ids[page] for page in row[:TOP_PAGES]] for row in ranked]
+    values = metrics.retrieval(corpus.query_ids, top, corpus.relevance) | {
+        "overlap@5": metrics.overlap(ranked, base_ranked, 5),
+        "overlap@10": metrics.overlap(ranked, base_ranked, 10),
+        "Kendall's tau": metrics.kendall(scores, base.scores),
+        "score error": metrics.score_error(scores, base.scores),
+        "query cosine": [float(cosine.mean()) for cosine in query_cosines],
+    }
+    record = Fidelity(
+        **about,
+        weights=loaded.weights,
+        data=corpus.label,
+        pages=len(corpus.page_ids),
+        skipped=corpus.skipped,
+        visual_tokens=visual_tokens,
+        backend=Backend(
+            requested=loaded.requested_kernel,
+            engaged=loaded.engaged,
+            dtype=loaded.dtype,
+            kept_16bit=loaded.kept_16bit,
+        ),
+        weights_bytes=loaded.weights_bytes,
+        query_cosine=_summary(query_cosines),
+        page_cosine=_summary(cosines),
+        page_batch=PAGE_BATCH,
+        page_step_s=steps[1:],
+        query_ids=corpus.query_ids,
+        values={name: [round(value, DIGITS) for value in row] for name, row in values.items()},
+        top=top,
+        environment=environment(loaded.device),
+    )
+    return record, base
+
+
+def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The cosine of each token [tokens]; in float64, as 16-bit embeddings are not unit vectors."""
+    cosine = torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=-1)
+    return cosine.clamp(-1, 1)
+
+
+def _summary(cosines: Sequence[Tensor]) -> Cosines:
+    values = torch.cat(list(cosines)).numpy()
+    least, q01, q05, q25, median = np.quantile(values, [0, 0.01, 0.05, 0.25, 0.5]).tolist()
+    quantiles = {"least": least, "q01": q01, "q05": q05, "q25": q25, "median": median}
+    return Cosines(tokens=len(values), mean=float(values.mean()), **quantiles)
+
+
+# ---------------------------------------------------------------- embedding
+
+
+def query_inputs(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
+    """The inputs of a forward over queries; raises MissingRequirement without a tokenizer."""
+    if loaded.tokenizer is None:
+        raise MissingRequirement(f"{loaded.weights} has no tokenizer; name weights that have one")
+    rows = [row[-TEXT_TOKENS:] for row in encode_queries(loaded.tokenizer, texts)]
+    ids, mask = left_padded(rows, pad_id(loaded.tokenizer))
+    return {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
+
+
+@torch.no_grad()
+def embed(loaded: Loaded, inputs: dict[str, Tensor]) -> tuple[list[Tensor], float]:
+    """The embeddings [tokens, 320] of each item, on the CPU, and the seconds of the forward."""
+    synchronise(loaded.device)
+    started = time.perf_counter()
+    padded = loaded.model(**inputs).embeddings
+    synchronise(loaded.device)
+    elapsed_s = time.perf_counter() - started
+    rows = metrics.unpadded(padded, inputs["attention_mask"])
+    return [row.cpu() for row in rows], elapsed_s
+
+
+def embed_pages(
+    loaded: Loaded, pages: Sequence[Page], visual_tokens: int
+) -> tuple[list[Tensor], float]:
+    """The embeddings [tokens, 320] of each page, on the CPU, and the seconds of the forwards.
+
+    Images share one forward, texts another.
+    """
+    is_text = [isinstance(page, str) for page in pages]
+    embeddings: dict[int, Tensor] = {}
+    elapsed_s = 0.0
+    images_first = sorted(range(len(pages)), key=is_text.__getitem__)
+    for text, group in groupby(images_first, is_text.__getitem__):
+        numbers = list(group)
+        batch: list[Any] = [pages[number] for number in numbers]
+        config = loaded.model.config
+        if text:
+            inputs = query_inputs(loaded, batch)
+        else:
+            inputs = page_batch(batch, loaded.tokenizer, config, visual_tokens, loaded.device)
+        rows, seconds = embed(loaded, inputs)
+        embeddings.update(zip(numbers, rows, strict=True))
+        elapsed_s += seconds
+    return [embeddings[number] for number in range(len(pages))], elapsed_s
