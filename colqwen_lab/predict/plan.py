@@ -103,7 +103,7 @@ def _named(cell: Cell, variant: str, gpu: str | None) -> Cell:
 def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
     """The largest batch that surely fits `card`, and its memory; that of batch 1 if none fits."""
     if card.gpu:
-        setup = replace(setup, capability=card.gpu.architecture.compute_capability[0])
+        setup = replace(setup, capability=card.gpu.compute_capability[0])
 
     def memory(batch_size: int) -> Memory:
         predicted = predict(setup, batch_size).memory
