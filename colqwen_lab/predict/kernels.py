@@ -38,7 +38,7 @@ from colqwen_lab.runtime.linears import (
 )
 from colqwen_lab.runtime.tracking import MemoryTracker
 
-BUFFERS = "backend buffers"
+BUFFERS = "kernel buffers"
 # The names of the dequantise-then-GEMM choice in records, the current one first.
 PREFETCHED = ("dequantise-then-GEMM", "dequantised ahead")
 # The kernel model of a recorded kernel, by a part of its name; "" is 16-bit weights.

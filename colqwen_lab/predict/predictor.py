@@ -203,8 +203,8 @@ class FakeNetwork:
         packed = None
         if setup.quantization:  # modules of asymmetric codes have the same tensors
             packed = setup.quantization.model_dump() | {"sym": True, "data_type": "int"} | packing
-        dtype, backend = DTYPES[setup.dtype], "torch" if packed else "auto"
-        self.model, _ = skeleton(self.config, packed, CPU, backend, dtype)
+        dtype, modules = DTYPES[setup.dtype], "torch" if packed else "auto"
+        self.model, _ = skeleton(self.config, packed, CPU, modules, dtype)
         self.mode = FakeBesideReal(allow_non_fake_inputs=True)
         self.traced = cache(self._traced)
         # The tokens of a page beside its image.
@@ -243,7 +243,7 @@ class FakeNetwork:
                 layer.wf = torch.empty(shifts.shape, dtype=shifts.dtype)
             if as_loaded and model.forward:
                 layer.forward = types.MethodType(model.forward, layer)
-            if as_loaded and kernel == "tritonv2":  # made at the first forward and kept
+            if as_loaded and kernel == "tritonv2":  # created at the first forward and kept
                 layer.register_buffer("g_idx", torch.empty(layer.infeatures, dtype=torch.int32))
 
     def workload(self, setup: Setup, batch_size: int) -> tuple[Workload, bool]:
