@@ -1,1 +1,1 @@
-"""What a device would do, told without one: peak memory, the ledger of its bytes, the roofline, the cards."""
+"""Predicted peak memory, its breakdown, the work of a step and the largest batch of a card."""

@@ -1,48 +1,33 @@
-"""Plans: the predicted cells of a variant, and the largest batch that each card holds, searched on the prediction."""
+"""Plans: predicted cells, and the largest batch under the memory of each card."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
-from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.errors import BadInput, LabError, one_of
 from colqwen_lab.hardware import Card, Fit, fit_of, need_bytes
+from colqwen_lab.model.checkpoint import FolderCheckpoint
+from colqwen_lab.model.config import SIZES, Variant, resolve_variant, scheme_parts
 from colqwen_lab.model.inputs import VISUAL_TOKENS
-from colqwen_lab.predict.pages import page_predictor
-from colqwen_lab.predict.predictor import A100, HOST, Predictor, Target, predictor
-from colqwen_lab.records import Cell, Memory
-from colqwen_lab.runtime.batches import WORKLOADS
-from colqwen_lab.runtime.eager import PROTOCOLS
-from colqwen_lab.runtime.fast import KINDS, bucket
+from colqwen_lab.model.network import is_text_linear
+from colqwen_lab.options import WORKLOADS, PlanOptions
+from colqwen_lab.predict.kernels import recorded_kernel, recorded_prefetch
+from colqwen_lab.predict.predictor import Setup, predict
+from colqwen_lab.records import MIB, Cell, Memory, Quantization
 
-SEARCHED_TO = 4096
-# Near the edge a run may fail by how its memory lies; a sweep under a card's cap stays this share below it too.
+A100 = "NVIDIA A100-SXM4-40GB"
+LARGEST_SEARCHED = 4096
+# Fragmentation may fail a run near the edge; a sweep under a card's cap stays this share below too.
 MARGIN = 0.05
-
-
-# The model of each kernel, by what stands in its name.
-MODELLED = {
-    "torch.nn.Linear": "tritonv2",
-    "_linear_pointwise": "tritonv2",
-    "tritonv2": "tritonv2",
-    "auto_round:torch": "torch",
-    "marlin": "fused",
-    "humming": "fused",
-    "few_rows": "fused",
-    "dequantised ahead": "fused",
-    "exllama": "fused",
-    "_scaled_mm": "fp8",
-    "_weight_int4pack_mm_for_cpu": "int4",
-}
 
 
 @dataclass(frozen=True)
 class CardPlan:
-    """What a variant does on a card. `binds` says what stops a larger batch; bytes are predicted.
+    """The largest batch of a variant on a card; bytes are predicted.
 
-    `batch_size` is the largest that goes through, `safe_batch_size` 5 % below it; `headroom_bytes` is what is usable
-    less what torch must reserve and what lies outside it.
+    `safe_batch_size` is 5 % below `batch_size`. `headroom_bytes` are the usable bytes less those
+    that torch must reserve and those outside torch. `limited_by` says why no larger batch runs.
     """
 
     card: str
@@ -55,209 +40,180 @@ class CardPlan:
     peak_bytes: int
     min_reserved_bytes: int | None
     headroom_bytes: int
-    binds: str
+    limited_by: str
 
 
-class Planner:
-    """Predicts one variant under one protocol, each batch size once."""
+def plan(
+    options: PlanOptions, progress: Callable[[str], None] = lambda line: None
+) -> tuple[list[Cell], list[CardPlan]]:
+    """`(cells, cards)`: every model at every batch size on an A100, and its largest batch per card.
 
-    def __init__(
-        self,
-        model: str,
-        size: str,
-        protocol: str,
-        dtype: str,
-        kernel: str,
-        tokens: int | None = None,
-        padded: bool = False,
-        workload: str = "queries",
-        visual_tokens: int = VISUAL_TOKENS,
-        execution: str = "eager",
-    ) -> None:
-        self.protocol, self.tokens, self.padded = (
-            one_of("protocol", protocol, PROTOCOLS),
-            tokens,
-            padded,
-        )
-        self.item = "page" if workload == "pages" else "query"
-        if one_of("workload", workload, WORKLOADS) == "pages":
-            if execution == "fast":
-                raise BadInput("execution fast embeds queries; valid for pages: eager")
-            self.predictor: Predictor = page_predictor(model, size, dtype, kernel, visual_tokens)
-        elif visual_tokens != VISUAL_TOKENS:
-            raise BadInput(
-                f"visual_tokens are of workload pages, not {workload}; valid: workload pages"
-            )
-        else:
-            self.predictor = predictor(model, size, dtype, kernel, execution)
-        self._known: dict[tuple[int, Target, tuple[str, ...] | None], Cell] = {}
+    `progress` gets a line for each model before it is traced.
 
-    def cell(
-        self, batch_size: int, target: Target = A100, ahead: tuple[str, ...] | None = None
-    ) -> Cell:
-        key = batch_size, target, ahead
-        if key not in self._known:
-            made = self.predictor.cell(
-                batch_size, self.protocol, target, self.tokens, self.padded, ahead
-            )
-            self._known[key] = made
-        return self._known[key]
+    Raises:
+        BadInput: an unknown model, card or kernel, or a combination that cannot run.
+    """
+    cells, cards = [], []
+    names = {"kernel", "dtype", "execution", "workload", "protocol", "visual_tokens"}
+    common = options.model_dump(include=names) | {"tokens": options.tokens or None}
+    for model in options.models:
+        variant = resolve_variant(model)
+        size, quantization = network_of(variant, options.size)
+        setup = Setup(size=size, quantization=quantization, **common)
+        progress(f"predicting {variant.name}, size {size}: {setup.workload}, {setup.execution}")
+        for batch_size in options.batch_sizes or WORKLOADS[options.workload].batch_sizes:
+            cells.append(_named(predict(setup, batch_size), variant.name, A100))
+        cards += [largest_on(card, setup, variant.name) for card in options.memory_budgets]
+    return cells, cards
 
-    def on_card(self, card: Card) -> CardPlan:
-        """The largest batch that surely fits `card`, and the peak there; the smallest batch's where none does."""
-        target = (
-            Target(card.gpu.name, card.gpu.architecture.compute_capability) if card.gpu else A100
-        )
 
-        def memory(batch_size: int) -> Memory:
-            found = self.cell(batch_size, target).memory
-            assert found is not None
-            return found
+def network_of(variant: Variant, size: str) -> tuple[str, Quantization | None]:
+    """`(size, quantisation)` of a variant: of a folder from its configuration, else from its name.
 
-        verdict = fit_of(memory(1), card.nominal_bytes)
-        if verdict != "fits":
-            batch, binds = (1 if verdict == "tight" else None), f"weights and one {self.item}"
-        else:
-            batch = largest(
-                lambda size: need_bytes(memory(size))[1], card.usable_bytes, SEARCHED_TO
-            )
-            binds = "memory" if batch < SEARCHED_TO else f"nothing up to batch {SEARCHED_TO}"
-        there = memory(batch or 1)
-        return CardPlan(
-            card=card.name,
-            nominal_bytes=card.nominal_bytes,
-            usable_bytes=card.usable_bytes,
-            variant=self.predictor.variant.name,
-            verdict=verdict,
-            batch_size=batch,
-            safe_batch_size=max(1, int(batch * (1 - MARGIN)))
-            if verdict == "fits" and batch
-            else None,
-            peak_bytes=there.peak_bytes,
-            min_reserved_bytes=there.min_reserved_bytes,
-            headroom_bytes=card.usable_bytes - need_bytes(there)[1],
-            binds=binds,
-        )
+    Raises:
+        BadInput: a hub repository, or a folder whose network is not modelled.
+    """
+    name = variant.name
+    if "any" in variant.hub:
+        raise BadInput(f"{name} is on the hub; download it and name the folder, or name awq")
+    if variant.scheme:
+        bits, group_size = scheme_parts(variant.scheme)
+        return size, Quantization(bits=bits, group_size=group_size, sym=True)
+    if not variant.folder:
+        return size, None
+    checkpoint = FolderCheckpoint(variant.folder)
+    size, raw = one_of(f"size of {name}", checkpoint.size, SIZES), checkpoint.quantization
+    if raw is None:
+        return size, None
+    if any(is_text_linear(file.removesuffix(".weight")) for file in checkpoint.files):
+        raise BadInput(f"{name} keeps some text linears at 16 bits; plan cannot predict that")
+    fields = {"sym": not raw.get("zero_point", False)} | raw
+    try:
+        parts = {key: fields[key] for key in Quantization.model_fields}
+        return size, Quantization.model_validate(parts)
+    except (KeyError, ValueError):
+        raise BadInput(f"quantization_config of {name} must hold bits and group_size") from None
+
+
+def _named(cell: Cell, variant: str, gpu: str | None) -> Cell:
+    environment = cell.environment.model_copy(update={"gpu": gpu})
+    return cell.model_copy(update={"variant": variant, "environment": environment})
+
+
+def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
+    """The largest batch that surely fits `card`, and its memory; that of batch 1 if none fits."""
+    if card.gpu:
+        setup = replace(setup, capability=card.gpu.compute_capability[0])
+
+    def memory(batch_size: int) -> Memory:
+        predicted = predict(setup, batch_size).memory
+        assert predicted is not None
+        return predicted
+
+    def need(batch_size: int) -> int:
+        return need_bytes(memory(batch_size))[1]
+
+    verdict = fit_of(memory(1), card.nominal_bytes)
+    short = f"short by {-((card.usable_bytes - need(1)) // MIB):,} MiB"
+    smallest = f"weights and one {'page' if setup.workload == 'pages' else 'query'}"
+    batch = safe = None
+    match verdict:
+        case "does not fit":
+            limited_by = f"{smallest} do not fit: {short}"
+        case "tight":
+            batch, limited_by = 1, f"{smallest} may not fit: at worst {short}"
+        case "fits":
+            batch = largest(need, card.usable_bytes, LARGEST_SEARCHED)
+            safe = max(1, int(batch * (1 - MARGIN)))
+            reached = batch == LARGEST_SEARCHED
+            limited_by = f"no limit up to batch {batch}" if reached else "limited by memory"
+    there = memory(batch or 1)
+    return CardPlan(
+        card=card.name,
+        nominal_bytes=card.nominal_bytes,
+        usable_bytes=card.usable_bytes,
+        variant=variant,
+        verdict=verdict,
+        batch_size=batch,
+        safe_batch_size=safe,
+        peak_bytes=there.peak_bytes,
+        min_reserved_bytes=there.min_reserved_bytes,
+        headroom_bytes=card.usable_bytes - need_bytes(there)[1],
+        limited_by=limited_by,
+    )
 
 
 def largest(need: Callable[[int], int], budget: int, limit: int) -> int:
-    """The largest number up to `limit` whose `need` is within `budget`, where that of 1 is; the next one's is not.
+    """The largest number up to `limit` whose `need` is within `budget`, given that of 1 is.
 
-    What torch must reserve leaps a little with how memory lies, so a batch may fit where a smaller one does not: some
-    within a tenth below are looked at, and the search goes on below the smallest that does not fit.
+    The reserved memory is not monotonic in the batch size, because of fragmentation. So some sizes
+    up to a tenth below the edge are checked, and the search goes on below the first that fails.
     """
     while True:
-        found = _searched(need, budget, limit)
-        near = [int(found * (1 - percent / 100)) for percent in range(10, 0, -2)]
-        too_much = next((size for size in near if size and need(size) > budget), None)
-        if too_much is None:
-            return found
-        limit = too_much
+        edge = _edge(need, budget, limit)
+        near = [int(edge * (1 - percent / 100)) for percent in range(10, 0, -2)]
+        failing = next((size for size in near if size and need(size) > budget), None)
+        if failing is None:
+            return edge
+        limit = failing
 
 
-def _searched(need: Callable[[int], int], budget: int, limit: int) -> int:
-    """Need grows almost evenly with the batch, so the search interpolates, and halves where that gains too little."""
+def _edge(need: Callable[[int], int], budget: int, limit: int) -> int:
+    """A number within `budget` whose next is not, by interpolation or by halving."""
     low, high = 1, limit
     low_need, high_need = need(low), need(high)
     if high_need <= budget:
         return limit
     halve = False
     while high - low > 1:
+        width = high - low
         share = 0.5 if halve else (budget - low_need) / (high_need - low_need)
-        guess = min(high - 1, max(low + 1, low + int((high - low) * share)))
-        found, width = need(guess), high - low
-        if found <= budget:
-            low, low_need = guess, found
+        guess = min(high - 1, max(low + 1, low + int(width * share)))
+        needed = need(guess)
+        if needed <= budget:
+            low, low_need = guess, needed
         else:
-            high, high_need = guess, found
+            high, high_need = guess, needed
         halve = high - low > width / 2 and not halve
     return low
 
 
-def plan(
-    models: Sequence[str],
-    size: str,
-    batch_sizes: Iterable[int],
-    cards: Sequence[Card],
-    protocol: str = "lean",
-    dtype: str = "bfloat16",
-    kernel: str = "tritonv2",
-    tokens: int | None = None,
-    workload: str = "queries",
-    visual_tokens: int = VISUAL_TOKENS,
-    execution: str = "eager",
-) -> tuple[list[Cell], list[CardPlan]]:
-    """`(cells, cards)`: every model at every batch size on an A100, and its largest batch on every card.
-
-    Raises:
-        BadInput: an unknown model, protocol, dtype or kernel model, or a number of tokens below 1.
-    """
-    batches = list(batch_sizes)
-    cells, plans = [], []
-    for model in models:
-        planner = Planner(
-            model, size, protocol, dtype, kernel, tokens, False, workload, visual_tokens, execution
-        )
-        cells += [planner.cell(batch) for batch in batches]
-        plans += [planner.on_card(card) for card in cards]
-    return cells, plans
-
-
 def predictions(cells: Iterable[Cell]) -> list[Cell | None]:
-    """For each measured or published cell the predicted one under its settings; None where it is not modelled."""
-    planners: dict[tuple[Any, ...], Planner] = {}
+    """The predicted cell for each measured or published one; None where it is not modelled."""
+    return [_prediction(cell) for cell in cells]
 
-    def like(cell: Cell) -> Cell | None:
-        kernel, work = kernel_model(cell), cell.workload
-        if kernel is None or cell.memory is None:
-            return None
-        pages = work.kind == "pages"
-        if pages and (work.padded_share != 0 or work.visual_tokens is None):
-            return None  # pages of several sizes, or not recorded
-        # The report's queries are known by their batch; others, and pages, by the length they were padded to.
-        tokens = work.tokens if pages or (work.texts and work.texts.startswith("natural")) else None
-        asked: tuple[Any, ...] = (
-            cell.variant,
-            cell.size,
-            cell.protocol,
-            cell.backend.dtype or "bfloat16",
-            kernel,
+
+def _prediction(cell: Cell) -> Cell | None:
+    kernel, work, environment = recorded_kernel(cell), cell.workload, cell.environment
+    pages = work.kind == "pages"
+    # Pages of several sizes differ from batch to batch.
+    several_sizes = pages and (work.padded_share != 0 or work.visual_tokens is None)
+    if kernel is None or cell.memory is None or several_sizes:
+        return None
+    # The report's queries follow from the batch; other items have the length of the record.
+    tokens = work.tokens if pages or (work.texts or "").startswith("natural") else None
+    capability = int((environment.compute_capability or "8").split(".")[0])
+    quantization = cell.quantization
+    try:
+        if quantization is None and kernel not in ("", "fp8"):  # an older record of packed weights
+            quantization = network_of(resolve_variant(cell.variant), cell.size)[1]
+        setup = Setup(
+            size=cell.size,
+            quantization=quantization,
+            kernel=kernel or "tritonv2",
+            dtype=cell.backend.dtype or "bfloat16",
+            execution=cell.execution,
+            protocol=cell.protocol,
+            workload=work.kind,
+            tokens=tokens,
+            padded=tokens is not None and not pages,
+            visual_tokens=work.visual_tokens or VISUAL_TOKENS,
+            capability=capability if environment.gpu else None,
+            prefetched=recorded_prefetch(cell),
         )
-        asked += (
-            tokens,
-            tokens is not None and not pages,
-            work.kind,
-            work.visual_tokens or VISUAL_TOKENS,
-            cell.execution,
-        )
-        if asked not in planners:
-            try:
-                planners[asked] = Planner(*asked)
-            except BadInput:
-                return None  # a folder or a repository: its network is not one of the named sizes
-        capability = tuple(
-            int(part) for part in (cell.environment.compute_capability or "8.0").split(".")
-        )
-        on_gpu = cell.environment.gpu is not None
-        target = Target(cell.environment.device, (capability[0], capability[1])) if on_gpu else HOST
-        made = planners[asked].cell(cell.batch_size, target, ahead_of(cell))
-        return made.model_copy(
-            update={"workload": made.workload.model_copy(update={"pages": work.pages})}
-        )
-
-    return [like(cell) for cell in cells]
-
-
-def ahead_of(cell: Cell) -> tuple[str, ...]:
-    """The products whose weights a measured run dequantised ahead."""
-    rows = cell.batch_size * bucket(cell.workload.tokens or 1)
-    chosen = cell.backend.kernel_configs.get(f"dequantised ahead x {rows}", "").split("+")
-    return tuple(kind for kind in KINDS if kind in chosen)
-
-
-def kernel_model(cell: Cell) -> str | None:
-    """The model of the kernel that a cell ran on; None where there is none. The report ran the Triton fallback."""
-    engaged = " ".join(cell.backend.engaged)
-    if cell.origin == "published":
-        return "tritonv2"
-    return next((kernel for name, kernel in MODELLED.items() if name in engaged), None)
+        twin = predict(setup, cell.batch_size)
+    except LabError:
+        return None
+    workload = twin.workload.model_copy(update={"pages": work.pages})
+    named = _named(twin, cell.variant, environment.gpu)
+    return named.model_copy(update={"workload": workload})

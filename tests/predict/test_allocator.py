@@ -1,4 +1,4 @@
-"""The allocator against the rules of PyTorch's source, and invariants under any order of requests."""
+"""The allocator against the rules of PyTorch's source, and under any order of requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colqwen_lab.predict.allocator import Allocator
+from colqwen_lab.predict.allocator import Allocator, Trace, memory_on_gpu, workspace_bytes
 
 MIB = 2**20
 
@@ -81,10 +81,12 @@ def test_invariants(moves: list[tuple[int, int]]) -> None:
     for block, _ in live.values():
         allocator.release(block)
     assert allocator.allocated == 0
-    assert sum(size for pool in allocator._free.values() for size, _ in pool) == allocator.reserved
+    assert (
+        sum(entry[0] for pool in allocator._free.values() for entry in pool) == allocator.reserved
+    )
 
 
-def test_a_cap_gives_back_free_segments_and_then_refuses() -> None:
+def test_under_a_cap_free_segments_are_returned_before_allocation_fails() -> None:
     allocator = Allocator(cap=64 * MIB)
     first = allocator.allocate(30 * MIB)
     allocator.allocate(30 * MIB)
@@ -95,10 +97,41 @@ def test_a_cap_gives_back_free_segments_and_then_refuses() -> None:
     assert allocator.reserved == 64 * MIB
 
 
-def test_a_segment_in_use_is_not_given_back() -> None:
+def test_a_segment_in_use_is_not_returned() -> None:
     allocator = Allocator(cap=40 * MIB)
     whole = allocator.allocate(40 * MIB)
     allocator.release(whole)
     allocator.allocate(4 * MIB)
     with pytest.raises(MemoryError):
         allocator.allocate(38 * MIB)
+
+
+def test_workspace_by_generation() -> None:
+    assert workspace_bytes(8) == 8.125 * MIB
+    assert workspace_bytes(9) == workspace_bytes(12) == 32 * MIB
+
+
+def test_a_replayed_trace() -> None:
+    """Weights of 12 MiB load; then a tensor of 4 MiB, freed before one of 30 MiB comes."""
+    log = [(0, 12 * MIB), (1, 4 * MIB), (1, 0), (2, 30 * MIB), (2, 0)]
+    trace = Trace(log, ["weights", "activations", "activations"], loaded=1, before=1, flops=7)
+    memory = memory_on_gpu(trace, 8 * MIB)
+    assert memory["peak_bytes"] == (12 + 8 + 30) * MIB
+    assert memory["breakdown"] == {
+        "cuBLAS workspace": 8 * MIB,
+        "allocator rounding": 0,
+        "weights": 12 * MIB,
+        "activations": 30 * MIB,
+    }
+    # 12 for the weights, 20 for what is below 10 MiB, 30 for the rest.
+    assert memory["reserved_bytes"] == 62 * MIB
+    assert memory["peak_bytes"] <= memory["min_reserved_bytes"] <= memory["reserved_bytes"]
+
+
+def test_a_trace_lies_on_a_line_or_is_none() -> None:
+    first = Trace([(0, 10), (1, 4), (1, 0)], ["a", "b"], 1, 1, flops=5)
+    second = Trace([(0, 10), (1, 6), (1, 0)], ["a", "b"], 1, 1, flops=8)
+    far = first.at(10, second)
+    assert far is not None
+    assert (far.log, far.flops) == ([(0, 10), (1, 24), (1, 0)], 35)
+    assert first.at(10, Trace([(0, 10), (1, 6)], ["a", "b"], 1, 1, 8)) is None

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colqwen_lab.runtime.tracking import MemoryTracker
+from colqwen_lab.runtime.tracking import MemoryTracker, part_of
 
 
 def test_counts_births_ends_and_the_peak() -> None:
@@ -29,6 +30,54 @@ def test_a_temporary_inside_an_expression_counts() -> None:
     assert tracker.live_bytes == 1024 + 4
     assert tracker.peak_bytes == 3 * 1024
     assert float(y) == 768
+
+
+def test_breakdown_is_that_of_the_peak() -> None:
+    x = torch.ones(256)
+    with MemoryTracker([("x", x)]) as tracker:
+        y = x * 2
+        tracker.label([y], "doubled")
+        z = x.double()
+        del y, z
+        w = x + 1
+    assert tracker.breakdown() == {"x": 1024, "doubled": 1024, "activations": 2048}
+    assert sum(tracker.breakdown().values()) == tracker.peak_bytes
+    del w
+
+
+def test_hidden_tensors_take_no_memory_and_their_operations_count() -> None:
+    x = torch.ones(8, 8)
+    with MemoryTracker([("x", x)]) as tracker:
+        tracker.hidden = True
+        y = x @ x
+        tracker.hidden = False
+    assert tracker.peak_bytes == y.nbytes
+    assert tracker.flops == 2 * 8**3
+
+
+TEXT, VISUAL = "vlm.model.language_model", "vlm.model.visual"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        (f"{TEXT}.layers.0.mlp.up_proj.qweight", "text linears: codes"),
+        (f"{TEXT}.layers.0.mlp.up_proj.qzeros", "text linears: zeros"),
+        (f"{TEXT}.layers.0.mlp.up_proj.g_idx", "text linears: other"),
+        (f"{TEXT}.layers.0.mlp.up_proj.weight", "text linears: 16 bits"),
+        (f"{TEXT}.layers.0.input_layernorm.weight", "text norms and rotary tables"),
+        (f"{TEXT}.embed_tokens.weight", "embeddings"),
+        (f"{VISUAL}.blocks.0.attn.qkv.weight", "vision encoder"),
+        (f"{VISUAL}.deepstack_merger_list.0.norm.weight", "mergers"),
+        ("embedding_proj_layer.bias", "head"),
+        ("fast.layers.0.qkv.weight", "text linears: codes"),
+        ("fast.layers.0.qkv.scale", "text linears: scales"),
+        ("fast.layers.0.qkv.blocked", "text linears: 16 bits"),
+        ("fast.layers.0.qkv.modules_.0.qweight", "text linears: codes"),
+    ],
+)
+def test_parts_of_the_network(name: str, part: str) -> None:
+    assert part_of(name) == part
 
 
 def test_views_and_known_tensors_count_once() -> None:

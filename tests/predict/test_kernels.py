@@ -1,0 +1,97 @@
+"""Kernel models, and how the kernels of a record are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from colqwen_lab.errors import BadInput
+from colqwen_lab.predict.kernels import (
+    KINDS,
+    bucket,
+    check_kernel,
+    possible_prefetch,
+    recorded_kernel,
+    recorded_prefetch,
+)
+from colqwen_lab.records import Cell, Quantization
+
+CELL = Cell.model_validate_json(
+    (Path(__file__).parents[2] / "outputs" / "h100" / "ways.jsonl").read_text().splitlines()[0]
+)
+W4 = Quantization(bits=4, group_size=128, sym=True)
+
+
+def row(engaged: dict[str, int], configs: dict[str, str] | None = None) -> Cell:
+    changes = {"engaged": engaged, "kernel_configs": configs or {}}
+    return CELL.model_copy(update={"backend": CELL.backend.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize(
+    ("engaged", "model"),
+    [
+        (["torch.nn.Linear"], ""),
+        (["mkldnn._linear_pointwise"], ""),
+        (["auto_round:tritonv2_zp"], "tritonv2"),
+        (["auto_round:torch_zp"], "torch"),
+        (["auto_round:humming_zp"], "fused"),
+        (["gptqmodel:marlin_zp"], "fused"),
+        (["humming (W4A16)", "few_rows (W4A16)"], "fused"),
+        (["humming (W4A16)", "small-M GEMM (W4A16)"], "fused"),
+        (["cuBLAS, dequantised ahead", "humming (W4A16)"], "fused"),
+        (["cuBLAS (dequantise-then-GEMM)"], "fused"),
+        (["humming (W4A8 float8e4m3)"], "fused"),
+        (["torch._scaled_mm (FP8 x FP8)"], "fp8"),
+        (["torch._weight_int4pack_mm_for_cpu"], "int4"),
+        (["auto_round_kernel_zp"], None),
+        (["auto_round:tritonv2_zp", "torch.nn.Linear"], None),
+        ([], None),
+    ],
+)
+def test_kernels_of_old_and_new_records(engaged: list[str], model: str | None) -> None:
+    assert recorded_kernel(row(dict.fromkeys(engaged, 28))) == model
+
+
+def test_the_report_ran_the_triton_fallback() -> None:
+    assert recorded_kernel(row({}).model_copy(update={"origin": "published"})) == "tritonv2"
+
+
+@pytest.mark.parametrize("name", ["dequantise-then-GEMM", "dequantised ahead"])
+@pytest.mark.parametrize("kinds", [(), ("o",), ("qkv", "o"), ("gate_up", "down"), KINDS])
+def test_prefetched_gemms_of_a_record(name: str, kinds: tuple[str, ...]) -> None:
+    m = CELL.batch_size * bucket(CELL.workload.tokens or 1)
+    configs = {f"{name} x {m}": "+".join(kinds) or "none", f"{name} x {m + 1}": "qkv"}
+    assert recorded_prefetch(row({}, configs)) == kinds
+
+
+def test_prefetched_gemms_that_a_run_may_choose() -> None:
+    assert possible_prefetch(W4, "fused", 9, 4096) == KINDS
+    other = (
+        (None, "fused", 9, 4096),
+        (Quantization(bits=8, group_size=128, sym=True), "fused", 9, 4096),
+        (Quantization(bits=4, group_size=32, sym=True), "fused", 9, 4096),
+        (Quantization(bits=4, group_size=128, sym=False), "fused", 9, 4096),
+        (W4, "tritonv2", 9, 4096),
+        (W4, "fused", 8, 4096),
+        (W4, "fused", None, 4096),
+        (W4, "fused", 9, 64),
+    )
+    assert not any(possible_prefetch(*arguments) for arguments in other)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bits", "execution", "valid"),
+    [
+        ("fast", 4, "eager", "tritonv2, torch, fused"),
+        ("fp8", 16, "eager", "tritonv2, torch, fused"),
+        ("fp8", 4, "fast", "tritonv2, torch, fused, int4"),
+        ("int4", 8, "fast", "tritonv2, torch, fused"),
+        ("tritonv2", 3, "eager", "torch, fused"),
+    ],
+)
+def test_a_kernel_that_is_not_modelled(kernel: str, bits: int, execution: str, valid: str) -> None:
+    weights = Quantization(bits=bits, group_size=128, sym=True) if bits < 16 else None
+    unknown = f"unknown kernel of {bits}-bit weights in execution {execution} '{kernel}'.*; valid: "
+    with pytest.raises(BadInput, match=f"{unknown}{valid}$"):
+        check_kernel(kernel, weights, execution)
