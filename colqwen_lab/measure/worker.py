@@ -116,7 +116,7 @@ class Worker:
         """Seconds of the next step and its sync; if `warm`, after an untimed one of its batch."""
         step = self.steps[protocol, control]
         if warm:
-            step(lead_in=True)
+            step(warm_up=True)
         synchronise(self.device)
         start = time.perf_counter()
         step()

@@ -85,6 +85,21 @@ def _auto_round() -> tuple[Any, Any]:
     return backend, convert_model
 
 
+def kernel_states(device: torch.device) -> Iterator[tuple[str, str]]:
+    """(kernel, state) of each kernel for W4A16, group 128, on `device`: ready, or what it needs."""
+    backend, _ = _auto_round()
+    scheme = {"bits": 4, "group_size": 128, "sym": True, "data_type": "int", "act_bits": 16}
+    for name, info in sorted(backend.BackendInfos.items(), key=lambda item: -item[1].priority):
+        packings = [packing for packing in info.packing_format if packing != FAKE]
+        layers = [(name, device.type, scheme, packing, 2560, 2560) for packing in packings]
+        check = backend.check_compatible
+        if name != FAKE and any(check(*layer, check_requirements=False) for layer in layers):
+            needs = ", ".join(need for need in info.requirements or () if isinstance(need, str))
+            ready = any(check(*layer) for layer in layers)
+            state = "ready" if ready else f"needs {needs or 'humming-kernels and a CUDA GPU'}"
+            yield name, f"{state}; packing {', '.join(packings)}; priority {info.priority}"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hides AutoRound's log; its `sys.exit` becomes a MissingRequirement with its last words."""

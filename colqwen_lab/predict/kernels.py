@@ -16,31 +16,22 @@ from torch.utils._pytree import tree_iter, tree_map
 from colqwen_lab.errors import one_of
 from colqwen_lab.model.network import ColQwen3, ColQwen3Output
 from colqwen_lab.records import Cell, Quantization
-from colqwen_lab.runtime.fast import (
-    FEWEST_AHEAD,
-    KINDS,
-    MOST_TOKENS,
-    Fast,
-    Multiply,
-    attended,
-    bucket,
-    heads_of,
-)
+from colqwen_lab.runtime.fast import KINDS, SHORT_TOKENS, Fast, attended, bucket, heads_of
 from colqwen_lab.runtime.linears import (
     FP8,
     AsLoaded,
     Dense,
     Fp8,
+    FusedLinear,
     Int4Cpu,
-    Product,
     features_of,
     gptq,
 )
 from colqwen_lab.runtime.tracking import MemoryTracker
 
 BUFFERS = "kernel buffers"
-# The names of the dequantise-then-GEMM choice in records, the current one first.
-PREFETCHED = ("dequantise-then-GEMM", "dequantised ahead")
+# Earlier runs could dequantise a weight, then multiply it; their records name the GEMMs.
+PREFETCHED = "dequantised ahead"
 # The kernel model of a recorded kernel, by a part of its name; "" is 16-bit weights.
 RECORDED = {
     "torch.nn.Linear": "",
@@ -52,7 +43,7 @@ RECORDED = {
     "exllama": "fused",
     "small-M GEMM": "fused",
     "few_rows": "fused",
-    **dict.fromkeys(PREFETCHED, "fused"),
+    PREFETCHED: "fused",
     "_scaled_mm": "fp8",
     "_weight_int4pack_mm_for_cpu": "int4",
 }
@@ -75,7 +66,7 @@ def _fused_matmul(layer: Any, x: Tensor) -> Tensor:
     return _matmul(x, x.new_empty(1).expand(features_of(layer)))
 
 
-class FusedGemm(Product):
+class FusedGemm(FusedLinear):
     """Fused linears for a kernel such as humming: codes and scales, no buffer but the result.
 
     Codes of 8-bit activations are not counted: they are at most a quarter of the activations that
@@ -114,7 +105,7 @@ class KernelModel(NamedTuple):
     """
 
     bits: tuple[int, ...]
-    gemm: Callable[[Sequence[Any]], Product] = AsLoaded
+    gemm: Callable[[Sequence[Any]], FusedLinear] = AsLoaded
     forward: Callable[[Any, Tensor], Tensor] | None = None
     eager: bool = True
 
@@ -150,21 +141,8 @@ def recorded_kernel(cell: Cell) -> str | None:
 def recorded_prefetch(cell: Cell) -> tuple[str, ...]:
     """The GEMMs that a measured run did as dequantise-then-GEMM."""
     m = cell.batch_size * bucket(cell.workload.tokens or 1)
-    chosen = [cell.backend.kernel_configs.get(f"{name} x {m}", "") for name in PREFETCHED]
-    return tuple(kind for kind in KINDS if kind in "+".join(chosen).split("+"))
-
-
-def possible_prefetch(
-    quantization: Quantization | None, kernel: str, capability: int | None, m: int
-) -> tuple[str, ...]:
-    """The GEMMs of M rows that execution fast may do as dequantise-then-GEMM."""
-    packed = quantization == Quantization(bits=4, group_size=128, sym=True) and kernel == "fused"
-    return KINDS if packed and capability == 9 and m >= FEWEST_AHEAD else ()
-
-
-class _FakeMultiply(Multiply):
-    def _make(self, index: int, kind: str) -> None:
-        """Nothing is dequantised: fake tensors hold no values."""
+    chosen = cell.backend.kernel_configs.get(f"{PREFETCHED} x {m}", "").split("+")
+    return tuple(kind for kind in KINDS if kind in chosen)
 
 
 class FakeFast(Fast):
@@ -181,17 +159,17 @@ class FakeFast(Fast):
         gemm = KERNELS[kernel].gemm
         super().__init__(model, gemm if kernel == "fp8" and not quantized else Dense, gemm)
         self.tracker, self.on_gpu = tracker, True
-        self.start(True, 0, ())
+        self.start(True, ())
 
-    def start(self, on_gpu: bool, m: int, prefetched: tuple[str, ...]) -> None:
-        """Forget the last run; of GEMMs with M rows, those in `prefetched` dequantise first."""
-        self.on_gpu, self.ahead = on_gpu, {m: prefetched}
+    def start(self, on_gpu: bool, prefetched: tuple[str, ...]) -> None:
+        """Forget the last run; the GEMMs in `prefetched` dequantise their weight first."""
+        self.on_gpu, self.prefetched = on_gpu, prefetched
         self.captured, self.flops = (0, 0), 0
         self.graph: tuple[Tensor, ...] = ()
 
     def packed(self) -> list[nn.Module]:
         """The GEMMs whose buffers count apart."""
-        return [gemm for gemm in self.products() if not isinstance(gemm, Dense)]
+        return [gemm for gemm in self.linears() if not isinstance(gemm, Dense)]
 
     def forward(
         self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False
@@ -210,10 +188,12 @@ class FakeFast(Fast):
             self.captured, self.flops = (first, len(tracker.labels)), tracker.flops - flops
         return ColQwen3Output(embeddings=self.graph[-1][:, :tokens].clone())
 
-    def multiply(self, kinds: Sequence[str]) -> Multiply:
-        multiply = _FakeMultiply(self.layers, kinds, self.small)
-        self.tracker.label(multiply.weights.values(), BUFFERS)
-        return multiply
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        like = self.layers[0].norms[0]
+        gemms = [getattr(self.layers[0], kind) for kind in self.prefetched]
+        weights = [like.new_empty(gemm.out_features, gemm.in_features) for gemm in gemms]
+        self.tracker.label(weights, BUFFERS)
+        return super().embed(ids, mask)
 
     def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return self._results_only(function) if self.on_gpu else function
@@ -221,7 +201,7 @@ class FakeFast(Fast):
     def attention(self, layer: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if not self.on_gpu:
             return super().attention(layer, qkv, cos, sin)
-        if qkv.shape[1] <= MOST_TOKENS:
+        if qkv.shape[1] <= SHORT_TOKENS:
             return self._results_only(super().attention)(layer, qkv, cos, sin)
         heads = self.small(heads_of)(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin)
         return self._results_only(attended)(*heads)

@@ -52,8 +52,8 @@ class Setup:
 
     `quantization` None is 16-bit weights; `tokens` None is the report's queries, or A4 pages, and
     `padded` says whether queries of so many tokens carry a mask. `capability` is the GPU's major
-    compute capability; None is a CPU. `prefetched` names the GEMMs that execution fast does as
-    dequantise-then-GEMM; None is all that a run may choose.
+    compute capability; None is a CPU. `prefetched` names the GEMMs of an earlier run that were
+    dequantise-then-GEMM.
     """
 
     size: str
@@ -67,7 +67,7 @@ class Setup:
     padded: bool = False
     visual_tokens: int = VISUAL_TOKENS
     capability: int | None = 8
-    prefetched: tuple[str, ...] | None = None
+    prefetched: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises BadInput for a combination that cannot run, or that is not modelled."""
@@ -100,15 +100,8 @@ def predict(setup: Setup, batch_size: int) -> Cell:
     own = setup.size, quantization, setup.kernel, setup.dtype, setup.execution
     network = _network(Setup(*own, workload=setup.workload))
     workload, masked = network.workload(setup, batch_size)
-    tokens, on_gpu, prefetched = (
-        workload.tokens or 1,
-        setup.capability is not None,
-        setup.prefetched,
-    )
-    if prefetched is None:
-        m = batch_size * kernels.bucket(tokens)
-        prefetched = kernels.possible_prefetch(quantization, setup.kernel, setup.capability, m)
-    run = Run(tokens, masked, setup.protocol, on_gpu, prefetched)
+    on_gpu = setup.capability is not None
+    run = Run(workload.tokens or 1, masked, setup.protocol, on_gpu, setup.prefetched)
     trace = network.trace(batch_size, run)
     memory: dict[str, Any]
     if setup.capability is None:
@@ -293,7 +286,7 @@ class FakeNetwork:
         """The trace of a run of exactly this batch."""
         tracker, fast = self.tracker, self.fast
         if fast:
-            fast.start(run.on_gpu, batch_size * kernels.bucket(run.tokens), run.prefetched)
+            fast.start(run.on_gpu, run.prefetched)
         tracker.rewind(*self.built)
         inputs = self._inputs(batch_size, run)
         with self.mode, tracker:

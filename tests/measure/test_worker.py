@@ -203,8 +203,8 @@ def test_an_untimed_step_of_the_same_batch_precedes_each_timed_step(
     monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
     calls: list[bool] = []
 
-    def step(lead_in: bool = False) -> None:
-        calls.append(lead_in)
+    def step(warm_up: bool = False) -> None:
+        calls.append(warm_up)
         now[0] += 1.0
 
     one = Worker(None, torch.device("cpu"), Configuration(variant="base"), str)  # type: ignore[arg-type]
