@@ -138,7 +138,7 @@ def doctor() -> None:
 def sweep(options: dict[str, Any]) -> None:
     """Measure throughput and peak memory over batch sizes. Resumes its file."""
     results = lab.sweep(**options)
-    _show(results.text())
+    _show(_tables(results.table()))
     if not any(cell.status == "ok" for cell in results):
         raise lab.MissingRequirement("no cell could be measured; the rows say why")
 
@@ -155,7 +155,7 @@ def plan(options: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
     else:
-        _show(result.text())
+        _show(_tables(result.table(), result.card_table(), result.rates()))
 
 
 @command(
@@ -193,7 +193,7 @@ def fidelity(options: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
     else:
-        _show(result.text())
+        _show(f"{_tables(result.table())}\n\n{result.verdict()}")
 
 
 @command(
@@ -204,7 +204,7 @@ def fidelity(options: dict[str, Any], as_json: bool) -> None:
 def quantize(options: dict[str, Any]) -> None:
     """Quantise the language model with AutoRound into a complete checkpoint folder."""
     result = lab.quantize(**options)
-    _show(f"{result.folder}\n{result.text()}")
+    _show(f"{result.folder}\n{_tables(result.summary())}")
 
 
 @app.command(
@@ -219,6 +219,13 @@ def train_tiny(
 
     record = train.train_tiny(Path(output), seed, progress=lambda line: typer.echo(line, err=True))
     typer.echo(json.dumps(record, indent=1))
+
+
+def _tables(*frames: Any) -> str:
+    """Tables that fit the terminal; an empty one is skipped."""
+    from colqwen_lab.analysis import render
+
+    return "\n\n".join(render.text(frame) for frame in frames if len(frame))
 
 
 def _show(text: str) -> None:
@@ -239,10 +246,8 @@ def main() -> None:
             raise
         hint = "--help lists the options"
         if "No such command" in str(error):
-            names = [
-                command.name or command.callback.__name__ for command in app.registered_commands
-            ]  # type: ignore[union-attr]
-            hint = "commands: " + ", ".join(names).replace("_", "-")
+            group: Any = typer.main.get_command(app)
+            hint = f"commands: {', '.join(group.commands)}"
         _end(f"{' '.join(error.format_message().split())}; {hint}", 2)
     if code == INTERRUPTED:  # typer turns Ctrl-C into a return value
         _end("stopped; run the same command again to resume", code)

@@ -114,7 +114,7 @@ def option(
     `flags` are short flags, `long` a long flag other than the name, `shown` the default in a text,
     `argument` says that the option is positional.
     """
-    place = {"flags": list(flags), "shown": shown, "long": long, "argument": argument}
+    place: Any = {"flags": list(flags), "shown": shown, "long": long, "argument": argument}
     return Field(default, description=help, json_schema_extra=place)
 
 
@@ -318,7 +318,7 @@ class SweepOptions(Options):
 
     def matrix(self) -> list[SweepOptions]:
         """One copy for each size x workload x execution, without the options of other workloads."""
-        own = {
+        own: dict[str, dict[str, Any]] = {
             "queries": {"pages": "", "visual_tokens": VISUAL_TOKENS},
             "pages": {"texts": "report"},
         }
