@@ -1,4 +1,4 @@
-"""What a run of several ways says, in tables:  python benchmarks/tables.py FILE.jsonl"""
+"""The tables of a run of several configurations:  python benchmarks/tables.py FILE.jsonl"""
 
 import sys
 
@@ -8,15 +8,13 @@ import colqwen_lab as lab
 from colqwen_lab.analysis import ablation
 
 pd.set_option("display.width", 160, "display.max_colwidth", None)
-results = lab.load(sys.argv[1])
-made = (
-    ablation.overhead_table,
-    ablation.gains,
-    ablation.ablation,
-    ablation.eight_bits,
-    ablation.controls,
+results = lab.predictions(lab.load(sys.argv[1])).results
+tables = (
+    *(ablation.speed_table, ablation.gains, ablation.ablation),
+    *(ablation.eight_bits, ablation.controls, ablation.shares),
 )
-for table in (*(make(results) for make in made), ablation.shares(lab.explain(results))):
-    if len(table):
-        print(table.T.to_string(), end="\n\n")
+for table in tables:
+    frame = table(results)
+    if len(frame):
+        print(frame.T.to_string(), end="\n\n")
 print(ablation.verdict(results))
