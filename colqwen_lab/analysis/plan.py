@@ -169,7 +169,7 @@ def breakdown_table(cells: Iterable[Cell]) -> pd.DataFrame:
 
     They add up to `peak`. On a GPU the process holds more outside torch; `on the card` is both.
     """
-    columns = {}
+    names, columns = [], []
     for cell in cells:
         memory = cell.memory
         parts = (memory and memory.breakdown) or {UNEXPLAINED: memory.peak_bytes if memory else 0}
@@ -177,13 +177,14 @@ def breakdown_table(cells: Iterable[Cell]) -> pd.DataFrame:
             outside = outside_bytes(memory)
             assumed = {f"{OUTSIDE}, assumed": OUTSIDE_TORCH_BYTES[1]}
             parts = parts | (assumed if outside is None else {f"{OUTSIDE}, measured": outside})
-        columns[f"{cell.variant} {cell.batch_size} ({cell.execution}, {cell.protocol})"] = parts
-    every = pd.DataFrame(columns).fillna(0) / MIB
+        columns.append(parts)
+        names.append(f"{cell.variant} {cell.batch_size} ({cell.execution}, {cell.protocol})")
+    every = pd.DataFrame(columns, names).T.fillna(0) / MIB
     outside_torch = every.index.str.startswith(OUTSIDE)
     order = every[~outside_torch].max(axis=1).sort_values(ascending=False).index
     table = every.loc[order]
-    table.loc["peak"] = table.sum()
+    table.loc["peak"] = table.sum().to_numpy()
     if outside_torch.any():
         table = pd.concat([table, every[outside_torch]])
-        table.loc["on the card"] = every.sum()
+        table.loc["on the card"] = every.sum().to_numpy()
     return table.round(2)

@@ -82,8 +82,10 @@ def speed_vs_base(comparison: Comparison) -> Figure:
     figure = speed_lines(series, {other.label: comparison.speeds}, title)
     (axes,) = figure.axes
     for speed in comparison.speeds:
-        _note(axes, f"{speed.percent:+.1f}", (speed.batch_size, speed.percent), (7, 3))
-    axes.margins(x=0.1)
+        end, offset = (speed.low, -15) if speed.percent < 0 else (speed.high, 8)
+        at = speed.batch_size, speed.percent if end is None else end
+        _note(axes, f"{speed.percent:+.1f}", at, (0, offset), ha="center")
+    axes.margins(y=0.15)
     return figure
 
 
@@ -171,7 +173,7 @@ def breakdown(cells: Sequence[Cell]) -> Figure:
         look: dict[str, Any] = {"color": PARTS[name], "edgecolor": "0.4", "linewidth": 0.5}
         bars = range(len(cells)), sizes.loc[name], 0.6, bottoms.loc[name]
         axes.bar(*bars, label=name, **look)
-    names = [column.replace(" ", "\n") for column in table.columns]
+    names = [column.rstrip(")").replace(" (", "\n").replace(", ", "\n") for column in table.columns]
     axes.set_xticks(range(len(cells)), names, fontsize=8)
     axes.set_ylabel("memory, MiB")
     return legend(figure, axes)
@@ -205,7 +207,7 @@ def framed(title: str, subtitle: str, height: float = 4.8) -> tuple[Figure, Axes
     figure = Plot(figsize=(7.5, height), layout="constrained")
     axes = figure.add_subplot()
     figure.suptitle(title, fontsize=12)
-    axes.set_title(textwrap.fill(subtitle, 120), fontsize=8, color="0.3")
+    axes.set_title(textwrap.fill(subtitle, 105), fontsize=8, color="0.3")
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     for axis in (axes.xaxis, axes.yaxis):

@@ -121,6 +121,8 @@ def test_breakdown_adds_up_to_the_peak() -> None:
     ]
     assert (table.iloc[:3].sum() == table.loc["peak"]).all()
     assert (table.iloc[-3:-1].sum() - table.loc["on the card"]).abs().max() < 0.1
+    assert breakdown_table([*cells, *cells]).shape == (6, 4)
+    assert len(plots.breakdown([*cells, *cells]).axes[0].get_xticks()) == 4
     older = predicted(memory=Memory(peak_bytes=1, method="cuda", breakdown={"vision tower": 1}))
     assert list(breakdown_table([older]).index[:2]) == ["vision tower", "peak"]
     bars = plots.breakdown(cells).axes[0].patches

@@ -238,7 +238,7 @@ def test_breakdown_bars_add_up_to_the_peak_and_what_is_outside() -> None:
     outside = OUTSIDE_TORCH_BYTES[1] / MIB
     assert tops == pytest.approx([20 + outside, 30], abs=0.01)
     names = [label.get_text().split("\n") for label in axes.get_xticklabels()]
-    assert names[0] == ["awq", "8", "(eager,", "published)"]
+    assert names[0] == ["awq 8", "eager", "published"]
     assert axes.get_ylabel() == "memory, MiB"
 
 
