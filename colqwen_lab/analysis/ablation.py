@@ -6,6 +6,7 @@ execution fast with 16-bit activations and kernel auto.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -34,20 +35,18 @@ def load(files: str) -> Results:
         BadInput: not records files, or a batch size that two of them hold.
     """
     runs = [Results.load(file) for file in listed(files)]
-    sizes = pd.Series([size for run in runs for size in {cell.batch_size for cell in run}])
-    if sizes.duplicated().any():
-        size = sizes[sizes.duplicated()].min()
-        raise BadInput(f"batch {size} is in two of {files}; name runs of different batch sizes")
+    sizes = Counter(size for run in runs for size in {cell.batch_size for cell in run})
+    if repeated := [size for size, count in sizes.items() if count > 1]:
+        twice = f"batch {min(repeated)} is in two of {files}"
+        raise BadInput(f"{twice}; name runs of different batch sizes")
     return Results(tuple(cell for run in runs for cell in run))
 
 
 def runs(results: Results) -> pd.DataFrame:
-    """One row a run: its batch sizes, where and when."""
+    """One row a run: where, when, and its batch sizes."""
     table = results.to_frame().fillna({"started_at": "not recorded"})
-    groups = table.groupby(["device", "started_at"], sort=False)["batch_size"]
-    return groups.agg(lambda sizes: ", ".join(map(str, sorted({*sizes})))).reset_index(
-        name="batches"
-    )
+    sizes = table.groupby(["device", "started_at"], sort=False)["batch_size"].unique()
+    return sizes.map(lambda sizes: ", ".join(map(str, sorted(sizes)))).reset_index()
 
 
 def speed_table(results: Results) -> pd.DataFrame:
@@ -66,16 +65,12 @@ def ablation(results: Results) -> pd.DataFrame:
     A single change, where two configurations differ in nothing else, and all changes together.
     `padded tokens, %` is the share of padding, the most that its absence could gain.
     """
-    changes = [("all", *pair) for pair in _first_and_best(results).values()]
-    for before, after in combinations(_sixteen_bit(results), 2):
-        both = before.first.configuration, after.first.configuration
+    pairs = {_change("all", pair): pair for pair in _first_and_best(results).values()}
+    for pair in combinations(_sixteen_bit(results), 2):
+        both = [series.first.configuration for series in pair]
         changed = [k for k, name in CHANGES.items() if len({getattr(c, name) for c in both}) > 1]
-        if before.variant == after.variant and len(changed) == 1:
-            changes.append((changed[0], before, after))
-    pairs = {
-        f"{_name(before, what)} to {after.first.configuration.label}": (before, after)
-        for what, before, after in changes
-    }
+        if both[0].variant == both[1].variant and len(changed) == 1:
+            pairs[_change(changed[0], pair)] = pair
     table = _columns(pairs, _times)
     padded = results.to_frame().groupby("batch_size")["padded_share"].max() * 100
     return table.assign(**{"padded tokens, %": padded.round(2)}) if len(table) else table
@@ -100,18 +95,16 @@ def eight_bits(results: Results) -> pd.DataFrame:
     """One row a batch and 8-bit configuration: speed vs base's best, and cosine to 16 bits."""
     _, best = _first_and_best(results).get("base", (None, None))
     rows = []
-    for series in results.series():
-        if best is None or not series.first.configuration.eight_bit:
-            continue
-        for speed in speeds(best, series):
-            row = {"batch": speed.batch_size, "configuration": _name(series)}
-            row |= {"items/s": round(speed.items_per_s, 1)}
-            row |= {"times base": round(1 + speed.percent / 100, 2), "verdict": speed.verdict}
-            if error := series.rated[speed.batch_size].difference:
-                row |= {"cosine, mean": round(error.cosine_mean, 4)}
-                row |= {"cosine, min": round(error.cosine_min, 4), "against": error.against}
-            rows.append(row)
-    return screen(rows)
+    for series in results.series() if best else ():
+        if series.first.configuration.eight_bit:
+            for speed in speeds(best, series):
+                row = {"batch": speed.batch_size, "configuration": _name(series)}
+                row |= {"items/s": round(speed.items_per_s, 1), "speed vs base, %": speed.shown}
+                error = series.rated[speed.batch_size].difference
+                rows.append(
+                    row | {"verdict": speed.verdict} | (error.model_dump() if error else {})
+                )
+    return screen(pd.DataFrame(rows).round(4))
 
 
 def controls(results: Results) -> pd.DataFrame:
@@ -205,5 +198,10 @@ def _times(speed: Speed) -> str:
     return f"{1 + speed.percent / 100:.2f} {interval(low, high, 2)}"
 
 
-def _name(series: Series, change: str = "") -> str:
-    return f"{series.variant} {f'{change}: ' if change else ''}{series.first.configuration.label}"
+def _name(series: Series) -> str:
+    return f"{series.variant} {series.first.configuration.label}"
+
+
+def _change(what: str, pair: Pair) -> str:
+    before, after = (series.first.configuration for series in pair)
+    return f"{before.variant} {what}: {before.label} to {after.label}"

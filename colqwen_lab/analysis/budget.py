@@ -116,9 +116,9 @@ def budget_sentences(steps: Sequence[Budget], base: str, awq: str) -> Iterator[R
     ends = [f" to {step.need_bytes / GIB:.1f} GiB" for step in steps[1:]] + [" GiB or more"]
     for outcome, pairs in groupby(zip(steps, ends, strict=False), lambda pair: pair[0].outcome):
         stretch = list(pairs)
-        when = f"With {stretch[0][0].need_bytes / GIB:.1f}{stretch[-1][1]} free"
+        free = f"{stretch[0][0].need_bytes / GIB:.1f}{stretch[-1][1]} free"
         if outcome in ("only base", "only awq"):
             fitting = base if outcome == "only base" else awq
-            yield Recommendation(outcome.split()[1], f"{when}, only {fitting} fits.")
+            yield Recommendation(outcome.split()[1], f"With {free}, only {fitting} fits.")
         elif rows := [step.speed for step, _ in stretch if step.speed]:
-            yield recommend(f"{when}, each at its largest batch", rows, base, awq)
+            yield recommend(rows, base, awq, f"with {free}, each at its largest batch")

@@ -207,9 +207,9 @@ class Comparison:
     def _crossover_sentence(self) -> str:
         base, awq = self.base.label, self.awq.label
         if start := self.crossover:
-            free = f"With {start['need_bytes'] / GIB:.1f} GiB or more free"
-            rates = f"the median rate of {base} is at least that of {awq}"
-            return f"{free}, each at its largest batch, {rates}."
+            free = f"with {start['need_bytes'] / GIB:.1f} GiB or more free"
+            rates = f"The median rate of {base} is at least that of {awq}"
+            return f"{rates} {free}, each at its largest batch."
         higher = f"{awq} has the higher median rate where every row fits"
         return f"No crossover: {self.no_budgets or higher}."
 
@@ -340,10 +340,10 @@ class Comparison:
             environment = pd.DataFrame(machines).dropna(how="all").rename_axis("Parameter")
             yield "Test environment", environment
             yield "Batch size sweep", Results(place.cells).table()
-            devices = " and ".join(dict.fromkeys(cell.environment.device for cell in place.cells))
-            notes = [f"Rates are those of {devices}, not those of a smaller card."]
-            notes += ["Without a note, no larger batch was measured."]
-            yield "Memory-constrained scenarios", place.card_table(), notes
+            note = (
+                "Rates are those of the device above. Without a note, no larger batch was measured."
+            )
+            yield "Memory-constrained scenarios", place.card_table(), [note]
             yield "Comparison at the same batch size", place.speed_table()
             yield "Crossover", [place._crossover_sentence]
             yield "Recommendations", [row.sentence for row in place.recommendations]
@@ -352,19 +352,13 @@ class Comparison:
                 yield CLAIMS, table
 
     def plot(self, kind: str = "speed", **options: Any) -> Figure:
-        """A figure: speed, throughput, memory (with `cards=(8, 12)` in GB), tradeoff or roofline.
-
-        Raises:
-            BadInput: an unknown kind.
-        """
-        plots = analysis.plots
+        """A figure: speed, throughput, memory (with `cards=(8, 12)` in GB), tradeoff or roofline."""
+        plots, several = analysis.plots, len(self.pairs) > 1
         one_of("plot", kind, ["speed", *plots.KINDS])
-        series: Sequence[Series] = self.pair
-        if len(self.pairs) > 1:
-            cells = tuple(cell for place in self.places.values() for cell in place.cells)
-            series = Results(cells).series()
-        elif kind == "speed":
+        if kind == "speed" and not several:
             return plots.speed_vs_base(self)
+        cells = tuple(cell for place in self.places.values() for cell in place.cells)
+        series = Results(cells).series() if several else self.pair
         if kind == "speed":
             lines = {where: place.speeds for where, place in self.places.items()}
             return plots.speed_lines(series, lines)

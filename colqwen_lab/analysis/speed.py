@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,13 +20,11 @@ RESAMPLES, FEWEST_SAMPLES, SEED = 2000, 6, 0
 #: What both sides must share before a difference in speed is the variant's and not the machine's.
 MACHINE = ("gpu", "driver", "cuda", "cpu", "threads", "power_limit_w", "torch")
 
-Verdict = Literal["faster", "slower", "inconclusive"]
-
 
 class Speed(NamedTuple):
     """Rates of two cells; `percent` is items_per_s / base - 1 with its 95 % interval.
 
-    `reason` says why no verdict is possible; it is empty where the verdict rests on the figures.
+    The verdict is faster, slower or inconclusive. `reason` says why the figures allow none.
     """
 
     batch_size: int
@@ -35,7 +33,7 @@ class Speed(NamedTuple):
     percent: float
     low: float | None
     high: float | None
-    verdict: Verdict
+    verdict: str
     reason: str
 
     @property
@@ -62,7 +60,7 @@ def speed_ratio(base: Cell, other: Cell) -> Speed:
     notes = "; ".join(dict.fromkeys([*base.disturbed, *other.disturbed]))
     reason = "; ".join(machines) or (f"disturbed ({notes})" if notes else "")
     one_sided = low is None or high is None or low * high > 0
-    verdict: Verdict = "inconclusive"
+    verdict: str = "inconclusive"
     if not reason and one_sided and abs(percent) >= SAME_PERCENT:
         verdict = "faster" if percent > 0 else "slower"
     return Speed(other.batch_size, rate(base), rate(other), percent, low, high, verdict, reason)
@@ -117,23 +115,25 @@ def speed_sentences(base: str, other: str, rows: Iterable[Speed]) -> list[Recomm
     for row in rows:
         groups.setdefault((row.verdict, row.reason), []).append(row)
     return [
-        recommend(f"At {batches(row.batch_size for row in group)}", group, base, other)
+        recommend(group, base, other, f"at {batches(row.batch_size for row in group)}")
         for group in groups.values()
     ]
 
 
-def recommend(when: str, rows: Sequence[Speed], base: str, other: str) -> Recommendation:
+def recommend(rows: Sequence[Speed], base: str, other: str, where: str) -> Recommendation:
     """What to use by speeds of one verdict; of a single speed with its interval."""
     first, percents = rows[0], [row.percent for row in rows]
     signed = f"({span(percents, 1, '+')} %)"
     if first.reason:
-        return Recommendation("either", f"{when}, no verdict {signed}: {first.reason}.")
+        return Recommendation("either", f"No verdict {where} {signed}: {first.reason}.")
     if first.verdict == "inconclusive":
-        return Recommendation("either", f"{when}, there is no significant difference {signed}.")
+        return Recommendation("either", f"No significant difference {where} {signed}.")
     ends = [abs(end) for end in (first.low, first.high) if end is not None]
     within = f" [{span(ends)}]" if ends and len(rows) == 1 else ""
-    what = f"{other} is {span(map(abs, percents))} % {first.verdict} than {base}{within}"
-    return Recommendation("awq" if first.verdict == "faster" else "base", f"{when}, {what}.")
+    what = f"{other} is {span(map(abs, percents))} % {first.verdict} than {base}"
+    return Recommendation(
+        "awq" if first.verdict == "faster" else "base", f"{what}{within} {where}."
+    )
 
 
 def batches(sizes: Iterable[int]) -> str:

@@ -127,25 +127,24 @@ def test_published_sentences(published: Comparison) -> None:
     assert [tuple(row) for row in published.recommendations] == [
         ("awq", "awq saves 50 to 59 % of base's peak memory at batch 8, 16, 32, 64, 128 and 256."),
         ("awq", "With 4.0 to 9.0 GiB free, only awq fits."),
-        ("awq", f"With 9.0 to 9.8 GiB free, {each}, awq is 6 to 398 % faster than base."),
+        ("awq", f"awq is 6 to 398 % faster than base with 9.0 to 9.8 GiB free, {each}."),
         (
             "either",
-            f"With 9.8 GiB or more free, {each}, there is no significant difference "
-            "(-1.6 to +0.4 %).",
+            f"No significant difference with 9.8 GiB or more free, {each} (-1.6 to +0.4 %).",
         ),
-        ("base", "At batch 8, 16, 32, 64 and 128, awq is 4 to 59 % slower than base."),
-        ("either", "At batch 256, there is no significant difference (+0.3 %)."),
+        ("base", "awq is 4 to 59 % slower than base at batch 8, 16, 32, 64 and 128."),
+        ("either", "No significant difference at batch 256 (+0.3 %)."),
         ("base", "A step of 8 takes 41.9 ms with base, 85.1 ms with awq."),
     ]
     assert published.verdict().endswith(
-        f"With 10.6 GiB or more free, {each}, the median rate of base is at least that of awq."
+        f"The median rate of base is at least that of awq with 10.6 GiB or more free, {each}."
     )
 
 
 def test_a_single_batch_has_its_interval_in_the_sentence() -> None:
     comparison = versus([timed("base", 8, 0.0625, seed=1)], [timed("awq", 8, 0.05, seed=2)])
     assert re.search(
-        r"At batch 8, awq is 2\d % faster than base \[2\d to 2\d\]\.", comparison.verdict()
+        r"awq is 2\d % faster than base \[2\d to 2\d\] at batch 8\.", comparison.verdict()
     )
 
 
@@ -302,8 +301,8 @@ def test_without_a_significant_difference_no_sentence_names_a_faster_side(swappe
     text = " ".join([comparison.verdict(), *(one.sentence for one in comparison.recommendations)])
     assert "faster" not in text
     assert "slower" not in text
-    assert "there is no significant difference (" in text
-    crossover = "the median rate of base is at least" if swapped else "No crossover: "
+    assert "No significant difference at batch 8 (" in text
+    crossover = "The median rate of base is at least" if swapped else "No crossover: "
     assert crossover in comparison.verdict()
 
 
@@ -321,7 +320,7 @@ def test_a_disturbed_cell_gives_no_verdict(side: str) -> None:
     assert (first.verdict, second.verdict) == ("inconclusive", "slower")
     assert first.reason == f"disturbed ({note})"
     assert first.low is not None
-    assert f"At batch 8, no verdict (-50.0 %): disturbed ({note})." in comparison.verdict()
+    assert f"No verdict at batch 8 (-50.0 %): disturbed ({note})." in comparison.verdict()
     assert "1 of 4 cells were disturbed: no verdict on their speed." in comparison.caveats
     assert note in comparison.text() + comparison.markdown()
     assert comparison.cells[0].interference or side == "awq"
