@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from colqwen_lab import analysis
-from colqwen_lab.analysis.render import interval, screen, span
+from colqwen_lab.analysis.render import interval, rounded, screen, span
 from colqwen_lab.analysis.speed import Speed, speed_sentences, speeds
 from colqwen_lab.analysis.table import Pair, Results, Series, limit_of, rate
 from colqwen_lab.errors import BadInput
@@ -92,18 +92,14 @@ def shares(results: Results) -> pd.DataFrame:
 
 
 def eight_bits(results: Results) -> pd.DataFrame:
-    """One row a batch and 8-bit configuration: speed vs base's best, and cosine to 16 bits."""
-    _, best = _first_and_best(results).get("base", (None, None))
-    rows = []
-    for series in results.series() if best else ():
-        if series.first.configuration.eight_bit:
-            for speed in speeds(best, series):
-                row = {"batch": speed.batch_size, "configuration": _name(series)}
-                row |= {"items/s": round(speed.items_per_s, 1), "speed vs base, %": speed.shown}
-                error = series.rated[speed.batch_size].difference
-                rows.append(
-                    row | {"verdict": speed.verdict} | (error.model_dump() if error else {})
-                )
+    """One row a batch and 8-bit configuration: its rate, and the cosine to 16-bit activations."""
+    rows = [
+        {"batch": cell.batch_size, "configuration": _name(series), "items/s": rounded(rate(cell))}
+        | cell.difference.model_dump()
+        for series in results.series()
+        for cell in series.rated.values()
+        if cell.difference
+    ]
     return screen(pd.DataFrame(rows).round(4))
 
 

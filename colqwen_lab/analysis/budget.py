@@ -39,11 +39,11 @@ def card_fits(pair: Pair, cards_gb: Iterable[float]) -> pd.DataFrame:
     batch with the same verdict. `ratio` is awq's rate over base's, each at its largest batch.
     """
     rows = []
+    comparable = not differences(pair[0].cells, pair[1].cells)
     for gb in cards_gb:
         base, awq = (_fit(series, gb) for series in pair)
-        both = base["items_per_s"] and awq["items_per_s"]
-        comparable = both and not differences(pair[0].cells, pair[1].cells)
-        ratio = awq["items_per_s"] / base["items_per_s"] if comparable else None
+        ours, theirs = base["items_per_s"], awq["items_per_s"]
+        ratio = theirs / ours if comparable and ours and theirs else None
         rows += [{"side": "base", "ratio": ratio} | base, {"side": "awq", "ratio": ratio} | awq]
     return pd.DataFrame(rows)
 
@@ -55,11 +55,12 @@ def _fit(series: Series, card_gb: float) -> dict[str, Any]:
     cells = [series.sized[b] for b, fit in fits.items() if fit == verdict != "does not fit"]
     largest = cells[-1] if cells else None
     best = max((cell for cell in cells if cell.items_per_s), key=rate, default=None)
-    larger = [c for c in series.cells if not largest or c.batch_size > largest.batch_size]
-    notes = [
-        f"batch {c.batch_size} {f'peaks at {mib(peak(c))}' if c.batch_size in fits else c.status}"
-        for c in larger[:1]
-    ]
+    above = largest.batch_size if largest else 0
+    note = ""
+    if larger := next((cell for cell in series.cells if cell.batch_size > above), None):
+        reached = larger.batch_size in fits
+        note = f"peaks at {mib(peak(larger))}" if reached else larger.status
+        note = f"batch {larger.batch_size} {note}"
     return {
         "card_gb": card_gb,
         "label": series.label,
@@ -70,7 +71,7 @@ def _fit(series: Series, card_gb: float) -> dict[str, Any]:
         "headroom_bytes": largest and usable(nominal) - need_bytes(memory_of(largest))[1],
         "best_batch_size": best and best.batch_size,
         "best_items_per_s": best and rate(best),
-        "note": "".join(notes),
+        "note": note,
     }
 
 
@@ -91,9 +92,8 @@ def budgets(pair: Pair) -> list[Budget]:
 
 
 def _largest_within(series: Series, usable_bytes: int) -> Cell | None:
-    cells = series.sized.values()
-    within = [cell for cell in cells if need_bytes(memory_of(cell))[1] <= usable_bytes]
-    return within[-1] if within else None
+    cells = reversed(series.sized.values())
+    return next((c for c in cells if need_bytes(memory_of(c))[1] <= usable_bytes), None)
 
 
 def find_crossover(steps: Sequence[Budget]) -> dict[str, Any]:

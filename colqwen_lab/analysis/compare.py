@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CARDS_GB = (8, 12, 16, 24)
-#: Models with no higher peak say nothing about cards: what lies outside torch is larger.
+#: Every card holds models with lower peaks: what lies outside torch is larger.
 SMALL = 100 * MIB
 CLAIMS = "The report's claims against its own rows"
 #: Sections that only the Markdown report has.
@@ -116,7 +116,7 @@ class Comparison:
 
     @cached_property
     def no_budgets(self) -> str:
-        """Why memory budgets say nothing of these models; empty where they do."""
+        """Why memory budgets do not apply to these models; empty where they do."""
         if differences(self.base.cells, self.awq.cells):
             return "the two sides were not measured under the same conditions"
         if not all(series.rated and series.sized for series in self.pair):
@@ -244,7 +244,6 @@ class Comparison:
                 disturbed,
                 f"{disturbed} of {len(cells)} cells were disturbed: no verdict on their speed.",
             ),
-            (not base.keys() & awq.keys(), "No batch size was measured on both sides."),
             (len(inputs) > 1, "The cells differ in texts or dtype."),
             (few, f"Some rows have no error bars: they kept fewer than {FEWEST_SAMPLES} samples."),
             (len(methods) > 1, "Peaks come from tracked tensors and from the CUDA allocator."),
@@ -264,22 +263,24 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON: schema 2, and the parts of each place."""
-        places = []
-        for where, place in self.places.items():
-            tables = {"same_batch": place.rows, "cards": place.cards}
-            tables["claims"] = place.claims_table()
-            places.append(
-                {"where": where, "base": place.base.to_dict(), "awq": place.awq.to_dict()}
-                | {name: json.loads(t.to_json(orient="records")) for name, t in tables.items()}
-                | {
-                    "budgets": [
-                        {"need_bytes": b.need_bytes, "outcome": b.outcome} for b in place.budgets
-                    ]
-                }
-                | {"crossover": place.crossover, "verdict": place.verdict()}
-                | {"recommendations": [row._asdict() for row in place.recommendations]}
-                | {"caveats": list(place.caveats)}
-            )
+        places = [
+            {
+                "where": where,
+                "base": place.base.to_dict(),
+                "awq": place.awq.to_dict(),
+                "same_batch": _records(place.rows),
+                "cards": _records(place.cards),
+                "budgets": [
+                    {"need_bytes": b.need_bytes, "outcome": b.outcome} for b in place.budgets
+                ],
+                "crossover": place.crossover,
+                "verdict": place.verdict(),
+                "recommendations": [row._asdict() for row in place.recommendations],
+                "caveats": list(place.caveats),
+                "claims": _records(place.claims_table()),
+            }
+            for where, place in self.places.items()
+        ]
         return {"schema": 2, "places": places, "skipped": list(self.skipped)}
 
     def text(self, width: int | None = None) -> str:
@@ -352,7 +353,7 @@ class Comparison:
                 yield CLAIMS, table
 
     def plot(self, kind: str = "speed", **options: Any) -> Figure:
-        """A figure: speed, throughput, memory (with `cards=(8, 12)` in GB), tradeoff or roofline."""
+        """A figure: speed, throughput, memory (`cards=(8, 12)` in GB), tradeoff or roofline."""
         plots, several = analysis.plots, len(self.pairs) > 1
         one_of("plot", kind, ["speed", *plots.KINDS])
         if kind == "speed" and not several:
@@ -364,6 +365,11 @@ class Comparison:
             return plots.speed_lines(series, lines)
         cards = {"cards": self.cards_gb} if kind == "memory" else {}
         return plots.KINDS[kind](series, **cards | options)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
+    return records
 
 
 def _machine(cell: Cell) -> dict[str, Any]:
@@ -410,10 +416,11 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
 
 
 def _by_place(results: Results) -> dict[tuple[str, ...], Results]:
-    places: dict[tuple[str, ...], list[Cell]] = {}
-    for cell in results:
-        places.setdefault((cell.environment.device, *cell.settings()), []).append(cell)
-    return {place: Results(tuple(cells)) for place, cells in places.items()}
+    places = [(cell.environment.device, *cell.settings()) for cell in results]
+    return {
+        place: Results(tuple(c for c, own in zip(results, places, strict=True) if own == place))
+        for place in places
+    }
 
 
 def _pair(base: Results, awq: Results) -> Pair:
