@@ -11,7 +11,6 @@ import json
 import math
 import os
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -39,16 +38,18 @@ TOKENIZER_BYTES, JSON_BYTES = 64 * 2**20, 2**20
 DTYPES = {True: ("BF16", "F16", "F32"), False: ("I32", "I64")}
 
 
-class Checkpoint(ABC):
+class Checkpoint:
     """The weights of one variant; records name them by `label`.
 
     `quantization` is the checkpoint's quantization_config, None for 16-bit weights.
+    `unused` names the tensors that the network never calls.
     """
 
     label: str
     config: ColQwen3Config
     tokenizer: Tokenizer | None
     quantization: dict[str, Any] | None
+    unused: tuple[str, ...] = ()
 
     @property
     def size(self) -> str:
@@ -58,18 +59,12 @@ class Checkpoint(ABC):
         matching = (size for size in SIZES if own.items() <= SIZES[size]["text_config"].items())
         return next(matching, "custom")
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """The tensors that the network never calls."""
-        return ()
-
-    @abstractmethod
     def check(self, expected: dict[str, Tensor]) -> None:
         """Raise MissingRequirement with a list unless the tensors are exactly `expected`."""
 
-    @abstractmethod
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
         """The tensor `name` on `device`, of the shape and type of `like`."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -81,21 +76,10 @@ class RandomCheckpoint(Checkpoint):
 
     label: str
     config: ColQwen3Config
-    scheme: str | None
+    quantization: dict[str, Any] | None
     device: torch.device
     seed: int = 0
     tokenizer: Tokenizer | None = None
-
-    def __post_init__(self) -> None:
-        self.quantization = None
-        if self.scheme:
-            bits, group_size = scheme_parts(self.scheme)
-            packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
-            codes = {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"}
-            self.quantization = codes | packing
-
-    def check(self, expected: dict[str, Tensor]) -> None:
-        """Nothing can be missing: `read` generates every tensor."""
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
         """Normal weights of deviation 0.02, norms of one, biases of zero.
@@ -107,12 +91,12 @@ class RandomCheckpoint(Checkpoint):
         bits = (self.quantization or {}).get("bits", 0)
         generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
         values = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        if kind == "qzeros":
-            values.fill_(_zero_word(bits))
-        elif kind == "bias":
+        if kind == "bias":
             values.zero_()
         elif "norm" in layer:
             values.fill_(1)
+        elif kind == "qzeros":
+            values.fill_(_zero_word(bits))
         elif kind == "qweight":
             values.random_(-(2**31), 2**31 - 1, generator=generator)
         elif kind == "scales":
@@ -150,62 +134,60 @@ class FolderCheckpoint(Checkpoint):
     """A folder in the hub's layout: config.json, safetensors files, tokenizer.json."""
 
     def __init__(self, folder: Path, label: str | None = None) -> None:
-        self.folder = folder
-        config, tokenizer = folder / "config.json", folder / "tokenizer.json"
-        values = self._json("config.json")
-        model_type, expected = values.get("model_type"), ColQwen3Config.model_type
-        if model_type != expected:
-            got = f"{model_type!r:.100}"
-            raise MissingRequirement(f"{config}: model_type must be {expected!r}, got {got}")
-        self.quantization = values.pop("quantization_config", None)
-        if not isinstance(self.quantization, dict | None):
-            raise MissingRequirement(f"{config}: quantization_config must be an object")
-        # `auto_map` names code of the repository.
-        for key in ("auto_map", "dtype", "torch_dtype"):
-            values.pop(key, None)
-        self.files = self._index()
+        self.folder, config = folder, folder / "config.json"
+        values = self._json(config)
         with one_line_errors(f"{config} is not the configuration of a ColQwen3"):
+            if (model_type := values.get("model_type")) != ColQwen3Config.model_type:
+                raise ValueError(f"model_type must be 'colqwen3', got {model_type!r:.100}")
+            self.quantization = values.pop("quantization_config", None)
+            if not isinstance(self.quantization, dict | None):
+                raise ValueError("quantization_config must be an object")
+            # `auto_map` names code of the repository.
+            for key in ("auto_map", "dtype", "torch_dtype"):
+                values.pop(key, None)
+            self.files = self._open()
             self.config = ColQwen3Config(**values)
             self._check_dimensions()
-        self.tokenizer = None
-        if tokenizer.exists():
-            self.tokenizer = read_tokenizer(self._own(tokenizer, TOKENIZER_BYTES))
+        self.unused = tuple(sorted(UNUSED_TENSORS & self.files.keys()))
+        tokenizer = self._own(folder / "tokenizer.json", TOKENIZER_BYTES)
+        self.tokenizer = read_tokenizer(tokenizer) if tokenizer.exists() else None
         self.label = label or f"folder:{folder.resolve().name}#{self.digest}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the files again."""
         return FolderCheckpoint, (self.folder, self.label)
 
-    def _own(self, path: Path, most_bytes: int = 2**63) -> Path:
+    def _own(self, path: Path, most_bytes: float = math.inf) -> Path:
         """`path`, if it is a small enough file here or, by a link, among the hub's blobs."""
         home = Path(os.path.realpath(self.folder))
         homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
         if Path(os.path.realpath(path)).parent not in homes:
             raise MissingRequirement(f"{path} points outside its folder")
-        if path.exists() and not path.is_file():
-            raise MissingRequirement(f"{path} is not a file")
-        if path.exists() and (size := path.stat().st_size) > most_bytes:
-            raise MissingRequirement(f"{path} must have at most {most_bytes} bytes, got {size}")
+        if path.exists():
+            if not path.is_file():
+                raise MissingRequirement(f"{path} is not a file")
+            if (size := path.stat().st_size) > most_bytes:
+                raise MissingRequirement(f"{path} must have at most {most_bytes} bytes, got {size}")
         return path
 
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self._own(self.folder / name, JSON_BYTES)
-        if not path.exists():
-            raise MissingRequirement(f"{self.folder} is not a checkpoint folder: it has no {name}")
+    def _json(self, path: Path) -> dict[str, Any]:
+        if not self._own(path, JSON_BYTES).exists():
+            raise MissingRequirement(
+                f"{self.folder} is not a checkpoint folder: it has no {path.name}"
+            )
         with one_line_errors(f"{path} cannot be read"):
             document = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(document, dict):
                 raise ValueError("it must be a JSON object")
         return document
 
-    def _index(self) -> dict[str, Any]:
+    def _open(self) -> dict[str, Any]:
         """The open safetensors file of each tensor."""
-        index = "model.safetensors.index.json"
-        weight_map: Any = {"": "model.safetensors"}
-        if (self.folder / index).exists():
-            weight_map = self._json(index).get("weight_map")
-        with one_line_errors(f"{self.folder / index} has no weight_map"):
-            self.paths = [self.folder / name for name in sorted(set(map(str, weight_map.values())))]
+        index, names = self.folder / "model.safetensors.index.json", ["model.safetensors"]
+        if index.exists():
+            with one_line_errors(f"{index} has no weight_map"):
+                names = sorted({str(name) for name in self._json(index)["weight_map"].values()})
+        self.paths = [self.folder / name for name in names]
         files: dict[str, Any] = {}
         for path in self.paths:
             with one_line_errors(f"{path!s:.150} is missing, truncated or not safetensors"):
@@ -246,46 +228,38 @@ class FolderCheckpoint(Checkpoint):
                     state.update(file.read(4096))
         return state.hexdigest()[:12]
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        return tuple(sorted(UNUSED_TENSORS & self.files.keys()))
-
     def check(self, expected: dict[str, Tensor]) -> None:
         problems = [f"missing {name}" for name in expected if name not in self.files]
-        for name, file in self.files.items():
-            if name not in expected:
-                known = name in UNUSED_TENSORS or self._is_plain_group_index(name)
-                problems += [] if known else [f"unexpected {name}"]
-                continue
-            view, like = file.get_slice(name), expected[name]
-            shape, valid = list(view.get_shape()), DTYPES[like.is_floating_point()]
-            if shape != list(like.shape):
-                problems.append(f"{name} must have shape {list(like.shape)}, got {shape}")
-            elif view.get_dtype() not in valid:
-                problems.append(f"{name} must be one of {', '.join(valid)}, got {view.get_dtype()}")
-        if not problems:
-            problems = self._odd_zeros(expected)
+        for name in self.files:
+            problems += self._problems(name, expected.get(name))
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             listed = "; ".join(f"{problem:.300}" for problem in problems[:5])
             raise MissingRequirement(f"{self.folder} does not fit the network: {listed}{more}")
 
-    def _odd_zeros(self, expected: dict[str, Tensor]) -> list[str]:
-        """Problems with zero points of symmetric codes that are not the middle code.
+    def _problems(self, name: str, like: Tensor | None) -> Iterator[str]:
+        view = self.files[name].get_slice(name)
+        shape, dtype = view.get_shape(), view.get_dtype()
+        if like is None:
+            if name not in self.unused and not self._is_plain_group_index(name):
+                yield f"unexpected {name}"
+        elif shape != list(like.shape):
+            yield f"{name} must have shape {list(like.shape)}, got {shape}"
+        elif dtype not in (valid := DTYPES[like.is_floating_point()]):
+            yield f"{name} must be one of {', '.join(valid)}, got {dtype}"
+        elif name.endswith(".qzeros") and self._has_odd_zeros(name):
+            yield f"{name} holds zero points, but the codes are symmetric"
+
+    def _has_odd_zeros(self, name: str) -> bool:
+        """Whether symmetric codes have zero points other than the middle code.
 
         Kernels for symmetric codes do not read zero points: such a checkpoint would load wrongly.
         """
-        quantization = self.quantization or {}
-        bits = quantization.get("bits")
-        if bits not in (2, 4, 8) or not is_symmetric(quantization):
-            return []
-        middles = {_zero_word(bits), _zero_word(bits, stored_less=0)}
-        return [
-            f"{name} holds zero points, but the codes are symmetric"
-            for name in expected
-            if name.endswith(".qzeros")
-            and not set(self.files[name].get_tensor(name).unique().tolist()) <= middles
-        ]
+        bits = (self.quantization or {}).get("bits")
+        if bits not in (2, 4, 8) or not is_symmetric(self.quantization or {}):
+            return False
+        words = set(self.files[name].get_tensor(name).unique().tolist())
+        return not words <= {_zero_word(bits), _zero_word(bits, stored_less=0)}
 
     def _is_plain_group_index(self, name: str) -> bool:
         """Whether a GPTQ group index has its plain order, which holds no information."""
@@ -296,16 +270,13 @@ class FolderCheckpoint(Checkpoint):
         return index.ndim == 1 and torch.equal(index.long(), torch.arange(len(index)) // group)
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        return self.files[name].get_tensor(name).to(device=device, dtype=like.dtype)
+        return self.files[name].get_tensor(name).to(device, like.dtype)
 
 
 def hub_folder(repository: Repository) -> Path:
     """The local folder of a hub repository, named by the commit that its revision has now.
 
-    Without a network it is the folder in the hub's cache.
-
-    Raises:
-        MissingRequirement: no such repository or revision, or no network and nothing in the cache.
+    Without a network it is the folder in the hub's cache. Raises MissingRequirement without either.
     """
     name, revision = repository
     download = partial(snapshot_download, name, revision=revision, allow_patterns=CHECKPOINT_FILES)
@@ -328,10 +299,7 @@ def default_checkpoint(
     """The checkpoint of `variant` at `size`; `weights` is hub, random, a folder or auto.
 
     `auto` is the packaged checkpoint for 16-bit `tiny`, else the hub. The hub has no quantised
-    `tiny`; `quantize.cached_checkpoint` makes it.
-
-    Raises:
-        MissingRequirement: there are no such weights here.
+    `tiny`; `quantize.cached_checkpoint` makes it. Raises MissingRequirement without such weights.
     """
     if variant.folder:
         return FolderCheckpoint(variant.folder)
@@ -340,9 +308,15 @@ def default_checkpoint(
         packaged.label = f"tiny default (trained, #{packaged.digest})"
         return packaged
     if weights == "random":
+        quantization: dict[str, Any] | None = None
+        if variant.scheme:
+            bits, group_size = scheme_parts(variant.scheme)
+            quantization = {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"}
+            packing = "auto_round:auto_gptq"
+            quantization |= {"quant_method": "auto-round", "packing_format": packing}
         label, config = f"random {size} (seed {seed})", ColQwen3Config.of_size(size)
         tokenizer = read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None
-        return RandomCheckpoint(label, config, variant.scheme, device, seed, tokenizer)
+        return RandomCheckpoint(label, config, quantization, device, seed, tokenizer)
     if weights not in WEIGHTS:
         return FolderCheckpoint(Path(weights))
     repository = variant.hub.get(size) or variant.hub.get("any")

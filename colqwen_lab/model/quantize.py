@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Recipe:
-    """AutoRound's parameters. `iters` 0 is plain rounding."""
+    """AutoRound's parameters; `iters` 0 is plain rounding. Raises BadInput."""
 
     scheme: str = "W4A16"
     iters: int = 50
@@ -63,7 +63,7 @@ class Recipe:
 def quantize(
     checkpoint: Checkpoint,
     folder: Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe,
     device: torch.device = CPU,
     calibration: Sequence[str] | None = None,
     replace: bool = False,
@@ -71,21 +71,13 @@ def quantize(
     """The record of quantising a 16-bit checkpoint into `folder`, also written there.
 
     It holds the recipe, versions, bytes before and after, and each linear's relative weight error:
-    the Frobenius norm of the difference over that of the original.
-
-    Args:
-        checkpoint: 16-bit weights of any size.
-        folder: a new or empty folder, or with `replace` one that this function wrote.
-        recipe: AutoRound's parameters.
-        device: where AutoRound runs.
-        calibration: texts; by default the packaged ones.
-        replace: overwrite a folder that this function wrote.
+    the Frobenius norm of the difference over that of the original. `calibration` texts are the
+    packaged ones by default. `replace` overwrites a folder that this function wrote.
 
     Raises:
         BadInput: the folder is in use, or the texts hold fewer than samples x seqlen tokens.
         MissingRequirement: quantised weights, an incomplete result, or a read-only folder.
     """
-    recipe = recipe or Recipe()
     if checkpoint.quantization is not None:
         raise MissingRequirement(f"{checkpoint.label} is quantised already; use 16-bit weights")
     _check_free(folder, replace)
@@ -104,17 +96,15 @@ def quantize(
             _restore_dtypes(result, before)
             if checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save(str(result / "tokenizer.json"), pretty=False)
-            elapsed_s = round(time.perf_counter() - started, 3)
-            errors = _weight_errors(before, FolderCheckpoint(result), device)
             record = {
                 "source": checkpoint.label,
                 "recipe": asdict(recipe),
                 "auto_round": version("auto-round"),
                 "torch": torch.__version__,
-                "elapsed_s": elapsed_s,
+                "elapsed_s": round(time.perf_counter() - started, 3),
                 "source_bytes": sum(tensor.nbytes for tensor in before.values()),
                 "result_bytes": sum(path.stat().st_size for path in result.glob("*.safetensors")),
-                "relative_error": {name: round(error, 6) for name, error in errors.items()},
+                "relative_error": _weight_errors(before, FolderCheckpoint(result), device),
             }
             _write_json(result / RECORD, record)
             for path in (*result.rglob("*"), result):
@@ -148,10 +138,9 @@ def calibration_file(path: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise BadInput(f"calibration texts {path} cannot be read: {error}") from None
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise BadInput(f"calibration texts {path} must hold one text a line, got none")
-    return texts
+    if texts := [line for line in lines if line.strip()]:
+        return texts
+    raise BadInput(f"calibration texts {path} must hold one text a line, got none")
 
 
 def _samples(
@@ -181,34 +170,23 @@ def _run_auto_round(
     from auto_round import AutoRound
 
     # AutoRound requires a tokenizer and a processor, and uses neither on token ids.
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=loaded.tokenizer or Tokenizer(models.BPE(vocab={PAD: 0}, merges=[])),
-        pad_token=PAD,
-    )
+    words = loaded.tokenizer or Tokenizer(models.BPE(vocab={PAD: 0}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD)
     # AutoRound takes the last linear, our head, for a language-model head, and drops a tied one.
     config, on_cpu = loaded.model.config, loaded.device.type == "cpu"
     tied, config.tie_word_embeddings = config.tie_word_embeddings, False
     # AutoRound tunes in float32 on a CPU without BF16. Tune so on every CPU, for equal results.
     if on_cpu:
         loaded.model.float()
+    settings = {"scheme": recipe.scheme, "iters": recipe.iters, "seqlen": recipe.seqlen}
+    settings |= {"dataset": samples, "nsamples": len(samples), "batch_size": min(8, len(samples))}
+    settings |= {"device_map": str(loaded.device), "enable_torch_compile": False, "amp": not on_cpu}
     # AutoRound collects garbage after every layer: do not walk the objects that are alive now.
     gc.freeze()
     try:
         with loading.quiet():
-            AutoRound(
-                loaded.model,
-                tokenizer=tokenizer,
-                processor=tokenizer,
-                scheme=recipe.scheme,
-                iters=recipe.iters,
-                nsamples=len(samples),
-                seqlen=recipe.seqlen,
-                batch_size=min(8, len(samples)),
-                dataset=samples,
-                device_map=str(loaded.device),
-                enable_torch_compile=False,
-                amp=not on_cpu,
-            ).quantize_and_save(output_dir=str(work), format=recipe.format)
+            rounding = AutoRound(loaded.model, tokenizer=tokenizer, processor=tokenizer, **settings)
+            rounding.quantize_and_save(output_dir=str(work), format=recipe.format)
     except ValueError as error:
         result = f"{recipe.scheme} as {recipe.format}"
         raise MissingRequirement(f"AutoRound cannot write {result}: {error}") from None
@@ -232,22 +210,18 @@ def _weight_errors(
     before: dict[str, Tensor], result: FolderCheckpoint, device: torch.device
 ) -> dict[str, float]:
     """The relative weight error of each text linear. Raises unless all else is unchanged."""
-    loaded = loading.load(result, device)
-    kept = [name for name in before if name in result.files]
-    changed = [
-        name
-        for name in kept
-        if is_text_linear(name.removesuffix(".weight"))
-        or not torch.equal(result.read(name, before[name], CPU), before[name])
-    ]
+    model, changed, errors = loading.load(result, device).model, [], {}
+    for name, tensor in before.items():
+        layer = name.removesuffix(".weight")
+        if name not in result.files:
+            original = tensor.to(device).float()
+            weight = dequantized(model.get_submodule(layer), original.shape[1], device).float()
+            errors[layer] = round(float((weight - original).norm() / original.norm()), 6)
+        elif is_text_linear(layer) or not torch.equal(result.read(name, tensor, CPU), tensor):
+            changed.append(name)
     if changed:
         names = ", ".join(changed[:5])
         raise MissingRequirement(f"AutoRound changed or skipped {len(changed)} tensors: {names}")
-    errors = {}
-    for name in (name for name in before if name not in result.files):
-        layer, original = name.removesuffix(".weight"), before[name].to(device).float()
-        quantized = dequantized(loaded.model.get_submodule(layer), original.shape[1], device)
-        errors[layer] = float((quantized.float() - original).norm() / original.norm())
     return errors
 
 
@@ -263,7 +237,7 @@ def cached_checkpoint(
 
     The folder's name depends on all that determines the result. Of several processes one writes.
     """
-    recipe = recipe or Recipe(scheme=variant.scheme or "W4A16")
+    recipe = recipe or Recipe(variant.scheme or "W4A16")
     base = default_checkpoint(VARIANTS["base"], size, "auto", device)
     versions = [version(package) for package in ("auto-round", "torch", "transformers")]
     inputs = [base.label, base.config.to_json_string(), asdict(recipe), CALIBRATION_TEXTS]
