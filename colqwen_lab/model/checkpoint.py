@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -67,19 +66,21 @@ class Checkpoint:
         raise NotImplementedError
 
 
-@dataclass
 class RandomCheckpoint(Checkpoint):
     """Random weights of any size and scheme, generated on `device`.
 
     A tensor's values depend on `seed` and its name. Speed and memory do not depend on the values.
     """
 
-    label: str
-    config: ColQwen3Config
-    quantization: dict[str, Any] | None
-    device: torch.device
-    seed: int = 0
-    tokenizer: Tokenizer | None = None
+    def __init__(self, size: str, scheme: str | None, device: torch.device, seed: int) -> None:
+        self.device, self.seed, self.label = device, seed, f"random {size} (seed {seed})"
+        self.config, self.quantization = ColQwen3Config.of_size(size), None
+        self.tokenizer = read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None
+        if scheme:
+            bits, group_size = scheme_parts(scheme)
+            codes = {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"}
+            packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+            self.quantization = codes | packing
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
         """Normal weights of deviation 0.02, norms of one, biases of zero.
@@ -274,10 +275,7 @@ class FolderCheckpoint(Checkpoint):
 
 
 def hub_folder(repository: Repository) -> Path:
-    """The local folder of a hub repository, named by the commit that its revision has now.
-
-    Without a network it is the folder in the hub's cache. Raises MissingRequirement without either.
-    """
+    """The local folder, named by the commit, of a hub repository; without a network its cache."""
     name, revision = repository
     download = partial(snapshot_download, name, revision=revision, allow_patterns=CHECKPOINT_FILES)
     reason = ""
@@ -298,8 +296,8 @@ def default_checkpoint(
 ) -> Checkpoint:
     """The checkpoint of `variant` at `size`; `weights` is hub, random, a folder or auto.
 
-    `auto` is the packaged checkpoint for 16-bit `tiny`, else the hub. The hub has no quantised
-    `tiny`; `quantize.cached_checkpoint` makes it. Raises MissingRequirement without such weights.
+    `auto` is the packaged checkpoint for 16-bit `tiny`, else the hub; for a quantised `tiny` see
+    `quantize.cached_checkpoint`. Raises MissingRequirement without such weights.
     """
     if variant.folder:
         return FolderCheckpoint(variant.folder)
@@ -308,15 +306,7 @@ def default_checkpoint(
         packaged.label = f"tiny default (trained, #{packaged.digest})"
         return packaged
     if weights == "random":
-        quantization: dict[str, Any] | None = None
-        if variant.scheme:
-            bits, group_size = scheme_parts(variant.scheme)
-            quantization = {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"}
-            packing = "auto_round:auto_gptq"
-            quantization |= {"quant_method": "auto-round", "packing_format": packing}
-        label, config = f"random {size} (seed {seed})", ColQwen3Config.of_size(size)
-        tokenizer = read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None
-        return RandomCheckpoint(label, config, quantization, device, seed, tokenizer)
+        return RandomCheckpoint(size, variant.scheme, device, seed)
     if weights not in WEIGHTS:
         return FolderCheckpoint(Path(weights))
     repository = variant.hub.get(size) or variant.hub.get("any")

@@ -254,7 +254,7 @@ def _pages(file: Path) -> Iterator[Image.Image]:
             if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 pixels = f"{width:.0f} x {height:.0f} pixels at {DPI} dpi"
                 raise ValueError(f"a page of {pixels} is beyond Pillow's limit")
-            yield _proportionate(page.render(scale=DPI / 72).to_pil().convert("RGB"))
+            yield to_rgb(page.render(scale=DPI / 72).to_pil())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -273,11 +273,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return _proportionate(image.convert("RGB"))
-
-
-def _proportionate(image: Image.Image) -> Image.Image:
     if max(image.size) > MOST_TIMES * min(image.size):
         size = f"{image.width} x {image.height} pixels"
         raise ValueError(f"{size}: one side is more than {MOST_TIMES} times the other")
-    return image
+    return image.convert("RGB")

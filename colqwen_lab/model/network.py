@@ -45,14 +45,6 @@ class ColQwen3Output(ModelOutput):
     past_key_values: Cache | None = None
 
 
-class Backbone(nn.Module):
-    """Holds Qwen3-VL under the published name `vlm.model`."""
-
-    def __init__(self, config: ColQwen3Config) -> None:
-        super().__init__()
-        self.model = Qwen3VLModel(config)
-
-
 class ColQwen3(Qwen3VLPreTrainedModel):
     """Late-interaction embedding model: one L2-normalised vector of 320 values per token.
 
@@ -66,7 +58,8 @@ class ColQwen3(Qwen3VLPreTrainedModel):
 
     def __init__(self, config: ColQwen3Config) -> None:
         super().__init__(config)
-        self.vlm = Backbone(config)
+        # The published names start with `vlm.model`.
+        self.vlm: Any = nn.ModuleDict({"model": Qwen3VLModel(config)})
         self.embedding_proj_layer = nn.Linear(config.text_config.hidden_size, config.embed_dim)
         self.post_init()
 

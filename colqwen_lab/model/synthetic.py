@@ -34,8 +34,8 @@ SMALL_WIDTH = 224
 MARGIN, INK, GREY, PALE = 90, (40, 40, 45), (120, 120, 125), (226, 226, 230)
 
 _WORDS = json.loads((DATA / "synthetic.json").read_text(encoding="utf-8"))
-TOPICS, KINDS, COLOURS, PLACES, PHRASES, MONTHS, REGIONS, SENTENCES, SUBJECTS = _WORDS.values()
-POINTS = {"bar": (5, 8), "line": (7, 12), "scatter": (28, 45)}
+TOPICS, KINDS, COLOURS, PLACES, *_TEXTS = _WORDS.values()
+PHRASES, MONTHS, REGIONS, SENTENCES, SUBJECTS, POINTS = _TEXTS
 
 
 class Facts(NamedTuple):
