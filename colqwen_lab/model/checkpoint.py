@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,18 @@ CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "tokenizer.json
 TOKENIZER_BYTES, JSON_BYTES = 64 * 2**20, 2**20
 # The types that are read, by whether the network's tensor is floating-point.
 DTYPES = {True: ("BF16", "F16", "F32"), False: ("I32", "I64")}
+Json = dict[str, Any]
+Tensors = dict[str, Tensor]
 
 
 class Checkpoint:
-    """The weights of one variant; records name them by `label`.
+    """The weights of one variant."""
 
-    `quantization` is the checkpoint's quantization_config, None for 16-bit weights.
-    `unused` names the tensors that the network never calls.
-    """
-
-    label: str
+    label: str  # their name in records
     config: ColQwen3Config
     tokenizer: Tokenizer | None
-    quantization: dict[str, Any] | None
-    unused: tuple[str, ...] = ()
+    quantization: Json | None  # the quantization_config, None for 16-bit weights
+    unused: tuple[str, ...] = ()  # tensors that the network never calls
 
     @property
     def size(self) -> str:
@@ -58,7 +56,7 @@ class Checkpoint:
         matching = (size for size in SIZES if own.items() <= SIZES[size]["text_config"].items())
         return next(matching, "custom")
 
-    def check(self, expected: dict[str, Tensor]) -> None:
+    def check(self, expected: Tensors) -> None:
         """Raise MissingRequirement with a list unless the tensors are exactly `expected`."""
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
@@ -67,10 +65,7 @@ class Checkpoint:
 
 
 class RandomCheckpoint(Checkpoint):
-    """Random weights of any size and scheme, generated on `device`.
-
-    A tensor's values depend on `seed` and its name. Speed and memory do not depend on the values.
-    """
+    """Random weights, generated on `device`; a tensor's values depend on `seed` and its name."""
 
     def __init__(self, size: str, scheme: str | None, device: torch.device, seed: int) -> None:
         self.device, self.seed, self.label = device, seed, f"random {size} (seed {seed})"
@@ -83,11 +78,7 @@ class RandomCheckpoint(Checkpoint):
             self.quantization = codes | packing
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        """Normal weights of deviation 0.02, norms of one, biases of zero.
-
-        Codes are uniform and scales have either sign, so dequantised weights have mean zero and
-        deviation 0.02. A mean would turn every token of a deep network in the same direction.
-        """
+        """Normal weights of deviation 0.02, norms of one, biases of zero."""
         layer, kind = name.split(".")[-2:]
         bits = (self.quantization or {}).get("bits", 0)
         generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
@@ -101,6 +92,8 @@ class RandomCheckpoint(Checkpoint):
         elif kind == "qweight":
             values.random_(-(2**31), 2**31 - 1, generator=generator)
         elif kind == "scales":
+            # Scales have either sign, so that dequantised weights have mean zero and deviation
+            # 0.02. A mean would turn every token of a deep network in the same direction.
             deviation = math.sqrt((4**bits + 2) / 12)
             values.random_(2, generator=generator).mul_(2).sub_(1).mul_(0.02 / deviation)
         else:
@@ -115,7 +108,7 @@ def _zero_word(bits: int, stored_less: int = 1) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def is_symmetric(quantization: dict[str, Any]) -> bool:
+def is_symmetric(quantization: Json) -> bool:
     """Whether codes are symmetric: AutoRound writes `sym`, AutoAWQ the opposite `zero_point`."""
     return bool(quantization.get("sym", not quantization.get("zero_point", False)))
 
@@ -171,25 +164,25 @@ class FolderCheckpoint(Checkpoint):
                 raise MissingRequirement(f"{path} must have at most {most_bytes} bytes, got {size}")
         return path
 
-    def _json(self, path: Path) -> dict[str, Any]:
+    def _json(self, path: Path) -> Json:
         if not self._own(path, JSON_BYTES).exists():
             raise MissingRequirement(
                 f"{self.folder} is not a checkpoint folder: it has no {path.name}"
             )
         with one_line_errors(f"{path} cannot be read"):
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_bytes())
             if not isinstance(document, dict):
                 raise ValueError("it must be a JSON object")
         return document
 
-    def _open(self) -> dict[str, Any]:
+    def _open(self) -> Json:
         """The open safetensors file of each tensor."""
         index, names = self.folder / "model.safetensors.index.json", ["model.safetensors"]
         if index.exists():
             with one_line_errors(f"{index} has no weight_map"):
                 names = sorted({str(name) for name in self._json(index)["weight_map"].values()})
         self.paths = [self.folder / name for name in names]
-        files: dict[str, Any] = {}
+        files: Json = {}
         for path in self.paths:
             with one_line_errors(f"{path!s:.150} is missing, truncated or not safetensors"):
                 file = safe_open(self._own(path), framework="pt")
@@ -197,13 +190,11 @@ class FolderCheckpoint(Checkpoint):
         return files
 
     def _check_dimensions(self) -> None:
-        """Raise ValueError if the files are too small for the network of the configuration.
-
-        This precedes all allocation. It builds one layer of each kind on the meta device.
-        """
+        """Raise ValueError, before any allocation, if the files are too small for the network."""
         config: Any = deepcopy(self.config)
         layers, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
         tapped = config.vision_config.deepstack_visual_indexes
+        # One layer of each kind is built, on the meta device.
         config.text_config.num_hidden_layers = config.vision_config.depth = 1
         tensors, held = len(self.files), sum(path.stat().st_size for path in self.paths)
         plausible = min(layers, blocks) > 0 and layers + blocks <= tensors
@@ -229,7 +220,7 @@ class FolderCheckpoint(Checkpoint):
                     state.update(file.read(4096))
         return state.hexdigest()[:12]
 
-    def check(self, expected: dict[str, Tensor]) -> None:
+    def check(self, expected: Tensors) -> None:
         problems = [f"missing {name}" for name in expected if name not in self.files]
         for name in self.files:
             problems += self._problems(name, expected.get(name))
@@ -239,36 +230,26 @@ class FolderCheckpoint(Checkpoint):
             raise MissingRequirement(f"{self.folder} does not fit the network: {listed}{more}")
 
     def _problems(self, name: str, like: Tensor | None) -> Iterator[str]:
-        view = self.files[name].get_slice(name)
-        shape, dtype = view.get_shape(), view.get_dtype()
+        file, quantization = self.files[name], self.quantization or {}
+        bits, group = quantization.get("bits"), quantization.get("group_size")
+        shape, dtype = (view := file.get_slice(name)).get_shape(), view.get_dtype()
         if like is None:
-            if name not in self.unused and not self._is_plain_group_index(name):
+            known = name in self.unused
+            if name.endswith(".g_idx") and isinstance(group, int) and group > 0:
+                # A GPTQ group index in its plain order holds no information.
+                index = file.get_tensor(name).long()
+                known = index.ndim == 1 and index.equal(torch.arange(len(index)) // group)
+            if not known:
                 yield f"unexpected {name}"
         elif shape != list(like.shape):
             yield f"{name} must have shape {list(like.shape)}, got {shape}"
         elif dtype not in (valid := DTYPES[like.is_floating_point()]):
             yield f"{name} must be one of {', '.join(valid)}, got {dtype}"
-        elif name.endswith(".qzeros") and self._has_odd_zeros(name):
-            yield f"{name} holds zero points, but the codes are symmetric"
-
-    def _has_odd_zeros(self, name: str) -> bool:
-        """Whether symmetric codes have zero points other than the middle code.
-
-        Kernels for symmetric codes do not read zero points: such a checkpoint would load wrongly.
-        """
-        bits = (self.quantization or {}).get("bits")
-        if bits not in (2, 4, 8) or not is_symmetric(self.quantization or {}):
-            return False
-        words = set(self.files[name].get_tensor(name).unique().tolist())
-        return not words <= {_zero_word(bits), _zero_word(bits, stored_less=0)}
-
-    def _is_plain_group_index(self, name: str) -> bool:
-        """Whether a GPTQ group index has its plain order, which holds no information."""
-        group = (self.quantization or {}).get("group_size")
-        if not name.endswith(".g_idx") or not isinstance(group, int) or group < 1:
-            return False
-        index = self.files[name].get_tensor(name)
-        return index.ndim == 1 and torch.equal(index.long(), torch.arange(len(index)) // group)
+        elif name.endswith(".qzeros") and bits in (2, 4, 8) and is_symmetric(quantization):
+            # Kernels for symmetric codes do not read zero points, and would run with the middle.
+            words = set(file.get_tensor(name).unique().tolist())
+            if not words <= {_zero_word(bits), _zero_word(bits, stored_less=0)}:
+                yield f"{name} holds zero points, but the codes are symmetric"
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
         return self.files[name].get_tensor(name).to(device, like.dtype)
@@ -277,11 +258,11 @@ class FolderCheckpoint(Checkpoint):
 def hub_folder(repository: Repository) -> Path:
     """The local folder, named by the commit, of a hub repository; without a network its cache."""
     name, revision = repository
-    download = partial(snapshot_download, name, revision=revision, allow_patterns=CHECKPOINT_FILES)
     reason = ""
     for cached in (False, True):
         try:
-            return Path(download(local_files_only=cached))
+            options: Json = {"revision": revision, "local_files_only": cached}
+            return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES, **options))
         except Exception as error:  # the types depend on the HTTP client
             reason = reason or type(error).__name__
     pin = "" if revision == "main" else f" --revision {revision}"

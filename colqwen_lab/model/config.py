@@ -17,7 +17,7 @@ from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.settings import DATA
 
 EMBED_DIM = 320
-SIZES: dict[str, dict[str, Any]] = json.loads((DATA / "sizes.json").read_text(encoding="utf-8"))
+SIZES: dict[str, dict[str, Any]] = json.loads((DATA / "sizes.json").read_bytes())
 # The integer weight-only presets of AutoRound that its GPTQ packing holds.
 SCHEMES = tuple(f"W{bits}A16{group}" for bits in (2, 3, 4, 8) for group in ("", "G64", "G32"))
 
@@ -63,7 +63,7 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {}
-for _name, _values in json.loads((DATA / "variants.json").read_text(encoding="utf-8")).items():
+for _name, _values in json.loads((DATA / "variants.json").read_bytes()).items():
     _hub = {size: Repository(*source) for size, source in _values.pop("hub").items()}
     VARIANTS[_name] = Variant(_name, hub=_hub, **_values)
 

@@ -32,10 +32,8 @@ TINY_TOKENIZER = TINY / "tokenizer.json"
 # Distinct queries of several lengths and languages; none of them is a calibration text.
 NATURAL_QUERIES = (DATA / "queries.txt").read_text(encoding="utf-8").splitlines()
 CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").splitlines()
-PROMPT = (
-    "<|im_start|>user\n<|vision_start|>",
-    "<|vision_end|>Describe the image.<|im_end|><|endoftext|>",
-)
+PROMPT_START = "<|im_start|>user\n<|vision_start|>"
+PROMPT_END = "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QWEN_PAD_ID = 151643
 DPI = 150
 # The published processor enlarges an image below 64 visual tokens, and takes no image with one
@@ -46,9 +44,9 @@ Patches = tuple[Tensor, tuple[int, int, int]]
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, without padding or truncation of its own.
+    """The tokenizer of a `tokenizer.json`, without its own padding or truncation.
 
-    Raises MissingRequirement if it lacks the pad token or has a normalizer other than NFC.
+    Raises MissingRequirement without a pad token, or with a normalizer other than NFC.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -136,7 +134,7 @@ def patches(
 def prompt_ids(tokenizer: Tokenizer | None, config: ColQwen3Config, image_tokens: int) -> list[int]:
     """The token ids of a page of `image_tokens`; without a tokenizer any ids stand for words."""
     if tokenizer is not None:
-        start, end = _token_ids(tokenizer, PROMPT)
+        start, end = _token_ids(tokenizer, (PROMPT_START, PROMPT_END))
     else:  # as many tokens as under Qwen's tokenizer
         start, end = (
             [0, 1, 2, config.vision_start_token_id],
@@ -153,8 +151,7 @@ def batch_of(
 ) -> dict[str, Tensor]:
     """The arguments of a forward for the results of `patches`, one image a page, left-padded.
 
-    `input_ids`, `attention_mask`, `mm_token_type_ids` [pages, tokens], `image_grid_thw` [pages, 3],
-    `pixel_values` [patches of all pages, 1536].
+    Tokens are [pages, tokens], `image_grid_thw` [pages, 3], `pixel_values` [patches, 1536].
     """
     merged = config.vision_config.spatial_merge_size**2
     rows = [prompt_ids(tokenizer, config, math.prod(grid) // merged) for _, grid in pages]
@@ -182,9 +179,9 @@ def page_batch(
 
 
 def page_files(source: str | Path) -> list[Path]:
-    """The images and PDFs of a folder by suffix, in the order of their names; or one file.
+    """The images and PDFs of a folder, in the order of their names; or one file. Raises BadInput.
 
-    `read_pages` skips links that lead nowhere. Raises BadInput: nothing there, or no page in it.
+    Links that lead nowhere count, so that `read_pages` reports them.
     """
     path, expected = Path(source), "pages must be a folder of images, an image or a PDF"
     if not (isfile(path) or isdir(path)):
@@ -211,21 +208,19 @@ def digest(files: Iterable[Path]) -> str:
 def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Image.Image]:
     """Every page of the files as an RGB image: PDF pages at 150 dpi, all frames of a TIFF.
 
-    An unreadable page ends its file with one line to `skip`. So does a page beyond Pillow's limit
-    of pixels, or with one side more than 200 times the other.
+    A page that is unreadable, too large or too narrow ends its file with one line to `skip`.
     """
     for file in files:
-        pages, image = _pages(file), None
-        while True:
-            try:
+        pages = _pages(file)
+        try:
+            while True:
                 with decoding(file.name):
                     image = next(pages, None)
-            except BadInput as error:
-                skip(str(error))
-                break
-            if image is None:
-                break
-            yield image
+                if image is None:
+                    break
+                yield image
+        except BadInput as error:
+            skip(str(error))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from transformers import AutoRoundConfig
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model import network
-from colqwen_lab.model.checkpoint import Checkpoint, is_symmetric, one_line_errors
+from colqwen_lab.model.checkpoint import Checkpoint, Json, is_symmetric, one_line_errors
 from colqwen_lab.model.network import TEXT_LAYERS, ColQwen3
 from colqwen_lab.options import DTYPES as DTYPE_NAMES
 
@@ -33,8 +33,11 @@ PACKINGS = {"auto": GPTQ, "auto_round:gptq": GPTQ, "auto_round:awq": AWQ}
 SCHEME_KEYS = ("bits", "group_size", "packing_format", "quant_method")
 FAKE = "auto_round:fake"
 DENSE = "torch.nn.Linear"
-PARTS = {"vlm.model.visual": "vision encoder", "embedding_proj_layer": "head"}
-PARTS[TEXT_LAYERS] = "language model"
+PARTS = {
+    "vlm.model.visual": "vision encoder",
+    "embedding_proj_layer": "head",
+    TEXT_LAYERS: "language model",
+}
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
@@ -111,7 +114,7 @@ def quiet() -> Iterator[None]:
 
 def skeleton(
     config: network.ColQwen3Config,
-    quantization: dict[str, Any] | None,
+    quantization: Json | None,
     device: torch.device,
     kernel: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
@@ -147,7 +150,7 @@ def skeleton(
     return model.requires_grad_(False), kernels
 
 
-def _auto_round_config(quantization: dict[str, Any], kernel: str) -> Any:
+def _auto_round_config(quantization: Json, kernel: str) -> Any:
     """AutoRound's form of a quantization_config; gptq and awq checkpoints go through it too."""
     if quantization.get("checkpoint_format") == "gptq_v2" or quantization.get("desc_act"):
         raise ValueError("packings gptq_v2 and desc_act are not supported")
@@ -191,9 +194,7 @@ def load(
 ) -> Loaded:
     """The complete model of a checkpoint on `device`, with a real kernel in every layer.
 
-    Raises:
-        BadInput: an unknown kernel or dtype.
-        MissingRequirement: the tensors do not fit the network, or no kernel serves the packing.
+    Raises BadInput: an unknown kernel or dtype; MissingRequirement: tensors or packing do not fit.
     """
     torch_dtype = DTYPES[one_of("dtype", dtype, DTYPES)]
     model, kernels = skeleton(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from colqwen_lab.errors import MissingRequirement
-from colqwen_lab.model.checkpoint import Checkpoint, is_symmetric
+from colqwen_lab.model.checkpoint import Checkpoint, Json, Tensors, is_symmetric
 
 # Where an AWQ word holds each of eight neighbouring outputs. Source: AutoAWQ's packing.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -31,7 +30,7 @@ def packed(codes: Tensor, bits: int, dim: int) -> Tensor:
 class Repacked(Checkpoint):
     """An AWQ-packed checkpoint, read as GPTQ-packed: the same codes, zero points and scales."""
 
-    def __init__(self, checkpoint: Checkpoint, quantization: dict[str, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantization: Json) -> None:
         self.checkpoint, self.label, self.unused = checkpoint, checkpoint.label, checkpoint.unused
         self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
         if quantization.get("bits") != 4:
@@ -45,7 +44,7 @@ class Repacked(Checkpoint):
         packing = {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}
         self.quantization = kept | packing | {"sym": is_symmetric(quantization)}
 
-    def check(self, expected: dict[str, Tensor]) -> None:
+    def check(self, expected: Tensors) -> None:
         self.checkpoint.check({name: _awq_like(name, like) for name, like in expected.items()})
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -28,7 +27,13 @@ from transformers import PreTrainedTokenizerFast
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model import loading
-from colqwen_lab.model.checkpoint import Checkpoint, FolderCheckpoint, default_checkpoint
+from colqwen_lab.model.checkpoint import (
+    Checkpoint,
+    FolderCheckpoint,
+    Json,
+    Tensors,
+    default_checkpoint,
+)
 from colqwen_lab.model.config import VARIANTS, Variant, scheme_parts
 from colqwen_lab.model.inputs import CALIBRATION_TEXTS, PAD, pad_id
 from colqwen_lab.model.network import is_text_linear
@@ -67,16 +72,12 @@ def quantize(
     device: torch.device = CPU,
     calibration: Sequence[str] | None = None,
     replace: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """The record of quantising a 16-bit checkpoint into `folder`, also written there.
 
-    It holds the recipe, versions, bytes before and after, and each linear's relative weight error:
-    the Frobenius norm of the difference over that of the original. `calibration` texts are the
-    packaged ones by default. `replace` overwrites a folder that this function wrote.
-
-    Raises:
-        BadInput: the folder is in use, or the texts hold fewer than samples x seqlen tokens.
-        MissingRequirement: quantised weights, an incomplete result, or a read-only folder.
+    A relative weight error is the Frobenius norm of the difference over that of the original.
+    `replace` overwrites a folder that this function wrote. Raises BadInput for a folder in use or
+    too few calibration texts, MissingRequirement for quantised weights or an incomplete result.
     """
     if checkpoint.quantization is not None:
         raise MissingRequirement(f"{checkpoint.label} is quantised already; use 16-bit weights")
@@ -106,7 +107,7 @@ def quantize(
                 "result_bytes": sum(path.stat().st_size for path in result.glob("*.safetensors")),
                 "relative_error": _weight_errors(before, FolderCheckpoint(result), device),
             }
-            _write_json(result / RECORD, record)
+            (result / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             for path in (*result.rglob("*"), result):
                 sync(path)
             _check_free(folder, replace)
@@ -121,10 +122,6 @@ def quantize(
             f"cannot write {folder}: {error}; nothing is left there, run the same command again"
         ) from None
     return record
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_free(folder: Path, replace: bool) -> None:
@@ -193,12 +190,12 @@ def _run_auto_round(
     finally:
         gc.unfreeze()
     path = min(work.rglob("config.json"))
-    values = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, values | {"tie_word_embeddings": tied})
+    values = json.loads(path.read_bytes()) | {"tie_word_embeddings": tied}
+    path.write_text(json.dumps(values, indent=1) + "\n")
     return path.parent
 
 
-def _restore_dtypes(folder: Path, before: dict[str, Tensor]) -> None:
+def _restore_dtypes(folder: Path, before: Tensors) -> None:
     """Save tensors that AutoRound widened to float32 in their original type."""
     for path in folder.glob("*.safetensors"):
         saved = load_file(path)
@@ -207,7 +204,7 @@ def _restore_dtypes(folder: Path, before: dict[str, Tensor]) -> None:
 
 
 def _weight_errors(
-    before: dict[str, Tensor], result: FolderCheckpoint, device: torch.device
+    before: Tensors, result: FolderCheckpoint, device: torch.device
 ) -> dict[str, float]:
     """The relative weight error of each text linear. Raises unless all else is unchanged."""
     model, changed, errors = loading.load(result, device).model, [], {}
@@ -233,13 +230,11 @@ def dequantized(layer: nn.Module, columns: int, device: torch.device) -> Tensor:
 def cached_checkpoint(
     variant: Variant, size: str, device: torch.device, recipe: Recipe | None = None
 ) -> Path:
-    """The cached folder of `variant`, quantised on first use from the default weights of `size`.
-
-    The folder's name depends on all that determines the result. Of several processes one writes.
-    """
+    """The cached folder of `variant`, quantised on first use from the default weights of `size`."""
     recipe = recipe or Recipe(variant.scheme or "W4A16")
     base = default_checkpoint(VARIANTS["base"], size, "auto", device)
     versions = [version(package) for package in ("auto-round", "torch", "transformers")]
+    # The folder's name depends on all that determines the result.
     inputs = [base.label, base.config.to_json_string(), asdict(recipe), CALIBRATION_TEXTS]
     digest = hashlib.sha256(json.dumps([*inputs, *versions]).encode()).hexdigest()[:12]
     folder = writable_folder(cache_folder()) / f"{size}-{recipe.scheme}-{digest}"
@@ -253,10 +248,7 @@ def cached_checkpoint(
 def checkpoint_of(
     variant: Variant, size: str, weights: str, device: torch.device, recipe: Recipe | None = None
 ) -> Checkpoint:
-    """The checkpoint of `variant`: quantised here at `tiny` or with a `recipe`, else the default.
-
-    Raises as `default_checkpoint` and `quantize` do.
-    """
+    """The checkpoint of `variant`: made here at `tiny` or with a `recipe`, else the default."""
     if variant.scheme and weights == "auto" and (recipe or size == "tiny"):
         folder = cached_checkpoint(variant, size, device, recipe)
         return FolderCheckpoint(folder, label=f"made here from the {size} default ({folder.name})")

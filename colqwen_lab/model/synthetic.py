@@ -1,14 +1,11 @@
 """Synthetic pages, queries about them, and which page answers which query. Imports no torch.
 
-A page reports on one topic with a chart, a table and text. Four facts distinguish pages: the topic,
-and the chart's kind, colour and place. A query names a topic, a kind and a colour, every second one
-also a place; the pages with all of these answer it.
+A page has a topic and one chart of a kind, colour and place. A query names topic, kind and colour,
+every second one also the place; the pages with all of these answer it. The split `held-out` has a
+fifth of the combinations of topic, kind and colour, `train` the others and every pair of facts.
 
-The split `held-out` has a fifth of the combinations of topic, kind and colour; `train` has the
-others. Every pair of facts is in `train`, so only combinations of three are new in `held-out`.
-
-Pages and queries depend on the split and the number alone: trained weights and records rely on it,
-and so on the order of all lists in `data/synthetic.json`.
+Pages and queries depend on the split and the number alone. Trained weights and records rely on it,
+and so on the order of every list in `data/synthetic.json`.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ WIDTH, HEIGHT = 1240, 1754  # A4 at 150 dpi
 SMALL_WIDTH = 224
 MARGIN, INK, GREY, PALE = 90, (40, 40, 45), (120, 120, 125), (226, 226, 230)
 
-_WORDS = json.loads((DATA / "synthetic.json").read_text(encoding="utf-8"))
+_WORDS = json.loads((DATA / "synthetic.json").read_bytes())
 TOPICS, KINDS, COLOURS, PLACES, *_TEXTS = _WORDS.values()
 PHRASES, MONTHS, REGIONS, SENTENCES, SUBJECTS, POINTS = _TEXTS
 
@@ -88,10 +85,7 @@ def query(number: int, split: str = "train") -> str:
 
 
 def relevance(queries: int, pages: int, split: str = "train") -> dict[str, dict[str, int]]:
-    """The answers of the first `queries` among the first `pages`: {"q0": {"p0": 1, ...}, ...}.
-
-    Every query has an answer if there are at least as many pages.
-    """
+    """The answers of the first `queries` among the first `pages`: {"q0": {"p0": 1, ...}, ...}."""
     has = {f"p{number}": facts(number, split) for number in range(pages)}
     named = {f"q{number}": query_facts(number, split) for number in range(queries)}
     return {

@@ -86,8 +86,7 @@ def test_a_lost_or_changed_tensor_is_an_error(
     with pytest.raises(MissingRequirement, match=r"missing embedding_proj_layer\.bias$"):
         losing(lambda tensors: tensors.pop("embedding_proj_layer.bias"))
     with pytest.raises(
-        MissingRequirement,
-        match=r"changed or skipped 1 tensors: embedding_proj_layer\.bias",
+        MissingRequirement, match=r"changed or skipped 1 tensors: embedding_proj_layer\.bias"
     ):
         losing(lambda tensors: tensors["embedding_proj_layer.bias"].add_(1))
     with pytest.raises(MissingRequirement, match=r"missing .*q_proj\.qweight$"):
