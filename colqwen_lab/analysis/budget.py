@@ -58,9 +58,8 @@ def _fit(series: Series, card_gb: float) -> dict[str, Any]:
     above = largest.batch_size if largest else 0
     note = ""
     if larger := next((cell for cell in series.cells if cell.batch_size > above), None):
-        reached = larger.batch_size in fits
-        note = f"peaks at {mib(peak(larger))}" if reached else larger.status
-        note = f"batch {larger.batch_size} {note}"
+        status = mib(peak(larger)) if larger.batch_size in fits else larger.status
+        note = f"batch {larger.batch_size}: {status}"
     return {
         "card_gb": card_gb,
         "label": series.label,

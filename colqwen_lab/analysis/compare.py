@@ -152,9 +152,10 @@ class Comparison:
         names = {"card_gb": "GB", "label": "variant", "verdict": "verdict", "batch_size": "batch"}
         names |= {"items_per_s": unit(self.base.first), "peak_bytes": "peak MiB"}
         names |= {"headroom_bytes": "headroom MiB", "note": "note"}
-        table = self.cards.reindex(columns=[*names]).rename(columns=names)
-        in_mib = table[["peak MiB", "headroom MiB"]].astype(float) / MIB
-        return render.screen(table.assign(**in_mib.round()))
+        table = self.cards.reindex(columns=[*names])
+        scales = {"items_per_s": 1, "peak_bytes": MIB, "headroom_bytes": MIB}
+        figures = table[[*scales]].astype(float).div(pd.Series(scales)).map(rounded, "ignore")
+        return render.screen(table.assign(**figures).rename(columns=names))
 
     def side_by_side(self) -> pd.DataFrame:
         """One row a batch, a column a place: the speed vs base in percent, with its verdict."""
@@ -341,10 +342,11 @@ class Comparison:
             environment = pd.DataFrame(machines).dropna(how="all").rename_axis("Parameter")
             yield "Test environment", environment
             yield "Batch size sweep", Results(place.cells).table()
-            note = (
-                "Rates are those of the device above. Without a note, no larger batch was measured."
-            )
-            yield "Memory-constrained scenarios", place.card_table(), [note]
+            notes = ["Rates are those of the device above, not those of a smaller card."]
+            notes += [
+                "A note is the next larger batch and its peak; without one, none was measured."
+            ]
+            yield "Memory-constrained scenarios", place.card_table(), notes
             yield "Comparison at the same batch size", place.speed_table()
             yield "Crossover", [place._crossover_sentence]
             yield "Recommendations", [row.sentence for row in place.recommendations]

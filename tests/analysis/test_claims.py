@@ -52,7 +52,7 @@ def decided(comparison: Comparison) -> dict[str, Any]:
             False,
             "batch 16 (-59.4 %), batch 32 (-52.8 %)",
         ),
-        ("8 GB: base at batch 8 does not fit", True, "batch 8 peaks at 8,527 MiB"),
+        ("8 GB: base at batch 8 does not fit", True, "batch 8: 8,527 MiB"),
         (
             "8 GB: awq at most at batch 128, 909 items/s",
             False,

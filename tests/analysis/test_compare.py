@@ -104,7 +104,7 @@ def test_published_savings(published: Comparison) -> None:
 def test_published_cards(published: Comparison) -> None:
     base, awq = fit(published, "base"), fit(published, "awq")
     assert (base.verdict, base.batch_size, base.ratio) == ("does not fit", None, None)
-    assert base.note == "batch 8 peaks at 8,527 MiB"
+    assert base.note == "batch 8: 8,527 MiB"
     assert (awq.verdict, awq.batch_size, awq.items_per_s) == ("fits", 512, 951)
     assert (awq.best_batch_size, awq.best_items_per_s) == (256, 969)
     assert awq.headroom_bytes == usable(8 * GIB) - 6963 * MIB - 700 * MB > 0
@@ -168,8 +168,8 @@ def test_published_on_the_screen(published: Comparison) -> None:
     assert list(table["memory saved, %"]) == [59.4, 59.1, 58.3, 57.1, 54.6, 50.0]
     cards = published.card_table()
     assert list(cards["batch"]) == ["-", 512, 256, 512, 256, 512, 256, 512]
-    assert list(cards["headroom MiB"][:2]) == ["-", 291]
-    assert list(cards["note"][:2]) == ["batch 8 peaks at 8,527 MiB", "-"]
+    assert list(cards["headroom MiB"][:2]) == ["-", 291.1]
+    assert list(cards["note"][:2]) == ["batch 8: 8,527 MiB", "-"]
     assert list(cards["GB"][:2]) == [8, 8]
     assert "<table" in published._repr_html_()
 
@@ -408,13 +408,13 @@ def test_failed_cells_are_kept_and_enter_no_figure() -> None:
         {"batch_size": 32, "status": "oom", "reason": "asked for 2 GiB"},
     ]
     assert "awq batch 16: failed, a kernel broke." in comparison.caveats
-    assert fit(comparison, "awq").note == "batch 16 failed"
+    assert fit(comparison, "awq").note == "batch 16: failed"
 
 
 def test_nothing_worked_is_still_a_comparison() -> None:
     comparison = versus([failed("base", 8)], [failed("awq", 8)])
     assert "No crossover: one side has no row with a rate and a peak." in comparison.verdict()
-    assert fit(comparison, "base").note == "batch 8 oom"
+    assert fit(comparison, "base").note == "batch 8: oom"
     assert comparison.markdown()
     assert repr(comparison)
 
@@ -485,7 +485,7 @@ def test_tight_is_flagged_with_negative_headroom() -> None:
     assert (mixed.verdict, mixed.batch_size, mixed.note) == (
         "fits",
         4,
-        "batch 8 peaks at 7,668 MiB",
+        "batch 8: 7,668 MiB",
     )
 
 
