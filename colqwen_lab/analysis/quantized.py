@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from colqwen_lab import analysis
 from colqwen_lab.analysis import render
@@ -58,7 +59,7 @@ class Quantized:
             axes.plot(table[linear], color=colour, marker=marker, label=linear, linewidth=1)
         axes.set(xlabel="layer of the language model", ylabel="relative weight error, ‖Δ‖ / ‖W‖")
         axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return plots.legend(figure, axes)
 
     def __repr__(self) -> str:

@@ -98,7 +98,7 @@ def _usable(source: _Source, queries: int, pages: int, progress: Callable[[str],
             raise BadInput(f"{label}: duplicate {kind} id {ids[ids.duplicated()][0]!r}")
     for query, text in texts.items():
         if not isinstance(text, str):
-            raise BadInput(f"{label}: query {query!r} must be a text, got null")
+            raise BadInput(f"{label}: query {query!r} must be a text, got {text!r}")
     page_ids, kept = page_ids[: pages or None], []
     for page_id in page_ids:
         try:
@@ -269,11 +269,11 @@ def _images(rows: Any, ids: list[str]) -> Callable[[str], Page]:
 def _subsets(label: str, corpus: Any, queries: Any, qrels: Any) -> _Source:
     corpus = _columns(corpus, "corpus-id", "image")
     pages = list(map(str, corpus["corpus-id"]))
-    texts = _columns(queries, "query-id", "query").to_pandas().astype({"query-id": str})
-    judged = _columns(qrels, *QRELS).to_pandas().astype({"query-id": str, "corpus-id": str})
-    return _Source(
-        label, pages, _images(corpus, pages), texts.set_index("query-id")["query"], judged
-    )
+    queries = _columns(queries, "query-id", "query")
+    texts = pd.Series(list(queries["query"]), map(str, queries["query-id"]), dtype=object)
+    types = {"query-id": str, "corpus-id": str, "score": int}
+    judged = _columns(qrels, *QRELS).to_pandas().astype(types)
+    return _Source(label, pages, _images(corpus, pages), texts, judged)
 
 
 def _questions(label: str, rows: Any) -> _Source:

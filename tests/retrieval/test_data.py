@@ -220,7 +220,7 @@ def test_vidore_skips_images_that_cannot_be_read(tmp_path: Path) -> None:
     assert corpus.page("2").getpixel((0, 0)) == (255, 255, 255)  # type: ignore[union-attr]
     assert [line[:6] for line in lines[:3]] == ["page 0", "page 1", "page 3"]
     subsets["queries"]["query"][1] = None
-    with pytest.raises(BadInput, match="query '1' must be a text, got null"):
+    with pytest.raises(BadInput, match="query '1' must be a text, got None"):
         data.load(f"vidore:{parquet(tmp_path / 'null', subsets)}", progress=list)
     subsets["corpus"] = {"corpus-id": [0, 1], "title": ["", ""]}
     with pytest.raises(BadInput, match=r"columns must be .* got corpus-id, title"):
