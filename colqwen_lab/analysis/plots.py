@@ -7,7 +7,6 @@ readers); further series of a variant are dashed. The subtitle names where the d
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import cycle
@@ -23,30 +22,30 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodF
 from PIL import Image
 
 from colqwen_lab.analysis.compare import CARDS_GB, Comparison
+from colqwen_lab.analysis.plan import breakdown_table
 from colqwen_lab.analysis.speed import SAME_PERCENT, Speed, differences
 from colqwen_lab.analysis.table import Series, conditions, disturbed, limit_of, peak, rate, unit
 from colqwen_lab.errors import BadInput
-from colqwen_lab.hardware import OUTSIDE_TORCH_BYTES, find_card, outside_bytes
-from colqwen_lab.records import MIB, Cell
+from colqwen_lab.hardware import find_card
+from colqwen_lab.records import MIB, Cell, writing
 from colqwen_lab.settings import writable_folder
 
 FIXED = {"base": ("#0072B2", "o"), "awq": ("#D55E00", "s")}
 FREE = (("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (2, 5)), (0, (8, 2, 1, 2, 1, 2)))
-# Groups of a memory breakdown in stacking order: their colour, and how the names of parts begin.
+DASHES = ("-", "--", ":", "-.")
+# Groups of a memory breakdown in stacking order: how the names of their parts begin, and a colour.
 PARTS = {
-    "embeddings": ("#0072B2", "embeddings"),
-    "text linears": ("#D55E00", "text linears"),
-    "vision encoder, mergers": ("#009E73", "vision", "mergers"),
-    "head, norms": ("#CC79A7", "head", "text norms"),
-    "KV cache": ("#E69F00", "KV cache"),
-    "activations": ("#56B4E9", "activations", "inputs", "outputs"),
-    "kernel buffers": ("#000000", "kernel buffers", "backend buffers"),
-    "workspace, rounding": ("#999999", "cuBLAS workspace", "allocator rounding"),
-    "outside torch": ("#FFFFFF", "outside torch"),
-    "unexplained": ("#882255", ""),
+    "embeddings": "#0072B2",
+    "text linears": "#D55E00",
+    "vision": "#009E73",
+    "mergers": "#CC79A7",
+    "KV cache": "#E69F00",
+    "activations": "#56B4E9",
+    "kernel buffers": "#000000",
+    "outside torch": "#FFFFFF",
+    "unexplained": "#882255",
+    "other": "#999999",
 }
-OUT_OF_REACH = 20  # the largest card that a memory figure shows, over the largest peak
 THOUSANDS = StrMethodFormatter("{x:,g}")
 
 
@@ -55,10 +54,9 @@ class Plot(Figure):
 
     def draw(self, renderer: Any) -> None:
         """Draw every text as it is: a dollar sign in a record starts no formula."""
-        with matplotlib.rc_context({"text.parse_math": False}):
-            for text in self.findobj(Text):
-                text.set_parse_math(False)  # type: ignore[attr-defined]
-            super().draw(renderer)
+        for text in self.findobj(Text):
+            text.set_parse_math(False)  # type: ignore[attr-defined]
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         full, small = BytesIO(), BytesIO()
@@ -70,10 +68,7 @@ class Plot(Figure):
 
 def throughput(series: Sequence[Series]) -> Figure:
     """Items per second by batch size, with the 95 % interval of each median."""
-    figure, axes = _by_batch(series, "Throughput by batch size", _unit(series))
-    for line, style in _styles(series):
-        rates = [(r.median, r.low, r.high) for c in line.rated.values() if (r := c.items_per_s)]
-        intervals(axes, line.rated, rates, **style)
+    figure, axes = _by_batch(series, "Throughput by batch size", _rate)
     axes.set_ylim(bottom=0)
     return legend(figure, axes)
 
@@ -84,14 +79,11 @@ def speed_vs_base(comparison: Comparison) -> Figure:
     title = f"Speed of {other.label} vs {base.label} at the same batch size"
     if differences(base.cells, other.cells):
         title = f"Not a comparison (conditions differ):\n{title}"
-    look = FIXED.get(other.variant, FREE[0])
-    figure = speed_lines(series, {other.label: comparison.speeds}, title, [look])
+    figure = speed_lines(series, {other.label: comparison.speeds}, title)
     (axes,) = figure.axes
     for speed in comparison.speeds:
-        end, offset = (speed.low, -15) if speed.percent < 0 else (speed.high, 8)
-        at = speed.batch_size, speed.percent if end is None else end
-        _note(axes, f"{speed.percent:+.1f}", at, (0, offset), ha="center")
-    axes.margins(y=0.15)
+        _note(axes, f"{speed.percent:+.1f}", (speed.batch_size, speed.percent), (7, 3))
+    axes.margins(x=0.1)
     return figure
 
 
@@ -99,15 +91,14 @@ def speed_lines(
     series: Sequence[Series],
     lines: Mapping[str, Sequence[Speed]],
     title: str = "Speed vs base at the same batch size",
-    looks: Iterable[tuple[str, str]] = FREE,
 ) -> Figure:
-    """Speeds vs base by batch size, in %, one line for each of the named `lines` of a run.
-
-    Markers of significant differences are filled. `looks` are colours and markers.
-    """
-    figure, axes = _by_batch(series, title, "speed vs base, % (negative = slower)")
+    """Speeds vs base by batch size, in %, one line for each of the named `lines` of a run."""
+    figure, axes = _by_batch(series, title)
+    axes.set_ylabel("speed vs base, % (negative = slower)")
     band(axes, SAME_PERCENT, f"±{SAME_PERCENT:g} %: not significant")
-    for (label, speeds), look in zip(lines.items(), cycle(looks), strict=False):
+    free = cycle(FREE)
+    for label, speeds in lines.items():
+        look = FIXED.get(label) or next(free)
         rows = [(speed.percent, speed.low, speed.high, speed.verdict) for speed in speeds]
         difference_line(axes, [speed.batch_size for speed in speeds], rows, look, label=label)
     return legend(figure, axes)
@@ -119,107 +110,90 @@ def memory(series: Sequence[Series], cards: Iterable[str | float] = ()) -> Figur
     `cards` are GB or GPU names, by default the usual sizes. Those more than 20 times above the
     largest peak are left out: they would flatten the lines.
     """
-    figure, axes = _by_batch(series, "Peak memory by batch size", "peak memory, MiB")
-    for line, style in _styles(series):
-        axes.plot([*line.sized], [peak(cell) / MIB for cell in line.sized.values()], **style)
-    top = max((peak(cell) / MIB for line in series for cell in line.sized.values()), default=0)
+    figure, axes = _by_batch(series, "Peak memory by batch size", _peak)
+    top = 20 * axes.dataLim.ymax
     for card in map(find_card, cards or CARDS_GB):
-        if (height := card.nominal_bytes / MIB) <= OUT_OF_REACH * top:
+        if (height := card.nominal_bytes / MIB) <= top:
             axes.axhline(height, color="0.4", linestyle=(0, (4, 3)), linewidth=1)
             look = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": "0.3"}
             _note(axes, f"{card.name} card", (1, height), (-4, 3), **look)
-    axes.set_ylim(bottom=0)
+    axes.set(ylim=(0, None), ylabel="peak memory, MiB")
     return legend(figure, axes)
 
 
 def tradeoff(series: Sequence[Series]) -> Figure:
     """Items per second by peak memory in MiB; each point is labelled with its batch size."""
-    figure, axes = framed("Throughput by peak memory", _subtitle(series))
+    figure, axes = _framed(series, "Throughput by peak memory")
     for line, style in _styles(series):
         cells = [cell for cell in line.rated.values() if cell.memory]
-        peaks, rates = [peak(cell) / MIB for cell in cells], [rate(cell) for cell in cells]
-        axes.plot(peaks, rates, **style)
-        for cell, *at in zip(cells, peaks, rates, strict=True):
+        axes.plot([peak(cell) / MIB for cell in cells], [rate(cell) for cell in cells], **style)
+        for cell in cells:
+            at = peak(cell) / MIB, rate(cell)
             _note(axes, str(cell.batch_size), at, (6, -9), color=style["color"])
-    axes.set_ylim(bottom=0)
+    axes.set(ylim=(0, None), xlabel="peak memory, MiB (labels: batch size)")
     axes.margins(x=0.08)
-    axes.set_xlabel("peak memory, MiB (labels: batch size)")
-    axes.set_ylabel(_unit(series))
     return legend(figure, axes)
 
 
 def roofline(series: Sequence[Series]) -> Figure:
     """Items per second by batch size, each series under its limit; both axes are logarithmic.
 
-    The limit is `table.limit_of`: the lower of compute and memory bandwidth.
-
-    Raises:
-        BadInput: no cell has a limit.
+    The limits are those of `table.limit_of`; BadInput if no cell has one.
     """
-    figure, axes = _by_batch(series, "", _unit(series))
-    origins = set()
-    for line, style in _styles(series):
-        roof = {}
-        for cell in line.cells:
-            limit, origin = limit_of(cell, cell.work)
-            if limit:
-                roof[cell.batch_size] = limit
-                origins.add(origin)
-        wide: dict[str, Any] = {"color": style["color"], "linewidth": 6, "alpha": 0.12}
-        axes.plot([*roof], [*roof.values()], label=f"limit of {line.variant}", **wide)
-        axes.plot([*line.rated], [rate(cell) for cell in line.rated.values()], ms=4, **style)
+    roofs = [{cell.batch_size: limit_of(cell, cell.work) for cell in line.cells} for line in series]
+    origins = sorted({origin for roof in roofs for _, origin in roof.values() if origin})
     if not origins:
         raise BadInput(
             "a roofline needs the work of a step and a known GPU; plot the predictions of such rows"
         )
-    figure.suptitle(f"Throughput under the roofline (limits: {' and '.join(sorted(origins))})")
+    title = f"Throughput under the roofline (limits: {' and '.join(origins)})"
+    figure, axes = _by_batch(series, title, _rate)
+    for (line, style), roof in zip(_styles(series), roofs, strict=True):
+        wide: dict[str, Any] = {"color": style["color"], "linewidth": 6, "alpha": 0.12}
+        heights = [limit or np.nan for limit, _ in roof.values()]
+        axes.plot([*roof], heights, label=f"limit of {line.variant}", **wide)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(THOUSANDS)
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_formatter": NullFormatter()}
+    axes.yaxis.set(major_formatter=THOUSANDS, **ticks)
     return legend(figure, axes)
 
 
 def breakdown(cells: Sequence[Cell]) -> Figure:
     """A stacked bar a cell: the parts of its peak, and the memory outside torch, in MiB."""
     figure, axes = framed("Memory breakdown of the peaks", subtitle(cells))
-    rows = [_parts(cell) for cell in cells]
-    bottom = np.zeros(len(rows))
-    for group, (colour, *_) in PARTS.items():
-        sizes = np.array([row[group] for row in rows]) / MIB
-        if sizes.any():
-            look: dict[str, Any] = {"color": colour, "edgecolor": "0.4", "linewidth": 0.5}
-            axes.bar(range(len(rows)), sizes, 0.6, bottom, label=group, **look)
-            bottom += sizes
-    names = [f"{c.variant}\nbatch {c.batch_size}\n{c.execution}\n{c.protocol}" for c in cells]
-    axes.set_xticks(range(len(rows)), names, fontsize=8)
+    table = breakdown_table(cells).drop(["peak", "on the card"], errors="ignore")
+    groups = [
+        next((name for name in PARTS if part.startswith(name)), "other") for part in table.index
+    ]
+    sizes = table.groupby(groups).sum().reindex(PARTS).dropna()
+    bottoms = sizes.cumsum() - sizes
+    for name in sizes.index:
+        look: dict[str, Any] = {"color": PARTS[name], "edgecolor": "0.4", "linewidth": 0.5}
+        bars = range(len(cells)), sizes.loc[name], 0.6, bottoms.loc[name]
+        axes.bar(*bars, label=name, **look)
+    names = [column.replace(" ", "\n") for column in table.columns]
+    axes.set_xticks(range(len(cells)), names, fontsize=8)
     axes.set_ylabel("memory, MiB")
     return legend(figure, axes)
 
 
 KINDS: dict[str, Callable[..., Figure]] = {
-    "throughput": throughput,
-    "memory": memory,
-    "tradeoff": tradeoff,
-    "roofline": roofline,
+    kind.__name__: kind for kind in (throughput, memory, tradeoff, roofline)
 }
 
 
 def save(figure: Figure, stem: str, folder: str | Path) -> list[Path]:
-    """The paths of `stem`.png and `stem`.svg, written to `folder`. Equal figures make equal files.
+    """The paths of `stem`.png and `stem`.svg, written to `folder`; BadInput if that fails.
 
-    Raises:
-        BadInput: the folder cannot be written.
+    Equal figures make equal files.
     """
     paths = [writable_folder(Path(folder)) / f"{stem}.{kind}" for kind in ("png", "svg")]
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": "colqwen-lab"}):
-            figure.savefig(paths[0], dpi=120)
-            figure.savefig(paths[1], metadata={"Date": None})
-    except OSError as error:
-        raise BadInput(
-            f"cannot write {stem} to {folder}: {error.strerror}; name a folder you can write"
-        ) from None
+    with (
+        writing(paths[0], BadInput, "name a folder you can write"),
+        matplotlib.rc_context({"svg.hashsalt": "colqwen-lab"}),
+    ):
+        figure.savefig(paths[0], dpi=120)
+        figure.savefig(paths[1], metadata={"Date": None})
     return paths
 
 
@@ -284,12 +258,20 @@ def band(axes: Axes, margin: float, label: str) -> None:
     axes.plot([], [], "o", color="0.3", mfc="white", label=hollow)
 
 
-def _subtitle(series: Sequence[Series]) -> str:
-    return subtitle([cell for line in series for cell in line.cells])
+def _framed(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
+    cells = [cell for line in series for cell in line.cells]
+    figure, axes = framed(title, subtitle(cells))
+    axes.set_ylabel(" and ".join(dict.fromkeys(map(unit, cells))))
+    return figure, axes
 
 
-def _unit(series: Sequence[Series]) -> str:
-    return " and ".join(dict.fromkeys(unit(cell) for line in series for cell in line.cells))
+def _rate(cell: Cell) -> Any:
+    rate = cell.items_per_s
+    return rate and (rate.median, rate.low, rate.high)
+
+
+def _peak(cell: Cell) -> Any:
+    return cell.memory and (cell.memory.peak_bytes / MIB, None, None)
 
 
 def _note(axes: Axes, text: str, at: Any, offset: tuple[int, int], **look: Any) -> None:
@@ -298,44 +280,36 @@ def _note(axes: Axes, text: str, at: Any, offset: tuple[int, int], **look: Any) 
 
 def _styles(series: Sequence[Series]) -> Iterator[tuple[Series, dict[str, Any]]]:
     """Each series with its line style: colour and marker by variant, dashes by configuration."""
-    looks, seen = dict(FIXED), Counter[str]()
+    others = [name for name in dict.fromkeys(line.variant for line in series) if name not in FIXED]
+    looks = FIXED | dict(zip(others, cycle(FREE), strict=False))
+    dashes = {variant: cycle(DASHES) for variant in looks}
     for line in series:
-        free = FREE[(len(looks) - len(FIXED)) % len(FREE)]
-        colour, marker = looks.setdefault(line.variant, free)
-        dashes = DASHES[seen[line.variant] % len(DASHES)]
-        seen[line.variant] += 1
-        style = {"color": colour, "marker": marker, "linestyle": dashes, "label": line.label}
-        yield line, style
+        colour, marker = looks[line.variant]
+        style = {"color": colour, "marker": marker, "linestyle": next(dashes[line.variant])}
+        yield line, style | {"label": line.label}
 
 
-def _by_batch(series: Sequence[Series], title: str, ylabel: str) -> tuple[Figure, Axes]:
-    """A figure over batch sizes, log2, with a tick at each; failed cells are marked on the axis."""
-    figure, axes = framed(title, _subtitle(series))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({cell.batch_size for line in series for cell in line.cells}))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(THOUSANDS)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel(ylabel)
+def _by_batch(
+    series: Sequence[Series],
+    title: str,
+    point: Callable[[Cell], Any] | None = None,
+) -> tuple[Figure, Axes]:
+    """Axes over batch sizes, with the (value, low, high) `point` of each cell that has one.
+
+    Failed cells are marked on the axis.
+    """
+    figure, axes = _framed(series, title)
+    ticks = sorted({cell.batch_size for line in series for cell in line.cells})
+    axes.set(xscale="log", xticks=ticks, xlabel="batch size")
+    axes.xaxis.set(minor_locator=NullLocator(), major_formatter=THOUSANDS)
     axis = axes.get_xaxis_transform()
     for number, (line, style) in enumerate(_styles(series)):
+        if point:
+            cells = [cell for cell in line.cells if cell.status == "ok" and point(cell)]
+            intervals(axes, [c.batch_size for c in cells], list(map(point, cells)), **style)
         for cell in line.failed:
             at, colour = (cell.batch_size, 0.03 + 0.06 * number), style["color"]
             axes.plot(*at, "x", color=colour, transform=axis, clip_on=False, zorder=6)
             text = cell.status.replace("oom", "OOM")
             _note(axes, text, at, (-6, 0), xycoords=axis, ha="right", va="center", color=colour)
     return figure, axes
-
-
-def _parts(cell: Cell) -> Counter[str]:
-    """Bytes by group of PARTS; outside torch only on a GPU, measured or assumed."""
-    groups = Counter[str]()
-    if cell.memory:
-        outside = outside_bytes(cell.memory)
-        parts = dict(cell.memory.breakdown or {"unexplained": cell.memory.peak_bytes})
-        if cell.environment.gpu:
-            parts["outside torch"] = OUTSIDE_TORCH_BYTES[1] if outside is None else outside
-        for part, size in parts.items():
-            group = next(name for name, (_, *of) in PARTS.items() if part.startswith(tuple(of)))
-            groups[group] += size
-    return groups

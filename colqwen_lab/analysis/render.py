@@ -7,7 +7,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterable
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from numbers import Number
 from typing import Any
 
@@ -17,6 +17,7 @@ from colqwen_lab.errors import plain, printable
 from colqwen_lab.records import MIB
 
 MISSING = "-"
+FIGURE = re.compile(r"[-+]?\d")
 # Also a link's `](`, `_` at a word's edge, an address that would become a link, and block starts.
 MARKUP = re.compile(
     r"[\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|:(?=//)|(?<=www)\.|^(?:[-+](?=[\s-]|$)|[#=])",
@@ -46,7 +47,7 @@ def mib(amount_bytes: float) -> str:
 
 def interval(low: float | None, high: float | None, digits: int = 1, sign: str = "") -> str:
     """`[-51.2 to -50.1]`, empty without both ends; sign "+" also marks positive ends."""
-    if low is None or high is None or pd.isna(low) or pd.isna(high):
+    if pd.isna(low) or pd.isna(high):
         return ""
     return f"[{low:{sign}.{digits}f} to {high:{sign}.{digits}f}]"
 
@@ -65,7 +66,7 @@ def escape(text: str) -> str:
 
 def shown(value: Any) -> str:
     """A value as a table shows it: "-" if missing, yes or no, thousands separated."""
-    if pd.isna(value) or value in ("", MISSING):
+    if pd.isna(value) or value == "":
         return MISSING
     if str(value) in ("True", "False"):
         return "yes" if value else "no"
@@ -87,10 +88,11 @@ def html(frame: pd.DataFrame) -> str:
 def markdown(frame: pd.DataFrame) -> str:
     """A Markdown table, everything in it escaped."""
     table = _strings(frame)
-    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
     rows = [
-        [cell if cell in ("---", MISSING) else escape(str(cell)) for cell in row] for row in rows
+        [cell if cell == MISSING else escape(cell) for cell in row]
+        for row in [map(str, table.columns), *table.to_numpy()]
     ]
+    rows.insert(1, ["---"] * len(table.columns))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -102,48 +104,41 @@ def text(frame: pd.DataFrame, width: int | None = None) -> str:
     two columns again.
     """
     width = width or shutil.get_terminal_size().columns
-    table, above, names = _strings(frame), [], []
-    for name, cells in table.items():
-        varies = len(table) < 2 or cells.nunique() > 1 or (_figures(cells) and cells[0] != MISSING)
-        names += [name] if varies else []
-        above += [f"{name}: {cells[0]}"] if not varies and cells[0] != MISSING else []
-    for longest in (40, 24, 16, 10):
-        columns = [_column(str(name), table[name], longest) for name in names]
-        blocks = [columns[:2]]
-        for column in columns[2:]:
-            if sum(len(each[0][0]) + 2 for each in [*blocks[-1], column]) > width + 2:
-                blocks.append(columns[:2])
-            blocks[-1] = [*blocks[-1], column]
+    table = _strings(frame)
+    same = [
+        name
+        for name, cells in table.items()
+        if len(cells) > 1 and cells.nunique() == 1 and not FIGURE.match(cells[0])
+    ]
+    above = "; ".join(f"{name}: {table[name][0]}" for name in same if table[name][0] != MISSING)
+    names = [name for name in table if name not in same]
+    for longest in (40, 24, 12):
+        widths = {name: len(_lines(table[[name]], longest)[0]) + 2 for name in names}
+        blocks = [names[:2]]
+        for name in names[2:]:
+            if sum(widths[each] for each in [*blocks[-1], name]) > width + 2:
+                blocks.append(names[:2])
+            blocks[-1] = [*blocks[-1], name]
         if len(blocks) == 1:
             break
-    constant = [f"{line}\n" for line in textwrap.wrap("; ".join(above), width)]
-    return printable("".join(constant) + "\n\n".join(map(_block, blocks)))
+    lines = textwrap.wrap(above, width)
+    for block in blocks:
+        lines += [*map(str.rstrip, _lines(table[block], longest)), ""]
+    return printable("\n".join(lines[:-1]))
 
 
-def _figures(cells: Iterable[str]) -> bool:
-    return all(re.fullmatch(r"-|[-+]?\d.*", cell) for cell in cells)
-
-
-def _column(name: str, cells: pd.Series[str], longest: int) -> list[list[str]]:
-    """The lines of the header, of a rule and of each cell, all of one width."""
-    body = [textwrap.wrap(cell, max(longest, len(cell) * _figures([cell]))) for cell in cells]
-    head = textwrap.wrap(name, max([6, *map(len, name.split()), *map(_longest, body)]))
-    size = max(map(_longest, [head, *body]))
-    align = ">" if _figures(cells) else "<"
-    return [[f"{line:{align}{size}}" for line in lines] for lines in [head, ["-" * size], *body]]
-
-
-def _longest(lines: list[str]) -> int:
-    return max(map(len, lines), default=0)
-
-
-def _block(columns: list[list[list[str]]]) -> str:
-    lines = []
-    for row in zip(*columns, strict=True):
-        blank = [" " * len(column[0][0]) for column in columns]
-        for parts in zip_longest(*row):
-            lines.append("  ".join(p or b for p, b in zip(parts, blank, strict=True)).rstrip())
-    return "\n".join(lines)
+def _lines(table: pd.DataFrame, longest: int) -> list[str]:
+    """Header, rule and rows, all of one length; cells wrap at `longest` characters."""
+    cells = table.map(lambda cell: textwrap.wrap(cell, longest))
+    heads = [textwrap.wrap(str(name), 10, break_long_words=False) for name in table]
+    header, *body = [[*zip_longest(*row, fillvalue="")] for row in [heads, *cells.to_numpy()]]
+    columns = []
+    for lines in zip(*chain(header, *body), strict=True):
+        head, below, size = lines[: len(header)], lines[len(header) :], max(map(len, lines))
+        figures = all(line in ("", MISSING) or FIGURE.match(line) for line in below)
+        align = ">" if figures else "<"
+        columns.append([f"{line:{align}{size}}" for line in (*head, "-" * size, *below)])
+    return ["  ".join(line) for line in zip(*columns, strict=True)]
 
 
 def _strings(frame: pd.DataFrame) -> pd.DataFrame:

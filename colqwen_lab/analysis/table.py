@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from itertools import chain, compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -16,91 +17,58 @@ from colqwen_lab import analysis
 from colqwen_lab.analysis import render
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.hardware import gpu_of
-from colqwen_lab.records import MIB, Cell, Environment, Memory, Work, read_cells, write_cells
-from colqwen_lab.settings import writable_folder
+from colqwen_lab.records import (
+    Cell,
+    Environment,
+    Memory,
+    Work,
+    read_cells,
+    write_cells,
+    writing,
+)
+from colqwen_lab.settings import DATA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# The columns of the tidy frame: path in a cell, role, name and factor on the screen.
+COLUMNS = pd.read_csv(DATA / "columns.csv", index_col="column")
+PATHS = COLUMNS["path"].dropna().to_dict()
+ROLES = COLUMNS.groupby("role").groups
+SETTINGS = [*ROLES["setting"]]  # cells of a series share them
 STATUSES = ("ok", "oom", "failed")
-
-# The tidy frame: column -> where a cell holds it. Settings first: cells of a series share them all.
-SETTINGS = {
-    "variant": "variant",
-    "size": "size",
-    "workload": "workload.kind",
-    "visual_tokens": "workload.visual_tokens",
-    "execution": "execution",
-    "protocol": "protocol",
-    "origin": "origin",
-    "weights": "weights",
-    "kernel": "backend.requested",
-    "texts": "workload.texts",  # for pages: the pages
-    "card": "card.name",  # the memory cap
-    "device": "environment.device",
-}
-OUTCOME = {
-    "status": "status",  # ok, oom or failed
-    "reason": "reason",
-    "dtype": "backend.dtype",
-    "started_at": "environment.started_at",
-}
-FIGURES = {
-    "batch_size": "workload.batch_size",
-    "items_per_s": "items_per_s.median",
-    "low": "items_per_s.low",  # the 95 % interval of items_per_s
-    "high": "items_per_s.high",
-    "tokens": "workload.tokens",  # padded tokens of the longest batch
-    "padded_share": "workload.padded_share",
-    "vision_encoder_s": "stages.vision_encoder_s",
-    "language_model_s": "stages.language_model_s",
-    "preprocess_s": "workload.preprocess_s",  # one page, outside the step
-    "index_bytes": "workload.index_bytes",  # the embeddings of one page
-    "weights_bytes": "memory.weights_bytes",
-    "peak_bytes": "memory.peak_bytes",
-    "reserved_bytes": "memory.reserved_bytes",
-    "device_bytes": "memory.device_bytes",
-    "flops": "work.flops",  # one step
-    "min_bytes": "work.min_bytes",
-}
-COLUMNS = SETTINGS | OUTCOME | FIGURES
-# Columns of the screen: name -> (column of the frame, factor). Pages have the second group too.
-SCREEN = {"items/s": ("items_per_s", 1), "low": ("low", 1), "high": ("high", 1)}
-PAGE_SCREEN = {
-    "tokens/s": ("tokens_per_s", 1),
-    "vision encoder ms": ("vision_encoder_s", 1e3),
-    "language model ms": ("language_model_s", 1e3),
-    "preprocessing ms a page": ("preprocess_s", 1e3),
-    "index kB a page": ("index_bytes", 1e-3),
-}
 LABELS = {"visual_tokens": "{} visual tokens", "card": "{} cap"}
 
 
 def frame(cells: Iterable[Cell]) -> pd.DataFrame:
-    """A tidy frame, one row a cell, in seconds, bytes and items per second.
-
-    Its columns are those of SETTINGS, OUTCOME and FIGURES, and `tokens_per_s` (padding included),
-    `kernels_used` (kernel x text linears) and `interference` (what disturbed the measurement).
-    """
-    rows = [
-        {name: _value(cell, name) for name in COLUMNS}
-        | {"kernels_used": kernels(cell), "interference": "; ".join(cell.interference) or None}
-        for cell in cells
-    ]
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "kernels_used", "interference"])
-    table = table.astype({name: float for name in FIGURES if table[name].dtype == object})
+    """A tidy frame, one row a cell, in raw units; `data/columns.csv` describes its columns."""
+    rows = [{column: _value(cell, column) for column in PATHS} for cell in cells]
+    table = pd.DataFrame(rows, columns=[*PATHS])
+    figures = table.columns.intersection([*ROLES["figure"], *ROLES["page figure"]])
+    table[figures] = table[figures].apply(pd.to_numeric)
     return table.assign(tokens_per_s=table["items_per_s"] * table["tokens"])
+
+
+def on_screen(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Columns of a tidy frame as a screen shows them: names, units, rounded, "-" where missing."""
+    columns = {}
+    for name, header, factor in COLUMNS.loc[[*names], ["screen", "factor"]].itertuples():
+        raw = table[name]
+        columns[header] = raw if pd.isna(factor) else (raw * factor).map(render.rounded)
+    return render.screen(columns)
 
 
 def _value(cell: Cell, column: str) -> Any:
     value: Any = cell
-    for name in COLUMNS[column].split("."):
+    for name in PATHS[column].split("."):
         value = getattr(value, name, None)
     if column == "texts":
         value = cell.workload.pages or value or "texts not recorded"
         # Without a tokenizer the ids are random; a cell that failed early does not say so.
         return "report" if value.endswith("at the report's lengths") else value
-    return value
+    if isinstance(value, dict):
+        value = [", ".join(f"{name} x {layers}" for name, layers in value.items())]
+    return ("; ".join(value) or None) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -117,6 +85,10 @@ class Series:
     @property
     def variant(self) -> str:
         return self.first.variant
+
+    @cached_property
+    def _ok(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.status == "ok"]
 
     @cached_property
     def rated(self) -> dict[int, Cell]:
@@ -138,10 +110,6 @@ class Series:
         """The batch sizes with more than one ok cell."""
         return [batch for batch, n in Counter(c.batch_size for c in self._ok).items() if n > 1]
 
-    @property
-    def _ok(self) -> list[Cell]:
-        return [cell for cell in self.cells if cell.status == "ok"]
-
     def to_dict(self) -> dict[str, Any]:
         """The series ready for JSON: its settings, kernels, batch sizes, and what failed."""
         return {
@@ -151,7 +119,7 @@ class Series:
             "batch_sizes": [cell.batch_size for cell in self.cells],
             "disturbed": [cell.batch_size for cell in self.cells if cell.interference],
             "not_ok": [
-                {"batch_size": cell.batch_size, "status": cell.status, "reason": cell.reason}
+                {name: _value(cell, name) for name in ("batch_size", "status", "reason")}
                 for cell in self.failed
             ],
         }
@@ -168,24 +136,14 @@ class Results:
     cells: tuple[Cell, ...]
 
     @classmethod
-    def load(cls, source: str | Path) -> Self:
-        """The cells of a records file, or of the report for the word `published`.
-
-        Raises:
-            BadInput: no such file, or not a records file.
-        """
+    def load(cls, source: str | Path) -> Results:
+        """The cells of a records file, or of the report for `published`; see `read_cells`."""
         return cls(tuple(read_cells(source)))
 
     def save(self, path: str | Path) -> Path:
-        """Write the cells to a new records file; returns its path.
-
-        Raises:
-            BadInput: the file holds rows already, or cannot be written.
-        """
-        path = Path(path)
-        writable_folder(path.parent)
-        write_cells(path, self.cells)
-        return path
+        """Write the cells to a new records file; returns its path. See `write_cells`."""
+        write_cells(Path(path), self.cells)
+        return Path(path)
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -193,25 +151,20 @@ class Results:
     def __iter__(self) -> Iterator[Cell]:
         return iter(self.cells)
 
-    @overload
-    def __getitem__(self, key: int) -> Cell: ...
-    @overload
-    def __getitem__(self, key: str | slice) -> Self: ...
-    def __getitem__(self, key: int | str | slice) -> Cell | Self:
+    def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, str):
             return self.select(variant=key)
-        return type(self)(self.cells[key]) if isinstance(key, slice) else self.cells[key]
+        return Results(self.cells[key]) if isinstance(key, slice) else self.cells[key]
 
     @property
     def variants(self) -> tuple[str, ...]:
         """The variants, in the order of their first cell."""
         return tuple(dict.fromkeys(cell.variant for cell in self.cells))
 
-    def select(self, **criteria: Any) -> Self:
+    def select(self, **criteria: Any) -> Results:
         """The cells that meet all criteria, such as variant="awq", protocol="lean", status="ok".
 
-        Raises:
-            BadInput: an unknown criterion, or a value that no cell has.
+        Raises BadInput for an unknown criterion, or a value that no cell has.
         """
         cells = self.cells
         for name, wanted in criteria.items():
@@ -219,19 +172,20 @@ class Results:
             values = [str(_value(cell, name)) for cell in self.cells]
             one_of(name, str(wanted), STATUSES if name == "status" else dict.fromkeys(values))
             cells = tuple(cell for cell in cells if str(_value(cell, name)) == str(wanted))
-        return type(self)(cells)
+        return Results(cells)
 
     def series(self) -> tuple[Series, ...]:
         """The cells by settings; a label is the variant and the settings that tell it apart."""
-        groups: dict[tuple[str, ...], list[Cell]] = {}
-        for cell in self.cells:
-            groups.setdefault(tuple(_label(cell, name) for name in SETTINGS), []).append(cell)
+        rows = [{n: _value(cell, n) or "no" for n in SETTINGS} for cell in self.cells]
+        labels = pd.DataFrame(rows, columns=SETTINGS, dtype=object)
+        for name, form in LABELS.items():
+            labels[name] = labels[name].map(form.format)
         series = []
-        for key, cells in groups.items():
-            columns = zip(*(other for other in groups if other[0] == key[0]), strict=True)
-            parts = [own for own, column in zip(key, columns, strict=True) if len({*column}) > 1]
-            label = f"{key[0]} ({', '.join(parts)})" if parts else key[0]
-            series.append(Series(label, tuple(sorted(cells, key=lambda c: c.batch_size))))
+        for (variant, *own), group in labels.groupby(SETTINGS, sort=False):
+            varied = labels[labels["variant"] == variant].nunique()[1:] > 1
+            parts = ", ".join(compress(own, varied))
+            cells = sorted((self.cells[n] for n in group.index), key=lambda c: c.batch_size)
+            series.append(Series(f"{variant} ({parts})" if parts else variant, tuple(cells)))
         return tuple(series)
 
     def to_frame(self) -> pd.DataFrame:
@@ -240,39 +194,27 @@ class Results:
 
     def to_csv(self, path: str | Path) -> Path:
         """Write `to_frame()` as CSV; returns the path. Raises BadInput if it cannot be written."""
-        path = Path(path)
-        try:
+        with writing(Path(path), BadInput, "name a file in a folder you can write"):
             self.to_frame().to_csv(path, index=False)
-        except OSError as error:
-            raise BadInput(
-                f"cannot write {path}: {error.strerror}; name a file in a folder you can write"
-            ) from None
-        return path
+        return Path(path)
 
     def table(self) -> pd.DataFrame:
         """One row a cell, rounded for the screen; a missing figure is "-" and has its reason."""
         raw = self.to_frame()
-        counts = raw.groupby("variant")[list(SETTINGS)].nunique(dropna=False)
-        varied = [name for name in SETTINGS if name != "origin" and (counts[name] > 1).any()]
-        pages = PAGE_SCREEN if (raw["workload"] == "pages").any() else {}
-        figures = SCREEN | pages | {"peak MiB": ("peak_bytes", 1 / MIB)}
-        table = raw[["variant", "batch_size", *varied, "origin"]].rename(
-            columns={"batch_size": "batch"}
-        )
-        for name, (column, factor) in figures.items():
-            table[name] = (raw[column] * factor).map(render.rounded)
-        table["status"] = raw["status"]
-        table["reason"] = list(map(_reason, self.cells))
-        table["kernel"] = raw["kernels_used"]
+        counts = raw.groupby("variant")[SETTINGS].nunique(dropna=False).max()
+        varied = [name for name in SETTINGS if name != "origin" and counts[name] > 1]
+        pages = ROLES["page figure"] if (raw["workload"] == "pages").any() else ()
+        names = ["variant", "batch_size", *varied, "origin", "items_per_s", "low", "high", *pages]
+        names += ["peak_bytes", "status", "reason", "kernels_used"]
+        raw["reason"] = list(map(_reason, self.cells))
         if raw["interference"].notna().any():
-            table["disturbed by"] = raw["interference"]
-        return render.screen(table)
+            names += ["interference"]
+        return on_screen(raw, names)
 
     def plot(self, kind: str = "throughput", **options: Any) -> Figure:
         """A figure: throughput, memory (with `cards=(8, 12)` in GB), tradeoff or roofline.
 
-        Raises:
-            BadInput: an unknown kind, or a roofline of cells without work (use predictions).
+        Raises BadInput for another kind, or a roofline of cells without work (use predictions).
         """
         kinds = analysis.plots.KINDS
         return kinds[one_of("plot", kind, kinds)](self.series(), **options)
@@ -285,15 +227,12 @@ class Results:
 
 
 def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
-    """The only series of the only one of `variants`; `what` names the argument in the error.
-
-    Raises:
-        BadInput: none, or more than one.
-    """
+    """The only series of the `variants`, else BadInput; `what` names the argument in the error."""
     wanted = [variants] if isinstance(variants, str) else variants
-    matching = [series for series in results.series() if series.variant in wanted]
+    every = results.series()
+    matching = [series for series in every if series.variant in wanted]
     if len(matching) != 1:
-        labels = "; ".join(series.label for series in results.series()) or "no cell"
+        labels = "; ".join(series.label for series in every) or "no cell"
         raise BadInput(f"{what} must hold one series, got {labels}; narrow it with .select(...)")
     return matching[0]
 
@@ -325,8 +264,7 @@ def unit(cell: Cell) -> str:
 
 def kernels(cell: Cell) -> str | None:
     """The kernels used, each with its number of text linears; None if not recorded."""
-    used = cell.backend.engaged
-    return ", ".join(f"{name} x {layers}" for name, layers in used.items()) or None
+    return _value(cell, "kernels_used")
 
 
 def random_weights(cell: Cell) -> bool:
@@ -348,43 +286,44 @@ def device(environment: Environment) -> str:
 def limit_of(cell: Cell, work: Work | None) -> tuple[float | None, str]:
     """`(items per second at most, origin)`: from rates of the same run, else the data sheet.
 
-    None for 8-bit GEMMs, which have other limits, and where none is known.
+    The larger of two times: all operations at the dense 16-bit rate, and every weight read once at
+    the bandwidth. None for 8-bit GEMMs, which have other limits, and where none is known.
     """
-    if work is None or cell.configuration.eight_bit:
+    gpu = gpu_of(cell.environment.device, cell.environment.gpu_memory_bytes)
+    if work is None or cell.configuration.eight_bit or not (cell.limits or gpu):
         return None, ""
     if cell.limits:
         flops_per_s, bytes_per_s = cell.limits.flops_per_s, cell.limits.bytes_per_s
-    elif gpu := gpu_of(cell.environment.device, cell.environment.gpu_memory_bytes):
+    elif gpu:
         flops_per_s, bytes_per_s = gpu.flops(), gpu.bandwidth_gb_s * 1e9
-    else:
-        return None, ""
     seconds = max(work.flops / flops_per_s, work.min_bytes / bytes_per_s)
     return cell.batch_size / seconds, "measured in the run" if cell.limits else "data sheet"
 
 
 def conditions(cells: Iterable[Cell]) -> str:
-    """Where figures come from, for titles: origin, device, settings and kernels."""
-    cells = list(cells)
-    names = ("origin", "device", "size", "workload", "visual_tokens", "execution", "protocol")
-    parts = [[_label(c, name) for c in cells if _value(c, name)] for name in (*names, "card")]
-    parts[1] = [device(cell.environment) for cell in cells]
-    parts[6] = [f"protocol {cell.protocol}" for cell in cells]
-    used = [name for cell in cells for name in cell.backend.engaged]
-    parts += [[f"kernel {name}" for name in used if name != "torch.nn.Linear"]]
-    parts += [["random weights"] if any(map(random_weights, cells)) else []]
-    return " · ".join(" and ".join(dict.fromkeys(part)) for part in parts if part)
-
-
-def _label(cell: Cell, name: str) -> str:
-    return LABELS.get(name, "{}").format(_value(cell, name) or "no")
+    """Where figures come from, for titles: origin, device, settings, kernels, random weights."""
+    rows = [
+        (
+            *([cell.origin], [device(cell.environment)], [cell.size], [cell.workload.budget]),
+            *([cell.execution], [f"protocol {cell.protocol}"]),
+            [f"{cell.card.name} cap"] if cell.card else [],
+            [f"kernel {name}" for name in cell.backend.engaged if name != "torch.nn.Linear"],
+            ["random weights"] if random_weights(cell) else [],
+        )
+        for cell in cells
+    ]
+    parts = [dict.fromkeys(chain(*part)) for part in zip(*rows, strict=True)]
+    return " · ".join(" and ".join(part) for part in parts if part)
 
 
 def _reason(cell: Cell) -> str:
     """Why a cell lacks a figure; empty if it lacks none."""
-    if cell.status != "ok":
-        return cell.reason or f"{cell.status}, no reason recorded"
-    reasons = [] if cell.items_per_s else ["no rate"]
-    if cell.items_per_s and cell.items_per_s.low is None:
-        samples = "fewer than 6 samples" if cell.step_s else "no samples kept"
-        reasons.append(f"no interval: {samples}")
-    return cell.reason or "; ".join(reasons + ([] if cell.memory else ["no peak"]))
+    if cell.reason or cell.status != "ok":
+        return cell.reason or "no reason recorded"
+    rate = cell.items_per_s
+    gaps = {
+        "no rate": rate is None,
+        "no interval: under 6 samples": rate and rate.low is None,
+        "no peak": cell.memory is None,
+    }
+    return "; ".join(gap for gap, missing in gaps.items() if missing)
