@@ -7,15 +7,13 @@ the forward and the device sync; tokenisation, padding and the copy to the devic
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import GIB, Limits, rate_of
@@ -36,6 +34,10 @@ class Failure:
     status: str
     reason: str
     ended: bool = False
+
+    def call(self, *_: Any) -> Failure:
+        """What a worker that could not load answers."""
+        return self
 
 
 # Seconds of the next step; the argument says whether an untimed step of the same batch precedes it.
@@ -72,13 +74,12 @@ class StoppingRule:
     def reason_to_stop(self, all_times: Sequence[list[float]], elapsed_s: float) -> str:
         """Why timing may stop now (converged, count or time), or an empty text."""
         count = min(map(len, all_times))
-        if count < self.min_steps or elapsed_s < self.min_s:
-            return "count" if count >= self.max_steps else ""
-        if all(map(self._precise, all_times)):
+        enough = count >= self.min_steps and elapsed_s >= self.min_s
+        if enough and all(map(self._precise, all_times)):
             return "converged"
         if count >= self.max_steps:
             return "count"
-        return "time" if elapsed_s >= self.max_s else ""
+        return "time" if enough and elapsed_s >= self.max_s else ""
 
     def _precise(self, times: list[float]) -> bool:
         rate = rate_of(times, 1)
@@ -97,6 +98,13 @@ class Samples:
     stopped: str = ""
     failure: Failure | None = None
 
+    def add(self, answer: float | Failure, times: list[float]) -> None:
+        """Keep the answer of a step, a time among `times`."""
+        if isinstance(answer, Failure):
+            self.failure = answer
+        else:
+            times.append(answer)
+
 
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done its work."""
@@ -114,17 +122,17 @@ def time_interleaved(
     """
     stopping = stopping or StoppingRule()
     samples = {name: Samples() for name in steps}
-    for name, step in steps.items():
-        own = samples[name]
-        while len(own.warmup_s) < stopping.max_warmup and not own.steady and not own.failure:
-            _note(own, own.warmup_s, step(False))
-            if len(own.warmup_s) >= 6:
-                before = statistics.median(own.warmup_s[-6:-3])
-                own.steady = statistics.median(own.warmup_s[-3:]) >= (1 - stopping.steady) * before
+    for name, own in samples.items():
+        warm = own.warmup_s
+        while len(warm) < stopping.max_warmup and not own.steady and not own.failure:
+            own.add(steps[name](False), warm)
+            own.steady = len(warm) >= 6 and (
+                median(warm[-3:]) >= (1 - stopping.steady) * median(warm[-6:-3])
+            )
     start, order = time.perf_counter(), list(steps)
     while live := [name for name in order if not samples[name].failure]:
         for name in live:
-            _note(samples[name], samples[name].step_s, steps[name](True))
+            samples[name].add(steps[name](True), samples[name].step_s)
         order.reverse()
         times = [samples[name].step_s for name in live]
         if stopped := stopping.reason_to_stop(times, time.perf_counter() - start):
@@ -132,30 +140,6 @@ def time_interleaved(
                 samples[name].stopped = stopped
             break
     return samples
-
-
-def _note(samples: Samples, times: list[float], answer: float | Failure) -> None:
-    if isinstance(answer, Failure):
-        samples.failure = answer
-    else:
-        times.append(answer)
-
-
-@contextmanager
-def call_times(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
-    """A list that gets the times before and after each call of `module`, with a device sync."""
-    times: list[float] = []
-
-    def note(*_: Any) -> None:
-        synchronise(device)
-        times.append(time.perf_counter())
-
-    hooks = [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
-    try:
-        yield times
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def measured_limits(device: torch.device) -> Limits:
@@ -180,4 +164,4 @@ def _median_s(work: Callable[[], object]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times[2:])
+    return median(times[2:])
