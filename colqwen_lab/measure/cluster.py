@@ -17,20 +17,8 @@ from io import StringIO
 from typing import Any
 
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement
+from colqwen_lab.measure import sweep
 from colqwen_lab.measure.environment import code_version
-from colqwen_lab.measure.sweep import (
-    Interrupted,
-    Progress,
-    Run,
-    finish,
-    line_of,
-    path_of,
-    spent,
-    title,
-    to_keep,
-    to_stderr,
-    unmark,
-)
 from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.measure.worker import failure_of
 from colqwen_lab.options import SweepOptions, listed
@@ -42,18 +30,20 @@ TYPE = "accelerator_type:"  # Ray's resource name of a GPU type
 
 
 def sweep_on_ray(
-    options: SweepOptions, progress: Progress = to_stderr, *, stopping: StoppingRule | None = None
+    options: SweepOptions,
+    progress: sweep.Progress = sweep.to_stderr,
+    *,
+    stopping: StoppingRule | None = None,
 ) -> list[Cell]:
     """The cells of `options`, measured over a Ray cluster; rows on file are kept.
 
     A job whose nodes die four times, or that finds no node of its type for ten minutes, is given
     up; the others go on.
 
-    Raises:
-        BadInput: a wrong value, or an accelerator that the cluster does not have.
-        MissingRequirement: no Ray, no cluster, or a job that failed; measured rows are on file.
+    Raises BadInput for an accelerator that the cluster does not have, MissingRequirement if there
+    is no Ray, no cluster, or a job failed; measured rows are on file.
     """
-    path = path_of(options, "cluster", options.size.split(","))
+    path = sweep.path_of(options, "cluster", options.size.split(","))
     with _cluster(options.address) as ray:
         types = accelerators_of(ray.cluster_resources(), listed(options.accelerator))
         jobs = [Job(part, name) for name in types for part in dict.fromkeys(options.matrix())]
@@ -64,8 +54,7 @@ def sweep_on_ray(
 def accelerators_of(resources: Mapping[str, float], wanted: Sequence[str]) -> list[str]:
     """The types to measure on: `wanted`, else the cluster's only one; [""] if it names none.
 
-    Raises:
-        BadInput: a type that the cluster does not have, or several to choose from.
+    Raises BadInput for a type that the cluster does not have, or several to choose from.
     """
     types = sorted(name.removeprefix(TYPE) for name in resources if name.startswith(TYPE))
     for name in wanted:
@@ -97,10 +86,10 @@ def items(
             "the nodes have another version of colqwen-lab; install this one on them"
         )
     lines: list[str] = []
-    run, new = Run(options, lines.append, stopping), []
+    run, new = sweep.Run(options, lines.append, stopping), []
     try:
         kept = run.on_file(known)
-        lines += [line_of(cell, "on file: ") for cell in kept]
+        lines += [sweep.line_of(cell, "on file: ") for cell in kept]
         for planned in run.batches(kept):
             for cell in run.measure(planned):
                 yield from lines
@@ -123,9 +112,10 @@ class Job:
     rows: list[Cell] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     actor: Any = None
+    seen: float = 0.0  # when the cluster last had a node of this type
 
     def __str__(self) -> str:
-        return f"{self.accelerator} {title(self.options)}".strip()
+        return f"{self.accelerator} {sweep.title(self.options)}".strip()
 
 
 @dataclass
@@ -135,17 +125,16 @@ class Driver:
     ray: Any
     jobs: Sequence[Job]
     file: RecordsFile[Cell]
-    progress: Progress
+    progress: sweep.Progress
     stopping: StoppingRule | None = None
     running: dict[Any, Job] = field(default_factory=dict)  # by the item that is waited for
     errors: dict[str, LabError] = field(default_factory=dict)
-    absent: dict[str, float] = field(default_factory=dict)  # resources, and since when
 
     def run(self) -> list[Cell]:
         """The cells of all jobs, in their order. A job that fails leaves the others."""
         start, self.gpus = time.perf_counter(), int("GPU" in self.ray.cluster_resources())
-        self.known = [] if self.jobs[0].options.fresh else to_keep(self.file.rows)
-        unmark(self.file.path)
+        self.known = [] if self.jobs[0].options.fresh else sweep.to_keep(self.file.rows)
+        sweep.unmark(self.file.path)
         for job in self.jobs:
             self._start(job)
         try:
@@ -156,13 +145,15 @@ class Driver:
             while self._take(0):
                 pass
             rows = sum(len(job.rows) for job in self.jobs)
-            raise Interrupted(f"stopped; {rows} new cells on file, run again to resume") from None
+            raise sweep.Interrupted(
+                f"stopped; {rows} new cells on file, run again to resume"
+            ) from None
         cells = [cell for job in self.jobs for cell in job.cells]
-        times = spent(start, [row for job in self.jobs for row in job.rows])
-        return finish(self.file.path, cells, self.errors, len(self.jobs), times)
+        times = sweep.spent(start, [row for job in self.jobs for row in job.rows])
+        return sweep.finish(self.file.path, cells, self.errors, len(self.jobs), times)
 
     def _start(self, job: Job) -> None:
-        job.tries += 1
+        job.tries, job.seen = job.tries + 1, time.monotonic()
         where = {"accelerator_type": job.accelerator} if job.accelerator else {}
         actor = self.ray.remote(num_cpus=1, num_gpus=self.gpus, **where)(Measurement)
         known = [*self.known, *(row for row in job.rows if row.status != "failed")]
@@ -186,7 +177,7 @@ class Driver:
             if isinstance(item, Cell):
                 self.file.append([item])
                 job.rows.append(item)
-                item = line_of(item)
+                item = sweep.line_of(item)
             self.progress(f"{job}: {item}")
             self.running[job.actor.next.remote()] = job
         return bool(ready)
@@ -196,16 +187,15 @@ class Driver:
         self.ray.kill(job.actor)
         while isinstance(error, self.ray.exceptions.RayTaskError):
             error = error.cause
-        died = isinstance(error, self.ray.exceptions.RayError)
-        if died and job.tries < TRIES and not getattr(error, "actor_init_failed", False):
+        if isinstance(error, self.ray.exceptions.RayError) and job.tries < TRIES:
             lost = f"node lost ({type(error).__name__})"
             self.progress(f"{job}: {lost}; restarting on another node")
             self._start(job)
         elif isinstance(error, LabError):
             self.errors[str(job)] = error
         else:
-            tries = f"given up after {job.tries} tries, the last ended by " if died else ""
-            self.errors[str(job)] = MissingRequirement(tries + failure_of(error).reason)
+            reason = f"given up at try {job.tries}: {failure_of(error).reason}"
+            self.errors[str(job)] = MissingRequirement(reason)
 
     def _give_up(self) -> None:
         """End the jobs that have found no node of their type for too long."""
@@ -213,22 +203,17 @@ class Driver:
         for reference, job in list(self.running.items()):
             needed = TYPE + job.accelerator if job.accelerator else "GPU" if self.gpus else "CPU"
             if resources.get(needed):
-                self.absent.pop(needed, None)
-            elif now - self.absent.setdefault(needed, now) >= WAIT_S:
+                job.seen = now
+            elif now - job.seen >= WAIT_S:
                 del self.running[reference]
                 self.ray.kill(job.actor)
-                self.errors[str(job)] = MissingRequirement(
-                    f"no node with {needed} for {WAIT_S:g} s; start one; {RESUME}"
-                )
+                reason = f"no node with {needed} for {WAIT_S:g} s; start one; {RESUME}"
+                self.errors[str(job)] = MissingRequirement(reason)
 
 
 @contextmanager
 def _cluster(address: str) -> Iterator[Any]:
-    """Ray, connected to the cluster at `address`; an earlier connection is used and stays.
-
-    Raises:
-        MissingRequirement: Ray is not installed, or no cluster answers.
-    """
+    """Ray, connected to the cluster at `address`; an earlier connection is used and stays."""
     try:
         import ray
     except ImportError:

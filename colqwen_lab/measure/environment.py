@@ -134,20 +134,12 @@ STATE: dict[str, Callable[[Any], Any]] = {
     "memory_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
     "throttle_reasons": lambda gpu: hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)),
 }
-USERS: dict[str, Callable[[Any], Any]] = {
-    "compute": lambda gpu: pynvml.nvmlDeviceGetComputeRunningProcesses(gpu),
-    "graphics": lambda gpu: pynvml.nvmlDeviceGetGraphicsRunningProcesses(gpu),
-    # nvmlDeviceGetDisplayMode says enabled on an H100 without a display.
-    "display": lambda gpu: pynvml.nvmlDeviceGetDisplayActive(gpu),
-}
 
 
-def gpu_state(
-    device: torch.device, readings: dict[str, Callable[[Any], Any]] = STATE
-) -> dict[str, Any]:
+def gpu_state(device: torch.device) -> dict[str, Any]:
     """Driver, power, temperature, clocks and throttle reasons now, as far as the driver tells."""
     values, handle = dict[str, Any](), gpu_handle(device)
-    for name, read in readings.items() if handle else ():
+    for name, read in STATE.items() if handle else ():
         with suppress(pynvml.NVMLError):
             values[name] = read(handle)
     return values
@@ -155,8 +147,10 @@ def gpu_state(
 
 def _processes(device: torch.device) -> dict[int, int | None]:
     """The processes on the GPU by id, with the bytes each holds."""
-    users = gpu_state(device, USERS)
-    processes = (process for kind in ("compute", "graphics") for process in users.get(kind, ()))
+    handle, processes = gpu_handle(device), []
+    for kind in ("Compute", "Graphics") if handle else ():
+        with suppress(pynvml.NVMLError):
+            processes += getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses")(handle)
     return {process.pid: process.usedGpuMemory for process in processes}
 
 
@@ -176,49 +170,49 @@ def own_bytes(device: torch.device) -> int | None:
 # ---------------------------------------------------------------- interference
 
 
-class Snapshot(NamedTuple):
-    """The system at one moment; `own` are the ids of this process and its workers."""
+class Watch(NamedTuple):
+    """The GPU's state and the time when a measurement started, and the sweep's processes."""
 
     device: torch.device
-    own: set[int]
-    time_s: float
-    gpu: dict[str, Any]
-    others_s: float | None  # CPU seconds of other processes since the system started
+    own: list[psutil.Process]
+    state: dict[str, Any]
+    start: float
 
 
-def snapshot(device: torch.device, workers: Iterable[int | None]) -> Snapshot:
-    """The system now; `workers` are the ids of the sweep's processes."""
-    own, times = {os.getpid(), *filter(None, workers)}, psutil.cpu_times()._asdict()
-    idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is part of the user's
-    others_s: float | None
-    try:
-        used = [psutil.Process(pid).cpu_times() for pid in own]
-        others_s = sum(times[name] for name in times.keys() - idle)
-        others_s -= sum(one.user + one.system for one in used)
-    except psutil.Error:  # a worker has ended
-        others_s = None
-    return Snapshot(device, own, time.perf_counter(), gpu_state(device), others_s)
+def watch(device: torch.device, workers: Iterable[int | None]) -> Watch:
+    """Start to watch for interference; `workers` are the ids of the sweep's other processes."""
+    pids = {os.getpid(), *filter(None, workers)}
+    own = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    others_share(own)
+    return Watch(device, own, gpu_state(device), time.perf_counter())
 
 
-def interference(before: Snapshot) -> tuple[list[str], dict[str, dict[str, Any]] | None]:
-    """What interfered since `before`, a line each, and the states of the GPU, before and after."""
-    device, own, lines = before.device, before.own, []
-    after = snapshot(device, own)
+def interference(watch: Watch) -> tuple[list[str], dict[str, dict[str, Any]] | None]:
+    """What interfered since `watch`, a line each; the GPU's states before and after."""
+    lines, states = [], {"before": watch.state, "after": gpu_state(watch.device)}
+    share = others_share(watch.own)
     # The system counts CPU time in hundredths of a second.
-    elapsed_s = after.time_s - before.time_s
-    if before.others_s is not None and after.others_s is not None and elapsed_s > 0.2:
-        share = (after.others_s - before.others_s) / elapsed_s / (psutil.cpu_count() or 1)
-        if share > BUSY_SHARE:
-            lines.append(f"other processes took {share:.0%} of the CPU")
-    reasons = [int(state.get("throttle_reasons", "0"), 16) for state in (before.gpu, after.gpu)]
+    if share > BUSY_SHARE and time.perf_counter() - watch.start > 0.2:
+        lines.append(f"other processes took {share:.0%} of the CPU")
     for bit, reason in enumerate(THROTTLED, 1):
-        if (reasons[0] | reasons[1]) >> bit & 1:
+        if any(int(one.get("throttle_reasons", "0"), 16) >> bit & 1 for one in states.values()):
             lines.append(f"the clock was held down by {reason}")
-    if others := others_on(device, own):
+    if others := others_on(watch.device, {process.pid for process in watch.own}):
         lines.append(f"{others} other process{'es' * (others > 1)} on the GPU")
-    if gpu_state(device, USERS).get("display"):
-        lines.append("a display is attached to the GPU")
-    return lines, {"before": before.gpu, "after": after.gpu} if before.gpu else None
+    with suppress(pynvml.NVMLError):
+        # nvmlDeviceGetDisplayMode says enabled on an H100 without a display.
+        if (gpu := gpu_handle(watch.device)) and pynvml.nvmlDeviceGetDisplayActive(gpu):
+            lines.append("a display is attached to the GPU")
+    return lines, states if watch.state else None
+
+
+def others_share(own: Iterable[psutil.Process]) -> float:
+    """The share of all cores, since the last call, of processes that are not in `own`."""
+    try:
+        own_percent = sum(process.cpu_percent() for process in own) / (psutil.cpu_count() or 1)
+    except psutil.Error:  # a worker has ended
+        return 0.0
+    return (psutil.cpu_percent() - own_percent) / 100
 
 
 def spilled(memory: Memory | None, machine: Environment) -> list[str]:

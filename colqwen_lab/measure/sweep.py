@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
+from colqwen_lab import records
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
 from colqwen_lab.hardware import Card
 from colqwen_lab.measure.environment import (
     environment,
     interference,
     pick_device,
-    snapshot,
     spilled,
+    watch,
 )
 from colqwen_lab.measure.memory import METHOD, VERIFIED_RUNS, batch_search
 from colqwen_lab.measure.timing import CLOCK, Failure, Samples, StoppingRule, time_interleaved
@@ -34,23 +35,7 @@ from colqwen_lab.model.checkpoint import Checkpoint
 from colqwen_lab.model.config import resolve_size, resolve_variant
 from colqwen_lab.model.quantize import checkpoint_of
 from colqwen_lab.options import TEXTS, WORKLOADS, SweepOptions
-from colqwen_lab.records import (
-    MIB,
-    RESUME,
-    Backend,
-    CardRun,
-    Cell,
-    Configuration,
-    Difference,
-    Limits,
-    Quantization,
-    RecordsFile,
-    Timing,
-    Workload,
-    beside,
-    rate_of,
-    writing,
-)
+from colqwen_lab.records import RESUME, Cell, Configuration, RecordsFile
 from colqwen_lab.runtime.batches import Batches, Pages, query_batches
 from colqwen_lab.settings import outputs_folder
 
@@ -83,7 +68,7 @@ def sweep(
 
     The sizes, workloads and executions of a matrix run one after the other; one that cannot run
     leaves the others. Models are `isolated` in processes of their own, or run in this one, for a
-    debugger. `samples` is the fewest items of a cell; 0 is the workload's default.
+    debugger (on a GPU: one model). `samples` is the fewest items of a cell; 0 is the default.
 
     Raises:
         BadInput: a wrong value, or a file that cannot be written.
@@ -176,19 +161,16 @@ class Run:
                 size=checkpoints[c.variant].size,
                 weights=checkpoints[c.variant].label,
                 quantization=_quantization(checkpoints[c.variant].quantization),
-                workload=Workload(batch_size=batch, **work),
+                workload=records.Workload(batch_size=batch, **work),
                 execution=c.execution,
                 protocol=c.protocol,
-                backend=Backend(requested=c.kernel, requested_dtype=c.dtype),
+                backend=records.Backend(requested=c.kernel, requested_dtype=c.dtype),
                 status="failed",
                 environment=self.environment,
             )
             for batch in ([1] if self.card else options.batches)
             for c in _configurations(options, checkpoints, self.device)
         ]
-        several = len({_model(cell.configuration) for cell in self.planned}) > 1
-        if several and not self.isolated and self.device.type == "cuda":
-            raise BadInput("several models on a GPU must be isolated, to count their memory apart")
 
     def on_file(self, rows: Iterable[Cell]) -> list[Cell]:
         """The planned cells that are among `rows`: of the same weights, workload and machine."""
@@ -237,7 +219,7 @@ class Run:
             if outcomes[-1][1] == "failed":  # a defect says nothing about memory
                 self.failures[_model(c)] = answer
                 break
-        run = CardRun(
+        run = records.CardRun(
             name=card.name,
             nominal_bytes=card.nominal_bytes,
             cap_bytes=self.cap[0],
@@ -274,24 +256,25 @@ class Run:
                 (c, control): partial(self._worker(c).call, "step", c.protocol, control)
                 for c, control in keys
             }
-            before = snapshot(self.device, [worker.pid for worker in self.workers.values()])
+            watched = watch(self.device, [worker.pid for worker in self.workers.values()])
             samples = time_interleaved(steps, self.stopping)
-            lines, states = interference(before)
+            lines, states = interference(watched)
             backends = {model: worker.call("rest") for model, worker in self.workers.items()}
             for c in together:
                 failure = samples[c, False].failure if (c, False) in steps else None
                 if failure and len(steps) > 1 and not failure.ended:
                     rounds.append([c])  # the others may have taken the memory, or the process
                     continue
-                if not cells[c].reason:
-                    cells[c] = _updated(cells[c], self._times(c, samples, batch))
-                conditions = {
-                    "backend": backends.get(_model(c), cells[c].backend),
-                    "limits": self._limits,
-                    "gpu_state": states,
-                    "interference": lines + spilled(cells[c].memory, self.environment),
-                }
-                cells[c] = _updated(cells[c], conditions)
+                times = {} if cells[c].reason else self._times(c, samples, batch)
+                cells[c] = _updated(
+                    _updated(cells[c], times),
+                    {
+                        "backend": backends.get(_model(c), cells[c].backend),
+                        "limits": self._limits,
+                        "gpu_state": states,
+                        "interference": lines + spilled(cells[c].memory, self.environment),
+                    },
+                )
                 yield cells[c]
         for c, cell in cells.items():
             if cell.status == "failed" and self.isolated:
@@ -346,8 +329,8 @@ class Run:
             "status": "ok",
             "step_s": own.step_s,
             "control_s": control.step_s,
-            "items_per_s": rate_of(own.step_s, batch),
-            "timing": Timing(
+            "items_per_s": records.rate_of(own.step_s, batch),
+            "timing": records.Timing(
                 warmup_steps=len(own.warmup_s),
                 steady=own.steady,
                 stopped=own.stopped,
@@ -359,7 +342,7 @@ class Run:
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
         }
 
-    def _difference(self, c: Configuration, parent: Configuration) -> Difference | None:
+    def _difference(self, c: Configuration, parent: Configuration) -> records.Difference | None:
         """How far the embeddings of 8-bit activations are from the same weights' 16-bit ones."""
         both = [self._worker(one).call("embeddings", one.protocol) for one in (c, parent)]
         if any(isinstance(answer, Failure) for answer in both):
@@ -367,10 +350,10 @@ class Run:
         own, theirs = map(torch.from_numpy, both)
         cosine = cosine_similarity(own, theirs, dim=-1)
         mean, least = cosine.mean().item(), cosine.min().item()
-        return Difference(against=str(parent), cosine_mean=mean, cosine_min=least)
+        return records.Difference(against=str(parent), cosine_mean=mean, cosine_min=least)
 
     @cached_property
-    def _limits(self) -> Limits | Failure | None:
+    def _limits(self) -> records.Limits | Failure | None:
         """What the GPU reaches in this run; not under a card's memory."""
         usable = self.device.type == "cuda" and not self.card
         workers = list(self.workers.values()) if usable else []
@@ -445,12 +428,12 @@ def _configurations(
     return list(dict.fromkeys(configurations))
 
 
-def _quantization(config: dict[str, Any] | None) -> Quantization | None:
+def _quantization(config: dict[str, Any] | None) -> records.Quantization | None:
     """Bits, group size and symmetry from a checkpoint's quantization_config."""
     config = config or {}
     sym = config.get("sym", not config.get("zero_point", False))  # AutoAWQ names zero_point
     with suppress(KeyError, ValueError):
-        return Quantization(bits=config["bits"], group_size=config["group_size"], sym=sym)
+        return records.Quantization(bits=config["bits"], group_size=config["group_size"], sym=sym)
     return None
 
 
@@ -485,7 +468,7 @@ def line_of(cell: Cell, prefix: str = "") -> str:
     stopped = STOPPED.get(cell.timing.stopped, cell.timing.stopped)
     rate = f"{cell.items_per_s.median:,.1f} {cell.workload.kind}/s"
     facts = "; ".join([f"{len(cell.step_s)} steps, {stopped}", *cell.interference])
-    return f"{head}: {rate}, peak {cell.memory.peak_bytes / MIB:,.0f} MiB ({facts})"
+    return f"{head}: {rate}, peak {cell.memory.peak_bytes / records.MIB:,.0f} MiB ({facts})"
 
 
 def spent(start: float, cells: Iterable[Cell]) -> dict[str, float]:
@@ -494,35 +477,27 @@ def spent(start: float, cells: Iterable[Cell]) -> dict[str, float]:
     return {"wall_s": round(time.perf_counter() - start, 1), "timed_s": round(timed_s, 1)}
 
 
-def unmark(records: Path) -> None:
+def unmark(path: Path) -> None:
     """Remove the mark of an earlier sweep that ended."""
-    with writing(records), suppress(FileNotFoundError, NotADirectoryError):
-        beside(records, "result.json").unlink()
+    with records.writing(path), suppress(FileNotFoundError, NotADirectoryError):
+        records.beside(path, "result.json").unlink()
 
 
 def finish(
-    path: Path,
-    cells: list[Cell],
-    errors: dict[str, LabError],
-    parts: int,
-    times: dict[str, float],
+    path: Path, cells: list[Cell], errors: dict[str, LabError], parts: int, times: dict[str, float]
 ) -> list[Cell]:
     """`cells`, after the mark of a sweep that ended is written beside the records.
 
-    Raises:
-        LabError: the only sweep has failed.
-        MissingRequirement: some sweeps of a matrix have failed.
+    Raises the error of the only sweep, or MissingRequirement if some sweeps of a matrix failed.
     """
-    if errors and parts == 1:
-        raise next(iter(errors.values()))
     if errors:
         reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
-        raise MissingRequirement(
-            f"{len(errors)} of {parts} sweeps failed, the rows of the others are on file: {reasons}"
-        )
+        failed = f"{len(errors)} of {parts} sweeps failed, the rows of the others are on file"
+        error = MissingRequirement(f"{failed}: {reasons}")
+        raise error if parts > 1 else next(iter(errors.values()))
     counts = {s: sum(cell.status == s for cell in cells) for s in ("ok", "oom", "failed")}
     result = {"complete": True, "records": path.name, "cells": len(cells), **counts, **times}
-    mark = beside(path, "result.json")
-    with writing(mark):
+    mark = records.beside(path, "result.json")
+    with records.writing(mark):
         mark.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return cells

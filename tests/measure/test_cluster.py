@@ -142,7 +142,7 @@ def test_a_dead_node_costs_no_finished_cell(path: Path) -> None:
 
 def test_a_job_whose_nodes_all_die_leaves_the_others(path: Path) -> None:
     ray = PlayedRay(dies=lambda task, cell: cell.execution == "fast")
-    message = r"1 of 2 sweeps .*given up after 4 tries, the last ended by NodeDied"
+    message = r"1 of 2 sweeps .*given up at try 4: NodeDied"
     with pytest.raises(MissingRequirement, match=message):
         ray.run(path, jobs_of(path, "", execution="fast,eager"))
     assert [(c.execution, c.batch_size) for c in read_cells(path)] == [
@@ -164,7 +164,7 @@ def test_a_job_that_cannot_run_removes_the_mark(
     def no_weights(*arguments: Any) -> Any:
         raise MissingRequirement("no weights here")
 
-    monkeypatch.setattr(module, "Run", no_weights)
+    monkeypatch.setattr(module.sweep, "Run", no_weights)
     with pytest.raises(MissingRequirement, match="no weights here"):
         PlayedRay().run(path, jobs_of(path, ""))
     assert not mark.exists()

@@ -18,10 +18,11 @@ import torch
 from colqwen_lab.measure import environment
 from colqwen_lab.measure.environment import (
     interference,
+    others_share,
     own_bytes,
     pick_device,
-    snapshot,
     spilled,
+    watch,
 )
 from colqwen_lab.records import GIB, Environment, Memory
 
@@ -70,7 +71,7 @@ def test_interference_on_the_gpu(
 ) -> None:
     nvml.install(monkeypatch)
     own = [os.getppid()] if len(nvml.told["Compute"] or ()) == 2 and not lines else []
-    assert interference(snapshot(CUDA, own))[0] == lines
+    assert interference(watch(CUDA, own))[0] == lines
 
 
 def test_interference_of_a_clock_that_was_held_down(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +81,7 @@ def test_interference_of_a_clock_that_was_held_down(monkeypatch: pytest.MonkeyPa
 
     def lines(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
         states["now"] = before
-        start = snapshot(CUDA, [])
+        start = watch(CUDA, [])
         states["now"] = after
         found, recorded = interference(start)
         assert recorded == {"before": before, "after": after}
@@ -95,21 +96,22 @@ def test_interference_of_a_clock_that_was_held_down(monkeypatch: pytest.MonkeyPa
 
 def test_interference_of_another_busy_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep's own processes do not count."""
-    monkeypatch.setattr(environment.psutil, "cpu_count", lambda: 2)
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    own = [psutil.Process(), psutil.Process(other.pid)]
     try:
-        theirs, ours = snapshot(CPU, []), snapshot(CPU, [other.pid])
+        theirs = watch(CPU, [])
         time.sleep(0.8)
         lines, states = interference(theirs)
         assert re.match(r"other processes took \d+% of the CPU", lines[0])
         assert states is None
-        now, used = snapshot(CPU, [other.pid]), psutil.Process(other.pid).cpu_times()
-        counted_s = (now.others_s or 0) - (ours.others_s or 0)
-        everything_s = (snapshot(CPU, []).others_s or 0) - (theirs.others_s or 0)
-        assert everything_s - counted_s == pytest.approx(used.user + used.system, abs=0.1)
+        others_share(own)
+        time.sleep(0.8)
+        monkeypatch.setattr(environment.psutil, "cpu_percent", lambda: 100.0)
+        assert others_share(own) <= 1 - 0.2 / (psutil.cpu_count() or 1)
     finally:
         other.kill()
         other.wait()
+    assert others_share(own) == 0, "a process that ended"
 
 
 def test_memory_of_the_host_and_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

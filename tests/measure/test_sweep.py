@@ -26,6 +26,7 @@ from colqwen_lab.measure.environment import environment
 from colqwen_lab.measure.sweep import Interrupted
 from colqwen_lab.measure.timing import Failure, StoppingRule
 from colqwen_lab.measure.worker import failure_of
+from colqwen_lab.predict.predictor import Setup, predict
 from colqwen_lab.records import Cell, Quantization, RecordsFile, read_cells
 from colqwen_lab.runtime import eager as execution
 from tests.measure.frames import own_frames, recording_batches
@@ -227,10 +228,7 @@ def test_out_of_memory_beside_another_is_tried_again_alone(
 def test_peak_is_that_of_the_longest_batch(path: Path) -> None:
     (cell,) = run(path, batches="4", texts="natural")
     tokens = cell.workload.tokens
-    from colqwen_lab.model.config import VARIANTS
-    from colqwen_lab.predict.predictor import HOST, Predictor
-
-    longest = Predictor(VARIANTS["base"], "tiny").cell(4, target=HOST, tokens=tokens)
+    longest = predict(Setup("tiny", tokens=tokens, padded=True, capability=None), 4)
     assert cell.memory.peak_bytes == pytest.approx(longest.memory.peak_bytes, rel=0.01)
 
 
