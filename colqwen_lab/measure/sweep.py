@@ -420,8 +420,10 @@ def _configurations(
         name, for_packed = names[c.variant], c.kernel != "fp8"
         if c.kernel not in ("auto", "torch") and for_packed not in packed.values():
             weights = "packed" if for_packed else "16-bit"
-            valid = "auto, torch, or fp8 in execution fast" if for_packed else "auto"
-            raise BadInput(f"kernel {c.kernel} multiplies {weights} weights; valid here: {valid}")
+            valid = "torch, or fp8 in execution fast" if for_packed else "w4-fp8, w4-int8"
+            raise BadInput(
+                f"kernel {c.kernel} multiplies {weights} weights; valid here: auto, {valid}"
+            )
         if not c.eight_bit or for_packed == packed[name]:
             kernel = c.kernel if packed[name] or c.eight_bit else "auto"
             configurations.append(c.model_copy(update={"variant": name, "kernel": kernel}))
