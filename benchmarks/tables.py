@@ -10,7 +10,7 @@ from colqwen_lab.analysis import ablation
 pd.set_option("display.width", 160, "display.max_colwidth", None)
 results = lab.predictions(lab.load(sys.argv[1])).results
 tables = (
-    *(ablation.speed_table, ablation.gains, ablation.ablation),
+    *(ablation.speed_table, ablation.ablation),
     *(ablation.eight_bits, ablation.controls, ablation.shares),
 )
 for table in tables:

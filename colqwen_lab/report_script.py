@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from colqwen_lab.errors import BadInput
-
-if TYPE_CHECKING:
-    from colqwen_lab.records import Cell
 
 MIB = 2**20
 LABELS = {"base": "BASE", "awq": "AWQ"}
 AS_REPORTED: Any = {"execution": "eager", "protocol": "published", "status": "ok"}
 
 
-def document(cells: Iterable[tuple[str, Cell]], metadata: dict[str, Any]) -> dict[str, Any]:
+def document(cells: Iterable[tuple[str, Any]], metadata: dict[str, Any]) -> dict[str, Any]:
     """The report script's JSON document from named cells; cells without samples are left out."""
     results = {}
     for name, cell in cells:

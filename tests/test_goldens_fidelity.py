@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from colqwen_lab.analysis.fidelity import Fidelities
-from colqwen_lab.retrieval.metrics import NAMES
+from colqwen_lab.retrieval.record import NAMES
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = json.loads((ROOT / "tests" / "goldens" / "fidelity.json").read_text())

@@ -1,4 +1,4 @@
-"""The notebooks as files and as programs: stored outputs from a run, parameters checked, run headless anywhere."""
+"""The notebooks as files and as programs: stored from a run, checked, run headless anywhere."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_tells_and_does_not_define(path: Path) -> None:
     book = nbformat.read(path, as_version=4)
     assert re.match(r"# .*\?\n", book.cells[0].source)
     text = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
-    assert "## Verdict" in text
+    assert "## The answer" in text[: text.index("## ") + 20]
     assert re.search(r"## What this (run )?does not show", text)
     source = "\n".join(cell.source for cell in code_cells(path))
     assert not re.search(r"^\s*(def|class|import torch)\b|lambda", source, re.MULTILINE)
@@ -85,7 +85,7 @@ def test_tells_and_does_not_define(path: Path) -> None:
 
 
 #: What a notebook asks for beside the arguments of its function.
-OWN = {"plan": ("measured",), "compare": ("ways", "fidelity"), "fidelity": ("schemes",)}
+OWN = {"plan": ("measured",), "compare": ("configurations", "fidelity"), "fidelity": ("schemes",)}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -126,18 +126,18 @@ def test_unknown_parameter_is_an_error_once() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"fresh": "maybe"}, "fresh is 'maybe'; valid: True or False"),
-        ({"min_steps": "x"}, "min_steps is 'x'; valid: a whole number"),
-        ({"max_s": "x"}, "max_s is 'x'; valid: a number"),
-        ({"weights": 3}, "weights is 3; valid: a text"),
-        ({"model": 5}, "unknown model '5'"),
-        ({"batch_sizes": None}, "valid: different whole numbers"),
+        ({"fresh": "maybe"}, "fresh must be True or False, such as False, got 'maybe'"),
+        ({"min_steps": "x"}, "min_steps must be a whole number"),
+        ({"max_s": "x"}, "max_s must be a number"),
+        ({"weights": 3}, "weights must be a text"),
+        ({"model": 5}, "model must be base, awq"),
+        ({"batch_sizes": None}, "batch_sizes must be different whole numbers"),
     ],
 )
 def test_values_of_another_type(given: dict[str, Any], says: str) -> None:
     with pytest.raises(BadInput, match=says):
         sweep(**given)
-    with pytest.raises(BadInput, match="5 is no records"):
+    with pytest.raises(BadInput, match="must be Results, a records file or published, got 5"):
         compare(5)  # type: ignore[arg-type]
 
 
@@ -189,7 +189,6 @@ def test_two_sweeps_at_once_from_a_cold_cache_from_their_own_folder(tmp_path: Pa
     ]
     assert all(sum(row["backend"]["engaged"].values()) == 28 for row in rows)
     assert json.loads(records.with_suffix(".result.json").read_text())["complete"] is True
-    assert not records.with_suffix(".superseded.jsonl").exists()
     (made,) = (
         folder for folder in cache.iterdir() if folder.is_dir() and folder.name.startswith("tiny-")
     )
@@ -227,7 +226,7 @@ def test_nbval_bites(tmp_path: Path) -> None:
     book = tmp_path / "compare.ipynb"
     short = nbformat.read(ROOT / "notebooks" / "compare.ipynb", as_version=4)
     short.cells = [
-        cell for cell in short.cells if "beside" not in cell.source
+        cell for cell in short.cells if "predictions(" not in cell.source
     ]  # the prediction takes its time
     nbformat.write(short, book)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", str(book)]

@@ -69,6 +69,8 @@ def test_analysis_never_needs_torch() -> None:
         if name not in reached:
             reached.add(name)
             tree = ast.parse(MODULES[name].read_text())
+            # Imports for annotations alone do not run.
+            tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
             todo += imports_of(tree) - {"colqwen_lab"}
             whole = {
                 alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names

@@ -61,11 +61,11 @@ def three_nodes(**of_node: Any) -> Iterator[Any]:
 
 
 def kill_the_measuring_node(cluster: Any) -> bool:
-    """Kill the node whose worker runs a task, with all its processes; false if none does."""
+    """Kill the node whose actor measures, with all its processes; false if none does."""
     for node in list(cluster.worker_nodes):
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         workers = raylet.children(recursive=True)
-        if any("_measure" in " ".join(worker.cmdline()) for worker in workers):
+        if any("ray::Measurement" in " ".join(worker.cmdline()) for worker in workers):
             cluster.remove_node(node, allow_graceful=False)
             for worker in workers:  # as on a machine that lost its power
                 if worker.is_running():

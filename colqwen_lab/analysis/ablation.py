@@ -6,15 +6,16 @@ execution fast with 16-bit activations and kernel auto.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from colqwen_lab import analysis
-from colqwen_lab.analysis.compare import speed_sentences
-from colqwen_lab.analysis.render import interval, screen
-from colqwen_lab.analysis.speed import Speed, speeds
+from colqwen_lab.analysis.render import interval, rounded, screen, span
+from colqwen_lab.analysis.speed import Speed, speed_sentences, speeds
 from colqwen_lab.analysis.table import Pair, Results, Series, limit_of, rate
 from colqwen_lab.errors import BadInput
 from colqwen_lab.options import listed
@@ -34,20 +35,18 @@ def load(files: str) -> Results:
         BadInput: not records files, or a batch size that two of them hold.
     """
     runs = [Results.load(file) for file in listed(files)]
-    sizes = pd.Series([size for run in runs for size in {cell.batch_size for cell in run}])
-    if sizes.duplicated().any():
-        size = sizes[sizes.duplicated()].min()
-        raise BadInput(f"batch {size} is in two of {files}; name runs of different batch sizes")
+    sizes = Counter(size for run in runs for size in {cell.batch_size for cell in run})
+    if repeated := [size for size, count in sizes.items() if count > 1]:
+        twice = f"batch {min(repeated)} is in two of {files}"
+        raise BadInput(f"{twice}; name runs of different batch sizes")
     return Results(tuple(cell for run in runs for cell in run))
 
 
 def runs(results: Results) -> pd.DataFrame:
-    """One row a run: its batch sizes, where and when."""
+    """One row a run: where, when, and its batch sizes."""
     table = results.to_frame().fillna({"started_at": "not recorded"})
-    groups = table.groupby(["device", "started_at"], sort=False)["batch_size"]
-    return groups.agg(lambda sizes: ", ".join(map(str, sorted({*sizes})))).reset_index(
-        name="batches"
-    )
+    sizes = table.groupby(["device", "started_at"], sort=False)["batch_size"].unique()
+    return sizes.map(lambda sizes: ", ".join(map(str, sorted(sizes)))).reset_index()
 
 
 def speed_table(results: Results) -> pd.DataFrame:
@@ -55,16 +54,9 @@ def speed_table(results: Results) -> pd.DataFrame:
 
     8-bit configurations of base compare with 16-bit base.
     """
-    plain = {s.first.settings(): s for s in _plain(results, "base")}
-    pairs = [(plain.get(series.first.settings()), series) for series in results.series()]
-    return _columns({_name(s): (base, s) for base, s in pairs if base and base != s}, _percent)
-
-
-def gains(results: Results) -> pd.DataFrame:
-    """One row a batch, a column a configuration: its rate over that of the variant's first one."""
-    firsts: dict[str, Series] = {}
-    pairs = {_name(s): (firsts.setdefault(s.variant, s), s) for s in results.series()}
-    return _columns(pairs, lambda speed: round(1 + speed.percent / 100, 2))
+    plain = {s.first.settings(): s for s in _sixteen_bit(results) if s.variant == "base"}
+    pairs = {_name(s): (plain.get(s.first.settings(), s), s) for s in results.series()}
+    return _columns({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, _percent)
 
 
 def ablation(results: Results) -> pd.DataFrame:
@@ -73,16 +65,12 @@ def ablation(results: Results) -> pd.DataFrame:
     A single change, where two configurations differ in nothing else, and all changes together.
     `padded tokens, %` is the share of padding, the most that its absence could gain.
     """
-    pairs: dict[str, Pair] = {}
-    for variant in results.variants:
-        plain = _plain(results, variant)
-        for before, after in [(old, new) for n, new in enumerate(plain) for old in plain[:n]]:
-            settings = before.to_dict(), after.to_dict()
-            changed = [k for k, name in CHANGES.items() if settings[0][name] != settings[1][name]]
-            if len(changed) == 1:
-                pairs[_change(variant, changed[0], before, after)] = before, after
-        if ends := _first_and_best(results, variant):
-            pairs[_change(variant, "all", *ends)] = ends
+    pairs = {_change("all", pair): pair for pair in _first_and_best(results).values()}
+    for pair in combinations(_sixteen_bit(results), 2):
+        both = [series.first.configuration for series in pair]
+        changed = [k for k, name in CHANGES.items() if len({getattr(c, name) for c in both}) > 1]
+        if both[0].variant == both[1].variant and len(changed) == 1:
+            pairs[_change(changed[0], pair)] = pair
     table = _columns(pairs, _times)
     padded = results.to_frame().groupby("batch_size")["padded_share"].max() * 100
     return table.assign(**{"padded tokens, %": padded.round(2)}) if len(table) else table
@@ -93,35 +81,26 @@ def shares(results: Results) -> pd.DataFrame:
 
     Needs cells with their work: `lab.predictions(results).results`. 8-bit has no measured limit.
     """
-    columns = {}
+    columns: dict[str, dict[int, float]] = {}
     for series in results.series():
-        limits = {batch: limit_of(cell, cell.work) for batch, cell in series.rated.items()}
-        origin = " and ".join(sorted({source for limit, source in limits.values() if limit}))
-        columns[f"{_name(series)} ({origin})"] = {
-            batch: round(100 * rate(series.rated[batch]) / limit, 1)
-            for batch, (limit, _) in limits.items()
-            if limit
-        }
-    return _table({name: values for name, values in columns.items() if values})
+        for batch, cell in series.rated.items():
+            limit, origin = limit_of(cell, cell.work)
+            if limit:
+                share = round(100 * rate(cell) / limit, 1)
+                columns.setdefault(f"{_name(series)} ({origin})", {})[batch] = share
+    return _table(columns)
 
 
 def eight_bits(results: Results) -> pd.DataFrame:
-    """One row a batch and 8-bit configuration: speed vs base's best, and cosine to 16 bits."""
-    ends = _first_and_best(results, "base")
-    rows = []
-    for series in results.series():
-        if ends is None or not series.first.configuration.eight_bit:
-            continue
-        for speed in speeds(ends[1], series):
-            error = series.rated[speed.batch_size].difference
-            row = {"batch": speed.batch_size, "configuration": _name(series)}
-            row |= {"items/s": round(speed.items_per_s, 1)}
-            row |= {"times base": round(1 + speed.percent / 100, 2), "verdict": speed.verdict}
-            if error:
-                row |= {"cosine, mean": round(error.cosine_mean, 4)}
-                row |= {"cosine, min": round(error.cosine_min, 4), "against": error.against}
-            rows.append(row)
-    return screen(rows)
+    """One row a batch and 8-bit configuration: its rate, and the cosine to 16-bit activations."""
+    rows = [
+        {"batch": cell.batch_size, "configuration": _name(series), "items/s": rounded(rate(cell))}
+        | cell.difference.model_dump()
+        for series in results.series()
+        for cell in series.rated.values()
+        if cell.difference
+    ]
+    return screen(pd.DataFrame(rows).round(4))
 
 
 def controls(results: Results) -> pd.DataFrame:
@@ -135,58 +114,52 @@ def speed_plot(results: Results) -> Figure:
     Raises:
         BadInput: the results lack two configurations of base and of another variant.
     """
-    if not (lines := _speed_lines(results)):
+    lines = {name: speeds(*pair) for name, pair in _speed_lines(results).items()}
+    if not lines:
         raise BadInput(
             "results must hold two configurations of base and of a quantised model; run "
             "`sweep -c report -c best`"
         )
-    both = {name: speeds(*pair) for name, pair in lines.items()}
-    return analysis.plots.speed_lines(results.series(), both)
+    return analysis.plots.speed_lines(results.series(), lines)
 
 
 def verdict(results: Results) -> str:
     """What the run shows, in a few sentences."""
     parts = []
-    for name, pair in _speed_lines(results).items():
-        variants = pair[0].variant, pair[1].variant
-        sentences = [row.sentence for row in speed_sentences(*variants, speeds(*pair))]
-        parts.append(f"In the {name}: {' '.join(sentences)}")
-    for variant in results.variants:
-        if ends := _first_and_best(results, variant):
-            times = [1 + speed.percent / 100 for speed in speeds(*ends)]
-            most = f"{min(times):.1f} to {max(times):.1f} times"
-            parts.append(f"The best configuration of {variant} is {most} as fast as its first.")
-    twins = [speed for pair in _twins(results).values() for speed in speeds(*pair)]
+    for name, (base, other) in _speed_lines(results).items():
+        rows = speed_sentences(base.variant, other.variant, speeds(base, other))
+        parts.append(f"In the {name}: {' '.join(row.sentence for row in rows)}")
+    for variant, pair in _first_and_best(results).items():
+        times = span((1 + speed.percent / 100 for speed in speeds(*pair)), 1)
+        parts.append(f"The best configuration of {variant} is {times} times as fast as its first.")
+    twins = [speed.verdict for pair in _twins(results).values() for speed in speeds(*pair)]
     if twins:
-        same = sum(speed.verdict == "inconclusive" for speed in twins)
+        same = twins.count("inconclusive")
         parts.append(f"{same} of {len(twins)} A/A controls are inconclusive, as they should be.")
     return " ".join(parts) or "The run holds one configuration a variant."
 
 
-# ---------------------------------------------------------------- which pairs
+def _sixteen_bit(results: Results) -> list[Series]:
+    return [series for series in results.series() if not series.first.configuration.eight_bit]
 
 
-def _plain(results: Results, variant: str) -> list[Series]:
-    own = [series for series in results.series() if series.variant == variant]
-    return [series for series in own if not series.first.configuration.eight_bit]
-
-
-def _first_and_best(results: Results, variant: str) -> Pair | None:
-    """The variant's first configuration and its best with 16-bit activations; None without two."""
-    plain = _plain(results, variant)
-    fast = [s for s in plain if (s.first.execution, s.first.backend.requested) == ("fast", "auto")]
-    return (plain[0], fast[-1]) if fast and fast[-1] is not plain[0] else None
+def _first_and_best(results: Results) -> dict[str, Pair]:
+    """The first and the best 16-bit configuration of each variant that has both."""
+    ends: dict[str, Pair] = {}
+    for series in _sixteen_bit(results):
+        first, best = ends.get(series.variant, (series, series))
+        fast = (series.first.execution, series.first.backend.requested) == ("fast", "auto")
+        ends[series.variant] = first, series if fast else best
+    return {variant: pair for variant, pair in ends.items() if pair[0] != pair[1]}
 
 
 def _speed_lines(results: Results) -> dict[str, Pair]:
     """The quantised model against base, in their first and in their best configurations."""
-    variants = sorted(results.variants, key=lambda variant: variant != "base")[:2]
-    ends = [pair for variant in variants if (pair := _first_and_best(results, variant))]
-    if len(ends) < 2:
-        return {}
+    ends = _first_and_best(results)
+    base, other = ends.pop("base", ()), next(iter(ends.values()), ())
     return {
-        f"{which} configuration: {other.first.configuration.label}": (base, other)
-        for which, base, other in zip(("first", "best"), ends[0], ends[1], strict=True)
+        f"{which} configuration: {awq.first.configuration.label}": (ours, awq)
+        for which, ours, awq in zip(("first", "best"), base, other, strict=False)
     }
 
 
@@ -194,25 +167,16 @@ def _twins(results: Results) -> dict[str, Pair]:
     """Each series that was timed twice, with its second timing."""
     pairs = {}
     for series in results.series():
-        cells = [cell for cell in series.cells if cell.control_s]
-        again = tuple(
-            cell.model_copy(
-                update={
-                    "step_s": cell.control_s,
-                    "items_per_s": rate_of(cell.control_s, cell.batch_size),
-                }
-            )
-            for cell in cells
-        )
+        again = []
+        for cell in filter(lambda cell: cell.control_s, series.cells):
+            second = {"items_per_s": rate_of(cell.control_s, cell.batch_size)}
+            again.append(cell.model_copy(update=second | {"step_s": cell.control_s}))
         if again:
-            pairs[_name(series)] = series, Series(series.label, again)
+            pairs[_name(series)] = series, Series(series.label, tuple(again))
     return pairs
 
 
-# ---------------------------------------------------------------- how they are shown
-
-
-def _columns(pairs: dict[str, Pair], show: Callable[[Speed], Any]) -> pd.DataFrame:
+def _columns(pairs: dict[str, Pair], show: Callable[[Speed], str]) -> pd.DataFrame:
     """One row a batch, a column a pair: its speed as `show` has it."""
     return _table({name: {s.batch_size: show(s) for s in speeds(*p)} for name, p in pairs.items()})
 
@@ -222,7 +186,7 @@ def _table(columns: dict[str, dict[int, Any]]) -> pd.DataFrame:
 
 
 def _percent(speed: Speed) -> str:
-    return f"{speed.percent:+.1f} {interval(speed.low, speed.high, sign='+')} {speed.verdict}"
+    return f"{speed.shown} {speed.verdict}"
 
 
 def _times(speed: Speed) -> str:
@@ -234,6 +198,6 @@ def _name(series: Series) -> str:
     return f"{series.variant} {series.first.configuration.label}"
 
 
-def _change(variant: str, what: str, before: Series, after: Series) -> str:
-    labels = before.first.configuration.label, after.first.configuration.label
-    return f"{variant} {what}: {labels[0]} to {labels[1]}"
+def _change(what: str, pair: Pair) -> str:
+    before, after = (series.first.configuration for series in pair)
+    return f"{before.variant} {what}: {before.label} to {after.label}"

@@ -2,109 +2,70 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
-from colqwen_lab.analysis.budget import card_fits, stretches
-from colqwen_lab.analysis.render import mib, span
+from colqwen_lab.analysis.budget import Budget, budget_sentences, card_fits
+from colqwen_lab.analysis.render import mib
 from colqwen_lab.analysis.speed import SAME_PERCENT
 from colqwen_lab.analysis.table import Pair
 from colqwen_lab.hardware import usable
 from colqwen_lab.records import GIB, published_report
 
 
-class Claim(NamedTuple):
-    """A claim of the report, what its rows say, and whether the claim follows from them."""
+def claims(pair: Pair, rows: pd.DataFrame, budgets: Sequence[Budget]) -> pd.DataFrame:
+    """Each claim of the report, what its rows say, and whether it follows from them.
 
-    claim: str
-    rows_say: str
-    follows: bool
-
-
-def claims(pair: Pair, rows: pd.DataFrame, budgets: pd.DataFrame) -> pd.DataFrame:
-    """Every claim of the report that rows can decide; `rows` and `budgets` are a comparison's."""
-    report = published_report()["claims"]
-    shared = rows.dropna(subset="percent").set_index("batch_size")
-    decided = [
-        _saving(report["memory_saving"], shared["saving_percent"]),
-        *_speeds(report["overhead_percent"], shared["percent"]),
-        *(claim for card in report["cards"] for claim in _card(pair, card)),
-        *_use(report, shared, stretches(budgets)),
+    `rows` and `budgets` are a comparison's.
+    """
+    rows = rows.dropna(subset="percent").set_index("batch_size")
+    table = [
+        (claim["claim"], *_decide(claim, pair, rows, budgets))
+        for claim in published_report()["claims"]
     ]
-    return pd.DataFrame(decided, columns=list(Claim._fields))
+    return pd.DataFrame(table, columns=["claim", "rows_say", "follows"])
 
 
-def _saving(claim: str, savings: pd.Series[float]) -> Claim:
-    """Holds where every saving rounds to the claimed one at the nearest ten, as "about" says."""
-    holds = savings.round(-1) == int(re.findall(r"\d+", claim)[0])
-    share = f"{span(savings[holds], 1)} % at {holds.sum()} of {len(savings)} batch sizes"
-    parts = [share] if holds.any() else []
-    parts += [f"{percent:.1f} % at batch {batch}" for batch, percent in savings[~holds].items()]
-    return Claim(claim, ", ".join(parts), bool(holds.all()))
-
-
-def _speeds(claimed: dict[str, float], percents: pd.Series[float]) -> Iterator[Claim]:
-    for batch, percent in claimed.items():
-        measured = percents[int(batch)]
-        follows = abs(measured - percent) <= (0.5 if isinstance(percent, int) else 0.05)
-        yield Claim(f"overhead {percent:+} % at batch {batch}", f"{measured:+.1f} %", follows)
-    omitted = percents.drop([int(batch) for batch in claimed])
-    listed = ", ".join(f"batch {batch} ({percent:+.1f} %)" for batch, percent in omitted.items())
-    claim = f"the same batch is compared at {', '.join(claimed)}"
-    yield Claim(claim, f"not compared: {listed or 'none'}", omitted.empty)
-
-
-def _card(pair: Pair, claimed: dict[str, Any]) -> Iterator[Claim]:
-    fits = card_fits(pair, [claimed["card_gb"]])
-    card = f"{claimed['card_gb']:g} GB"
-    for row in fits.itertuples():
-        side = claimed[row.side]
-        says = f"{row.verdict}: {row.note}"
-        claim = f"{card}: {row.label} at batch {side['batch_size']} does not fit"
-        follows = row.verdict != "fits"
-        if side["fits"]:
-            figures = f"{row.items_per_s:g} items/s, peak {mib(row.peak_bytes)}"
-            says = f"{row.verdict} up to batch {row.batch_size:g}: {figures}"
-            batch, items = side["batch_size"], side["items_per_s"]
-            claim = f"{card}: {row.label} at most at batch {batch}, {items} items/s"
-            follows = not follows and row.batch_size == batch
-        yield Claim(claim, says, follows)
-    number = float(re.findall(r"[\d.]+", claimed["result"])[0])
-    gain = number if "x" in claimed["result"].split()[0] else 1 + number / 100
-    ours, theirs = (claimed[side]["items_per_s"] for side in fits["side"])
-    (base, awq), ratio = fits["items_per_s"], fits["ratio"].iloc[0]
-    says = "no ratio, base does not fit"
-    if pd.notna(ratio):
-        says = f"{awq:g} / {base:g} = {ratio:.3f} at the largest batches that fit"
-    divided = f"the claim divides {theirs} by {ours} = {theirs / ours:.2f}"
-    follows = pd.notna(ratio) and abs(100 * (ratio / gain - 1)) < SAME_PERCENT
-    yield Claim(f"{card}: {claimed['result']}", f"{says}; {divided}", bool(follows))
-
-
-def _use(report: dict[str, Any], rows: pd.DataFrame, budgets: pd.DataFrame) -> Iterator[Claim]:
-    """The recommendations that name a budget, or that the smallest batch decides."""
-    by_budget = "; ".join(
-        f"{row.outcome if 'only' in row.outcome else 'awq ' + row.outcome} from "
-        f"{row.start_bytes / GIB:.1f} GiB"
-        + (f" ({span(row.percents, 1, '+')} %)" if row.percents else "")
-        for row in budgets.itertuples()
-    )
-    ends = budgets["end_bytes"].fillna(float("inf"))
-    for text in report["use_quantized_when"]:
-        if match := re.search(r"(\d+)-(\d+) GB", text):
-            low, high = (usable(int(end) * GIB) for end in match.groups())
-            within = budgets[(budgets["start_bytes"] <= high) & (ends > low)]
-            best = within["outcome"].isin(["only awq", "faster"]).all()
-            follows = bool(best and budgets["start_bytes"].iloc[0] <= low)
-            yield Claim(f"use the quantised model when {text}", by_budget, follows)
-    for text in report["use_base_when"]:
-        if match := re.search(r"(\d+) GB and more", text):
-            within = budgets[ends > usable(int(match[1]) * GIB)]
-            follows = bool((within["outcome"] == "slower").all())
-            yield Claim(f"use BASE when {text}", by_budget, follows)
-        elif "small" in text or "latency" in text:
-            says = f"{rows['percent'].iloc[0]:+.1f} % at batch {rows.index[0]}, the smallest"
-            yield Claim(f"use BASE when {text}", says, rows["verdict"].iloc[0] == "slower")
+def _decide(
+    claim: dict[str, Any], pair: Pair, rows: pd.DataFrame, budgets: Sequence[Budget]
+) -> tuple[str, bool]:
+    percents, savings = rows["percent"], rows["saving_percent"]
+    fits = card_fits(pair, [claim.get("card_gb", 8)]).set_index("side")
+    by_budget = " ".join(row.sentence for row in budget_sentences(budgets, "base", "awq"))
+    ends = [budget.need_bytes for budget in budgets[1:]] + [math.inf]
+    steps = list(zip(budgets, ends, strict=True))
+    match claim:
+        case {"saving_percent": percent}:
+            says = ", ".join(f"{saving:.1f} % at batch {b}" for b, saving in savings.items())
+            # "About 60 %" holds where the saving rounds to it at the nearest ten.
+            return says, bool((savings.round(-1) == percent).all())
+        case {"percent": percent, "batch_size": batch, "tolerance": tolerance}:
+            return f"{percents[batch]:+.1f} %", abs(percents[batch] - percent) <= tolerance
+        case {"compared": batches}:
+            omitted = percents.drop(batches)
+            listed = ", ".join(f"batch {b} ({percent:+.1f} %)" for b, percent in omitted.items())
+            return f"not compared: {listed or 'none'}", omitted.empty
+        case {"side": side, "largest_batch": batch}:
+            row = fits.loc[side]
+            if row["verdict"] != "fits":
+                return f"{row['verdict']}: {row['note']}", batch is None
+            figures = f"{row['items_per_s']:g} items/s, peak {mib(row['peak_bytes'])}"
+            return f"fits up to batch {row['batch_size']:g}: {figures}", row["batch_size"] == batch
+        case {"gain": gain, "divides": (awq, base)}:
+            ratio, divided = fits["ratio"]["awq"], f"the claim divides {awq} by {base}"
+            if pd.isna(ratio):
+                return f"no ratio, base does not fit; {divided}", False
+            says = f"{ratio:.3f} at the largest batches that fit; {divided}"
+            return says, abs(100 * (ratio / gain - 1)) < SAME_PERCENT
+        case {"awq_is_best_gb": (low, high)}:
+            low, high = usable(low * GIB), usable(high * GIB)
+            within = {step.outcome for step, end in steps if step.need_bytes <= high and end > low}
+            return by_budget, budgets[0].need_bytes <= low and within <= {"only awq", "faster"}
+        case {"base_is_best_gb": least}:
+            within = {step.outcome for step, end in steps if end > usable(least * GIB)}
+            return by_budget, within == {"slower"}
+    says = f"{percents.iloc[0]:+.1f} % at batch {percents.index[0]}, the smallest"
+    return says, rows["verdict"].iloc[0] == "slower"

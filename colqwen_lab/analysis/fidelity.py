@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MARGIN = 0.01  # smaller differences do not count, in the metric's own unit
 MIN_QUERIES = 30  # with fewer, the bootstrap interval covers far less than 95 %
 LOWER_IS_BETTER = ("score error",)
+CLOSENESS = ("overlap@5", "Kendall's tau", "score error")  # columns of the table
 LITTLE = 0.1  # below this mean nDCG@5 of base there is little to lose
 
 
@@ -48,7 +49,7 @@ class Loss:
     difference: float
     low: float | None
     high: float | None
-    verdict: Literal["worse", "better", "same", "inconclusive"]
+    verdict: str
     reason: str = ""
 
     @property
@@ -65,27 +66,27 @@ def loss(base: Fidelity, record: Fidelity, metric: str, margin: float = MARGIN) 
     before, after = (np.array(side.values[metric]) for side in (base, record))
     changes = after - before
     count, mean = len(changes), float(changes.mean())
-    means = (metric, float(before.mean()), float(after.mean()), mean)
+    low = high = None
+    verdict, reason = "inconclusive", ""
     if record is base:
-        return Loss(*means, 0.0, 0.0, "same")
-    if count < MIN_QUERIES:
+        low = high = 0.0
+    elif count < MIN_QUERIES:
         reason = f"{count} queries are too few; use at least {MIN_QUERIES}."
-        return Loss(*means, None, None, "inconclusive", reason)
-    reason = ""
-    if np.ptp(changes) < 1e-9:
+    elif np.ptp(changes) < 1e-9:
         low, high = mean - 3 / count, mean + 3 / count
         change = "No query changed" if abs(mean) < 1e-9 else "All queries changed alike"
         bound = f"rule out a {100 * max(-low, high):.0f} % loss"
         reason = f"{change}; {count} queries are too few to {bound}."
     else:
-        options: dict[str, Any] = {"n_resamples": 2000, "method": "percentile", "rng": 0}
-        low, high = map(float, bootstrap((changes,), np.mean, **options).confidence_interval)
-    if -margin <= low and high <= margin:
-        return Loss(*means, low, high, "same")
-    if abs(mean) >= margin and low * high > 0:
-        better = (mean > 0) != (metric in LOWER_IS_BETTER)
-        return Loss(*means, low, high, "better" if better else "worse")
-    return Loss(*means, low, high, "inconclusive", reason)
+        sampled = bootstrap((changes,), np.mean, n_resamples=2000, method="percentile", rng=0)
+        low, high = map(float, sampled.confidence_interval)
+    if low is not None and high is not None:
+        if -margin <= low and high <= margin:
+            verdict, reason = "same", ""
+        elif abs(mean) >= margin and low * high > 0:
+            better = (mean > 0) != (metric in LOWER_IS_BETTER)
+            verdict, reason = "better" if better else "worse", ""
+    return Loss(metric, float(before.mean()), float(after.mean()), mean, low, high, verdict, reason)
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,20 +98,14 @@ class Fidelities:
     corpus: Corpus | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.margin < 1:
-            raise BadInput(f"margin must be above 0 and below 1, got {self.margin}; try {MARGIN}")
         if self.base.variant != "base":
             raise BadInput(f"the first record must be of base, got {self.base.label}; run base too")
         for record in self.records:
             self.loss(record, NAMES[0])  # raises if the inputs differ
 
     @classmethod
-    def load(cls, source: str | Path, margin: float = MARGIN) -> Self:
-        """The newest records of a file that share inputs, machine and base weights.
-
-        Raises:
-            BadInput: not a file of fidelity records.
-        """
+    def load(cls, source: str | Path) -> Self:
+        """The newest records of a file that share inputs, machine and base weights."""
         sets: dict[str, dict[str, Fidelity]] = {}
         for row in sorted(read(source), key=lambda row: row.environment.started_at or ""):
             shared = f"{row.inputs} {row.environment.identity()}"
@@ -118,7 +113,7 @@ class Fidelities:
             if row.variant == "base" and newest.get("base", row).weights != row.weights:
                 newest.clear()
             newest[row.label] = row
-        return cls(tuple(sorted(newest.values(), key=lambda row: row.variant != "base")), margin)
+        return cls(tuple(sorted(newest.values(), key=lambda row: row.variant != "base")))
 
     @property
     def base(self) -> Fidelity:
@@ -145,27 +140,23 @@ class Fidelities:
         """One row a variant: bytes, nDCG@5 and its loss, closeness to base's scores, speed."""
         rows = []
         for record in self.records:
-            means = {metric: float(np.mean(values)) for metric, values in record.values.items()}
             speed = record.pages_per_s
-            row = {
-                "variant": record.label,
-                "weights MiB": render.in_mib(record.weights_bytes),
-                **self.ndcg(record),
-                "overlap@5": round(means["overlap@5"], 3),
-                "Kendall's tau": round(means["Kendall's tau"], 3),
-                "score error %": round(100 * means["score error"], 2),
-                "page cosine, median": round(record.page_cosine.median, 4),
-                "page cosine, min": round(record.page_cosine.least, 4),
+            closeness = {name: np.mean(record.values[name]) for name in CLOSENESS}
+            row = {"variant": record.label, "weights MiB": render.in_mib(record.weights_bytes)}
+            row |= self.ndcg(record) | closeness
+            row |= {
+                "page cosine, median": record.page_cosine.median,
+                "page cosine, min": record.page_cosine.least,
                 "pages/s": render.rounded(speed.median) if speed else None,
                 "kernel": ", ".join(record.backend.engaged),
             }
             rows.append(row)
-        return render.screen(pd.DataFrame(rows))
+        return render.screen(pd.DataFrame(rows).round(4))
 
     def ndcg(self, record: Fidelity) -> dict[str, Any]:
         """The columns of a table for nDCG@5: mean, difference to base, interval, verdict."""
         row = self.loss(record, "nDCG@5")
-        figures = {"nDCG@5": round(row.variant, 4), "difference": round(row.difference, 4)}
+        figures = {"nDCG@5": row.variant, "difference": row.difference}
         return figures | {"95 % interval": row.interval, "verdict": row.verdict}
 
     def losses(self, label: str = "") -> pd.DataFrame:
@@ -179,32 +170,24 @@ class Fidelities:
     def cosines(self) -> pd.DataFrame:
         """Two rows a variant: cosines of its query and page token embeddings to base's."""
         rows = [
-            {"variant": record.label, "of": kind}
-            | {name: render.rounded(value) for name, value in cosines.model_dump().items()}
+            {"variant": record.label, "of": kind, **cosines.model_dump()}
             for record in self.others
             for kind, cosines in (("queries", record.query_cosine), ("pages", record.page_cosine))
         ]
-        return render.screen(pd.DataFrame(rows))
+        return render.screen(pd.DataFrame(rows).round(4))
 
     def frontier(self, metric: str = "nDCG@5") -> list[Fidelity]:
         """The records that no record with fewer bytes matches in the mean of `metric`, by bytes."""
         sign = -1 if one_of("metric", metric, NAMES) in LOWER_IS_BETTER else 1
-        score = {
-            record.label: sign * float(np.mean(record.values[metric])) for record in self.records
-        }
-        best, frontier = -np.inf, []
+        score = {record.label: sign * np.mean(record.values[metric]) for record in self.records}
+        frontier: list[Fidelity] = []
         for record in sorted(self.records, key=lambda r: (r.weights_bytes, -score[r.label])):
-            if score[record.label] > best:
-                best = score[record.label]
+            if not frontier or score[record.label] > score[frontier[-1].label]:
                 frontier.append(record)
         return frontier
 
     def plot(self, kind: str = "frontier", **options: Any) -> Figure:
-        """A figure: frontier (loss by bytes; `metric="nDCG@5"`) or metrics (all; `label="awq"`).
-
-        Raises:
-            BadInput: an unknown kind.
-        """
+        """A figure: frontier (loss by bytes; `metric="nDCG@5"`) or metrics (all; `label="awq"`)."""
         kinds = analysis.fidelity_plots.KINDS
         return kinds[one_of("plot", kind, kinds)](self, **options)
 
@@ -219,67 +202,61 @@ class Fidelities:
         return int(order[0 if one_of("query", which, ("worst", "best")) == "worst" else -1])
 
     def pictures(self, which: str = "worst", label: str = "") -> Figure:
-        """The first pages of the worst or best query: base's ranking above the variant's.
-
-        Raises:
-            BadInput: neither worst nor best, or records from a file, which hold no pages.
-        """
+        """The first pages of the worst or best query: base's ranking above the variant's."""
         return analysis.fidelity_plots.pictures(self, which, label)
 
     def conditions(self) -> str:
         """Where the figures come from, for titles."""
         base = self.base
-        parts = ["measured", device(base.environment), base.size, base.data]
-        parts += [f"{len(base.query_ids)} queries", f"{base.pages} pages"]
-        parts += [f"{base.visual_tokens} visual tokens"]
-        parts += [f"{base.skipped} skipped"] if base.skipped else []
-        parts += ["untrained weights"] if "untrained" in base.weights else []
-        return " · ".join(parts)
+        skipped = f"{base.skipped} skipped" if base.skipped else ""
+        untrained = "untrained weights" if "untrained" in base.weights else ""
+        counts = (f"{len(base.query_ids)} queries", f"{base.pages} pages")
+        parts = ["measured", device(base.environment), base.size, base.data, *counts]
+        parts += [f"{base.visual_tokens} visual tokens", skipped, untrained]
+        return " · ".join(filter(None, parts))
 
     def verdict(self) -> str:
         """Two sentences a variant: nDCG@5 with its verdict; the pages kept and the bytes."""
-        ndcg = float(np.mean(self.base.values["nDCG@5"]))
-        little = f"Base itself finds almost nothing here (nDCG@5 {ndcg:.4f}): little can be lost."
-        sentences = [little] if ndcg < LITTLE else []
-        return " ".join([*sentences, *map(self._sentences, self.others)])
-
-    def _sentences(self, record: Fidelity) -> str:
-        ndcg, overlap = (self.loss(record, metric) for metric in ("nDCG@5", "overlap@5"))
-        means = f"nDCG@5 {ndcg.variant:.4f} against {ndcg.base:.4f}"
-        difference = f"difference {ndcg.difference:+.3f} {ndcg.interval}".rstrip()
-        match ndcg.verdict:
-            case "same":
-                finds = f"finds pages as well as base: {means}, difference within {self.margin:g}"
-            case "inconclusive":
-                finds = f"against base is inconclusive: {means}, {difference}"
-            case verdict:
-                finds = f"finds pages {verdict} than base: {means}, {difference}"
-        saved = 1 - record.weights_bytes / self.base.weights_bytes
-        return (
-            f"{record.label} {finds}. {ndcg.reason}{' ' if ndcg.reason else ''}It keeps "
-            f"{100 * overlap.variant:.0f} % of base's first five pages; its weights are "
-            f"{100 * abs(saved):.0f} % {'smaller' if saved >= 0 else 'larger'}."
-        )
+        sentences = []
+        if (ndcg_of_base := np.mean(self.base.values["nDCG@5"])) < LITTLE:
+            few = f"nDCG@5 {ndcg_of_base:.4f}"
+            sentences = [f"Base itself finds almost nothing here ({few}): little can be lost."]
+        for record in self.others:
+            ndcg, overlap = (self.loss(record, metric) for metric in ("nDCG@5", "overlap@5"))
+            difference = f"{ndcg.difference:+.3f} {ndcg.interval}".rstrip()
+            match ndcg.verdict:
+                case "same":
+                    finds, difference = "finds pages as well as base", f"within {self.margin:g}"
+                case "inconclusive":
+                    finds = "against base is inconclusive"
+                case verdict:
+                    finds = f"finds pages {verdict} than base"
+            means = f"nDCG@5 {ndcg.variant:.4f} against {ndcg.base:.4f}"
+            saved = 100 - 100 * record.weights_bytes / self.base.weights_bytes
+            sentences += [
+                f"{record.label} {finds}: {means}, difference {difference}.",
+                ndcg.reason,
+                f"It keeps {100 * overlap.variant:.0f} % of base's first five pages; its weights "
+                f"are {abs(saved):.0f} % {'smaller' if saved >= 0 else 'larger'}.",
+            ]
+        return " ".join(filter(None, sentences))
 
     def to_dict(self) -> dict[str, Any]:
         """The records, their losses and the verdict, ready for JSON."""
         per_query = {"values", "top", "query_ids", "page_step_s"}
         variants = [
             record.model_dump(by_alias=True, exclude=per_query)
-            | {
-                "label": record.label,
-                "queries": len(record.query_ids),
-                "losses": [asdict(row) for row in self.all_losses(record)],
-                "pages_per_s": speed.median if (speed := record.pages_per_s) else None,
-            }
+            | {"label": record.label, "queries": len(record.query_ids)}
+            | {"losses": list(map(asdict, self.all_losses(record)))}
+            | {"pages_per_s": speed.median if (speed := record.pages_per_s) else None}
             for record in self.records
         ]
         frontier = [record.label for record in self.frontier()]
-        parts = {"variants": variants, "frontier": frontier, "verdict": self.verdict()}
-        return {"margin": self.margin} | parts
+        figures = {"margin": self.margin, "variants": variants, "frontier": frontier}
+        return figures | {"verdict": self.verdict()}
 
     def __repr__(self) -> str:
-        return "\n".join([self.conditions(), *map(self._sentences, self.others)])
+        return f"{self.conditions()}\n{self.verdict()}"
 
     def _repr_html_(self) -> str:
         above, below = (f"<p>{escape(text)}</p>" for text in (self.conditions(), self.verdict()))
@@ -294,9 +271,9 @@ def side_by_side(results: Results, fidelities: Fidelities) -> pd.DataFrame:
     records = {(record.variant, record.size): record for record in reversed(fidelities.records)}
     rows = []
     for series in results.series():
-        if not (cells := [cell for cell in series.rated.values() if cell.memory]):
+        cell = max((cell for cell in series.rated.values() if cell.memory), key=rate, default=None)
+        if cell is None:
             continue
-        cell = max(cells, key=rate)
         row: dict[str, Any] = {
             "variant": series.label,
             "batch": cell.batch_size,
@@ -307,4 +284,4 @@ def side_by_side(results: Results, fidelities: Fidelities) -> pd.DataFrame:
             same = "same" if cell.weights == record.weights else "different"
             row |= fidelities.ndcg(record) | {"weights": same}
         rows.append(row)
-    return render.screen(pd.DataFrame(rows))
+    return render.screen(pd.DataFrame(rows).round(4))

@@ -14,7 +14,7 @@ from colqwen_lab.analysis.plots import FIXED, FREE, Plot, band, difference_line,
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import MIB
 
-PAGES, WIDTH = 5, 130  # pages of a ranking, and their width in pixels
+PAGES = 5  # of a ranking
 KINDS_OF_WEIGHTS = {  # colour and marker by the origin of the weights
     "base": FIXED["base"],
     "tuned by AutoRound": FIXED["awq"],
@@ -43,19 +43,14 @@ def frontier(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
     axes.margins(x=0.08, y=0.1)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.45 * (high - low))
-    # Labels stand in a row above all points, at least 0.035 of the width apart.
-    named.sort()
-    left, right = axes.get_xlim()
-    steps = 0.035 * np.arange(len(named))
-    places = np.array([(x - left) / (right - left) for x, *_ in named])
-    places = np.minimum(np.maximum.accumulate(places - steps) + steps, 0.98 - steps[::-1])
+    # The labels stand in a row above all points, in the order of the points.
     text: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8}
     text |= {"arrowprops": {"arrowstyle": "-", "color": "0.75", "shrinkB": 0, "relpos": (0.5, 0)}}
-    for place, (x, y, label, colour) in zip(places, named, strict=True):
-        to = (place, 0.8)
-        axes.annotate(label, (x, y), to, textcoords="axes fraction", color=colour, **text)
-    axes.set_xlabel("weights, MiB")
-    axes.set_ylabel(f"{metric}, difference to base")
+    text |= {"textcoords": "axes fraction"}
+    places = np.linspace(0.04, 0.96, len(named))
+    for place, (x, y, label, colour) in zip(places, sorted(named), strict=True):
+        axes.annotate(label, (x, y), (place, 0.8), color=colour, **text)
+    axes.set(xlabel="weights, MiB", ylabel=f"{metric}, difference to base")
     return legend(figure, axes)
 
 
@@ -78,8 +73,7 @@ KINDS: dict[str, Callable[..., Figure]] = {"frontier": frontier, "metrics": metr
 def pictures(fidelities: Fidelities, which: str = "worst", label: str = "") -> Figure:
     """The first pages of the worst or best query: base's ranking above the variant's.
 
-    Raises:
-        BadInput: neither worst nor best, or records from a file, which hold no pages.
+    Raises BadInput for another query, or for records from a file, which hold no pages.
     """
     base, record, corpus = fidelities.base, fidelities.pick(label), fidelities.corpus
     query = fidelities.query(which, label)
@@ -103,12 +97,10 @@ def pictures(fidelities: Fidelities, which: str = "worst", label: str = "") -> F
             axes.set(xticks=[], yticks=[])
             frame = ("#009E73", 4) if relevant else ("0.75", 1)
             axes.spines[:].set(color=frame[0], linewidth=frame[1])
-            page = corpus.page(corpus.page_ids.index(page_id))
+            page = corpus.page(page_id)
             if isinstance(page, str):
                 text = textwrap.fill(textwrap.shorten(page, 400), 34)
                 axes.text(0.04, 0.96, text, va="top", fontsize=8)
             else:
-                page = page.copy()
-                page.thumbnail((WIDTH, 2 * WIDTH))
                 axes.imshow(page)
     return figure

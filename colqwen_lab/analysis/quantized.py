@@ -11,12 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from colqwen_lab import analysis
 from colqwen_lab.analysis import render
-from colqwen_lab.records import MIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -28,11 +25,9 @@ class Quantized:
 
     def errors(self) -> dict[tuple[int, str], float]:
         """The relative weight error ‖Δ‖ / ‖W‖ by (layer, linear)."""
-        errors = {}
-        for name, error in self.record["relative_error"].items():
-            *_, layer, _, linear = name.split(".")  # ...layers.3.self_attn.q_proj
-            errors[int(layer), linear] = error
-        return errors
+        # Names are such as vlm.model.language_model.layers.3.self_attn.q_proj.
+        parts = ((name.split("."), error) for name, error in self.record["relative_error"].items())
+        return {(int(name[-3]), name[-1]): error for name, error in parts}
 
     def summary(self) -> pd.DataFrame:
         """One row: scheme, tuning, linears, MiB before and after, saving, weight errors."""
@@ -51,8 +46,8 @@ class Quantized:
 
     def table(self) -> pd.DataFrame:
         """The relative weight error, one row a layer, one column a linear."""
-        table = pd.Series(self.errors()).unstack()[list(LINEARS)]
-        return table.round(4).rename_axis("layer")
+        errors = pd.Series(self.errors()).rename_axis(["layer", None])
+        return errors.unstack(sort=False).sort_index().round(4)
 
     def plot(self) -> Figure:
         """The relative weight error by layer, one line a linear."""
@@ -60,18 +55,15 @@ class Quantized:
         title = f"Weight error of {recipe['scheme']}, {recipe['iters']} iterations"
         figure, axes = plots.framed(title, f"quantised from {self.record['source']}")
         styles = [*plots.FIXED.values(), *plots.FREE]
-        for linear, (colour, marker) in zip(LINEARS, styles, strict=True):
+        for linear, (colour, marker) in zip(table, styles, strict=True):
             axes.plot(table[linear], color=colour, marker=marker, label=linear, linewidth=1)
-        axes.set_xlabel("layer of the language model")
-        axes.set_ylabel("relative weight error, ‖Δ‖ / ‖W‖")
+        axes.set(xlabel="layer of the language model", ylabel="relative weight error, ‖Δ‖ / ‖W‖")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return plots.legend(figure, axes)
 
     def __repr__(self) -> str:
-        before, after = (self.record[name] / MIB for name in ("source_bytes", "result_bytes"))
-        scheme = self.record["recipe"]["scheme"]
-        return f"Quantized({self.folder.name}: {scheme}, {before:.2f} -> {after:.2f} MiB)"
+        return f"{self.folder.name}\n{render.text(self.summary(), 100)}"
 
     def _repr_html_(self) -> str:
         return render.html(self.summary())

@@ -1,16 +1,16 @@
-"""Two series at the same batch size: speed ratio with interval and verdict, and peaks."""
+"""Two series at the same batch size: speed ratio with interval and verdict, peaks, sentences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
-from colqwen_lab.analysis.table import Series, frame, rate
+from colqwen_lab.analysis.render import interval, span
+from colqwen_lab.analysis.table import Pair, Series, peak, rate
 from colqwen_lab.records import Cell
 
 #: Smaller differences in speed do not count, in percent: MLPerf's audit uses the same line.
@@ -20,18 +20,11 @@ RESAMPLES, FEWEST_SAMPLES, SEED = 2000, 6, 0
 #: What both sides must share before a difference in speed is the variant's and not the machine's.
 MACHINE = ("gpu", "driver", "cuda", "cpu", "threads", "power_limit_w", "torch")
 
-# The columns of the tidy frame that a comparison keeps of each side.
-KEPT = ["batch_size", "items_per_s", "peak_bytes", "status", "reason", "interference"]
-KEPT += ["texts", "tokens", "dtype"]
 
-Verdict = Literal["faster", "slower", "inconclusive"]
-
-
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """Rates of two cells; `percent` is items_per_s / base - 1 with its 95 % interval.
 
-    `reason` says why no verdict is possible; it is empty where the verdict rests on the figures.
+    The verdict is faster, slower or inconclusive. `reason` says why the figures allow none.
     """
 
     batch_size: int
@@ -40,8 +33,20 @@ class Speed:
     percent: float
     low: float | None
     high: float | None
-    verdict: Verdict
+    verdict: str
     reason: str
+
+    @property
+    def shown(self) -> str:
+        """`-50.8 [-51.2 to -50.1]`."""
+        return f"{self.percent:+.1f} {interval(self.low, self.high, sign='+')}".rstrip()
+
+
+class Recommendation(NamedTuple):
+    """What to use (`base`, `awq` or `either`), and when."""
+
+    use: str
+    sentence: str
 
 
 def speed_ratio(base: Cell, other: Cell) -> Speed:
@@ -55,7 +60,7 @@ def speed_ratio(base: Cell, other: Cell) -> Speed:
     notes = "; ".join(dict.fromkeys([*base.disturbed, *other.disturbed]))
     reason = "; ".join(machines) or (f"disturbed ({notes})" if notes else "")
     one_sided = low is None or high is None or low * high > 0
-    verdict: Verdict = "inconclusive"
+    verdict: str = "inconclusive"
     if not reason and one_sided and abs(percent) >= SAME_PERCENT:
         verdict = "faster" if percent > 0 else "slower"
     return Speed(other.batch_size, rate(base), rate(other), percent, low, high, verdict, reason)
@@ -81,32 +86,56 @@ def speeds(base: Series, other: Series) -> tuple[Speed, ...]:
     return tuple(speed_ratio(base.rated[batch], other.rated[batch]) for batch in shared)
 
 
-def same_batch(base: Series, awq: Series, rows: Iterable[Speed]) -> pd.DataFrame:
-    """One row a batch size of either side: figures as `base_...` and `awq_...`, speed and saving.
-
-    `percent`, `low`, `high`, `verdict` and `reason` are those of `speed_ratio`; `saving_percent`
-    is 1 - awq's peak / base's.
-    """
-    sides = []
-    for side, series in (("base_", base), ("awq_", awq)):
-        last_ok = {c.batch_size: c for c in sorted(series.cells, key=lambda c: c.status == "ok")}
-        sides.append(frame(last_ok.values())[KEPT].set_index("batch_size").add_prefix(side))
-    columns = [field.name for field in fields(Speed)]
-    speed = pd.DataFrame(map(asdict, rows), columns=columns).set_index("batch_size").iloc[:, 2:]
-    merged = sides[0].join(sides[1], how="outer").join(speed).reset_index()
-    saving = 100 * (1 - merged["awq_peak_bytes"] / merged["base_peak_bytes"])
-    return merged.assign(saving_percent=saving)
+def same_batch(pair: Pair, rows: Iterable[Speed]) -> pd.DataFrame:
+    """One row a batch size of either side: the speed as in `Speed`, peaks, memory saved."""
+    sized = {f"{side}_peak_bytes": s.sized for side, s in zip(("base", "awq"), pair, strict=True)}
+    peaks = {name: {b: peak(cell) for b, cell in cells.items()} for name, cells in sized.items()}
+    speed = pd.DataFrame(rows, columns=Speed._fields).set_index("batch_size")
+    table = speed.join(pd.DataFrame(peaks, dtype=float), how="outer").rename_axis("batch_size")
+    saving = 100 * (1 - table["awq_peak_bytes"] / table["base_peak_bytes"])
+    table = table.rename(columns={"items_per_s": "awq_items_per_s"})
+    return table.assign(saving_percent=saving).reset_index()
 
 
 def differences(base: Iterable[Cell], other: Iterable[Cell]) -> list[str]:
     """What differs in machine, versions or origin; empty if the speeds may be compared."""
-    sides = [[{"origin": c.origin} | dict(c.environment) for c in cells] for cells in (base, other)]
+    sides = [[dict(c.environment) | {"origin": c.origin} for c in cells] for cells in (base, other)]
     differing = []
     for name in ("origin", *MACHINE):
-        ours, theirs = (
-            sorted({str("not recorded" if row[name] is None else row[name]) for row in side})
-            for side in sides
-        )
-        if ours != theirs or len(ours) > 1:
-            differing.append(f"{name} ({' and '.join(ours)} against {' and '.join(theirs)})")
+        values = [{str(row[name] or "not recorded") for row in side} for side in sides]
+        if len(values[0] | values[1]) > 1:
+            both = " against ".join(" and ".join(sorted(side)) for side in values)
+            differing.append(f"{name} ({both})")
     return differing
+
+
+def speed_sentences(base: str, other: str, rows: Iterable[Speed]) -> list[Recommendation]:
+    """A sentence for the batch sizes of each verdict."""
+    groups: dict[tuple[str, str], list[Speed]] = {}
+    for row in rows:
+        groups.setdefault((row.verdict, row.reason), []).append(row)
+    return [
+        recommend(group, base, other, f"at {batches(row.batch_size for row in group)}")
+        for group in groups.values()
+    ]
+
+
+def recommend(rows: Sequence[Speed], base: str, other: str, where: str) -> Recommendation:
+    """What to use by speeds of one verdict; of a single speed with its interval."""
+    first, percents = rows[0], [row.percent for row in rows]
+    signed = f"({span(percents, 1, '+')} %)"
+    if first.reason:
+        return Recommendation("either", f"No verdict {where} {signed}: {first.reason}.")
+    if first.verdict == "inconclusive":
+        return Recommendation("either", f"No significant difference {where} {signed}.")
+    ends = [abs(end) for end in (first.low, first.high) if end is not None]
+    within = f" [{span(ends)}]" if ends and len(rows) == 1 else ""
+    what = f"{other} is {span(map(abs, percents))} % {first.verdict} than {base}"
+    return Recommendation(
+        "awq" if first.verdict == "faster" else "base", f"{what}{within} {where}."
+    )
+
+
+def batches(sizes: Iterable[int]) -> str:
+    """`batch 8, 16 and 32`."""
+    return "batch " + " and ".join(", ".join(map(str, sizes)).rsplit(", ", 1))

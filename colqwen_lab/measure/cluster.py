@@ -1,7 +1,7 @@
-"""A sweep over a Ray cluster: each size, workload and execution is one task on each type of GPU.
+"""A sweep over a Ray cluster: each size, workload and execution is one job on each type of GPU.
 
-A task measures as a sweep on that machine does, all its models interleaved on one device, and
-streams each row to the driver's file. If its node dies, it restarts with the rows that arrived.
+A job's actor measures as a sweep on its machine does, all models interleaved on one device, and
+the driver takes its rows one by one. If its node dies, another actor resumes from these rows.
 """
 
 from __future__ import annotations
@@ -17,73 +17,44 @@ from io import StringIO
 from typing import Any
 
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement
+from colqwen_lab.measure import sweep
 from colqwen_lab.measure.environment import code_version
-from colqwen_lab.measure.sweep import (
-    Interrupted,
-    Progress,
-    Run,
-    finish,
-    line_of,
-    path_of,
-    spent,
-    title,
-    to_keep,
-    to_stderr,
-    unmark,
-)
 from colqwen_lab.measure.timing import StoppingRule
+from colqwen_lab.measure.worker import failure_of
 from colqwen_lab.options import SweepOptions, listed
 from colqwen_lab.records import RESUME, Cell, RecordsFile
 
-TRIES = 4  # starts of a task whose nodes die
-WAIT_S = 600.0  # wait for a node of the task's type
+TRIES = 4  # starts of a job whose nodes die
+WAIT_S = 600.0  # wait for a node of the job's type
 TYPE = "accelerator_type:"  # Ray's resource name of a GPU type
-
-
-@dataclass(eq=False)
-class Job:
-    """One sweep of the matrix on one type of accelerator ("" is any), and what arrived of it."""
-
-    options: SweepOptions
-    accelerator: str = ""
-    tries: int = 0
-    rows: list[Cell] = field(default_factory=list)
-    cells: list[Cell] = field(default_factory=list)
-    relay: Any = None
-
-    def __str__(self) -> str:
-        return f"{self.accelerator} {title(self.options)}".strip()
 
 
 def sweep_on_ray(
     options: SweepOptions,
-    progress: Progress = to_stderr,
+    progress: sweep.Progress = sweep.to_stderr,
     *,
     stopping: StoppingRule | None = None,
-    wait_s: float = WAIT_S,
 ) -> list[Cell]:
     """The cells of `options`, measured over a Ray cluster; rows on file are kept.
 
-    A task whose nodes die four times, or that finds no node of its type for `wait_s`, is given up;
-    the others go on.
+    A job whose nodes die four times, or that finds no node of its type for ten minutes, is given
+    up; the others go on.
 
-    Raises:
-        BadInput: a wrong value, or an accelerator that the cluster does not have.
-        MissingRequirement: no Ray, no cluster, or a task that failed; measured rows are on file.
+    Raises BadInput for an accelerator that the cluster does not have, MissingRequirement if there
+    is no Ray, no cluster, or a job failed; measured rows are on file.
     """
-    path = path_of(options, "cluster", options.size.split(","))
+    path = sweep.path_of(options, "cluster", options.size.split(","))
     with _cluster(options.address) as ray:
         types = accelerators_of(ray.cluster_resources(), listed(options.accelerator))
         jobs = [Job(part, name) for name in types for part in dict.fromkeys(options.matrix())]
         with RecordsFile(path, Cell, progress=progress) as file:
-            return Driver(ray, jobs, file, progress, stopping, wait_s).run()
+            return Driver(ray, jobs, file, progress, stopping).run()
 
 
 def accelerators_of(resources: Mapping[str, float], wanted: Sequence[str]) -> list[str]:
     """The types to measure on: `wanted`, else the cluster's only one; [""] if it names none.
 
-    Raises:
-        BadInput: a type that the cluster does not have, or several to choose from.
+    Raises BadInput for a type that the cluster does not have, or several to choose from.
     """
     types = sorted(name.removeprefix(TYPE) for name in resources if name.startswith(TYPE))
     for name in wanted:
@@ -95,28 +66,75 @@ def accelerators_of(resources: Mapping[str, float], wanted: Sequence[str]) -> li
     return list(dict.fromkeys(wanted)) or types or [""]
 
 
+class Measurement:
+    """An actor: the sweep of one job on its node, as `items`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.items = items(*arguments)
+
+    def next(self) -> Cell | str | list[Cell]:
+        """The next item."""
+        return next(self.items)
+
+
+def items(
+    options: SweepOptions, known: list[Cell], code: str, stopping: StoppingRule | None
+) -> Iterator[Cell | str | list[Cell]]:
+    """Each row and line of progress of a sweep, and last the list of all wanted cells."""
+    if code != code_version():
+        raise MissingRequirement(
+            "the nodes have another version of colqwen-lab; install this one on them"
+        )
+    lines: list[str] = []
+    run, new = sweep.Run(options, lines.append, stopping), []
+    try:
+        kept = run.on_file(known)
+        lines += [sweep.line_of(cell, "on file: ") for cell in kept]
+        for planned in run.batches(kept):
+            for cell in run.measure(planned):
+                yield from lines
+                lines.clear()
+                new.append(cell)
+                yield cell
+        yield from lines
+        yield run.on_file([*known, *new])
+    finally:
+        run.end()
+
+
+@dataclass(eq=False)
+class Job:
+    """One sweep of the matrix on one type of accelerator ("" is any), and what arrived of it."""
+
+    options: SweepOptions
+    accelerator: str = ""
+    tries: int = 0
+    rows: list[Cell] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    actor: Any = None
+    seen: float = 0.0  # when the cluster last had a node of this type
+
+    def __str__(self) -> str:
+        return f"{self.accelerator} {sweep.title(self.options)}".strip()
+
+
 @dataclass
 class Driver:
-    """The jobs of one run, their tasks on a cluster, and the file that takes their rows."""
+    """The jobs of one run, their actors on a cluster, and the file that takes their rows."""
 
     ray: Any
     jobs: Sequence[Job]
     file: RecordsFile[Cell]
-    progress: Progress
+    progress: sweep.Progress
     stopping: StoppingRule | None = None
-    wait_s: float = WAIT_S
-    known: Sequence[Cell] = ()
-    gpus: int = 0
-    running: dict[Any, Job] = field(default_factory=dict)  # by what Ray waits for
+    running: dict[Any, Job] = field(default_factory=dict)  # by the item that is waited for
     errors: dict[str, LabError] = field(default_factory=dict)
-    absent: dict[str, float] = field(default_factory=dict)  # resources, and since when
 
     def run(self) -> list[Cell]:
         """The cells of all jobs, in their order. A job that fails leaves the others."""
-        start = time.perf_counter()
-        self.known = [] if self.jobs[0].options.fresh else to_keep(self.file.rows)
-        self.gpus = int("GPU" in self.ray.cluster_resources())
-        unmark(self.file.path)
+        start, self.gpus = time.perf_counter(), int("GPU" in self.ray.cluster_resources())
+        self.known = [] if self.jobs[0].options.fresh else sweep.to_keep(self.file.rows)
+        sweep.unmark(self.file.path)
         for job in self.jobs:
             self._start(job)
         try:
@@ -127,127 +145,75 @@ class Driver:
             while self._take(0):
                 pass
             rows = sum(len(job.rows) for job in self.jobs)
-            raise Interrupted(f"stopped; {rows} new cells on file, run again to resume") from None
+            raise sweep.Interrupted(
+                f"stopped; {rows} new cells on file, run again to resume"
+            ) from None
         cells = [cell for job in self.jobs for cell in job.cells]
-        times = spent(start, [row for job in self.jobs for row in job.rows])
-        return finish(self.file.path, cells, self.errors, len(self.jobs), times)
+        times = sweep.spent(start, [row for job in self.jobs for row in job.rows])
+        return sweep.finish(self.file.path, cells, self.errors, len(self.jobs), times)
 
     def _start(self, job: Job) -> None:
-        job.tries += 1
-        # max_calls: the task's process ends with it and frees its GPU.
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": self.gpus, "max_calls": 1}
-        options |= {"max_retries": 0, "num_returns": "streaming"}
-        if job.accelerator:
-            options["accelerator_type"] = job.accelerator
-        arrived = [row for row in job.rows if row.status != "failed"]
-        arguments = (job.options, [*self.known, *arrived], code_version(), self.stopping)
-        if self.ray.util.client.ray.is_connected():
-            job.relay = self.ray.remote(num_cpus=0)(Relay).remote(options, arguments)
-            self.running[job.relay.next.remote()] = job
-        else:
-            self.running[self.ray.remote(**options)(_measure).remote(*arguments)] = job
+        job.tries, job.seen = job.tries + 1, time.monotonic()
+        where = {"accelerator_type": job.accelerator} if job.accelerator else {}
+        actor = self.ray.remote(num_cpus=1, num_gpus=self.gpus, **where)(Measurement)
+        known = [*self.known, *(row for row in job.rows if row.status != "failed")]
+        job.actor = actor.remote(job.options, known, code_version(), self.stopping)
+        self.running[job.actor.next.remote()] = job
 
     def _take(self, timeout: float) -> bool:
         """Take what arrives within `timeout` seconds: rows to the file, lines to progress."""
         ready, _ = self.ray.wait(list(self.running), timeout=timeout)
-        for stream in ready:
-            job = self.running.pop(stream)
+        for reference in ready:
+            job = self.running.pop(reference)
             try:
-                reference = stream if job.relay else next(stream, None)
-                item = None if reference is None else self.ray.get(reference)
+                item = self.ray.get(reference)
             except self.ray.exceptions.RayError as error:
                 self._fail(job, error)
+                continue
+            if isinstance(item, list):
+                job.cells = item
+                self.ray.kill(job.actor)  # which frees its GPU
                 continue
             if isinstance(item, Cell):
                 self.file.append([item])
                 job.rows.append(item)
-                self.progress(f"{job}: {line_of(item)}")
-            elif isinstance(item, str):
-                self.progress(f"{job}: {item}")
-            elif item is not None:
-                job.cells = item
-            if item is not None:
-                self.running[job.relay.next.remote() if job.relay else stream] = job
+                item = sweep.line_of(item)
+            self.progress(f"{job}: {item}")
+            self.running[job.actor.next.remote()] = job
         return bool(ready)
 
     def _fail(self, job: Job, error: Any) -> None:
         """Restart a job whose node died, up to four tries; another error ends it."""
+        self.ray.kill(job.actor)
         while isinstance(error, self.ray.exceptions.RayTaskError):
             error = error.cause
-        name = type(error).__name__
-        if not isinstance(error, self.ray.exceptions.RayError):
-            own = isinstance(error, LabError)
-            self.errors[str(job)] = error if own else MissingRequirement(f"{name}: {error}")
-        elif job.tries == TRIES:
-            message = f"given up after {TRIES} tries, the last ended by {name}"
-            self.errors[str(job)] = MissingRequirement(message)
-        else:
-            self.progress(f"{job}: node lost ({name}); restarting on another node")
+        if isinstance(error, self.ray.exceptions.RayError) and job.tries < TRIES:
+            lost = f"node lost ({type(error).__name__})"
+            self.progress(f"{job}: {lost}; restarting on another node")
             self._start(job)
+        elif isinstance(error, LabError):
+            self.errors[str(job)] = error
+        else:
+            reason = f"given up at try {job.tries}: {failure_of(error).reason}"
+            self.errors[str(job)] = MissingRequirement(reason)
 
     def _give_up(self) -> None:
         """End the jobs that have found no node of their type for too long."""
         resources, now = self.ray.cluster_resources(), time.monotonic()
-        for stream, job in list(self.running.items()):
+        for reference, job in list(self.running.items()):
             needed = TYPE + job.accelerator if job.accelerator else "GPU" if self.gpus else "CPU"
             if resources.get(needed):
-                self.absent.pop(needed, None)
-            elif now - self.absent.setdefault(needed, now) >= self.wait_s:
-                del self.running[stream]
-                self.ray.kill(job.relay) if job.relay else self.ray.cancel(stream, force=True)
-                self.errors[str(job)] = MissingRequirement(
-                    f"no node with {needed} for {self.wait_s:g} s; start one; {RESUME}"
-                )
-
-
-def _measure(
-    options: SweepOptions, known: list[Cell], code: str, stopping: StoppingRule | None
-) -> Iterator[Cell | str | list[Cell]]:
-    """The task: yields each row and line of progress, and last the list of all wanted cells."""
-    if code != code_version():
-        raise MissingRequirement(
-            "the nodes have another version of colqwen-lab; install this one on them"
-        )
-    lines: list[str] = []
-    run, new = Run(options, lines.append, stopping), []
-    try:
-        kept = run.on_file(known)
-        lines += [line_of(cell, "on file: ") for cell in kept]
-        for cells in run.work(kept):
-            for cell in cells:
-                while lines:  # not `yield from lines`: Ray sends to the generator
-                    yield lines.pop(0)
-                new.append(cell)
-                yield cell
-        while lines:
-            yield lines.pop(0)
-        yield run.on_file([*known, *new])
-    finally:
-        run.end()
-
-
-class Relay:
-    """Holds a task's stream in an actor, for Ray's client (ray://), which cannot stream."""
-
-    def __init__(self, options: dict[str, Any], arguments: Sequence[Any]) -> None:
-        import ray
-
-        self.ray: Any = ray
-        self.stream = self.ray.remote(**options)(_measure).remote(*arguments)
-
-    def next(self) -> Any:
-        """The next item; None at the end."""
-        reference = next(self.stream, None)
-        return None if reference is None else self.ray.get(reference)
+                job.seen = now
+            elif now - job.seen >= WAIT_S:
+                del self.running[reference]
+                self.ray.kill(job.actor)
+                reason = f"no node with {needed} for {WAIT_S:g} s; start one; {RESUME}"
+                self.errors[str(job)] = MissingRequirement(reason)
 
 
 @contextmanager
 def _cluster(address: str) -> Iterator[Any]:
-    """Ray, connected to the cluster at `address`; an earlier connection is used and stays.
-
-    Raises:
-        MissingRequirement: Ray is not installed, or no cluster answers.
-    """
+    """Ray, connected to the cluster at `address`; an earlier connection is used and stays."""
     try:
         import ray
     except ImportError:

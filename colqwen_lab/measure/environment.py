@@ -10,12 +10,12 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import cpuinfo  # comes with auto-round
 import psutil
@@ -25,21 +25,17 @@ import torch
 from colqwen_lab.records import GIB, Environment, Memory
 from colqwen_lab.settings import PACKAGE
 
-# Folders whose code a measured figure depends on.
-MEASURING = ("model", "runtime", "measure", "data")
+# What a measured figure depends on.
+MEASURING = ("records.py", "model/*", "runtime/*", "measure/*", "data/*")
 # Other processes' share of all cores above which a cell says so.
 BUSY_SHARE = 0.1
-# Why a clock is below its highest (nvml.h, nvmlClocksThrottleReasons), apart from an idle GPU.
-THROTTLED = {
-    0x2: "an application's setting",
-    0x4: "the power limit",
-    0x8: "a hardware slowdown",
-    0x10: "sync boost",
-    0x20: "temperature, by software",
-    0x40: "temperature, by hardware",
-    0x80: "an external power brake",
-    0x100: "the display's clock",
-}
+# Why a clock is below its highest: the bits of nvmlClocksThrottleReasons (nvml.h) from 0x2 on.
+# The lowest bit is an idle GPU.
+THROTTLED = (
+    *("an application's setting", "the power limit", "a hardware slowdown", "sync boost"),
+    *("temperature, by software", "temperature, by hardware", "an external power brake"),
+    "the display's clock",
+)
 
 
 # ---------------------------------------------------------------- machine and versions
@@ -56,21 +52,18 @@ def pick_device() -> torch.device:
 def code_version() -> str:
     """Twelve hex digits of the sources that a figure depends on, in a checkout or installed."""
     state = hashlib.sha256()
-    for folder in MEASURING:
-        for path in sorted((PACKAGE / folder).iterdir()):
-            state.update(path.name.encode() + path.read_bytes() if path.is_file() else b"")
-    state.update((PACKAGE / "records.py").read_bytes())
+    for path in (path for pattern in MEASURING for path in sorted(PACKAGE.glob(pattern))):
+        state.update(path.name.encode() + path.read_bytes() if path.is_file() else b"")
     return state.hexdigest()[:12]
 
 
 def _commit() -> str | None:
     """The commit of the checkout, with `+` if files differ from it; None if not in a checkout."""
-    run = partial(
-        subprocess.run, capture_output=True, text=True, check=True, timeout=5, cwd=PACKAGE
-    )
+    options = {"capture_output": True, "text": True, "check": True, "timeout": 5, "cwd": PACKAGE}
+    git = partial(subprocess.run, **options)
     try:
-        run(["git", "ls-files", "--error-unmatch", "__init__.py"])
-        describe = run(["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"])
+        git(["git", "ls-files", "--error-unmatch", "__init__.py"])
+        describe = git(["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"])
         return describe.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
@@ -89,18 +82,16 @@ def _cpu() -> str:
     return cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
 
 
-def environment(device: torch.device, attention: str = "sdpa") -> Environment:
+def environment(device: torch.device) -> Environment:
     """The environment of this process on `device`, now."""
     gpu: dict[str, Any] = {}
     if device.type == "cuda":
         properties, state = torch.cuda.get_device_properties(device), gpu_state(device)
-        gpu = {
+        gpu = {name: state.get(name) for name in ("driver", "power_limit_w")} | {
             "gpu": properties.name,
             "gpu_memory_bytes": properties.total_memory,
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": state.get("driver"),
-            "power_limit_w": state.get("power_limit_w"),
         }
     return Environment(
         **gpu,
@@ -112,7 +103,7 @@ def environment(device: torch.device, attention: str = "sdpa") -> Environment:
         torch=torch.__version__,
         transformers=installed("transformers"),
         auto_round=installed("auto-round"),
-        attention=attention,
+        attention="sdpa",
         code=code_version(),
         commit=_commit(),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -134,38 +125,32 @@ def gpu_handle(device: torch.device) -> Any:
         return None
 
 
+STATE: dict[str, Callable[[Any], Any]] = {
+    "driver": lambda _: pynvml.nvmlSystemGetDriverVersion(),
+    "power_limit_w": lambda gpu: pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
+    "power_w": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+    "temperature_c": lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+    "sm_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+    "memory_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+    "throttle_reasons": lambda gpu: hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)),
+}
+
+
 def gpu_state(device: torch.device) -> dict[str, Any]:
     """Driver, power, temperature, clocks and throttle reasons now, as far as the driver tells."""
-    handle = gpu_handle(device)
-    if handle is None:
-        return {}
-    clock, temperature = pynvml.nvmlDeviceGetClockInfo, pynvml.nvmlDeviceGetTemperature
-    readings = {
-        "driver": pynvml.nvmlSystemGetDriverVersion,
-        "power_limit_w": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-        "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-        "temperature_c": lambda: temperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-        "sm_clock_mhz": lambda: clock(handle, pynvml.NVML_CLOCK_SM),
-        "memory_clock_mhz": lambda: clock(handle, pynvml.NVML_CLOCK_MEM),
-        "throttle_reasons": lambda: hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-    }
-    values = {}
-    for name, read in readings.items():
+    values, handle = dict[str, Any](), gpu_handle(device)
+    for name, read in STATE.items() if handle else ():
         with suppress(pynvml.NVMLError):
-            values[name] = read()
+            values[name] = read(handle)
     return values
 
 
 def _processes(device: torch.device) -> dict[int, int | None]:
     """The processes on the GPU by id, with the bytes each holds."""
     handle, processes = gpu_handle(device), []
-    kinds = (
-        pynvml.nvmlDeviceGetComputeRunningProcesses,
-        pynvml.nvmlDeviceGetGraphicsRunningProcesses,
-    )
-    for read in kinds if handle else ():
+    for kind in ("Compute", "Graphics") if handle else ():
         with suppress(pynvml.NVMLError):
-            processes += read(handle)
+            processes += getattr(pynvml, f"nvmlDeviceGet{kind}RunningProcesses")(handle)
     return {process.pid: process.usedGpuMemory for process in processes}
 
 
@@ -185,61 +170,55 @@ def own_bytes(device: torch.device) -> int | None:
 # ---------------------------------------------------------------- interference
 
 
-class InterferenceMonitor:
-    """Watches the system until `lines`; `own` are the sweep's processes."""
+class Watch(NamedTuple):
+    """The GPU's state and the time when a measurement started, and the sweep's processes."""
 
-    def __init__(self, device: torch.device, own: Iterable[int | None]) -> None:
-        self.device = device
-        self.own = {os.getpid(), *(pid for pid in own if pid)}
-        self.start, self.start_others_s = time.perf_counter(), self._others_s()
-
-    def lines(self, states: dict[str, dict[str, Any]] | None) -> list[str]:
-        """What interfered, a line each; `states` are the GPU's before and after."""
-        return [*self._busy_cpu(), *_throttled(states), *self._busy_gpu()]
-
-    def _others_s(self) -> float | None:
-        """Seconds of CPU time of other processes since the system started."""
-        times = psutil.cpu_times()._asdict()
-        idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is part of the user's
-        try:
-            own = [psutil.Process(pid).cpu_times() for pid in self.own]
-        except psutil.Error:
-            return None
-        busy_s = sum(seconds for name, seconds in times.items() if name not in idle)
-        return busy_s - sum(times.user + times.system for times in own)
-
-    def _busy_cpu(self) -> list[str]:
-        now, elapsed_s = self._others_s(), time.perf_counter() - self.start
-        if now is None or self.start_others_s is None or elapsed_s <= 0.2:
-            return []  # the system counts in hundredths of a second
-        share = (now - self.start_others_s) / (elapsed_s * (psutil.cpu_count() or 1))
-        return [f"other processes took {share:.0%} of the CPU"] if share > BUSY_SHARE else []
-
-    def _busy_gpu(self) -> list[str]:
-        if (handle := gpu_handle(self.device)) is None:
-            return []
-        lines = []
-        if others := others_on(self.device, self.own):
-            lines.append(f"{others} other process{'es' * (others > 1)} on the GPU")
-        with suppress(pynvml.NVMLError):
-            # nvmlDeviceGetDisplayMode says enabled on an H100 without a display.
-            if pynvml.nvmlDeviceGetDisplayActive(handle):
-                lines.append("a display is attached to the GPU")
-        return lines
+    device: torch.device
+    own: list[psutil.Process]
+    state: dict[str, Any]
+    start: float
 
 
-def _throttled(states: dict[str, dict[str, Any]] | None) -> list[str]:
-    reasons = 0
-    for state in (states or {}).values():
-        reasons |= int(state.get("throttle_reasons", "0"), 16)
-    names = [name for bit, name in THROTTLED.items() if reasons & bit]
-    return [f"the clock was held down by {', '.join(names)}"] if names else []
+def watch(device: torch.device, workers: Iterable[int | None]) -> Watch:
+    """Start to watch for interference; `workers` are the ids of the sweep's other processes."""
+    pids = {os.getpid(), *filter(None, workers)}
+    own = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    others_share(own)
+    return Watch(device, own, gpu_state(device), time.perf_counter())
 
 
-def spilled(memory: Memory | None, gpu_memory_bytes: int | None) -> list[str]:
+def interference(watch: Watch) -> tuple[list[str], dict[str, dict[str, Any]] | None]:
+    """What interfered since `watch`, a line each; the GPU's states before and after."""
+    lines, states = [], {"before": watch.state, "after": gpu_state(watch.device)}
+    share = others_share(watch.own)
+    # The system counts CPU time in hundredths of a second.
+    if share > BUSY_SHARE and time.perf_counter() - watch.start > 0.2:
+        lines.append(f"other processes took {share:.0%} of the CPU")
+    for bit, reason in enumerate(THROTTLED, 1):
+        if any(int(one.get("throttle_reasons", "0"), 16) >> bit & 1 for one in states.values()):
+            lines.append(f"the clock was held down by {reason}")
+    if others := others_on(watch.device, {process.pid for process in watch.own}):
+        lines.append(f"{others} other process{'es' * (others > 1)} on the GPU")
+    with suppress(pynvml.NVMLError):
+        # nvmlDeviceGetDisplayMode says enabled on an H100 without a display.
+        if (gpu := gpu_handle(watch.device)) and pynvml.nvmlDeviceGetDisplayActive(gpu):
+            lines.append("a display is attached to the GPU")
+    return lines, states if watch.state else None
+
+
+def others_share(own: Iterable[psutil.Process]) -> float:
+    """The share of all cores, since the last call, of processes that are not in `own`."""
+    try:
+        own_percent = sum(process.cpu_percent() for process in own) / (psutil.cpu_count() or 1)
+    except psutil.Error:  # a worker has ended
+        return 0.0
+    return (psutil.cpu_percent() - own_percent) / 100
+
+
+def spilled(memory: Memory | None, machine: Environment) -> list[str]:
     """A line if torch holds more than the GPU has: Windows serves the rest from host memory."""
-    reserved = memory and memory.reserved_bytes
-    if not reserved or not gpu_memory_bytes or reserved <= gpu_memory_bytes:
+    reserved, total = (memory and memory.reserved_bytes) or 0, machine.gpu_memory_bytes
+    if not total or reserved <= total:
         return []
-    sizes = f"{reserved / GIB:.1f} GiB held on a GPU of {gpu_memory_bytes / GIB:.1f} GiB"
+    sizes = f"{reserved / GIB:.1f} GiB held on a GPU of {total / GIB:.1f} GiB"
     return [f"{sizes}: the host's memory is used"]

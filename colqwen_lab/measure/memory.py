@@ -49,13 +49,9 @@ def measure(
         with MemoryTracker([*resident(loaded.model), *tensors]) as tracker:
             for _ in range(STEPS):
                 step()
-        return Memory(
-            weights_bytes=weights,
-            resident_bytes=weights,
-            peak_bytes=tracker.peak_bytes,
-            breakdown=tracker.breakdown(),
-            method="tracked",
-        )
+        figures = {"resident_bytes": weights, "peak_bytes": tracker.peak_bytes}
+        breakdown = tracker.breakdown()
+        return Memory(weights_bytes=weights, **figures, breakdown=breakdown, method="tracked")
     free(device)
     resident_bytes = torch.cuda.memory_allocated(device)
     step()
@@ -87,10 +83,7 @@ def set_cap(card: Card, device: torch.device) -> tuple[int, int]:
     """`(cap, outside)` in bytes: torch may take `cap`, the card's usable memory minus `outside`.
 
     Call it before the model loads. `outside` is the memory outside torch, measured after a first
-    GEMM, which loads the libraries.
-
-    Raises:
-        MissingRequirement: no CUDA GPU, one smaller than the card, or one with other processes.
+    GEMM, which loads the libraries. Raises MissingRequirement where this GPU cannot play the card.
     """
     if device.type != "cuda":
         raise MissingRequirement(

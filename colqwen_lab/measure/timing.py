@@ -7,17 +7,14 @@ the forward and the device sync; tokenisation, padding and the copy to the devic
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
-from colqwen_lab.errors import BadInput
 from colqwen_lab.records import GIB, Limits, rate_of
 
 CLOCK = "forward + device sync; an untimed forward of the same batch precedes it"
@@ -36,6 +33,10 @@ class Failure:
     status: str
     reason: str
     ended: bool = False
+
+    def call(self, *_: Any) -> Failure:
+        """What a worker that could not load answers."""
+        return self
 
 
 # Seconds of the next step; the argument says whether an untimed step of the same batch precedes it.
@@ -60,31 +61,20 @@ class StoppingRule:
     max_s: float = 3.0
     precision: float = 0.02
 
-    def __post_init__(self) -> None:
-        if self.min_steps < 1 or self.max_steps < self.min_steps or self.max_warmup < 0:
-            raise BadInput(
-                "steps must be max_warmup >= 0 and 1 <= min_steps <= max_steps, "
-                f"got {self.max_warmup}, {self.min_steps} and {self.max_steps}"
-            )
-        if not 0 <= self.min_s <= self.max_s:
-            raise BadInput(f"seconds must be 0 <= min_s <= max_s, got {self.min_s}, {self.max_s}")
-
     def reason_to_stop(self, all_times: Sequence[list[float]], elapsed_s: float) -> str:
         """Why timing may stop now (converged, count or time), or an empty text."""
         count = min(map(len, all_times))
-        if count < self.min_steps or elapsed_s < self.min_s:
-            return "count" if count >= self.max_steps else ""
-        if all(map(self._precise, all_times)):
+        enough = count >= self.min_steps and elapsed_s >= self.min_s
+        if enough and all(map(self._precise, all_times)):
             return "converged"
         if count >= self.max_steps:
             return "count"
-        return "time" if elapsed_s >= self.max_s else ""
+        return "time" if enough and elapsed_s >= self.max_s else ""
 
     def _precise(self, times: list[float]) -> bool:
         rate = rate_of(times, 1)
-        if rate.low is None or rate.high is None:
-            return False
-        return max(rate.high - rate.median, rate.median - rate.low) <= self.precision * rate.median
+        low, high = rate.low or 0, rate.high or float("inf")
+        return max(high - rate.median, rate.median - low) <= self.precision * rate.median
 
 
 @dataclass
@@ -96,6 +86,13 @@ class Samples:
     steady: bool = False
     stopped: str = ""
     failure: Failure | None = None
+
+    def add(self, answer: float | Failure, times: list[float]) -> None:
+        """Keep the answer of a step, a time among `times`."""
+        if isinstance(answer, Failure):
+            self.failure = answer
+        else:
+            times.append(answer)
 
 
 def synchronise(device: torch.device) -> None:
@@ -114,17 +111,17 @@ def time_interleaved(
     """
     stopping = stopping or StoppingRule()
     samples = {name: Samples() for name in steps}
-    for name, step in steps.items():
-        own = samples[name]
-        while len(own.warmup_s) < stopping.max_warmup and not own.steady and not own.failure:
-            _note(own, own.warmup_s, step(False))
-            if len(own.warmup_s) >= 6:
-                before = statistics.median(own.warmup_s[-6:-3])
-                own.steady = statistics.median(own.warmup_s[-3:]) >= (1 - stopping.steady) * before
+    for name, own in samples.items():
+        warm = own.warmup_s
+        while len(warm) < stopping.max_warmup and not own.steady and not own.failure:
+            own.add(steps[name](False), warm)
+            own.steady = len(warm) >= 6 and (
+                median(warm[-3:]) >= (1 - stopping.steady) * median(warm[-6:-3])
+            )
     start, order = time.perf_counter(), list(steps)
     while live := [name for name in order if not samples[name].failure]:
         for name in live:
-            _note(samples[name], samples[name].step_s, steps[name](True))
+            samples[name].add(steps[name](True), samples[name].step_s)
         order.reverse()
         times = [samples[name].step_s for name in live]
         if stopped := stopping.reason_to_stop(times, time.perf_counter() - start):
@@ -134,50 +131,24 @@ def time_interleaved(
     return samples
 
 
-def _note(samples: Samples, times: list[float], answer: float | Failure) -> None:
-    if isinstance(answer, Failure):
-        samples.failure = answer
-    else:
-        times.append(answer)
-
-
-@contextmanager
-def call_times(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
-    """A list that gets the times before and after each call of `module`, with a device sync."""
-    times: list[float] = []
-
-    def note(*_: Any) -> None:
-        synchronise(device)
-        times.append(time.perf_counter())
-
-    hooks = [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
-    try:
-        yield times
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def measured_limits(device: torch.device) -> Limits:
     """What this GPU reaches now: FLOP/s of a large BF16 GEMM of random values, bytes/s of a copy.
 
     The copy counts bytes read and bytes written.
     """
     a, b = torch.randn(2, GEMM_SIDE, GEMM_SIDE, device=device, dtype=torch.bfloat16)
-    gemm_s = _median_s(lambda: torch.matmul(a, b))
     size = min(COPIED_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
     source, target = torch.empty(2, size, dtype=torch.uint8, device=device)
-    copy_s = _median_s(lambda: target.copy_(source))
+    medians_s = []
+    for work in (lambda: a @ b, lambda: target.copy_(source)):
+        times = []
+        for _ in range(LIMIT_ROUNDS + 2):  # the first two warm up
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        medians_s.append(median(times[2:]))
+    gemm_s, copy_s = medians_s
     return Limits(flops_per_s=2 * GEMM_SIDE**3 / gemm_s, bytes_per_s=2 * size / copy_s)
-
-
-def _median_s(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(LIMIT_ROUNDS + 2):  # the first two warm up
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times[2:])

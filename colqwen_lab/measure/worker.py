@@ -11,7 +11,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ import torch
 from colqwen_lab.errors import LabError, scrubbed
 from colqwen_lab.hardware import Card
 from colqwen_lab.measure.memory import free, measure, set_cap
-from colqwen_lab.measure.timing import Failure, call_times, measured_limits, synchronise
+from colqwen_lab.measure.timing import Failure, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
 from colqwen_lab.model.loading import load
 from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
@@ -51,21 +50,18 @@ def failure_of(error: Exception) -> Failure:
 class Worker:
     """One model on a device, and the measurements of it.
 
-    `batches` makes Batches of config, tokenizer, batch_size and device.
+    `make_batches` makes Batches of config, tokenizer, batch_size and device.
     """
 
     checkpoint: Checkpoint
     device: torch.device
     configuration: Configuration
-    batches: Callable[..., Batches]
+    make_batches: Callable[..., Batches]
     loaded: Any = None
     inputs: list[Any] = field(default_factory=list)
     steps: dict[tuple[str, bool], Steps] = field(default_factory=dict)
+    alive: bool = True
     pid: int | None = None  # this process
-
-    @property
-    def alive(self) -> bool:
-        return self.loaded is not None
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The answer of the method `name`, or a Failure; a LabError passes."""
@@ -80,40 +76,37 @@ class Worker:
 
     def end(self) -> None:
         """Release the model and everything it computed."""
-        self.loaded, self.inputs = None, []
-        self.rest()
+        self.loaded, self.inputs, self.steps = None, [], {}
+        free(self.device)
 
-    def cap(self, card: Card) -> tuple[int, int]:
-        """`(cap, outside)` in bytes, from now on; before `load`."""
-        return set_cap(card, self.device)
+    def load(self, card: Card | None, batch_sizes: Sequence[int]) -> tuple[Any, Backend, Any]:
+        """`(cap, outside)` bytes under `card`, the model's kernels, and its unused tensors.
 
-    def load(self) -> tuple[Backend, tuple[str, ...]]:
-        """The kernels of the loaded model, and the names of unused tensors."""
-        c = self.configuration
+        The kernel configs that `fast` tries at these batch sizes are compiled, all at once.
+        """
+        cap, c = set_cap(card, self.device) if card else (0, 0), self.configuration
         loader = load_fast if c.execution == "fast" else load
         self.loaded = loader(self.checkpoint, self.device, c.kernel, c.dtype or "bfloat16")
-        return self.backend(), self.loaded.unused
+        if (fast := getattr(self.loaded.model, "fast", None)) and not card:
+            fast.compile({m for size in batch_sizes for m in _rows(self._batches(size).inputs)})
+        return cap, self.rest(), self.loaded.unused
 
-    def memory(self, batch_size: int, protocol: str, alone: bool) -> Memory:
-        """The peak of the longest batch, which is the peak of a cycle through all batches."""
+    def measure(self, batch_size: int, protocol: str, alone: bool) -> tuple[Memory, Batches]:
+        """The memory of steps of these batches, which later calls use; their tensors stay here.
+
+        The peak of the longest batch is the peak of a cycle through all batches.
+        """
         self.inputs, self.steps = [], {}
-        batches = self._batches(batch_size).inputs
-        longest = max(batches, key=lambda batch: batch["input_ids"].shape[1])
-        return measure(self.loaded, [longest], self._steps([longest], protocol), alone)
-
-    def prepare(self, batch_size: int, protocols: Iterable[str]) -> Batches:
-        """Make the batches, and the steps of each protocol and its control; inputs stay here."""
         batches = self._batches(batch_size)
         self.inputs = batches.inputs
-        self.steps = {
-            (protocol, control): self._steps(self.inputs, protocol)
-            for protocol in protocols
-            for control in (False, True)
-        }
-        return replace(batches, inputs=[])
+        longest = max(self.inputs, key=lambda batch: batch["input_ids"].shape[1])
+        memory = measure(self.loaded, [longest], self._steps([longest], protocol), alone)
+        return memory, replace(batches, inputs=[])
 
     def step(self, protocol: str, control: bool, warm: bool = False) -> float:
         """Seconds of the next step and its sync; if `warm`, after an untimed one of its batch."""
+        if (protocol, control) not in self.steps:
+            self.steps[protocol, control] = self._steps(self.inputs, protocol)
         step = self.steps[protocol, control]
         if warm:
             step(warm_up=True)
@@ -128,15 +121,22 @@ class Worker:
 
         A device sync before and after the encoder separates them; timed steps of a cell have none.
         """
-        step_s = []
-        with call_times(self.loaded.model.vlm.model.visual, self.device) as times:
+        times: list[float] = []
+
+        def note(*_: Any) -> None:
+            synchronise(self.device)
+            times.append(time.perf_counter())
+
+        step, encoder = self._steps(self.inputs, protocol), self.loaded.model.vlm.model.visual
+        with encoder.register_forward_pre_hook(note), encoder.register_forward_hook(note):
             for _ in range(STAGE_STEPS):
-                step_s.append(self.step(protocol, False))
-        vision_s = np.subtract(times[1::2], times[::2])
-        return Stages(
-            vision_encoder_s=statistics.median(vision_s.tolist()),
-            language_model_s=statistics.median((step_s - vision_s).tolist()),
-        )
+                note()
+                step()
+                note()
+        start, encoding, encoded, end = np.reshape(times, (-1, 4)).T
+        vision_s = float(np.median(encoded - encoding))
+        rest_s = float(np.median(end - encoded + encoding - start))
+        return Stages(vision_encoder_s=vision_s, language_model_s=rest_s)
 
     def embeddings(self, protocol: str) -> np.ndarray:
         """The token embeddings of the first batch, [real tokens, 320], in float32."""
@@ -145,21 +145,17 @@ class Worker:
         step()
         return step.output.embeddings[inputs["attention_mask"].bool()].float().cpu().numpy()
 
-    def compile(self, batch_sizes: Sequence[int]) -> None:
-        """Compile, all at once, the kernel configs that `fast` tries at these batch sizes."""
-        if fast := getattr(self.loaded.model, "fast", None):
-            rows = {m for size in batch_sizes for m in _rows(self._batches(size).inputs)}
-            fast.compile(sorted(rows))
+    def rest(self) -> Backend:
+        """Release steps and their outputs. The kernels used at the longest of the batches.
 
-    def backend(self) -> Backend:
-        """The kernels used at the longest batch, and the kernel configs of all prepared batches.
-
-        Shorter batches have fewer rows (M), at which another kernel may be faster.
+        Shorter batches have fewer rows (M), at which another kernel may be faster; the kernel
+        configs are of all batches.
         """
+        self.steps = {}
+        free(self.device)
         loaded, c, configs = self.loaded, self.configuration, {}
-        engaged = loaded.engaged
-        if (fast := getattr(loaded.model, "fast", None)) and self.inputs:
-            rows = _rows(self.inputs)
+        engaged, rows = loaded.engaged, _rows(self.inputs)
+        if (fast := getattr(loaded.model, "fast", None)) and rows:
             ends = tuple(f" x {m}" for m in rows)
             configs = {name: value for name, value in fast.chosen.items() if name.endswith(ends)}
             engaged = fast.engaged(max(rows))
@@ -179,19 +175,12 @@ class Worker:
         fast = self.configuration.execution == "fast"
         with torch.cuda.stream(capture_stream() if fast else torch.cuda.current_stream()):
             limits = measured_limits(self.device)
-        self.rest()
+        free(self.device)
         return limits
 
-    def rest(self) -> None:
-        """Release steps and their outputs; the batches stay."""
-        self.steps = {}
-        free(self.device)
-
     def _batches(self, batch_size: int) -> Batches:
-        config, tokenizer = self.loaded.model.config, self.loaded.tokenizer
-        return self.batches(
-            config=config, tokenizer=tokenizer, batch_size=batch_size, device=self.device
-        )
+        values = {"config": self.loaded.model.config, "tokenizer": self.loaded.tokenizer}
+        return self.make_batches(**values, batch_size=batch_size, device=self.device)
 
     def _steps(self, inputs: list[Any], protocol: str) -> Steps:
         return Steps(self.loaded.model, inputs, self.configuration.execution, protocol)
@@ -212,9 +201,8 @@ class Remote:
         if kind == "forkserver":
             context.set_forkserver_preload(["colqwen_lab.measure.sweep"])
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=serve, args=(theirs, torch.get_num_threads(), *arguments), daemon=True
-        )
+        arguments = (theirs, torch.get_num_threads(), *arguments)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
         # A caller's script without `if __name__ == "__main__"` must not run again in the child.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
@@ -229,6 +217,7 @@ class Remote:
         """The answer of the worker's method `name`, or a Failure; its LabError is raised here."""
         if not self.alive:
             return Failure("failed", "its process had ended")
+        reason = f"no answer to {name!r} within {DEADLINE_S} s; its process was ended"
         try:
             self.connection.send((name, arguments))
             if self.connection.poll(DEADLINE_S):
@@ -236,7 +225,6 @@ class Remote:
                 if isinstance(answer, LabError):
                     raise answer
                 return answer
-            reason = f"no answer to {name!r} within {DEADLINE_S} s; its process was ended"
         except (EOFError, OSError):
             self.process.join(5)
             reason = f"its process ended: {_ending(self.process.exitcode)}"

@@ -11,12 +11,10 @@ import json
 import math
 import os
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +35,18 @@ CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "tokenizer.json
 TOKENIZER_BYTES, JSON_BYTES = 64 * 2**20, 2**20
 # The types that are read, by whether the network's tensor is floating-point.
 DTYPES = {True: ("BF16", "F16", "F32"), False: ("I32", "I64")}
+Json = dict[str, Any]
+Tensors = dict[str, Tensor]
 
 
-class Checkpoint(ABC):
-    """The weights of one variant; records name them by `label`.
+class Checkpoint:
+    """The weights of one variant."""
 
-    `quantization` is the checkpoint's quantization_config, None for 16-bit weights.
-    """
-
-    label: str
+    label: str  # their name in records
     config: ColQwen3Config
     tokenizer: Tokenizer | None
-    quantization: dict[str, Any] | None
+    quantization: Json | None  # the quantization_config, None for 16-bit weights
+    unused: tuple[str, ...] = ()  # tensors that the network never calls
 
     @property
     def size(self) -> str:
@@ -58,64 +56,44 @@ class Checkpoint(ABC):
         matching = (size for size in SIZES if own.items() <= SIZES[size]["text_config"].items())
         return next(matching, "custom")
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """The tensors that the network never calls."""
-        return ()
-
-    @abstractmethod
-    def check(self, expected: dict[str, Tensor]) -> None:
+    def check(self, expected: Tensors) -> None:
         """Raise MissingRequirement with a list unless the tensors are exactly `expected`."""
 
-    @abstractmethod
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
         """The tensor `name` on `device`, of the shape and type of `like`."""
+        raise NotImplementedError
 
 
-@dataclass
 class RandomCheckpoint(Checkpoint):
-    """Random weights of any size and scheme, generated on `device`.
+    """Random weights, generated on `device`; a tensor's values depend on `seed` and its name."""
 
-    A tensor's values depend on `seed` and its name. Speed and memory do not depend on the values.
-    """
-
-    label: str
-    config: ColQwen3Config
-    scheme: str | None
-    device: torch.device
-    seed: int = 0
-    tokenizer: Tokenizer | None = None
-
-    def __post_init__(self) -> None:
-        self.quantization = None
-        if self.scheme:
-            bits, group_size = scheme_parts(self.scheme)
-            packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+    def __init__(self, size: str, scheme: str | None, device: torch.device, seed: int) -> None:
+        self.device, self.seed, self.label = device, seed, f"random {size} (seed {seed})"
+        self.config, self.quantization = ColQwen3Config.of_size(size), None
+        self.tokenizer = read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None
+        if scheme:
+            bits, group_size = scheme_parts(scheme)
             codes = {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"}
+            packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
             self.quantization = codes | packing
 
-    def check(self, expected: dict[str, Tensor]) -> None:
-        """Nothing can be missing: `read` generates every tensor."""
-
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        """Normal weights of deviation 0.02, norms of one, biases of zero.
-
-        Codes are uniform and scales have either sign, so dequantised weights have mean zero and
-        deviation 0.02. A mean would turn every token of a deep network in the same direction.
-        """
+        """Normal weights of deviation 0.02, norms of one, biases of zero."""
         layer, kind = name.split(".")[-2:]
         bits = (self.quantization or {}).get("bits", 0)
         generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
         values = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        if kind == "qzeros":
-            values.fill_(_zero_word(bits))
-        elif kind == "bias":
+        if kind == "bias":
             values.zero_()
         elif "norm" in layer:
             values.fill_(1)
+        elif kind == "qzeros":
+            values.fill_(_zero_word(bits))
         elif kind == "qweight":
             values.random_(-(2**31), 2**31 - 1, generator=generator)
         elif kind == "scales":
+            # Scales have either sign, so that dequantised weights have mean zero and deviation
+            # 0.02. A mean would turn every token of a deep network in the same direction.
             deviation = math.sqrt((4**bits + 2) / 12)
             values.random_(2, generator=generator).mul_(2).sub_(1).mul_(0.02 / deviation)
         else:
@@ -130,7 +108,7 @@ def _zero_word(bits: int, stored_less: int = 1) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def is_symmetric(quantization: dict[str, Any]) -> bool:
+def is_symmetric(quantization: Json) -> bool:
     """Whether codes are symmetric: AutoRound writes `sym`, AutoAWQ the opposite `zero_point`."""
     return bool(quantization.get("sym", not quantization.get("zero_point", False)))
 
@@ -150,63 +128,61 @@ class FolderCheckpoint(Checkpoint):
     """A folder in the hub's layout: config.json, safetensors files, tokenizer.json."""
 
     def __init__(self, folder: Path, label: str | None = None) -> None:
-        self.folder = folder
-        config, tokenizer = folder / "config.json", folder / "tokenizer.json"
-        values = self._json("config.json")
-        model_type, expected = values.get("model_type"), ColQwen3Config.model_type
-        if model_type != expected:
-            got = f"{model_type!r:.100}"
-            raise MissingRequirement(f"{config}: model_type must be {expected!r}, got {got}")
-        self.quantization = values.pop("quantization_config", None)
-        if not isinstance(self.quantization, dict | None):
-            raise MissingRequirement(f"{config}: quantization_config must be an object")
-        # `auto_map` names code of the repository.
-        for key in ("auto_map", "dtype", "torch_dtype"):
-            values.pop(key, None)
-        self.files = self._index()
+        self.folder, config = folder, folder / "config.json"
+        values = self._json(config)
         with one_line_errors(f"{config} is not the configuration of a ColQwen3"):
+            if (model_type := values.get("model_type")) != ColQwen3Config.model_type:
+                raise ValueError(f"model_type must be 'colqwen3', got {model_type!r:.100}")
+            self.quantization = values.pop("quantization_config", None)
+            if not isinstance(self.quantization, dict | None):
+                raise ValueError("quantization_config must be an object")
+            # `auto_map` names code of the repository.
+            for key in ("auto_map", "dtype", "torch_dtype"):
+                values.pop(key, None)
+            self.files = self._open()
             self.config = ColQwen3Config(**values)
             self._check_dimensions()
-        self.tokenizer = None
-        if tokenizer.exists():
-            self.tokenizer = read_tokenizer(self._own(tokenizer, TOKENIZER_BYTES))
+        self.unused = tuple(sorted(UNUSED_TENSORS & self.files.keys()))
+        tokenizer = self._own(folder / "tokenizer.json", TOKENIZER_BYTES)
+        self.tokenizer = read_tokenizer(tokenizer) if tokenizer.exists() else None
         self.label = label or f"folder:{folder.resolve().name}#{self.digest}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the files again."""
         return FolderCheckpoint, (self.folder, self.label)
 
-    def _own(self, path: Path, most_bytes: int = 2**63) -> Path:
+    def _own(self, path: Path, most_bytes: float = math.inf) -> Path:
         """`path`, if it is a small enough file here or, by a link, among the hub's blobs."""
         home = Path(os.path.realpath(self.folder))
         homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
         if Path(os.path.realpath(path)).parent not in homes:
             raise MissingRequirement(f"{path} points outside its folder")
-        if path.exists() and not path.is_file():
-            raise MissingRequirement(f"{path} is not a file")
-        if path.exists() and (size := path.stat().st_size) > most_bytes:
-            raise MissingRequirement(f"{path} must have at most {most_bytes} bytes, got {size}")
+        if path.exists():
+            if not path.is_file():
+                raise MissingRequirement(f"{path} is not a file")
+            if (size := path.stat().st_size) > most_bytes:
+                raise MissingRequirement(f"{path} must have at most {most_bytes} bytes, got {size}")
         return path
 
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self._own(self.folder / name, JSON_BYTES)
-        if not path.exists():
-            raise MissingRequirement(f"{self.folder} is not a checkpoint folder: it has no {name}")
+    def _json(self, path: Path) -> Json:
+        if not self._own(path, JSON_BYTES).exists():
+            raise MissingRequirement(
+                f"{self.folder} is not a checkpoint folder: it has no {path.name}"
+            )
         with one_line_errors(f"{path} cannot be read"):
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_bytes())
             if not isinstance(document, dict):
                 raise ValueError("it must be a JSON object")
         return document
 
-    def _index(self) -> dict[str, Any]:
+    def _open(self) -> Json:
         """The open safetensors file of each tensor."""
-        index = "model.safetensors.index.json"
-        weight_map: Any = {"": "model.safetensors"}
-        if (self.folder / index).exists():
-            weight_map = self._json(index).get("weight_map")
-        with one_line_errors(f"{self.folder / index} has no weight_map"):
-            self.paths = [self.folder / name for name in sorted(set(map(str, weight_map.values())))]
-        files: dict[str, Any] = {}
+        index, names = self.folder / "model.safetensors.index.json", ["model.safetensors"]
+        if index.exists():
+            with one_line_errors(f"{index} has no weight_map"):
+                names = sorted({str(name) for name in self._json(index)["weight_map"].values()})
+        self.paths = [self.folder / name for name in names]
+        files: Json = {}
         for path in self.paths:
             with one_line_errors(f"{path!s:.150} is missing, truncated or not safetensors"):
                 file = safe_open(self._own(path), framework="pt")
@@ -214,13 +190,11 @@ class FolderCheckpoint(Checkpoint):
         return files
 
     def _check_dimensions(self) -> None:
-        """Raise ValueError if the files are too small for the network of the configuration.
-
-        This precedes all allocation. It builds one layer of each kind on the meta device.
-        """
+        """Raise ValueError, before any allocation, if the files are too small for the network."""
         config: Any = deepcopy(self.config)
         layers, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
         tapped = config.vision_config.deepstack_visual_indexes
+        # One layer of each kind is built, on the meta device.
         config.text_config.num_hidden_layers = config.vision_config.depth = 1
         tensors, held = len(self.files), sum(path.stat().st_size for path in self.paths)
         plausible = min(layers, blocks) > 0 and layers + blocks <= tensors
@@ -246,73 +220,49 @@ class FolderCheckpoint(Checkpoint):
                     state.update(file.read(4096))
         return state.hexdigest()[:12]
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        return tuple(sorted(UNUSED_TENSORS & self.files.keys()))
-
-    def check(self, expected: dict[str, Tensor]) -> None:
+    def check(self, expected: Tensors) -> None:
         problems = [f"missing {name}" for name in expected if name not in self.files]
-        for name, file in self.files.items():
-            if name not in expected:
-                known = name in UNUSED_TENSORS or self._is_plain_group_index(name)
-                problems += [] if known else [f"unexpected {name}"]
-                continue
-            view, like = file.get_slice(name), expected[name]
-            shape, valid = list(view.get_shape()), DTYPES[like.is_floating_point()]
-            if shape != list(like.shape):
-                problems.append(f"{name} must have shape {list(like.shape)}, got {shape}")
-            elif view.get_dtype() not in valid:
-                problems.append(f"{name} must be one of {', '.join(valid)}, got {view.get_dtype()}")
-        if not problems:
-            problems = self._odd_zeros(expected)
+        for name in self.files:
+            problems += self._problems(name, expected.get(name))
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             listed = "; ".join(f"{problem:.300}" for problem in problems[:5])
             raise MissingRequirement(f"{self.folder} does not fit the network: {listed}{more}")
 
-    def _odd_zeros(self, expected: dict[str, Tensor]) -> list[str]:
-        """Problems with zero points of symmetric codes that are not the middle code.
-
-        Kernels for symmetric codes do not read zero points: such a checkpoint would load wrongly.
-        """
-        quantization = self.quantization or {}
-        bits = quantization.get("bits")
-        if bits not in (2, 4, 8) or not is_symmetric(quantization):
-            return []
-        middles = {_zero_word(bits), _zero_word(bits, stored_less=0)}
-        return [
-            f"{name} holds zero points, but the codes are symmetric"
-            for name in expected
-            if name.endswith(".qzeros")
-            and not set(self.files[name].get_tensor(name).unique().tolist()) <= middles
-        ]
-
-    def _is_plain_group_index(self, name: str) -> bool:
-        """Whether a GPTQ group index has its plain order, which holds no information."""
-        group = (self.quantization or {}).get("group_size")
-        if not name.endswith(".g_idx") or not isinstance(group, int) or group < 1:
-            return False
-        index = self.files[name].get_tensor(name)
-        return index.ndim == 1 and torch.equal(index.long(), torch.arange(len(index)) // group)
+    def _problems(self, name: str, like: Tensor | None) -> Iterator[str]:
+        file, quantization = self.files[name], self.quantization or {}
+        bits, group = quantization.get("bits"), quantization.get("group_size")
+        shape, dtype = (view := file.get_slice(name)).get_shape(), view.get_dtype()
+        if like is None:
+            known = name in self.unused
+            if name.endswith(".g_idx") and isinstance(group, int) and group > 0:
+                # A GPTQ group index in its plain order holds no information.
+                index = file.get_tensor(name).long()
+                known = index.ndim == 1 and index.equal(torch.arange(len(index)) // group)
+            if not known:
+                yield f"unexpected {name}"
+        elif shape != list(like.shape):
+            yield f"{name} must have shape {list(like.shape)}, got {shape}"
+        elif dtype not in (valid := DTYPES[like.is_floating_point()]):
+            yield f"{name} must be one of {', '.join(valid)}, got {dtype}"
+        elif name.endswith(".qzeros") and bits in (2, 4, 8) and is_symmetric(quantization):
+            # Kernels for symmetric codes do not read zero points, and would run with the middle.
+            words = set(file.get_tensor(name).unique().tolist())
+            if not words <= {_zero_word(bits), _zero_word(bits, stored_less=0)}:
+                yield f"{name} holds zero points, but the codes are symmetric"
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        return self.files[name].get_tensor(name).to(device=device, dtype=like.dtype)
+        return self.files[name].get_tensor(name).to(device, like.dtype)
 
 
 def hub_folder(repository: Repository) -> Path:
-    """The local folder of a hub repository, named by the commit that its revision has now.
-
-    Without a network it is the folder in the hub's cache.
-
-    Raises:
-        MissingRequirement: no such repository or revision, or no network and nothing in the cache.
-    """
+    """The local folder, named by the commit, of a hub repository; without a network its cache."""
     name, revision = repository
-    download = partial(snapshot_download, name, revision=revision, allow_patterns=CHECKPOINT_FILES)
     reason = ""
     for cached in (False, True):
         try:
-            return Path(download(local_files_only=cached))
+            options: Json = {"revision": revision, "local_files_only": cached}
+            return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES, **options))
         except Exception as error:  # the types depend on the HTTP client
             reason = reason or type(error).__name__
     pin = "" if revision == "main" else f" --revision {revision}"
@@ -327,11 +277,8 @@ def default_checkpoint(
 ) -> Checkpoint:
     """The checkpoint of `variant` at `size`; `weights` is hub, random, a folder or auto.
 
-    `auto` is the packaged checkpoint for 16-bit `tiny`, else the hub. The hub has no quantised
-    `tiny`; `quantize.cached_checkpoint` makes it.
-
-    Raises:
-        MissingRequirement: there are no such weights here.
+    `auto` is the packaged checkpoint for 16-bit `tiny`, else the hub; for a quantised `tiny` see
+    `quantize.cached_checkpoint`. Raises MissingRequirement without such weights.
     """
     if variant.folder:
         return FolderCheckpoint(variant.folder)
@@ -340,9 +287,7 @@ def default_checkpoint(
         packaged.label = f"tiny default (trained, #{packaged.digest})"
         return packaged
     if weights == "random":
-        label, config = f"random {size} (seed {seed})", ColQwen3Config.of_size(size)
-        tokenizer = read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None
-        return RandomCheckpoint(label, config, variant.scheme, device, seed, tokenizer)
+        return RandomCheckpoint(size, variant.scheme, device, seed)
     if weights not in WEIGHTS:
         return FolderCheckpoint(Path(weights))
     repository = variant.hub.get(size) or variant.hub.get("any")

@@ -1,68 +1,25 @@
-"""The sizes of ColQwen3 and the variants that are compared. Imports no torch."""
+"""The sizes of ColQwen3 and the variants that are compared. Imports no torch.
+
+`data/sizes.json` holds the network's configuration by size. `mid` has a quarter of the 4B's depth
+and less than half of its width, so that a CPU runs it in seconds.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.settings import DATA
 
 EMBED_DIM = 320
-TEXT_KEYS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim"),
-)
-VISION_KEYS = ("hidden_size", "intermediate_size", "depth", "num_heads")
-
-
-def _size(
-    text: Sequence[int],
-    vision: Sequence[int],
-    deepstack: list[int],
-    mrope: Sequence[int] = (24, 20, 20),
-    vocabulary: int = 151936,
-    positions: int = 262144,
-    vision_positions: int = 2304,
-    **other: Any,
-) -> dict[str, Any]:
-    """A configuration from the values of TEXT_KEYS and VISION_KEYS."""
-    rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
-    return {
-        "text_config": dict(zip(TEXT_KEYS, text, strict=True))
-        | {"vocab_size": vocabulary, "max_position_embeddings": positions}
-        | {"rope_parameters": rotary | {"mrope_section": list(mrope)}},
-        "vision_config": dict(zip(VISION_KEYS, vision, strict=True))
-        | {"num_position_embeddings": vision_positions, "out_hidden_size": text[0]}
-        | {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2}
-        | {"deepstack_visual_indexes": deepstack},
-        "embed_dim": EMBED_DIM,
-        "tie_word_embeddings": True,
-        **other,
-    }
-
-
-# The first ids of the packaged tokenizer are its special tokens.
-TINY_IDS = {
-    "vision_start_token_id": 3,
-    "vision_end_token_id": 4,
-    "image_token_id": 5,
-    "video_token_id": 6,
-}
-SIZES = {
-    "tiny": _size(
-        (128, 256, 4, 4, 2, 32), (64, 128, 4, 4), [0, 1, 2], (6, 5, 5), 1536, 4096, 256, **TINY_IDS
-    ),
-    # A quarter of the 4B's depth and less than half of its width: a CPU runs it in seconds.
-    "mid": _size((1024, 3072, 8, 8, 2, 128), (512, 2048, 8, 16), [1, 3, 5]),
-    "4b": _size((2560, 9728, 36, 32, 8, 128), (1024, 4096, 24, 16), [5, 11, 17]),
-    "8b": _size(
-        (4096, 12288, 36, 32, 8, 128), (1152, 4304, 27, 16), [8, 16, 24], tie_word_embeddings=False
-    ),
-}
+SIZES: dict[str, dict[str, Any]] = json.loads((DATA / "sizes.json").read_bytes())
+# The integer weight-only presets of AutoRound that its GPTQ packing holds.
+SCHEMES = tuple(f"W{bits}A16{group}" for bits in (2, 3, 4, 8) for group in ("", "G64", "G32"))
 
 
 def resolve_size(size: str, cuda: bool) -> str:
@@ -76,10 +33,6 @@ def resolve_size(size: str, cuda: bool) -> str:
 def check_size(size: str) -> str:
     """The size's name in lower case, or `auto`. Raises BadInput."""
     return one_of("size", str(size).lower(), ["auto", *SIZES])
-
-
-# The integer weight-only presets of AutoRound that its GPTQ packing holds.
-SCHEMES = tuple(f"W{bits}A16{group}" for bits in (2, 3, 4, 8) for group in ("", "G64", "G32"))
 
 
 def scheme_parts(scheme: str) -> tuple[int, int]:
@@ -97,9 +50,9 @@ class Repository(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to measure.
+    """A model to measure: its AutoRound scheme, None for 16 bits, and where its weights are.
 
-    `scheme` is its AutoRound scheme, None for 16 bits. `hub` holds repositories by size or `any`.
+    `hub` holds repositories by size or `any`.
     """
 
     name: str
@@ -109,27 +62,10 @@ class Variant:
     folder: Path | None = None
 
 
-AWQ_REPOSITORY = "shubhamg2208/tomoro-ai-colqwen3-embed-{}-w4a16-autoawq-seqlen-1024"
-VARIANTS = {
-    "base": Variant(
-        "base",
-        "the original model, 16 bits",
-        hub={
-            "4b": Repository(
-                "TomoroAI/tomoro-colqwen3-embed-4b", "6a32fb68598730bf5620fbf18d832c784235c59c"
-            ),
-            "8b": Repository(
-                "TomoroAI/tomoro-colqwen3-embed-8b", "0b9fe28142910e209bbac15b1efe85507c27644f"
-            ),
-        },
-    ),
-    "awq": Variant(
-        "awq",
-        "AutoRound W4A16, group 128, language model only",
-        scheme="W4A16",
-        hub={size: Repository(AWQ_REPOSITORY.format(size)) for size in ("4b", "8b")},
-    ),
-}
+VARIANTS: dict[str, Variant] = {}
+for _name, _values in json.loads((DATA / "variants.json").read_bytes()).items():
+    _hub = {size: Repository(*source) for size, source in _values.pop("hub").items()}
+    VARIANTS[_name] = Variant(_name, hub=_hub, **_values)
 
 
 def resolve_variant(name: str) -> Variant:

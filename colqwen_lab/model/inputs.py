@@ -32,30 +32,29 @@ TINY_TOKENIZER = TINY / "tokenizer.json"
 # Distinct queries of several lengths and languages; none of them is a calibration text.
 NATURAL_QUERIES = (DATA / "queries.txt").read_text(encoding="utf-8").splitlines()
 CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").splitlines()
-PROMPT = (
-    "<|im_start|>user\n<|vision_start|>",
-    "<|vision_end|>Describe the image.<|im_end|><|endoftext|>",
-)
+PROMPT_START = "<|im_start|>user\n<|vision_start|>"
+PROMPT_END = "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QWEN_PAD_ID = 151643
 DPI = 150
 # The published processor enlarges an image below 64 visual tokens, and takes no image with one
 # side more than 200 times the other.
 MIN_VISUAL_TOKENS, MOST_TIMES = 64, 200
+# Pixel values [patches, 3 * 2 * 16 * 16] in float32, and the grid (1, rows, columns).
+Patches = tuple[Tensor, tuple[int, int, int]]
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, without padding or truncation of its own.
+    """The tokenizer of a `tokenizer.json`, without its own padding or truncation.
 
-    Raises MissingRequirement if it lacks the pad token or has a normalizer other than NFC.
+    Raises MissingRequirement without a pad token, or with a normalizer other than NFC.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise MissingRequirement(f"{path} is not a tokenizer.json: {error}") from None
     pad_id(tokenizer)
-    if not isinstance(tokenizer.normalizer, normalizers.NFC | None):
-        normalizer = f"{tokenizer.normalizer!r:.100}"
-        raise MissingRequirement(f"{path}: normalizer must be NFC or none, got {normalizer}")
+    if not isinstance(normalizer := tokenizer.normalizer, normalizers.NFC | None):
+        raise MissingRequirement(f"{path}: normalizer must be NFC or none, got {normalizer!r:.100}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -63,17 +62,19 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def pad_id(tokenizer: Tokenizer) -> int:
     """The id of the pad token. Raises MissingRequirement without one."""
-    token = tokenizer.token_to_id(PAD)
-    if token is None:
+    if (token := tokenizer.token_to_id(PAD)) is None:
         raise MissingRequirement(f"the tokenizer has no {PAD} token; use the one of a ColQwen3")
     return token
+
+
+def _token_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
+    return [text.ids for text in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def encode_queries(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
     """The token ids of each query, with the ten suffix tokens."""
     suffix = [pad_id(tokenizer)] * QUERY_SUFFIX_TOKENS
-    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [encoding.ids + suffix for encoding in encodings]
+    return [ids + suffix for ids in _token_ids(tokenizer, texts)]
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -101,15 +102,14 @@ def check_visual_tokens(visual_tokens: int) -> int:
 
 def _processor(config: ColQwen3Config, visual_tokens: int) -> Qwen2VLImageProcessorPil:
     """transformers' processor with Qwen3-VL's settings and this budget."""
-    vision = config.vision_config
-    area = (vision.patch_size * vision.spatial_merge_size) ** 2
-    most = check_visual_tokens(visual_tokens)
+    vision, most = config.vision_config, check_visual_tokens(visual_tokens)
+    area, half = (vision.patch_size * vision.spatial_merge_size) ** 2, [0.5] * 3
     return Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
         merge_size=vision.spatial_merge_size,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
+        image_mean=half,
+        image_std=half,
         size={"shortest_edge": min(MIN_VISUAL_TOKENS, most) * area, "longest_edge": most * area},
     )
 
@@ -124,11 +124,8 @@ def visual_tokens_of(
 
 def patches(
     image: Image.Image, config: ColQwen3Config, visual_tokens: int = VISUAL_TOKENS
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """`(pixel_values [patches, 3 * 2 * 16 * 16] float32, grid (1, rows, columns))` of an RGB image.
-
-    Raises BadInput for an invalid budget, ValueError for a side more than 200 times the other.
-    """
+) -> Patches:
+    """The patches of an RGB image. Raises BadInput for an invalid budget."""
     features = _processor(config, visual_tokens)(images=[image], return_tensors="pt")
     frames, rows, columns = features["image_grid_thw"][0].tolist()
     return features["pixel_values"], (frames, rows, columns)
@@ -136,24 +133,25 @@ def patches(
 
 def prompt_ids(tokenizer: Tokenizer | None, config: ColQwen3Config, image_tokens: int) -> list[int]:
     """The token ids of a page of `image_tokens`; without a tokenizer any ids stand for words."""
-    # As many tokens as under Qwen's tokenizer.
-    start, end = [0, 1, 2, config.vision_start_token_id], [config.vision_end_token_id, *range(6)]
     if tokenizer is not None:
-        encodings = tokenizer.encode_batch(list(PROMPT), add_special_tokens=False)
-        start, end = (encoding.ids for encoding in encodings)
+        start, end = _token_ids(tokenizer, (PROMPT_START, PROMPT_END))
+    else:  # as many tokens as under Qwen's tokenizer
+        start, end = (
+            [0, 1, 2, config.vision_start_token_id],
+            [config.vision_end_token_id, *range(6)],
+        )
     return [*start, *[config.image_token_id] * image_tokens, *end]
 
 
 def batch_of(
-    pages: Sequence[tuple[Tensor, tuple[int, int, int]]],
+    pages: Sequence[Patches],
     tokenizer: Tokenizer | None,
     config: ColQwen3Config,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """The arguments of a forward for the results of `patches`, one image a page, left-padded.
 
-    `input_ids`, `attention_mask`, `mm_token_type_ids` [pages, tokens], `image_grid_thw` [pages, 3],
-    `pixel_values` [patches of all pages, 1536].
+    Tokens are [pages, tokens], `image_grid_thw` [pages, 3], `pixel_values` [patches, 1536].
     """
     merged = config.vision_config.spatial_merge_size**2
     rows = [prompt_ids(tokenizer, config, math.prod(grid) // merged) for _, grid in pages]
@@ -181,23 +179,19 @@ def page_batch(
 
 
 def page_files(source: str | Path) -> list[Path]:
-    """The images and PDFs of a folder by suffix, in the order of their names; or one file.
+    """The images and PDFs of a folder, in the order of their names; or one file. Raises BadInput.
 
-    Subfolders and other files are no pages. `read_pages` skips links that lead nowhere.
-
-    Raises:
-        BadInput: no such file or folder, or no page in it.
+    Links that lead nowhere count, so that `read_pages` reports them.
     """
     path, expected = Path(source), "pages must be a folder of images, an image or a PDF"
     if not (isfile(path) or isdir(path)):
         raise BadInput(f"{expected}, got {path}, which does not exist")
     suffixes = {*Image.registered_extensions(), ".pdf"}
     entries = sorted(path.iterdir()) if path.is_dir() else [path]
-    pages = (file for file in entries if file.suffix.lower() in suffixes)
-    files = [file for file in pages if file.is_file() or not file.exists()]
-    if not files:
-        raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
-    return files
+    pages = [file for file in entries if file.suffix.lower() in suffixes]
+    if files := [file for file in pages if file.is_file() or not file.exists()]:
+        return files
+    raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -214,8 +208,7 @@ def digest(files: Iterable[Path]) -> str:
 def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Image.Image]:
     """Every page of the files as an RGB image: PDF pages at 150 dpi, all frames of a TIFF.
 
-    An unreadable page ends its file with one line to `skip`. So does a page beyond Pillow's limit
-    of pixels, or with one side more than 200 times the other.
+    A page that is unreadable, too large or too narrow ends its file with one line to `skip`.
     """
     for file in files:
         pages = _pages(file)
@@ -256,16 +249,14 @@ def _pages(file: Path) -> Iterator[Image.Image]:
             if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 pixels = f"{width:.0f} x {height:.0f} pixels at {DPI} dpi"
                 raise ValueError(f"a page of {pixels} is beyond Pillow's limit")
-            yield _proportionate(page.render(scale=DPI / 72).to_pil().convert("RGB"))
+            yield to_rgb(page.render(scale=DPI / 72).to_pil())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any of Pillow's modes as upright RGB, on white where it is transparent.
 
     16-bit grey is scaled to 8 bits; 32-bit grey counts as 8 or 16 bits, by its largest value.
-
-    Raises:
-        ValueError: grey values beyond 16 bits, or one side more than 200 times the other.
+    Raises ValueError: grey values beyond 16 bits, or one side more than 200 times the other.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
@@ -277,11 +268,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return _proportionate(image.convert("RGB"))
-
-
-def _proportionate(image: Image.Image) -> Image.Image:
     if max(image.size) > MOST_TIMES * min(image.size):
         size = f"{image.width} x {image.height} pixels"
         raise ValueError(f"{size}: one side is more than {MOST_TIMES} times the other")
-    return image
+    return image.convert("RGB")

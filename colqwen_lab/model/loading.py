@@ -19,14 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoRoundConfig
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
-from colqwen_lab.model.checkpoint import Checkpoint, is_symmetric, one_line_errors
-from colqwen_lab.model.network import (
-    TEXT_LAYERS,
-    ColQwen3,
-    ColQwen3Config,
-    empty_network,
-    is_text_linear,
-)
+from colqwen_lab.model import network
+from colqwen_lab.model.checkpoint import Checkpoint, Json, is_symmetric, one_line_errors
+from colqwen_lab.model.network import TEXT_LAYERS, ColQwen3
 from colqwen_lab.options import DTYPES as DTYPE_NAMES
 
 # AutoRound reads these keys as regular expressions. One with groups or many stars could hang.
@@ -118,19 +113,17 @@ def quiet() -> Iterator[None]:
 
 
 def skeleton(
-    config: ColQwen3Config,
-    quantization: dict[str, Any] | None,
+    config: network.ColQwen3Config,
+    quantization: Json | None,
     device: torch.device,
     kernel: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[ColQwen3, list[str]]:
     """`(network, kernels)`: the network on the meta device with its quantised layers' modules.
 
-    Raises:
-        BadInput: this device has no such kernel.
-        MissingRequirement: no installed kernel runs these packed weights.
+    Raises BadInput without such a kernel on this device, MissingRequirement if none fits.
     """
-    model = empty_network(deepcopy(config), dtype)
+    model = network.empty_network(deepcopy(config), dtype)
     if quantization is None:
         if kernel not in ("auto", "torch"):
             raise BadInput(f"kernel must be auto or torch for 16-bit weights, got {kernel!r}")
@@ -157,7 +150,7 @@ def skeleton(
     return model.requires_grad_(False), kernels
 
 
-def _auto_round_config(quantization: dict[str, Any], kernel: str) -> Any:
+def _auto_round_config(quantization: Json, kernel: str) -> Any:
     """AutoRound's form of a quantization_config; gptq and awq checkpoints go through it too."""
     if quantization.get("checkpoint_format") == "gptq_v2" or quantization.get("desc_act"):
         raise ValueError("packings gptq_v2 and desc_act are not supported")
@@ -201,38 +194,32 @@ def load(
 ) -> Loaded:
     """The complete model of a checkpoint on `device`, with a real kernel in every layer.
 
-    Raises:
-        BadInput: an unknown kernel or dtype.
-        MissingRequirement: the tensors do not fit the network, or no kernel serves the packing.
+    Raises BadInput: an unknown kernel or dtype; MissingRequirement: tensors or packing do not fit.
     """
     torch_dtype = DTYPES[one_of("dtype", dtype, DTYPES)]
-    quantization = checkpoint.quantization
-    model, kernels = skeleton(checkpoint.config, quantization, device, kernel, torch_dtype)
-    fill(model, checkpoint, device)
-    for module in model.modules():
-        for key in module._non_persistent_buffers_set:
-            module.register_buffer(key, module.get_buffer(key).to(device), persistent=False)
-    if kernels:
-        _finish_kernels(model, kernels)
-    return Loaded(
-        model=model.eval().requires_grad_(False),
-        tokenizer=checkpoint.tokenizer,
-        weights=checkpoint.label,
-        device=device,
-        requested_kernel=kernel,
-        engaged=kernels_used(model, kernels),
-        kept_16bit=_kept_16bit(model),
-        unused=checkpoint.unused,
+    model, kernels = skeleton(
+        checkpoint.config, checkpoint.quantization, device, kernel, torch_dtype
     )
-
-
-def _finish_kernels(model: ColQwen3, kernels: list[str]) -> None:
-    """Let the kernels repack weights. Some cast the whole model to FP16: restore rotary tables."""
-    rotary = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
-    with quiet():
-        _auto_round()[1].post_init(model, kernels)
-    for name, buffer in rotary.items():
-        set_module_tensor_to_device(model, name, buffer.device, value=buffer, dtype=buffer.dtype)
+    fill(model, checkpoint, device)
+    nn.Module.to(model, device)  # the rotary tables, which no checkpoint holds
+    if kernels:
+        # Some kernels, repacking weights, cast the whole model to FP16: restore the rotary tables.
+        rotary = {
+            name: table.clone() for name, table in model.named_buffers() if "inv_freq" in name
+        }
+        with quiet():
+            _auto_round()[1].post_init(model, kernels)
+        for name, table in rotary.items():
+            set_module_tensor_to_device(model, name, device, value=table, dtype=table.dtype)
+    kept = Counter(
+        part
+        for name, module in model.named_modules()
+        for prefix, part in PARTS.items()
+        if type(module) is nn.Linear and name.startswith(prefix)
+    )
+    source = (checkpoint.tokenizer, checkpoint.label, device, kernel)
+    counts = (kernels_used(model, kernels), dict(kept))
+    return Loaded(model.eval().requires_grad_(False), *source, *counts, checkpoint.unused)
 
 
 def kernels_used(model: ColQwen3, kernels: list[str]) -> dict[str, int]:
@@ -243,20 +230,9 @@ def kernels_used(model: ColQwen3, kernels: list[str]) -> dict[str, int]:
         scheme = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
         importing = backend.dynamic_import_inference_linear
         names |= {importing(name, scheme, config.packing_format): name for name in kernels}
-    used: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if is_text_linear(name):
-            layer = type(module)
-            kernel = names.get(layer, f"{layer.__module__}.{layer.__qualname__}")
-            if "fake" in kernel.lower():
-                raise MissingRequirement(f"{name} has AutoRound's fake kernel {kernel}")
-            used[kernel] += 1
+    modules = model.named_modules()
+    layers = [type(module) for name, module in modules if network.is_text_linear(name)]
+    used = Counter(names.get(layer, f"{layer.__module__}.{layer.__qualname__}") for layer in layers)
+    if fake := [kernel for kernel in used if "fake" in kernel.lower()]:
+        raise MissingRequirement(f"{used[fake[0]]} linears have AutoRound's fake kernel {fake[0]}")
     return dict(used)
-
-
-def _kept_16bit(model: ColQwen3) -> dict[str, int]:
-    kept: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear:
-            kept += Counter(part for prefix, part in PARTS.items() if name.startswith(prefix))
-    return dict(kept)

@@ -45,14 +45,6 @@ class ColQwen3Output(ModelOutput):
     past_key_values: Cache | None = None
 
 
-class Backbone(nn.Module):
-    """Holds Qwen3-VL under the published name `vlm.model`."""
-
-    def __init__(self, config: ColQwen3Config) -> None:
-        super().__init__()
-        self.model = Qwen3VLModel(config)
-
-
 class ColQwen3(Qwen3VLPreTrainedModel):
     """Late-interaction embedding model: one L2-normalised vector of 320 values per token.
 
@@ -66,7 +58,8 @@ class ColQwen3(Qwen3VLPreTrainedModel):
 
     def __init__(self, config: ColQwen3Config) -> None:
         super().__init__(config)
-        self.vlm = Backbone(config)
+        # The published names start with `vlm.model`.
+        self.vlm: Any = nn.ModuleDict({"model": Qwen3VLModel(config)})
         self.embedding_proj_layer = nn.Linear(config.text_config.hidden_size, config.embed_dim)
         self.post_init()
 
@@ -77,33 +70,20 @@ class ColQwen3(Qwen3VLPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
         use_cache: bool = False,
-        **_: Any,
+        **images: Any,
     ) -> ColQwen3Output:
-        """Embeddings of a batch of queries or pages.
+        """Embeddings of a batch of queries or pages, from the arguments that `inputs` makes.
 
-        Args:
-            input_ids: [batch, tokens].
-            attention_mask: [batch, tokens], 1 at real tokens; None without padding.
-            pixel_values: [patches, 3 * 2 * 16 * 16], the patches of all images.
-            image_grid_thw: [images, 3], each image's grid of patches.
-            mm_token_type_ids: [batch, tokens], 1 at image tokens; images need it.
-            use_cache: keep the KV cache, as the published protocol does.
+        `input_ids` and `attention_mask` (1 at real tokens) are [batch, tokens]; `images` are
+        `pixel_values`, `image_grid_thw` and `mm_token_type_ids`. `use_cache` keeps the KV cache, as
+        the published protocol does.
         """
         outputs = self.vlm.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
-            use_cache=use_cache,
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **images
         )
-        embeddings = nn.functional.normalize(
-            self.embedding_proj_layer(outputs.last_hidden_state), dim=-1
-        )
+        vectors = self.embedding_proj_layer(outputs.last_hidden_state)
+        embeddings = nn.functional.normalize(vectors, dim=-1)
         if attention_mask is not None:
             embeddings = embeddings * attention_mask.unsqueeze(-1)
         return ColQwen3Output(embeddings=embeddings, past_key_values=outputs.past_key_values)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from colqwen_lab.errors import MissingRequirement
-from colqwen_lab.model.checkpoint import Checkpoint, is_symmetric
+from colqwen_lab.model.checkpoint import Checkpoint, Json, Tensors, is_symmetric
 
 # Where an AWQ word holds each of eight neighbouring outputs. Source: AutoAWQ's packing.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -14,47 +16,35 @@ AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
     """The codes of `words` along `dim`, lowest bits first: uint8, 32 / bits times as long."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    shifts = shifts.view(-1, *[1] * (words.ndim - dim - 1))
-    codes = (words.unsqueeze(dim + 1) >> shifts) & (2**bits - 1)
-    return codes.to(torch.uint8).flatten(dim, dim + 1)
+    shifts, most = range(0, 32, bits), 2**bits - 1
+    codes = [(words >> shift & most).to(torch.uint8) for shift in shifts]
+    return torch.stack(codes, dim + 1).flatten(dim, dim + 1)
 
 
 def packed(codes: Tensor, bits: int, dim: int) -> Tensor:
     """The int32 words that hold `codes` along `dim`, lowest bits first."""
     parts = codes.unflatten(dim, (-1, 32 // bits)).to(torch.int32).unbind(dim + 1)
-    words = torch.zeros_like(parts[0])
-    for place, part in enumerate(parts):
-        words |= part << (bits * place)
-    return words
+    return reduce(torch.bitwise_or, (part << bits * place for place, part in enumerate(parts)))
 
 
 class Repacked(Checkpoint):
     """An AWQ-packed checkpoint, read as GPTQ-packed: the same codes, zero points and scales."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.label = checkpoint, checkpoint.label
+    def __init__(self, checkpoint: Checkpoint, quantization: Json) -> None:
+        self.checkpoint, self.label, self.unused = checkpoint, checkpoint.label, checkpoint.unused
         self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
-        original = checkpoint.quantization or {}
-        if original.get("bits") != 4:
+        if quantization.get("bits") != 4:
             raise MissingRequirement(
-                f"the awq packing must hold 4 bits, got {original.get('bits')!r:.100}; quantise "
-                "into the packing auto_round or auto_gptq"
+                f"the awq packing must hold 4 bits, got {quantization.get('bits')!r:.100}; "
+                "quantise into the packing auto_round or auto_gptq"
             )
         keys = ("bits", "group_size", "block_name_to_quantize")
-        self.quantization = {
-            **{key: original[key] for key in keys if original.get(key)},
-            "quant_method": "auto-round",
-            # AutoRound's name for zero points that are stored as they are.
-            "packing_format": "auto_round:gptqmodel",
-            "sym": is_symmetric(original),
-        }
+        kept = {key: quantization[key] for key in keys if quantization.get(key)}
+        # AutoRound's name for zero points that are stored as they are.
+        packing = {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}
+        self.quantization = kept | packing | {"sym": is_symmetric(quantization)}
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        return self.checkpoint.unused
-
-    def check(self, expected: dict[str, Tensor]) -> None:
+    def check(self, expected: Tensors) -> None:
         self.checkpoint.check({name: _awq_like(name, like) for name, like in expected.items()})
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
@@ -69,11 +59,11 @@ def _awq_like(name: str, like: Tensor) -> Tensor:
     if not name.endswith(".qweight"):
         return like
     words, outputs = like.shape
-    return torch.empty((8 * words, outputs // 8), dtype=like.dtype, device="meta")
+    return like.new_empty((8 * words, outputs // 8))
 
 
 def gptq_packed(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint in the GPTQ packing: itself, or repacked on reading if it is AWQ-packed."""
     quantization = checkpoint.quantization or {}
     packing = f"{quantization.get('packing_format')} {quantization.get('quant_method')}"
-    return Repacked(checkpoint) if "awq" in packing else checkpoint
+    return Repacked(checkpoint, quantization) if "awq" in packing else checkpoint

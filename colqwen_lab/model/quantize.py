@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -28,7 +27,13 @@ from transformers import PreTrainedTokenizerFast
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model import loading
-from colqwen_lab.model.checkpoint import Checkpoint, FolderCheckpoint, default_checkpoint
+from colqwen_lab.model.checkpoint import (
+    Checkpoint,
+    FolderCheckpoint,
+    Json,
+    Tensors,
+    default_checkpoint,
+)
 from colqwen_lab.model.config import VARIANTS, Variant, scheme_parts
 from colqwen_lab.model.inputs import CALIBRATION_TEXTS, PAD, pad_id
 from colqwen_lab.model.network import is_text_linear
@@ -42,7 +47,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Recipe:
-    """AutoRound's parameters. `iters` 0 is plain rounding."""
+    """AutoRound's parameters; `iters` 0 is plain rounding. Raises BadInput."""
 
     scheme: str = "W4A16"
     iters: int = 50
@@ -63,29 +68,17 @@ class Recipe:
 def quantize(
     checkpoint: Checkpoint,
     folder: Path,
-    recipe: Recipe | None = None,
+    recipe: Recipe,
     device: torch.device = CPU,
     calibration: Sequence[str] | None = None,
     replace: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """The record of quantising a 16-bit checkpoint into `folder`, also written there.
 
-    It holds the recipe, versions, bytes before and after, and each linear's relative weight error:
-    the Frobenius norm of the difference over that of the original.
-
-    Args:
-        checkpoint: 16-bit weights of any size.
-        folder: a new or empty folder, or with `replace` one that this function wrote.
-        recipe: AutoRound's parameters.
-        device: where AutoRound runs.
-        calibration: texts; by default the packaged ones.
-        replace: overwrite a folder that this function wrote.
-
-    Raises:
-        BadInput: the folder is in use, or the texts hold fewer than samples x seqlen tokens.
-        MissingRequirement: quantised weights, an incomplete result, or a read-only folder.
+    A relative weight error is the Frobenius norm of the difference over that of the original.
+    `replace` overwrites a folder that this function wrote. Raises BadInput for a folder in use or
+    too few calibration texts, MissingRequirement for quantised weights or an incomplete result.
     """
-    recipe = recipe or Recipe()
     if checkpoint.quantization is not None:
         raise MissingRequirement(f"{checkpoint.label} is quantised already; use 16-bit weights")
     _check_free(folder, replace)
@@ -104,19 +97,17 @@ def quantize(
             _restore_dtypes(result, before)
             if checkpoint.tokenizer is not None:
                 checkpoint.tokenizer.save(str(result / "tokenizer.json"), pretty=False)
-            elapsed_s = round(time.perf_counter() - started, 3)
-            errors = _weight_errors(before, FolderCheckpoint(result), device)
             record = {
                 "source": checkpoint.label,
                 "recipe": asdict(recipe),
                 "auto_round": version("auto-round"),
                 "torch": torch.__version__,
-                "elapsed_s": elapsed_s,
+                "elapsed_s": round(time.perf_counter() - started, 3),
                 "source_bytes": sum(tensor.nbytes for tensor in before.values()),
                 "result_bytes": sum(path.stat().st_size for path in result.glob("*.safetensors")),
-                "relative_error": {name: round(error, 6) for name, error in errors.items()},
+                "relative_error": _weight_errors(before, FolderCheckpoint(result), device),
             }
-            _write_json(result / RECORD, record)
+            (result / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             for path in (*result.rglob("*"), result):
                 sync(path)
             _check_free(folder, replace)
@@ -133,10 +124,6 @@ def quantize(
     return record
 
 
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
 def _check_free(folder: Path, replace: bool) -> None:
     if in_use(folder) and not (replace and os.path.isfile(folder / RECORD)):
         raise BadInput(f"{folder} is not empty; name a new folder")
@@ -148,10 +135,9 @@ def calibration_file(path: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise BadInput(f"calibration texts {path} cannot be read: {error}") from None
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise BadInput(f"calibration texts {path} must hold one text a line, got none")
-    return texts
+    if texts := [line for line in lines if line.strip()]:
+        return texts
+    raise BadInput(f"calibration texts {path} must hold one text a line, got none")
 
 
 def _samples(
@@ -181,46 +167,35 @@ def _run_auto_round(
     from auto_round import AutoRound
 
     # AutoRound requires a tokenizer and a processor, and uses neither on token ids.
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=loaded.tokenizer or Tokenizer(models.BPE(vocab={PAD: 0}, merges=[])),
-        pad_token=PAD,
-    )
+    words = loaded.tokenizer or Tokenizer(models.BPE(vocab={PAD: 0}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD)
     # AutoRound takes the last linear, our head, for a language-model head, and drops a tied one.
     config, on_cpu = loaded.model.config, loaded.device.type == "cpu"
     tied, config.tie_word_embeddings = config.tie_word_embeddings, False
     # AutoRound tunes in float32 on a CPU without BF16. Tune so on every CPU, for equal results.
     if on_cpu:
         loaded.model.float()
+    settings = {"scheme": recipe.scheme, "iters": recipe.iters, "seqlen": recipe.seqlen}
+    settings |= {"dataset": samples, "nsamples": len(samples), "batch_size": min(8, len(samples))}
+    settings |= {"device_map": str(loaded.device), "enable_torch_compile": False, "amp": not on_cpu}
     # AutoRound collects garbage after every layer: do not walk the objects that are alive now.
     gc.freeze()
     try:
         with loading.quiet():
-            AutoRound(
-                loaded.model,
-                tokenizer=tokenizer,
-                processor=tokenizer,
-                scheme=recipe.scheme,
-                iters=recipe.iters,
-                nsamples=len(samples),
-                seqlen=recipe.seqlen,
-                batch_size=min(8, len(samples)),
-                dataset=samples,
-                device_map=str(loaded.device),
-                enable_torch_compile=False,
-                amp=not on_cpu,
-            ).quantize_and_save(output_dir=str(work), format=recipe.format)
+            rounding = AutoRound(loaded.model, tokenizer=tokenizer, processor=tokenizer, **settings)
+            rounding.quantize_and_save(output_dir=str(work), format=recipe.format)
     except ValueError as error:
         result = f"{recipe.scheme} as {recipe.format}"
         raise MissingRequirement(f"AutoRound cannot write {result}: {error}") from None
     finally:
         gc.unfreeze()
     path = min(work.rglob("config.json"))
-    values = json.loads(path.read_text(encoding="utf-8"))
-    _write_json(path, values | {"tie_word_embeddings": tied})
+    values = json.loads(path.read_bytes()) | {"tie_word_embeddings": tied}
+    path.write_text(json.dumps(values, indent=1) + "\n")
     return path.parent
 
 
-def _restore_dtypes(folder: Path, before: dict[str, Tensor]) -> None:
+def _restore_dtypes(folder: Path, before: Tensors) -> None:
     """Save tensors that AutoRound widened to float32 in their original type."""
     for path in folder.glob("*.safetensors"):
         saved = load_file(path)
@@ -229,25 +204,21 @@ def _restore_dtypes(folder: Path, before: dict[str, Tensor]) -> None:
 
 
 def _weight_errors(
-    before: dict[str, Tensor], result: FolderCheckpoint, device: torch.device
+    before: Tensors, result: FolderCheckpoint, device: torch.device
 ) -> dict[str, float]:
     """The relative weight error of each text linear. Raises unless all else is unchanged."""
-    loaded = loading.load(result, device)
-    kept = [name for name in before if name in result.files]
-    changed = [
-        name
-        for name in kept
-        if is_text_linear(name.removesuffix(".weight"))
-        or not torch.equal(result.read(name, before[name], CPU), before[name])
-    ]
+    model, changed, errors = loading.load(result, device).model, [], {}
+    for name, tensor in before.items():
+        layer = name.removesuffix(".weight")
+        if name not in result.files:
+            original = tensor.to(device).float()
+            weight = dequantized(model.get_submodule(layer), original.shape[1], device).float()
+            errors[layer] = round(float((weight - original).norm() / original.norm()), 6)
+        elif is_text_linear(layer) or not torch.equal(result.read(name, tensor, CPU), tensor):
+            changed.append(name)
     if changed:
         names = ", ".join(changed[:5])
         raise MissingRequirement(f"AutoRound changed or skipped {len(changed)} tensors: {names}")
-    errors = {}
-    for name in (name for name in before if name not in result.files):
-        layer, original = name.removesuffix(".weight"), before[name].to(device).float()
-        quantized = dequantized(loaded.model.get_submodule(layer), original.shape[1], device)
-        errors[layer] = float((quantized.float() - original).norm() / original.norm())
     return errors
 
 
@@ -259,13 +230,11 @@ def dequantized(layer: nn.Module, columns: int, device: torch.device) -> Tensor:
 def cached_checkpoint(
     variant: Variant, size: str, device: torch.device, recipe: Recipe | None = None
 ) -> Path:
-    """The cached folder of `variant`, quantised on first use from the default weights of `size`.
-
-    The folder's name depends on all that determines the result. Of several processes one writes.
-    """
-    recipe = recipe or Recipe(scheme=variant.scheme or "W4A16")
+    """The cached folder of `variant`, quantised on first use from the default weights of `size`."""
+    recipe = recipe or Recipe(variant.scheme or "W4A16")
     base = default_checkpoint(VARIANTS["base"], size, "auto", device)
     versions = [version(package) for package in ("auto-round", "torch", "transformers")]
+    # The folder's name depends on all that determines the result.
     inputs = [base.label, base.config.to_json_string(), asdict(recipe), CALIBRATION_TEXTS]
     digest = hashlib.sha256(json.dumps([*inputs, *versions]).encode()).hexdigest()[:12]
     folder = writable_folder(cache_folder()) / f"{size}-{recipe.scheme}-{digest}"
@@ -279,10 +248,7 @@ def cached_checkpoint(
 def checkpoint_of(
     variant: Variant, size: str, weights: str, device: torch.device, recipe: Recipe | None = None
 ) -> Checkpoint:
-    """The checkpoint of `variant`: quantised here at `tiny` or with a `recipe`, else the default.
-
-    Raises as `default_checkpoint` and `quantize` do.
-    """
+    """The checkpoint of `variant`: made here at `tiny` or with a `recipe`, else the default."""
     if variant.scheme and weights == "auto" and (recipe or size == "tiny"):
         folder = cached_checkpoint(variant, size, device, recipe)
         return FolderCheckpoint(folder, label=f"made here from the {size} default ({folder.name})")

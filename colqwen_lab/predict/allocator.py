@@ -13,7 +13,7 @@ import math
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 MIB = 2**20
 ROUND = 512
@@ -36,19 +36,13 @@ def rounded(size: int, to: int) -> int:
     return max(to, -(-size // to) * to)
 
 
-@dataclass(eq=False)
-class Block:
-    """A piece of a segment at an address; `before` and `after` are its neighbours there.
+class Block(NamedTuple):
+    """A piece of a segment; `pool` is the number of its pool and whether the block is small."""
 
-    `place` is the number of its pool and whether the block is small.
-    """
-
-    address: int
     size: int
-    place: tuple[int, bool]
-    before: Block | None = None
-    after: Block | None = None
-    free: bool = True
+    address: int
+    segment_size: int
+    pool: tuple[int, bool]
 
 
 class Allocator:
@@ -61,24 +55,22 @@ class Allocator:
     def __init__(self, cap: float = math.inf) -> None:
         self.cap = cap
         self.allocated = self.peak_allocated = self.reserved = self.peak_reserved = self._end = 0
-        # (size, address, block), sorted; free blocks of one place serve no other.
-        self._free: defaultdict[tuple[int, bool], list[Any]] = defaultdict(list)
+        self._free: defaultdict[tuple[int, bool], list[Block]] = defaultdict(list)  # each sorted
+        self._edges: dict[int, Block] = {}  # free blocks by their first address and by their end
 
     def allocate(self, size: int, pool: int = 0) -> Block:
         """A block of at least `size` bytes. A captured graph has a pool of its own."""
         size = rounded(size, ROUND)
         small = size <= MIB
         free = self._free[pool, small]
-        at = bisect_left(free, (size,))
-        block: Block = free.pop(at)[2] if at < len(free) else self._segment(size, (pool, small))
-        block.free = False
+        if not free or free[-1].size < size:
+            self._reserve(size, (pool, small))
+        block = free[bisect_left(free, (size,))]
+        self._remove(block)
         rest = block.size - size
         if rest >= ROUND if small else rest > MIB:
-            after = Block(block.address + size, rest, block.place, block, block.after)
-            if block.after:
-                block.after.before = after
-            block.after, block.size = after, size
-            insort(free, (rest, after.address, after))
+            self._add(block._replace(size=rest, address=block.address + size))
+            block = block._replace(size=size)
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
@@ -86,37 +78,40 @@ class Allocator:
     def release(self, block: Block) -> None:
         """Free `block`, merged with its free neighbours."""
         self.allocated -= block.size
-        free = self._free[block.place]
-        for other in (block.before, block.after):
-            if other and other.free:
-                del free[bisect_left(free, (other.size, other.address))]
-                first, second = (other, block) if other is block.before else (block, other)
-                first.size, first.after = first.size + second.size, second.after
-                if second.after:
-                    second.after.before = first
-                block = first
-        block.free = True
-        insort(free, (block.size, block.address, block))
+        for edge in (block.address, block.address + block.size):
+            if other := self._edges.get(edge):
+                self._remove(other)
+                address = min(block.address, other.address)
+                block = block._replace(size=block.size + other.size, address=address)
+        self._add(block)
 
     def return_segments(self) -> None:
         """Give every wholly free segment back to the GPU."""
-        for free in self._free.values():
-            kept = [entry for entry in free if entry[2].before or entry[2].after]
-            self.reserved -= sum(entry[0] for entry in free) - sum(entry[0] for entry in kept)
-            free[:] = kept
+        for block in [block for free in self._free.values() for block in free]:
+            if block.size == block.segment_size:
+                self._remove(block)
+                self.reserved -= block.size
 
-    def _segment(self, size: int, place: tuple[int, bool]) -> Block:
+    def _reserve(self, size: int, pool: tuple[int, bool]) -> None:
         large = 20 * MIB if size < 10 * MIB else rounded(size, 2 * MIB)
-        total = 2 * MIB if place[1] else large
+        total = 2 * MIB if pool[1] else large
         if self.reserved + total > self.cap:
             self.return_segments()
         if self.reserved + total > self.cap:
             raise MemoryError
-        block = Block(self._end, total, place)
-        self._end += total
+        self._add(Block(total, self._end, total, pool))
+        self._end += total + 1  # a gap: blocks of two segments never merge
         self.reserved += total
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        return block
+
+    def _add(self, block: Block) -> None:
+        insort(self._free[block.pool], block)
+        self._edges[block.address] = self._edges[block.address + block.size] = block
+
+    def _remove(self, block: Block) -> None:
+        free = self._free[block.pool]
+        del free[bisect_left(free, block)]
+        del self._edges[block.address], self._edges[block.address + block.size]
 
 
 @dataclass(frozen=True)
@@ -140,17 +135,19 @@ class Trace:
 
         None if the two differ in the order of their births and ends.
         """
-        a, b = (([(n, size > 0) for n, size in t.log], t.labels) for t in (self, following))
-        pairs = zip(self.log, following.log, strict=False)
-        log = [(number, size + more * (other - size)) for (number, size), (_, other) in pairs]
-        flops = self.flops + more * (following.flops - self.flops)
-        return replace(self, log=log, flops=flops) if a == b else None
+        (numbers, sizes), (others, more_sizes) = (
+            zip(*t.log, strict=True) for t in (self, following)
+        )
+        if numbers != others or self.labels != following.labels:
+            return None
+        log = [(n, a + more * (b - a)) for n, a, b in zip(numbers, sizes, more_sizes, strict=True)]
+        return replace(self, log=log, flops=self.flops + more * (following.flops - self.flops))
 
 
 def replay(
-    trace: Trace, workspace: int, cap: float = math.inf, stop_at: int | None = None
-) -> tuple[Allocator, dict[int, tuple[Block, int]], int]:
-    """`(allocator, live blocks with their bytes by number, index of the event at the peak)`.
+    trace: Trace, workspace: int, cap: float = math.inf
+) -> tuple[Allocator, dict[int, tuple[Block, int]]]:
+    """`(allocator, blocks with their bytes by number)`, the blocks that live at the peak.
 
     Loading warms the allocator with one block of all weights, as transformers and this lab do. Free
     segments go back to the GPU before the first step, and peaks count from there.
@@ -161,47 +158,36 @@ def replay(
     allocator = Allocator(cap)
     allocator.release(allocator.allocate(sum(size for _, size in trace.log[: trace.loaded])))
     live: dict[int, tuple[Block, int]] = {}
-    peak_at = 0
+    at_peak, peak = live, math.inf
     for index, (number, size) in enumerate(trace.log):
         if index == trace.before:
             allocator.allocate(workspace)
             allocator.return_segments()
-            allocator.peak_allocated = allocator.allocated
+            peak = allocator.peak_allocated = allocator.allocated
             allocator.peak_reserved = allocator.reserved
+            at_peak = dict(live)
         if size:
-            peak = allocator.peak_allocated if index > trace.before else 0
-            pool = GRAPH_POOL if trace.captured[0] <= number < trace.captured[1] else 0
-            live[number] = allocator.allocate(size, pool), size
-            peak_at = index if allocator.peak_allocated > peak else peak_at
+            captured = trace.captured[0] <= number < trace.captured[1]
+            live[number] = allocator.allocate(size, GRAPH_POOL if captured else 0), size
+            if allocator.peak_allocated > peak:
+                at_peak, peak = dict(live), allocator.peak_allocated
         elif number in live:
             allocator.release(live.pop(number)[0])
-        if index == stop_at:
-            break
-    return allocator, live, peak_at
+    return allocator, at_peak
 
 
 def memory_on_gpu(trace: Trace, workspace: int) -> dict[str, Any]:
-    """The fields of a `Memory` that depend on the allocator; the breakdown adds up to the peak."""
-    allocator, _, peak_at = replay(trace, workspace)
-    _, live, _ = replay(trace, workspace, stop_at=peak_at)
+    """The fields of a `Memory` that depend on the allocator; the breakdown adds up to the peak.
+
+    `min_reserved_bytes` is exact to `CAP_STEP`. It is above the peak, because free memory is
+    fragmented, and below what an uncapped run reserves.
+    """
+    allocator, at_peak = replay(trace, workspace)
     parts: Counter[str] = Counter({WORKSPACE: workspace, ROUNDING: 0})
-    for number, (block, size) in live.items():
+    for number, (block, size) in at_peak.items():
         parts[trace.labels[number]] += size
         parts[ROUNDING] += block.size - size
-    peak, reserved = allocator.peak_allocated, allocator.peak_reserved
-    return {
-        "peak_bytes": peak,
-        "reserved_bytes": reserved,
-        "min_reserved_bytes": _min_reserved(trace, workspace, peak - 1, reserved),
-        "breakdown": dict(parts),
-    }
-
-
-def _min_reserved(trace: Trace, workspace: int, low: int, high: int) -> int:
-    """The least bytes that torch must be allowed to reserve for the run, to `CAP_STEP`.
-
-    Above the peak, because free memory is fragmented; below what an uncapped run reserves.
-    """
+    low, high = allocator.peak_allocated - 1, allocator.peak_reserved
     while high - low > CAP_STEP:
         middle = (low + high) // 2
         try:
@@ -209,4 +195,9 @@ def _min_reserved(trace: Trace, workspace: int, low: int, high: int) -> int:
             high = middle
         except MemoryError:
             low = middle
-    return high
+    return {
+        "peak_bytes": allocator.peak_allocated,
+        "reserved_bytes": allocator.peak_reserved,
+        "min_reserved_bytes": high,
+        "breakdown": dict(parts),
+    }

@@ -32,25 +32,17 @@ from colqwen_lab.runtime.tracking import MemoryTracker
 BUFFERS = "kernel buffers"
 # Earlier runs could dequantise a weight, then multiply it; their records name the GEMMs.
 PREFETCHED = "dequantised ahead"
+FUSED = ("marlin", "humming", "exllama", "small-M GEMM", "few_rows", PREFETCHED)
 # The kernel model of a recorded kernel, by a part of its name; "" is 16-bit weights.
 RECORDED = {
     "torch.nn.Linear": "",
     "_linear_pointwise": "",
     "tritonv2": "tritonv2",
     "auto_round:torch": "torch",
-    "marlin": "fused",
-    "humming": "fused",
-    "exllama": "fused",
-    "small-M GEMM": "fused",
-    "few_rows": "fused",
-    PREFETCHED: "fused",
+    **dict.fromkeys(FUSED, "fused"),
     "_scaled_mm": "fp8",
     "_weight_int4pack_mm_for_cpu": "int4",
 }
-
-
-def _matmul(x: Tensor, weight: Tensor) -> Tensor:
-    return (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
 
 
 def _dequantise_then_matmul(layer: Any, x: Tensor) -> Tensor:
@@ -58,12 +50,12 @@ def _dequantise_then_matmul(layer: Any, x: Tensor) -> Tensor:
 
     Source: triton_utils_zp/dequant.py.
     """
-    return _matmul(x, x.new_empty(features_of(layer)))
+    return x @ x.new_empty(features_of(layer))
 
 
 def _fused_matmul(layer: Any, x: Tensor) -> Tensor:
     """A fused kernel dequantises in registers: the weight takes no memory."""
-    return _matmul(x, x.new_empty(1).expand(features_of(layer)))
+    return x @ x.new_empty(1).expand(features_of(layer))
 
 
 class FusedGemm(FusedLinear):
@@ -73,17 +65,14 @@ class FusedGemm(FusedLinear):
     stand in their place at the peak of the MLP.
     """
 
-    kernel = "fused"
-
     def __init__(self, fused: Sequence[Any]) -> None:
         super().__init__(fused)
-        names = "qweight", "qzeros", "scales"
-        for name, tensor in zip(names, gptq(fused), strict=True):
-            if name != "qzeros" or not fused[0].sym:
-                self.register_buffer(name, tensor)
+        self.qweight, self.qzeros, self.scales = map(nn.Buffer, gptq(fused))
+        if fused[0].sym:
+            del self.qzeros
 
     def forward(self, x: Tensor) -> Tensor:
-        return _matmul(x, x.new_empty(1).expand(self.in_features, self.out_features))
+        return x @ x.new_empty(1).expand(self.in_features, self.out_features)
 
 
 class Fp8Gemm(Fp8):
@@ -91,10 +80,8 @@ class Fp8Gemm(Fp8):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, : self.in_features]
-        buffers = torch.empty_like(x, dtype=FP8), x.new_empty((len(x), 1), dtype=torch.float32)
-        result = _matmul(x, x.new_empty(1).expand(self.in_features, self.out_features))
-        del buffers
-        return result
+        _buffers = torch.empty_like(x, dtype=FP8), x.new_empty(len(x), 1, dtype=torch.float32)
+        return x @ x.new_empty(1).expand(self.in_features, self.out_features)
 
 
 class KernelModel(NamedTuple):
@@ -122,8 +109,8 @@ KERNELS = {
 def check_kernel(kernel: str, quantization: Quantization | None, execution: str) -> None:
     """Raises BadInput unless `kernel` is modelled for these weights in this execution."""
     bits = quantization.bits if quantization else 16
-    fast = execution == "fast"
-    valid = [name for name, m in KERNELS.items() if bits in m.bits and (fast or m.eager)]
+    models = KERNELS.items()
+    valid = [name for name, m in models if bits in m.bits and (m.eager or execution == "fast")]
     one_of(f"kernel of {bits}-bit weights in execution {execution}", kernel, valid)
 
 
@@ -153,23 +140,16 @@ class FakeFast(Fast):
     and frees as much, so it is left out.
     """
 
-    def __init__(
-        self, model: ColQwen3, kernel: str, quantized: bool, tracker: MemoryTracker
-    ) -> None:
+    def __init__(self, model: ColQwen3, kernel: str, tracker: MemoryTracker) -> None:
         gemm = KERNELS[kernel].gemm
-        super().__init__(model, gemm if kernel == "fp8" and not quantized else Dense, gemm)
-        self.tracker, self.on_gpu = tracker, True
+        super().__init__(model, gemm if kernel == "fp8" else Dense, gemm)
+        self.tracker = tracker
         self.start(True, ())
 
     def start(self, on_gpu: bool, prefetched: tuple[str, ...]) -> None:
         """Forget the last run; the GEMMs in `prefetched` dequantise their weight first."""
         self.on_gpu, self.prefetched = on_gpu, prefetched
-        self.captured, self.flops = (0, 0), 0
-        self.graph: tuple[Tensor, ...] = ()
-
-    def packed(self) -> list[nn.Module]:
-        """The GEMMs whose buffers count apart."""
-        return [gemm for gemm in self.linears() if not isinstance(gemm, Dense)]
+        self.captured, self.graph = (0, 0), tuple[Tensor, ...]()
 
     def forward(
         self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False
@@ -177,36 +157,30 @@ class FakeFast(Fast):
         if not self.on_gpu:
             return super().forward(model, inputs, use_cache)
         batch, tokens = inputs["input_ids"].shape
-        tracker = self.tracker
         if self.graph:
-            tracker.flops += self.flops
+            self.tracker.flops *= 2  # the second of two steps
         else:
-            ids = torch.zeros((batch, bucket(tokens)), dtype=torch.int64)
+            ids = torch.zeros(batch, bucket(tokens), dtype=torch.int64)
             mask = torch.ones_like(ids)
-            flops, first = tracker.flops, len(tracker.labels)
+            first = len(self.tracker.labels)
             self.graph = ids, mask, self.embed(ids, mask)
-            self.captured, self.flops = (first, len(tracker.labels)), tracker.flops - flops
+            self.captured = first, len(self.tracker.labels)
         return ColQwen3Output(embeddings=self.graph[-1][:, :tokens].clone())
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        like = self.layers[0].norms[0]
         gemms = [getattr(self.layers[0], kind) for kind in self.prefetched]
+        like = self.layers[0].norms[0]
         weights = [like.new_empty(gemm.out_features, gemm.in_features) for gemm in gemms]
         self.tracker.label(weights, BUFFERS)
         return super().embed(ids, mask)
 
-    def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return self._results_only(function) if self.on_gpu else function
-
     def attention(self, layer: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if not self.on_gpu:
-            return super().attention(layer, qkv, cos, sin)
         if qkv.shape[1] <= SHORT_TOKENS:
-            return self._results_only(super().attention)(layer, qkv, cos, sin)
+            return self.small(super().attention)(layer, qkv, cos, sin)
         heads = self.small(heads_of)(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin)
-        return self._results_only(attended)(*heads)
+        return self.small(attended)(*heads)
 
-    def _results_only(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` with only its results in memory; a view of an argument stays a view."""
 
         def call(*args: Any) -> Any:
@@ -220,4 +194,4 @@ class FakeFast(Fast):
                 results,
             )
 
-        return call
+        return call if self.on_gpu else function

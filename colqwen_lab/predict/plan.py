@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from colqwen_lab.errors import BadInput, LabError, one_of
 from colqwen_lab.hardware import Card, Fit, fit_of, need_bytes
-from colqwen_lab.model.checkpoint import FolderCheckpoint
+from colqwen_lab.model.checkpoint import FolderCheckpoint, is_symmetric
 from colqwen_lab.model.config import SIZES, Variant, resolve_variant, scheme_parts
-from colqwen_lab.model.inputs import VISUAL_TOKENS
 from colqwen_lab.model.network import is_text_linear
-from colqwen_lab.options import WORKLOADS, PlanOptions
+from colqwen_lab.options import VISUAL_TOKENS, WORKLOADS, PlanOptions
 from colqwen_lab.predict.kernels import recorded_kernel, recorded_prefetch
 from colqwen_lab.predict.predictor import Setup, predict
-from colqwen_lab.records import MIB, Cell, Memory, Quantization
+from colqwen_lab.records import MIB, Cell, Quantization
 
 A100 = "NVIDIA A100-SXM4-40GB"
 LARGEST_SEARCHED = 4096
@@ -82,22 +82,21 @@ def network_of(variant: Variant, size: str) -> tuple[str, Quantization | None]:
     if not variant.folder:
         return size, None
     checkpoint = FolderCheckpoint(variant.folder)
-    size, raw = one_of(f"size of {name}", checkpoint.size, SIZES), checkpoint.quantization
-    if raw is None:
+    size, packing = one_of(f"size of {name}", checkpoint.size, SIZES), checkpoint.quantization
+    if packing is None:
         return size, None
     if any(is_text_linear(file.removesuffix(".weight")) for file in checkpoint.files):
         raise BadInput(f"{name} keeps some text linears at 16 bits; plan cannot predict that")
-    fields = {"sym": not raw.get("zero_point", False)} | raw
     try:
-        parts = {key: fields[key] for key in Quantization.model_fields}
-        return size, Quantization.model_validate(parts)
+        bits, group_size, sym = packing["bits"], packing["group_size"], is_symmetric(packing)
+        return size, Quantization(bits=bits, group_size=group_size, sym=sym)
     except (KeyError, ValueError):
         raise BadInput(f"quantization_config of {name} must hold bits and group_size") from None
 
 
-def _named(cell: Cell, variant: str, gpu: str | None) -> Cell:
+def _named(cell: Cell, variant: str, gpu: str | None, **changes: Any) -> Cell:
     environment = cell.environment.model_copy(update={"gpu": gpu})
-    return cell.model_copy(update={"variant": variant, "environment": environment})
+    return cell.model_copy(update={"variant": variant, "environment": environment} | changes)
 
 
 def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
@@ -105,75 +104,57 @@ def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
     if card.gpu:
         setup = replace(setup, capability=card.gpu.compute_capability[0])
 
-    def memory(batch_size: int) -> Memory:
-        predicted = predict(setup, batch_size).memory
-        assert predicted is not None
-        return predicted
+    def memory(batch_size: int) -> Any:
+        return predict(setup, batch_size).memory
 
-    def need(batch_size: int) -> int:
-        return need_bytes(memory(batch_size))[1]
+    def headroom(batch_size: int) -> int:
+        return card.usable_bytes - need_bytes(memory(batch_size))[1]
 
-    verdict = fit_of(memory(1), card.nominal_bytes)
-    short = f"short by {-((card.usable_bytes - need(1)) // MIB):,} MiB"
+    verdict, batch, safe = fit_of(memory(1), card.nominal_bytes), None, None
+    short = f"short by {-(headroom(1) // MIB):,} MiB"
     smallest = f"weights and one {'page' if setup.workload == 'pages' else 'query'}"
-    batch = safe = None
     match verdict:
         case "does not fit":
             limited_by = f"{smallest} do not fit: {short}"
         case "tight":
             batch, limited_by = 1, f"{smallest} may not fit: at worst {short}"
         case "fits":
-            batch = largest(need, card.usable_bytes, LARGEST_SEARCHED)
+            batch = largest(headroom, LARGEST_SEARCHED)
             safe = max(1, int(batch * (1 - MARGIN)))
             reached = batch == LARGEST_SEARCHED
             limited_by = f"no limit up to batch {batch}" if reached else "limited by memory"
     there = memory(batch or 1)
     return CardPlan(
-        card=card.name,
-        nominal_bytes=card.nominal_bytes,
-        usable_bytes=card.usable_bytes,
-        variant=variant,
-        verdict=verdict,
-        batch_size=batch,
-        safe_batch_size=safe,
-        peak_bytes=there.peak_bytes,
-        min_reserved_bytes=there.min_reserved_bytes,
-        headroom_bytes=card.usable_bytes - need_bytes(there)[1],
-        limited_by=limited_by,
+        *(card.name, card.nominal_bytes, card.usable_bytes, variant, verdict, batch, safe),
+        *(there.peak_bytes, there.min_reserved_bytes, headroom(batch or 1), limited_by),
     )
 
 
-def largest(need: Callable[[int], int], budget: int, limit: int) -> int:
-    """The largest number up to `limit` whose `need` is within `budget`, given that of 1 is.
+def largest(headroom: Callable[[int], int], limit: int) -> int:
+    """The largest number up to `limit` with `headroom` of 0 or more, given that of 1 is.
 
     The reserved memory is not monotonic in the batch size, because of fragmentation. So some sizes
     up to a tenth below the edge are checked, and the search goes on below the first that fails.
     """
     while True:
-        edge = _edge(need, budget, limit)
+        edge = _edge(headroom, limit)
         near = [int(edge * (1 - percent / 100)) for percent in range(10, 0, -2)]
-        failing = next((size for size in near if size and need(size) > budget), None)
+        failing = next((size for size in near if size and headroom(size) < 0), None)
         if failing is None:
             return edge
         limit = failing
 
 
-def _edge(need: Callable[[int], int], budget: int, limit: int) -> int:
-    """A number within `budget` whose next is not, by interpolation or by halving."""
-    low, high = 1, limit
-    low_need, high_need = need(low), need(high)
-    if high_need <= budget:
+def _edge(headroom: Callable[[int], int], limit: int) -> int:
+    """A number with headroom whose next has none, by interpolation or by halving."""
+    low, high, halve = 1, limit, False
+    if headroom(high) >= 0:
         return limit
-    halve = False
     while high - low > 1:
-        width = high - low
-        share = 0.5 if halve else (budget - low_need) / (high_need - low_need)
+        width, above, below = high - low, headroom(low), headroom(high)
+        share = 0.5 if halve else above / (above - below)
         guess = min(high - 1, max(low + 1, low + int(width * share)))
-        needed = need(guess)
-        if needed <= budget:
-            low, low_need = guess, needed
-        else:
-            high, high_need = guess, needed
+        low, high = (guess, high) if headroom(guess) >= 0 else (low, guess)
         halve = high - low > width / 2 and not halve
     return low
 
@@ -184,7 +165,7 @@ def predictions(cells: Iterable[Cell]) -> list[Cell | None]:
 
 
 def _prediction(cell: Cell) -> Cell | None:
-    kernel, work, environment = recorded_kernel(cell), cell.workload, cell.environment
+    kernel, work, gpu = recorded_kernel(cell), cell.workload, cell.environment.gpu
     pages = work.kind == "pages"
     # Pages of several sizes differ from batch to batch.
     several_sizes = pages and (work.padded_share != 0 or work.visual_tokens is None)
@@ -192,7 +173,7 @@ def _prediction(cell: Cell) -> Cell | None:
         return None
     # The report's queries follow from the batch; other items have the length of the record.
     tokens = work.tokens if pages or (work.texts or "").startswith("natural") else None
-    capability = int((environment.compute_capability or "8").split(".")[0])
+    capability = int((cell.environment.compute_capability or "8").split(".")[0])
     quantization = cell.quantization
     try:
         if quantization is None and kernel not in ("", "fp8"):  # an older record of packed weights
@@ -208,12 +189,11 @@ def _prediction(cell: Cell) -> Cell | None:
             tokens=tokens,
             padded=tokens is not None and not pages,
             visual_tokens=work.visual_tokens or VISUAL_TOKENS,
-            capability=capability if environment.gpu else None,
+            capability=capability if gpu else None,
             prefetched=recorded_prefetch(cell),
         )
         twin = predict(setup, cell.batch_size)
     except LabError:
         return None
     workload = twin.workload.model_copy(update={"pages": work.pages})
-    named = _named(twin, cell.variant, environment.gpu)
-    return named.model_copy(update={"workload": workload})
+    return _named(twin, cell.variant, gpu, workload=workload)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -29,14 +28,18 @@ GENERATED, VIDORE = "generated", "vidore:"
 #: Held-out pages with different facts; later pages repeat them.
 HELD_OUT = synthetic.different("held-out")
 SUBSETS = ("corpus", "queries", "qrels")
+COLUMNS = (
+    "columns must be query, image; or in subsets corpus (corpus-id, image), queries (query-id, "
+    "query), qrels (query-id, corpus-id, score)"
+)
+QRELS = ("query-id", "corpus-id", "score")
 Page = Image.Image | str
-Progress = Callable[[str], object]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data set; `label` names it with its revision, `page` reads a page by its number.
+    """A data set; `label` names it with its revision, `page` reads a page by its id.
 
     `relevance` maps query id and page id to a score, above 0 where the page answers the query.
     `skipped` counts pages that could not be read; they have no id here.
@@ -44,7 +47,7 @@ class Corpus:
 
     label: str
     page_ids: list[str]
-    page: Callable[[int], Page]
+    page: Callable[[str], Page]
     query_ids: list[str]
     queries: list[str]
     relevance: dict[str, dict[str, int]]
@@ -52,13 +55,13 @@ class Corpus:
 
 
 class _Source(NamedTuple):
-    """All of a data set: page ids, queries (id, text), judgements (query id, page id, score)."""
+    """All of a data set: `queries` are texts by id, `qrels` has the columns QRELS."""
 
     label: str
     page_ids: list[str]
-    page: Callable[[int], Page]
-    queries: list[tuple[str, str]]
-    judgements: list[tuple[str, str, int]]
+    page: Callable[[str], Page]
+    queries: pd.Series[str]
+    qrels: pd.DataFrame
 
 
 def load(
@@ -66,81 +69,71 @@ def load(
     queries: int = 0,
     pages: int = 0,
     width: int = synthetic.WIDTH,
-    progress: Progress = warnings.warn,
+    progress: Callable[[str], object] = warnings.warn,
 ) -> Corpus:
     """The data set named `source`, without unreadable pages and unanswered queries.
 
-    Args:
-        source: `generated` (synthetic pages held out of training); `vidore:NAME` (a ViDoRe data set
-            such as docvqa_test_subsampled, or an OWNER/NAME or folder with its columns); or a
-            folder in BEIR layout: corpus.jsonl (`_id`, `text` or the path of an `image`),
-            queries.jsonl, qrels/test.tsv.
-        queries: the most queries; 0 means all.
-        pages: the most pages; 0 means all.
-        width: of a generated page, in pixels.
-        progress: receives a line for each skipped page.
-
-    Raises:
-        BadInput: no such data set, or it cannot be read.
-        MissingRequirement: the package `datasets` or the hub is needed.
+    `source` is `generated` (synthetic pages held out of training, `width` pixels wide),
+    `vidore:NAME` (docvqa_test_subsampled, an OWNER/NAME or a folder with the same columns), or a
+    folder in BEIR layout: corpus.jsonl (`_id`, `text` or the path of an `image`), queries.jsonl,
+    qrels/test.tsv. `queries` and `pages` are the most to use; 0 means all. Raises BadInput for an
+    unusable data set, MissingRequirement if the package `datasets` or the hub is needed.
     """
     if source == GENERATED:
-        everything = _generated(pages or HELD_OUT, queries or HELD_OUT, width)
-    elif source.startswith(VIDORE) and source != VIDORE:
+        return _generated(queries or HELD_OUT, pages or HELD_OUT, width)
+    if source.startswith(VIDORE) and source != VIDORE:
         everything = _vidore(source.removeprefix(VIDORE))
     elif os.path.isdir(source):
         everything = _folder(Path(source))
     else:
         raise BadInput(f"data must be {GENERATED}, {VIDORE}NAME or a BEIR folder, got {source!r}")
-    return _corpus(everything, queries, pages, progress, check=source != GENERATED)
+    return _usable(everything, queries, pages, progress)
 
 
-def _corpus(source: _Source, queries: int, pages: int, progress: Progress, check: bool) -> Corpus:
-    """The first pages and the queries that they answer; with `check`, only readable pages."""
-    label, page_ids, page, rows, judgements = source
-    for kind, ids in (("page", page_ids), ("query", [query for query, _ in rows])):
-        if repeated := [name for name, count in Counter(ids).items() if count > 1]:
-            raise BadInput(f"{label}: duplicate {kind} id {repeated[0]!r}")
-    for query, text in rows:
+def _usable(source: _Source, queries: int, pages: int, progress: Callable[[str], object]) -> Corpus:
+    """The first pages that can be read, and the first queries that they answer."""
+    label, page_ids, page, texts, qrels = source
+    for kind, ids in (("page", pd.Index(page_ids)), ("query", texts.index)):
+        if not ids.is_unique:
+            raise BadInput(f"{label}: duplicate {kind} id {ids[ids.duplicated()][0]!r}")
+    for query, text in texts.items():
         if not isinstance(text, str):
             raise BadInput(f"{label}: query {query!r} must be a text, got {text!r}")
-    page_ids = page_ids[: pages or None]
-    kept = {}
-    for number, page_id in enumerate(page_ids):
+    page_ids, kept = page_ids[: pages or None], []
+    for page_id in page_ids:
         try:
-            if check:
-                page(number)
-            kept[page_id] = number
+            page(page_id)
+            kept.append(page_id)
         except BadInput as error:
             progress(str(error))
-    skipped = len(page_ids) - len(kept)
-    if skipped:
+    if skipped := len(page_ids) - len(kept):
         progress(f"{label}: {skipped} of {len(page_ids)} pages skipped")
-    relevance: dict[str, dict[str, int]] = defaultdict(dict)
-    for query, page_id, score in judgements:
-        if page_id in kept:
-            relevance[query][page_id] = score
-    answered = [row for row in rows if any(score > 0 for score in relevance[row[0]].values())]
-    if not answered:
+    qrels = qrels[qrels["corpus-id"].isin(kept)]
+    answered = texts.index.isin(qrels["query-id"][qrels["score"] > 0])
+    texts = texts[answered][: queries or None]
+    if texts.empty:
         raise BadInput(f"{label}: none of {len(kept)} pages answers a query")
-    numbers = list(kept.values())
-    query_ids, texts = map(list, zip(*answered[: queries or None], strict=True))
-    judged = {query: relevance[query] for query in query_ids}
-    return Corpus(
-        label, list(kept), lambda at: page(numbers[at]), query_ids, texts, judged, skipped
-    )
+    scores = qrels.set_index("corpus-id").groupby("query-id")["score"]
+    relevance = {query: scores.get_group(query).to_dict() for query in texts.index}
+    return Corpus(label, kept, page, [*texts.index], [*texts], relevance, skipped)
 
 
-def _generated(pages: int, queries: int, width: int) -> _Source:
+def _generated(queries: int, pages: int, width: int) -> Corpus:
     split = "held-out"
     relevance = synthetic.relevance(queries, pages, split)
-    return _Source(
+    answered = [query for query, answers in relevance.items() if answers]
+    return Corpus(
         f"generated, held out, {width} px",
         [f"p{number}" for number in range(pages)],
-        partial(synthetic.page, split=split, width=width),
-        [(f"q{number}", synthetic.query(number, split)) for number in range(queries)],
-        [(query, page, 1) for query, answers in relevance.items() for page in answers],
+        lambda page_id: synthetic.page(int(page_id[1:]), split, width),
+        answered,
+        [synthetic.query(int(query[1:]), split) for query in answered],
+        {query: relevance[query] for query in answered},
     )
+
+
+def _folder_label(folder: Path, files: Iterable[Path]) -> str:
+    return f"folder {folder.resolve().name} #{digest(files)}"
 
 
 # ---------------------------------------------------------------- a folder in BEIR layout
@@ -173,28 +166,25 @@ def _judgement(line: str) -> tuple[str, str, int]:
 
 def _folder(folder: Path) -> _Source:
     files = [folder / name for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")]
-    rows = _rows(
-        files[0],
-        _Page.model_validate_json,
-        "a JSON object with _id and a text, or the path of an image within the folder",
-    )
+    valid = "a JSON object with _id and a text, or the path of an image within the folder"
+    rows = _rows(files[0], _Page.model_validate_json, valid)
+    by_id = {row.id: row for row in rows}
     queries = _rows(files[1], _Query.model_validate_json, "a JSON object with _id, text")
-    qrels = _rows(files[2], _judgement, "QUERY-ID, CORPUS-ID and a whole SCORE, by tabs")
+    judgements = _rows(files[2], _judgement, "QUERY-ID, CORPUS-ID and a whole SCORE, by tabs")
 
-    def page(number: int) -> Page:
-        row = rows[number]
+    def page(page_id: str) -> Page:
+        row = by_id[page_id]
         if not row.image:
-            return " ".join(text for text in (row.title, row.text) if text)
+            return " ".join(filter(None, (row.title, row.text)))
         with decoding(f"page {row.id}, {row.image},"), Image.open(folder / row.image) as image:
             return to_rgb(image)
 
-    content = digest([*files, *(folder / row.image for row in rows if row.image)])
     return _Source(
-        f"folder {folder.resolve().name} #{content}",
+        _folder_label(folder, [*files, *(folder / row.image for row in rows if row.image)]),
         [row.id for row in rows],
         page,
-        [(row.id, row.text) for row in queries],
-        qrels,
+        pd.Series([row.text for row in queries], [row.id for row in queries]),
+        pd.DataFrame(judgements, columns=QRELS),
     )
 
 
@@ -230,8 +220,7 @@ def _vidore(name: str) -> _Source:
         ) from None
     repository, revision = name, None
     if os.path.isdir(name):
-        files = sorted(path for path in Path(name).rglob("*") if path.is_file())
-        label = f"folder {Path(name).resolve().name} #{digest(files)}"
+        label = _folder_label(Path(name), sorted(filter(Path.is_file, Path(name).rglob("*"))))
     else:
         repository = name if "/" in name else f"vidore/{name}"
         with suppress(Exception):  # without a network the cached copy serves
@@ -259,57 +248,47 @@ def _vidore(name: str) -> _Source:
     raise BadInput(f"{repository} must have {valid}, got {', '.join(configs)}")
 
 
-def _table(rows: Any, *columns: str) -> Any:
+def _columns(rows: Any, *columns: str) -> Any:
     """`rows` with ids named as in version 2 (corpus-id, not corpus_id); raises BadInput."""
-    names = {name: name.replace("_id", "-id") for name in rows.column_names if "_id" in name}
-    rows = rows.rename_columns(names)
+    rows = rows.rename_columns({name: name.replace("_id", "-id") for name in rows.column_names})
     if not set(columns) <= set(rows.column_names):
-        raise BadInput(
-            "columns must be query, image; or in subsets corpus (corpus-id, image), queries "
-            "(query-id, query), qrels (query-id, corpus-id, score); got "
-            f"{', '.join(rows.column_names)}"
-        )
+        raise BadInput(f"{COLUMNS}; got {', '.join(rows.column_names)}")
     return rows
 
 
-def _reader(rows: Any, ids: Sequence[str], column: str = "image") -> Callable[[int], Page]:
-    def page(number: int) -> Page:
-        with decoding(f"page {ids[number]}"):
-            content = rows[number][column]
-            if content is None:
-                raise ValueError(f"its {column} is null")
-            return content if isinstance(content, str) else to_rgb(content)
+def _images(rows: Any, ids: list[str]) -> Callable[[str], Page]:
+    def page(page_id: str) -> Page:
+        with decoding(f"page {page_id}"):
+            if (image := rows[ids.index(page_id)]["image"]) is None:
+                raise ValueError("its image is null")
+            return to_rgb(image)
 
     return page
 
 
 def _subsets(label: str, corpus: Any, queries: Any, qrels: Any) -> _Source:
-    texts = "text" in corpus.column_names and "image" not in corpus.column_names
-    column = "text" if texts else "image"
-    corpus, queries = _table(corpus, "corpus-id", column), _table(queries, "query-id", "query")
-    qrels = _table(qrels, "query-id", "corpus-id", "score")
-    ids = list(map(str, corpus["corpus-id"]))
-    return _Source(
-        label,
-        ids,
-        _reader(corpus, ids, column),
-        [(str(row["query-id"]), row["query"]) for row in queries],
-        [(str(row["query-id"]), str(row["corpus-id"]), int(row["score"])) for row in qrels],
-    )
+    corpus = _columns(corpus, "corpus-id", "image")
+    pages = list(map(str, corpus["corpus-id"]))
+    queries = _columns(queries, "query-id", "query")
+    texts = pd.Series(list(queries["query"]), map(str, queries["query-id"]), dtype=object)
+    types = {"query-id": str, "corpus-id": str, "score": int}
+    judged = _columns(qrels, *QRELS).to_pandas().astype(types)
+    return _Source(label, pages, _images(corpus, pages), texts, judged)
 
 
 def _questions(label: str, rows: Any) -> _Source:
     """A page has a row for each of its questions, with one file name; rows may lack a question."""
-    rows = _table(rows, "query", "image")
+    rows = _columns(rows, "query", "image")
     frame = rows.remove_columns("image").to_pandas()
     names = frame.get("image_filename", frame.index.to_series()).astype(str)
-    pages = names.drop_duplicates()
-    answered = frame["query"].fillna("") != ""
-    codes, texts = pd.factorize(frame["query"][answered])
+    pages, questions = names.drop_duplicates(), frame["query"].replace("", None).dropna()
+    codes, texts = pd.factorize(questions)
+    ids = [f"q{code}" for code in codes]
+    qrels = pd.DataFrame({"query-id": ids, "corpus-id": names[questions.index], "score": 1})
     return _Source(
         label,
         list(pages),
-        _reader(rows.select(pages.index), list(pages)),
-        [(f"q{code}", text) for code, text in enumerate(texts)],
-        [(f"q{code}", name, 1) for code, name in zip(codes, names[answered], strict=True)],
+        _images(rows.select(pages.index), list(pages)),
+        pd.Series(texts, list(dict.fromkeys(ids))),
+        qrels,
     )

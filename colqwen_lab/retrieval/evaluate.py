@@ -6,15 +6,17 @@ Only BASE's page embeddings are kept; a variant's are compared and scored batch 
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.measure.environment import environment, pick_device
@@ -35,9 +37,7 @@ MAX_ITERS = 1000
 TEXT_TOKENS = 2048  # a longer text is cut
 QUERY_BATCH, PAGE_BATCH = 32, 8
 TOP_PAGES, DIGITS = 10, 6  # of a query and of a value, in a record
-
-#: A variant, and its tuning steps if it is quantised for this run.
-Subject = tuple[Variant, int | None]
+QUANTILES = {"least": 0, "q01": 0.01, "q05": 0.05, "q25": 0.25, "median": 0.5}
 
 
 class Embedded(NamedTuple):
@@ -53,56 +53,48 @@ def evaluate(
 ) -> tuple[list[Fidelity], Corpus]:
     """The records of BASE and of each variant, in this order, and the corpus they ran on.
 
-    Each record is appended to the records file as soon as it is complete.
-
-    Raises:
-        BadInput: options that do not fit together, or a file that is not a records file.
-        MissingRequirement: no weights, kernel or tokenizer for a variant.
+    Each record is appended to the records file as soon as it is complete. Raises BadInput for
+    options that do not fit, MissingRequirement without weights, kernel or tokenizer.
     """
     device = pick_device()
     size = resolve_size(options.size, device.type == "cuda")
     chosen = subjects(options, size)
     width = SMALL_WIDTH if size == "tiny" else WIDTH
     corpus = data.load(options.data, options.queries, options.pages, width, progress)
-    pages = (corpus.page(number) for number in range(len(corpus.page_ids)))
     budget = options.visual_tokens
-    if budget != VISUAL_TOKENS and all(isinstance(page, str) for page in pages):
+    if budget != VISUAL_TOKENS and all(isinstance(corpus.page(i), str) for i in corpus.page_ids):
         raise BadInput(
             f"visual_tokens must be {VISUAL_TOKENS} where no page is an image, got {budget} for "
             f"{corpus.label}"
         )
     names = "-".join(dict.fromkeys(variant.name for variant, _ in chosen[1:]))
-    stem = f"fidelity-{names}-{size}-{options.data}".replace("/", "-").replace(":", "-")
+    stem = re.sub("[/:]", "-", f"fidelity-{names}-{size}-{options.data}")
     path = Path(options.output or outputs_folder() / f"{stem}.jsonl")
     records: list[Fidelity] = []
     base: Embedded | None = None
     with RecordsFile(path, Fidelity, "fidelity", progress) as file:
-        for variant, iters in chosen:
+        for variant, recipe in chosen:
             weights = options.weights if variant.name == "base" else "auto"
-            recipe = None if iters is None else Recipe(variant.scheme or "", iters)
             checkpoint = checkpoint_of(variant, size, weights, device, recipe)
             if checkpoint.size != size:
                 raise MissingRequirement(
                     f"size must be {checkpoint.size} for {checkpoint.label}, got {size}"
                 )
-            about = {"variant": variant.name, "size": size, "iters": iters}
+            about = {"variant": variant.name, "size": size, "iters": recipe and recipe.iters}
             record, base = record_of(load(checkpoint, device), corpus, budget, base, **about)
             file.append([record])
             records.append(record)
-            ndcg = np.mean(record.values["nDCG@5"])
-            progress(
-                f"{record.label} {size}: nDCG@5 {ndcg:.4f} on {corpus.label}, {record.weights}"
-            )
-            if device.type == "cuda":
-                gc.collect()  # frees this model before the next is loaded
+            ndcg = f"nDCG@5 {np.mean(record.values['nDCG@5']):.4f}"
+            progress(f"{record.label} {size}: {ndcg} on {corpus.label}, {record.weights}")
+            gc.collect()  # frees this model before the next is loaded
     return records, corpus
 
 
-def subjects(options: FidelityOptions, size: str) -> list[Subject]:
-    """BASE and the variants; with `plain` each scheme quantised for this run also without tuning.
+def subjects(options: FidelityOptions, size: str) -> list[tuple[Variant, Recipe | None]]:
+    """BASE and the variants, each with its recipe if it is quantised for this run.
 
-    Raises:
-        BadInput: models that are unknown, repeated or only BASE; weights or steps that do not fit.
+    With `plain` each of these comes also without tuning. Raises BadInput for models that are
+    unknown, repeated or only BASE, and for weights or steps that do not fit.
     """
     variants = {variant.name: variant for variant in map(resolve_variant, options.models)}
     if len(variants) < len(options.models) or set(variants) <= {"base"}:
@@ -114,13 +106,13 @@ def subjects(options: FidelityOptions, size: str) -> list[Subject]:
         raise BadInput(f"iters must be 0 (plain rounding) to {MAX_ITERS}, got {options.iters}")
     if options.weights == "random":
         raise BadInput("weights must be auto, hub or a folder, got random, which ranks at random")
-    steps = [options.iters, 0] if options.plain and options.iters else [options.iters]
-    chosen: list[Subject] = []
+    steps = dict.fromkeys([options.iters, 0] if options.plain else [options.iters])
+    chosen: list[tuple[Variant, Recipe | None]] = []
     for variant in ({"base": VARIANTS["base"]} | variants).values():
         if not variant.scheme or size in variant.hub:
             chosen.append((variant, None))
         elif options.weights in ("auto", "hub"):
-            chosen += [(variant, count) for count in steps]
+            chosen += [(variant, Recipe(variant.scheme, iters)) for iters in steps]
         else:
             raise BadInput(
                 f"weights must be auto or hub to quantise {variant.name} from, got "
@@ -137,19 +129,19 @@ def record_of(
 
     `about` holds the record's variant, size and tuning steps.
     """
-    queries = [
-        row
-        for texts in metrics.batches(corpus.queries, QUERY_BATCH)
-        for row in embed(loaded, query_inputs(loaded, texts))[0]
-    ]
+    queries: list[Tensor] = []
+    for start in range(0, len(corpus.queries), QUERY_BATCH):
+        texts = corpus.queries[start : start + QUERY_BATCH]
+        queries += embed(loaded, texts, visual_tokens)[0]
     on_device = [query.to(loaded.device) for query in queries]
     pages: list[Tensor] = []
     cosines: list[Tensor] = []
     blocks, steps = [], []
-    for batch in metrics.batches(range(len(corpus.page_ids)), PAGE_BATCH):
-        embedded, seconds = embed_pages(loaded, [corpus.page(at) for at in batch], visual_tokens)
+    for start in range(0, len(corpus.page_ids), PAGE_BATCH):
+        batch = list(map(corpus.page, corpus.page_ids[start : start + PAGE_BATCH]))
+        embedded, seconds = embed(loaded, batch, visual_tokens)
         blocks.append(metrics.maxsim(on_device, embedded).cpu())
-        cosines += map(_cosine, embedded, base.pages[batch[0] :] if base else embedded)
+        cosines += map(_cosine, embedded, base.pages[start:] if base else embedded)
         pages += [] if base else embedded
         steps += [seconds] if len(batch) == PAGE_BATCH else []
     scores = torch.cat(blocks, dim=1).numpy()
@@ -158,8 +150,7 @@ def record_of(
     ranked, base_ranked = metrics.ranking(scores), metrics.ranking(base.scores)
     top = [[corpus.page_ids[page] for page in row[:TOP_PAGES]] for row in ranked]
     values = metrics.retrieval(corpus.query_ids, top, corpus.relevance) | {
-        "overlap@5": metrics.overlap(ranked, base_ranked, 5),
-        "overlap@10": metrics.overlap(ranked, base_ranked, 10),
+        **{f"overlap@{k}": metrics.overlap(ranked, base_ranked, k) for k in (5, 10)},
         "Kendall's tau": metrics.kendall(scores, base.scores),
         "score error": metrics.score_error(scores, base.scores),
         "query cosine": [float(cosine.mean()) for cosine in query_cosines],
@@ -192,18 +183,13 @@ def record_of(
 
 def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:
     """The cosine of each token [tokens]; in float64, as 16-bit embeddings are not unit vectors."""
-    cosine = torch.nn.functional.cosine_similarity(ours.double(), theirs.double(), dim=-1)
-    return cosine.clamp(-1, 1)
+    return cosine_similarity(ours.double(), theirs.double(), dim=-1).clamp(-1, 1)
 
 
-def _summary(cosines: Sequence[Tensor]) -> Cosines:
-    values = torch.cat(list(cosines)).numpy()
-    least, q01, q05, q25, median = np.quantile(values, [0, 0.01, 0.05, 0.25, 0.5]).tolist()
-    quantiles = {"least": least, "q01": q01, "q05": q05, "q25": q25, "median": median}
+def _summary(cosines: list[Tensor]) -> Cosines:
+    values = torch.cat(cosines).numpy()
+    quantiles = {name: float(np.quantile(values, at)) for name, at in QUANTILES.items()}
     return Cosines(tokens=len(values), mean=float(values.mean()), **quantiles)
-
-
-# ---------------------------------------------------------------- embedding
 
 
 def query_inputs(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -216,37 +202,27 @@ def query_inputs(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def embed(loaded: Loaded, inputs: dict[str, Tensor]) -> tuple[list[Tensor], float]:
-    """The embeddings [tokens, 320] of each item, on the CPU, and the seconds of the forward."""
-    synchronise(loaded.device)
-    started = time.perf_counter()
-    padded = loaded.model(**inputs).embeddings
-    synchronise(loaded.device)
-    elapsed_s = time.perf_counter() - started
-    rows = metrics.unpadded(padded, inputs["attention_mask"])
-    return [row.cpu() for row in rows], elapsed_s
-
-
-def embed_pages(
-    loaded: Loaded, pages: Sequence[Page], visual_tokens: int
-) -> tuple[list[Tensor], float]:
-    """The embeddings [tokens, 320] of each page, on the CPU, and the seconds of the forwards.
+def embed(loaded: Loaded, items: Sequence[Page], visual_tokens: int) -> tuple[list[Tensor], float]:
+    """The embeddings [tokens, 320] of each text or image, on the CPU, and the seconds of forwards.
 
     Images share one forward, texts another.
     """
-    is_text = [isinstance(page, str) for page in pages]
     embeddings: dict[int, Tensor] = {}
     elapsed_s = 0.0
-    images_first = sorted(range(len(pages)), key=is_text.__getitem__)
-    for text, group in groupby(images_first, is_text.__getitem__):
-        numbers = list(group)
-        batch: list[Any] = [pages[number] for number in numbers]
-        config = loaded.model.config
-        if text:
-            inputs = query_inputs(loaded, batch)
+    for kind in (Image.Image, str):
+        batch: dict[int, Any] = {n: item for n, item in enumerate(items) if isinstance(item, kind)}
+        if not batch:
+            continue
+        if kind is str:
+            inputs = query_inputs(loaded, [*batch.values()])
         else:
-            inputs = page_batch(batch, loaded.tokenizer, config, visual_tokens, loaded.device)
-        rows, seconds = embed(loaded, inputs)
-        embeddings.update(zip(numbers, rows, strict=True))
-        elapsed_s += seconds
-    return [embeddings[number] for number in range(len(pages))], elapsed_s
+            config, device = loaded.model.config, loaded.device
+            inputs = page_batch(batch.values(), loaded.tokenizer, config, visual_tokens, device)
+        synchronise(loaded.device)
+        started_s = time.perf_counter()
+        padded = loaded.model(**inputs).embeddings
+        synchronise(loaded.device)
+        elapsed_s += time.perf_counter() - started_s
+        rows = metrics.unpadded(padded, inputs["attention_mask"])
+        embeddings |= {number: row.cpu() for number, row in zip(batch, rows, strict=True)}
+    return [embeddings[number] for number in sorted(embeddings)], elapsed_s

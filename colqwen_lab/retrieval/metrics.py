@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import ir_measures
 import numpy as np
@@ -13,13 +12,10 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau
 from torch import Tensor
 
-BUDGET_BYTES = 256 * 2**20
 RETRIEVAL = {nDCG @ 5: "nDCG@5", nDCG @ 10: "nDCG@10", R @ 5: "recall@5", R @ 10: "recall@10"}
 
 Scores = NDArray[np.floating]  # [queries, pages]
-T = TypeVar("T")
 Ranking = NDArray[np.intp]  # [queries, pages], page numbers, best first
-Relevance = Mapping[str, Mapping[str, int]]
 
 
 def unpadded(embeddings: Tensor, mask: Tensor) -> list[Tensor]:
@@ -27,54 +23,34 @@ def unpadded(embeddings: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[keep] for row, keep in zip(embeddings, mask.bool(), strict=True)]
 
 
-def maxsim(
-    queries: Sequence[Tensor], pages: Sequence[Tensor], budget_bytes: int = BUDGET_BYTES
-) -> Tensor:
+def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor], budget_bytes: int = 2**28) -> Tensor:
     """Scores [queries, pages]: for each query token the best page token, summed over the query.
 
-    The result is float32 (float64 for float64 embeddings), on the queries' device. A query without
-    tokens scores 0; a page without tokens scores -inf. Source: ColBERT (Khattab and Zaharia 2020),
-    equation 3.
+    Queries and pages are [tokens, dim] each. The result is float32 (float64 for float64), on the
+    queries' device. A query without tokens scores 0; a page without tokens scores -inf.
+    `budget_bytes` limits the similarities between tokens in memory, unless one pair needs more.
+    Source: ColBERT (Khattab and Zaharia 2020), equation 3.
 
-    >>> query, page = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.6, 0.8], [1.0, 0.0]])
-    >>> maxsim([query], [page])
-    tensor([[1.8000]])
-
-    Args:
-        queries: [tokens, dim] each.
-        pages: [tokens, dim] each, on any device.
-        budget_bytes: memory for the similarities between tokens, unless one pair needs more.
+    >>> query, page = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.5, 0.75], [1.0, 0]])
+    >>> maxsim([query], [page]).tolist()
+    [[1.75]]
     """
     if not queries or not pages:
         return torch.zeros(len(queries), len(pages))
     device, dtype = queries[0].device, torch.promote_types(queries[0].dtype, torch.float32)
-    budget = budget_bytes // dtype.itemsize
-    scores = []
-    for some in batches(queries, int(budget**0.5) // _longest(queries)):
-        query, lengths = torch.cat(list(some)).to(dtype), _lengths(some, device)
-        parts = []
-        for others in batches(pages, budget // (_longest(pages) * max(1, len(query)))):
-            page = torch.cat(list(others)).to(device, dtype)
-            best = torch.segment_reduce(
-                page @ query.T, "max", lengths=_lengths(others, device), initial=-torch.inf
-            )
-            best = best.T.contiguous()
-            parts.append(torch.segment_reduce(best, "sum", lengths=lengths, initial=0))
-        scores.append(torch.cat(parts, dim=1))
-    return torch.cat(scores)
-
-
-def batches(rows: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Consecutive rows in batches of `size`, or of one if `size` is below 1."""
-    return [rows[start : start + max(1, size)] for start in range(0, len(rows), max(1, size))]
-
-
-def _lengths(rows: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.tensor(list(map(len, rows)), device=device)
-
-
-def _longest(rows: Sequence[Tensor]) -> int:
-    return max(1, *map(len, rows))
+    needed_bytes = sum(map(len, queries)) * sum(map(len, pages)) * dtype.itemsize
+    if needed_bytes > budget_bytes and len(pages) > 1:
+        half = len(pages) // 2
+        parts = [maxsim(queries, part, budget_bytes) for part in (pages[:half], pages[half:])]
+        return torch.cat(parts, dim=1)
+    if needed_bytes > budget_bytes and len(queries) > 1:
+        half = len(queries) // 2
+        parts = [maxsim(part, pages, budget_bytes) for part in (queries[:half], queries[half:])]
+        return torch.cat(parts)
+    query, page = torch.cat(list(queries)).to(dtype), torch.cat(list(pages)).to(device, dtype)
+    lengths = [torch.tensor(list(map(len, rows)), device=device) for rows in (queries, pages)]
+    best = torch.segment_reduce(page @ query.T, "max", lengths=lengths[1], initial=-torch.inf)
+    return torch.segment_reduce(best.T.contiguous(), "sum", lengths=lengths[0], initial=0)
 
 
 def ranking(scores: Scores) -> Ranking:
@@ -86,7 +62,7 @@ def ranking(scores: Scores) -> Ranking:
 
 
 def retrieval(
-    query_ids: Sequence[str], top: Sequence[Sequence[str]], relevance: Relevance
+    query_ids: Sequence[str], top: Sequence[Sequence[str]], relevance: dict[str, dict[str, int]]
 ) -> dict[str, list[float]]:
     """nDCG and recall of each query, from the ids of its ten best pages, by ir-measures.
 
@@ -97,14 +73,9 @@ def retrieval(
         query: {page: float(-place) for place, page in enumerate(pages)}
         for query, pages in zip(query_ids, top, strict=True)
     }
-    judged = {query: dict(relevance[query]) for query in query_ids}
-    values = {
-        (value.measure, value.query_id): float(value.value)
-        for value in ir_measures.iter_calc(list(RETRIEVAL), judged, run)
-    }
-    return {
-        name: [values[measure, query] for query in query_ids] for measure, name in RETRIEVAL.items()
-    }
+    rows = ir_measures.iter_calc(list(RETRIEVAL), relevance, run)
+    values = {(row.measure, row.query_id): float(row.value) for row in rows}
+    return {name: [values[of, query] for query in query_ids] for of, name in RETRIEVAL.items()}
 
 
 def overlap(ranked: Ranking, base: Ranking, k: int) -> list[float]:

@@ -25,24 +25,16 @@ from colqwen_lab.model.loading import load
 from colqwen_lab.model.quantize import checkpoint_of
 from colqwen_lab.options import VISUAL_TOKENS
 from colqwen_lab.retrieval.data import Page
-from colqwen_lab.retrieval.evaluate import embed_pages
+from colqwen_lab.retrieval.evaluate import embed
 from colqwen_lab.retrieval.metrics import maxsim, unpadded
 
 
 class MtebModel:
     """Implements mteb's EncoderProtocol. Embeddings are [items, longest, 320], padded with zeros.
 
-    Args:
-        model_name: base, awq, an AutoRound scheme, a folder, a hub id.
-        revision: unused; `mteb_model_meta` has the revision of the weights.
-        device: cpu, cuda, ...; by default the GPU if there is one.
-        size: auto, tiny, mid, 4b, 8b.
-        weights: auto, hub, random, or a checkpoint folder.
-        visual_tokens: the budget of a page.
-
-    Raises:
-        BadInput: an unknown model or size.
-        MissingRequirement: no weights, or no kernel for them on this machine.
+    Models, sizes and weights are those of `sweep`; `visual_tokens` is the budget of a page.
+    `revision` is unused: `mteb_model_meta` has the revision of the weights. Raises BadInput for an
+    unknown model or size, MissingRequirement without weights or a kernel for them.
     """
 
     def __init__(
@@ -74,17 +66,14 @@ class MtebModel:
         """Embeddings [items, longest, 320] of all batches of a loader.
 
         An item with both a text and an image is embedded by its text if it is a query, else by its
-        image.
-
-        Raises:
-            BadInput: an item has neither, or its image cannot be read.
+        image. Raises BadInput if it has neither, or its image cannot be read.
         """
         order = ("text", "image") if prompt_type == PromptType.query else ("image", "text")
         embeddings: list[Tensor] = []
         for batch in inputs:
             rows = zip(*(batch[name] for name in order if name in batch), strict=True)
             pages = [_page(row) for row in rows]
-            embeddings += embed_pages(self.loaded, pages, self.visual_tokens)[0]
+            embeddings += embed(self.loaded, pages, self.visual_tokens)[0]
         return pad_sequence(embeddings, batch_first=True)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
@@ -98,16 +87,14 @@ class MtebModel:
 
 
 def _page(row: Sequence[Any]) -> Page:
-    for content in row:
-        if isinstance(content, str):
-            return content
-        if content is not None:
-            with decoding("an image"):
-                return to_rgb(content)
-    raise BadInput("an item must have a text or an image, got neither")
+    content = next((part for part in row if part is not None), None)
+    if content is None:
+        raise BadInput("an item must have a text or an image, got neither")
+    with decoding("an image"):
+        return content if isinstance(content, str) else to_rgb(content)
 
 
 def _ragged(embeddings: Any) -> list[Tensor]:
     padded = torch.as_tensor(embeddings)
-    padded = padded if padded.ndim == 3 else padded.unsqueeze(0)
+    padded = padded.reshape(-1, *padded.shape[-2:])
     return unpadded(padded, padded.any(dim=-1))

@@ -5,8 +5,9 @@ BASE has a record too. Values are kept per query, so intervals and verdicts foll
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -74,10 +75,12 @@ class Fidelity(Row):
     def _complete(self) -> Self:
         if missing := set(NAMES) - self.values.keys():
             raise ValueError(f"values lack the metrics {', '.join(sorted(missing))}")
-        lengths = {"top": len(self.top)} | {name: len(row) for name, row in self.values.items()}
-        for name, length in lengths.items():
-            if length != len(self.query_ids):
-                raise ValueError(f"{name} must have {len(self.query_ids)} queries, got {length}")
+        columns: dict[str, Sequence[Any]] = {"top": self.top, **self.values}
+        for name, column in columns.items():
+            if len(column) != len(self.query_ids):
+                raise ValueError(
+                    f"{name} must have {len(self.query_ids)} queries, got {len(column)}"
+                )
         return self
 
     def key(self) -> tuple[str, ...]:
@@ -100,8 +103,5 @@ class Fidelity(Row):
 
 
 def read(path: str | Path) -> list[Fidelity]:
-    """The records of a file: of each variant on the same inputs and machine, the newest.
-
-    Raises BadInput if the file holds no record.
-    """
+    """The newest record of each variant, inputs and machine. Raises BadInput if there is none."""
     return read_rows(Path(path), Fidelity, "fidelity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,6 @@ def test_speed_in_each_configuration(results: Results) -> None:
     assert report.endswith("slower")
     assert best.startswith("+28.5 [")
     assert best.endswith("faster")
-
-
-def test_what_each_configuration_gains(results: Results) -> None:
-    table = ablation.gains(results)
-    assert (table["awq eager/published/tritonv2"] == 1).all()
-    assert table.loc[8, "awq fast/lean/auto"] > 6
 
 
 def test_controls_come_out_as_the_same_but_for_one(results: Results) -> None:
@@ -103,7 +98,7 @@ def test_shares_of_the_limit_and_roofline(results: Results) -> None:
 def test_eight_bit_configurations_carry_their_error(results: Results) -> None:
     table = ablation.eight_bits(results)
     assert set(table["configuration"]) == {"base fast/lean/fp8", "awq fast/lean/w4-fp8"}
-    assert table["cosine, mean"].ne("-").all()
+    assert table["cosine_mean"].ne("-").all()
     assert (
         table["against"].str.split(" ").str[0] == table["configuration"].str.split(" ").str[0]
     ).all()
@@ -111,10 +106,14 @@ def test_eight_bit_configurations_carry_their_error(results: Results) -> None:
 
 def test_the_verdict_holds_the_figures(results: Results) -> None:
     verdict = ablation.verdict(results)
-    assert (
-        "In the first configuration: eager/published/tritonv2: awq is 45 to 53 % slower" in verdict
+    assert re.search(
+        r"first configuration: eager/published/tritonv2: awq is 45 to 53 % slower",
+        verdict,
     )
-    assert "In the best configuration: fast/lean/auto: awq is 8 to 28 % faster than base" in verdict
+    assert re.search(
+        r"best configuration: fast/lean/auto: awq is 8 to 28 % faster than base",
+        verdict,
+    )
     assert "The best configuration of awq is 2.2 to 30.2 times as fast as its first." in verdict
     assert "A/A controls are inconclusive, as they should be." in verdict
     figure = ablation.speed_plot(results)
@@ -127,15 +126,14 @@ def test_the_verdict_holds_the_figures(results: Results) -> None:
 
 def test_two_runs_of_different_batches() -> None:
     both = ablation.load(f"{RUN},{RUN.with_name('ways-512.jsonl')}")
-    assert list(ablation.runs(both)["batches"]) == ["1, 2, 4, 8, 16, 32, 64, 128, 256", "512"]
+    assert list(ablation.runs(both)["batch_size"]) == ["1, 2, 4, 8, 16, 32, 64, 128, 256", "512"]
     with pytest.raises(BadInput, match="batch 1 is in two of"):
         ablation.load(f"{RUN},{RUN}")
 
 
 def test_one_configuration_has_no_gain_and_no_control() -> None:
     published = Results.load("published")
-    assert ablation.speed_table(published).loc[8].tolist() == ["-50.8  slower"]
-    assert ablation.gains(published).isin([1, "-"]).all(axis=None)
+    assert ablation.speed_table(published).loc[8].tolist() == ["-50.8 slower"]
     assert ablation.controls(published).empty
     assert ablation.ablation(published).empty
     assert ablation.eight_bits(published).empty

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from colqwen_lab.analysis.quantized import LINEARS, Quantized
+from colqwen_lab.analysis.quantized import Quantized
 from colqwen_lab.records import MIB
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture
@@ -39,7 +41,9 @@ def test_summary_and_table(quantized: Quantized) -> None:
 
 
 def test_repr_and_html(quantized: Quantized) -> None:
-    assert repr(quantized) == "Quantized(tiny-W4A16: W4A16, 4.00 -> 3.00 MiB)"
+    name, *table = repr(quantized).splitlines()
+    assert name == "tiny-W4A16"
+    assert table[-1].split()[:5] == ["W4A16", "50", "21", "4", "3"]
     assert "W4A16" in quantized._repr_html_()
 
 

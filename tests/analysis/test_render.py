@@ -47,9 +47,9 @@ def test_sections_stand_in_the_reports_order(text: str) -> None:
     [
         "| base | 8 | published | 191 | - | - | 8,527 | ok | no interval: under 6 samples | - |",
         "| awq | 512 | published | 951 | - | - | 6,963 | ok | no interval: under 6 samples | - |",
-        "| 8 | base | does not fit | - | - | - | - | batch 8 peaks at 8,527 MiB |",
-        "| 8 | awq | fits | 512 | 951 | 6,963 | 291 MiB | largest measured |",
-        "| 16 | 374 | 152 | -59.4 | - | slower | 59.1 |",
+        "| 8 | base | does not fit | - | - | - | - | batch 8: 8,527 MiB |",
+        "| 8 | awq | fits | 512 | 951 | 6,963 | 291.1 | - |",
+        "| 16 | 374 | 152 | -59.4 | slower | 59.1 |",
         "| overhead -51 % at batch 8 | -50.8 % | yes |",
         "| gpu | NVIDIA A100-SXM4-40GB | NVIDIA A100-SXM4-40GB |",
     ],

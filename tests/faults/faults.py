@@ -29,16 +29,15 @@ from typing import Any
 
 import psutil
 import torch
-from colqwen_lab.analysis.table import Results
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from colqwen_lab.analysis.compare import compare
+from colqwen_lab.analysis.table import Results
 from colqwen_lab.errors import LabError
-from colqwen_lab.measure import worker
-from colqwen_lab.measure.environment import InterferenceMonitor, environment
-from colqwen_lab.measure.sweep import sweep
+from colqwen_lab.measure import sweep, worker
+from colqwen_lab.measure.environment import environment
 from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.model import loading
 from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
@@ -53,14 +52,14 @@ BATCHES = (1, 2, 3, 4, 5, 6)
 
 
 # A busy machine disturbs cells, and a resumed sweep would measure them again.
-InterferenceMonitor.lines = lambda self, states: []  # type: ignore[method-assign]
+sweep.interference = lambda before: ([], None)
 
 
 def run(path: Path, batches: tuple[int, ...] = BATCHES, isolated: bool = False) -> list[Cell]:
     """The cells of base and awq at size tiny, of random weights, measured in moments."""
     options = {"model": "base,awq", "batch_sizes": batches, "size": "tiny", "weights": "random"}
     checked = SweepOptions.of(options | {"kernel": "torch", "output": str(path)})
-    return sweep(checked, str, stopping=QUICK, isolated=isolated)
+    return sweep.sweep(checked, str, stopping=QUICK, isolated=isolated)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,15 @@ import pytest
 import torch
 
 from colqwen_lab.measure import environment
-from colqwen_lab.measure.environment import InterferenceMonitor, own_bytes, pick_device, spilled
-from colqwen_lab.records import GIB, Memory
+from colqwen_lab.measure.environment import (
+    interference,
+    others_share,
+    own_bytes,
+    pick_device,
+    spilled,
+    watch,
+)
+from colqwen_lab.records import GIB, Environment, Memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -64,41 +71,59 @@ def test_interference_on_the_gpu(
 ) -> None:
     nvml.install(monkeypatch)
     own = [os.getppid()] if len(nvml.told["Compute"] or ()) == 2 and not lines else []
-    assert InterferenceMonitor(CUDA, own)._busy_gpu() == lines
+    assert interference(watch(CUDA, own))[0] == lines
 
 
 def test_interference_of_a_clock_that_was_held_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "gpu_handle", lambda device: None)
-    idle = {"before": {"throttle_reasons": "0x1"}, "after": {"sm_clock_mhz": 1980}}
-    assert InterferenceMonitor(CUDA, []).lines(idle) == []
-    busy = {"before": {"throttle_reasons": "0x1"}, "after": {"throttle_reasons": hex(0x4 | 0x40)}}
-    assert InterferenceMonitor(CUDA, []).lines(busy) == [
-        "the clock was held down by the power limit, temperature, by hardware"
+    states: Any = {}
+    monkeypatch.setattr(environment, "gpu_state", lambda device, *_: states.get("now", {}))
+
+    def lines(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+        states["now"] = before
+        start = watch(CUDA, [])
+        states["now"] = after
+        found, recorded = interference(start)
+        assert recorded == {"before": before, "after": after}
+        return found
+
+    assert lines({"throttle_reasons": "0x1"}, {"sm_clock_mhz": 1980}) == []
+    assert lines({"throttle_reasons": "0x1"}, {"throttle_reasons": hex(0x4 | 0x40)}) == [
+        "the clock was held down by the power limit",
+        "the clock was held down by temperature, by hardware",
     ]
 
 
 def test_interference_of_another_busy_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep's own processes do not count."""
-    monkeypatch.setattr(environment.psutil, "cpu_count", lambda: 2)
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    own = [psutil.Process(), psutil.Process(other.pid)]
     try:
-        theirs, ours = InterferenceMonitor(CPU, []), InterferenceMonitor(CPU, [other.pid])
+        theirs = watch(CPU, [])
         time.sleep(0.8)
-        assert re.match(r"other processes took \d+% of the CPU", theirs._busy_cpu()[0])
-        difference_s, used = (
-            (theirs._others_s() or 0) - (ours._others_s() or 0),
-            psutil.Process(other.pid).cpu_times(),
-        )
-        assert difference_s == pytest.approx(used.user + used.system, abs=0.1)
+        lines, states = interference(theirs)
+        assert re.match(r"other processes took \d+% of the CPU", lines[0])
+        assert states is None
+        others_share(own)
+        time.sleep(0.8)
+        own_percent = sum(process.cpu_percent() for process in own)
+        own[0].cpu_percent = own[1].cpu_percent = lambda: own_percent / 2  # type: ignore[method-assign]
+        monkeypatch.setattr(environment.psutil, "cpu_percent", lambda: 100.0)
+        monkeypatch.setattr(environment.psutil, "cpu_count", lambda: 2)
+        assert own_percent > 5
+        assert others_share(own) == pytest.approx(1 - own_percent / 200)
+        del own[0].cpu_percent, own[1].cpu_percent
     finally:
         other.kill()
         other.wait()
+    assert others_share(own) == 0, "a process that ended"
 
 
 def test_memory_of_the_host_and_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Memory(peak_bytes=7 * GIB, reserved_bytes=9 * GIB, method="cuda")
-    assert spilled(held, 8 * GIB) == ["9.0 GiB held on a GPU of 8.0 GiB: the host's memory is used"]
-    assert spilled(held, 10 * GIB) == spilled(None, 8 * GIB) == spilled(held, None) == []
+    small, large = Environment(gpu_memory_bytes=8 * GIB), Environment(gpu_memory_bytes=10 * GIB)
+    assert spilled(held, small) == ["9.0 GiB held on a GPU of 8.0 GiB: the host's memory is used"]
+    assert spilled(held, large) == spilled(None, small) == spilled(held, Environment()) == []
     FakeNvml([(1, 3), (os.getpid(), 5)]).install(monkeypatch)
     assert own_bytes(CUDA) == 5
     FakeNvml([(1, 3)]).install(monkeypatch)

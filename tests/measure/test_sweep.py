@@ -22,10 +22,11 @@ import torch
 from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.measure import sweep as module
 from colqwen_lab.measure import worker
-from colqwen_lab.measure.environment import InterferenceMonitor, environment
+from colqwen_lab.measure.environment import environment
 from colqwen_lab.measure.sweep import Interrupted
 from colqwen_lab.measure.timing import Failure, StoppingRule
 from colqwen_lab.measure.worker import failure_of
+from colqwen_lab.predict.predictor import Setup, predict
 from colqwen_lab.records import Cell, Quantization, RecordsFile, read_cells
 from colqwen_lab.runtime import eager as execution
 from tests.measure.frames import own_frames, recording_batches
@@ -227,10 +228,7 @@ def test_out_of_memory_beside_another_is_tried_again_alone(
 def test_peak_is_that_of_the_longest_batch(path: Path) -> None:
     (cell,) = run(path, batches="4", texts="natural")
     tokens = cell.workload.tokens
-    from colqwen_lab.model.config import VARIANTS
-    from colqwen_lab.predict.predictor import HOST, Predictor
-
-    longest = Predictor(VARIANTS["base"], "tiny").cell(4, target=HOST, tokens=tokens)
+    longest = predict(Setup("tiny", tokens=tokens, padded=True, capability=None), 4)
     assert cell.memory.peak_bytes == pytest.approx(longest.memory.peak_bytes, rel=0.01)
 
 
@@ -328,7 +326,7 @@ def test_other_weights_are_other_cells(path: Path, base_folder: Path) -> None:
 
 
 def undisturbed_run(path: Path, batches: str) -> None:
-    InterferenceMonitor.lines = lambda self, states: []  # type: ignore[method-assign]
+    module.interference = lambda before: ([], None)
     run(path, "base,awq", batches)
 
 
@@ -489,19 +487,20 @@ def test_a_refusal_of_the_system_is_not_blamed_on_the_file(path: Path) -> None:
     [
         ("other processes took 23% of the CPU", False),
         ("2 other processes on the GPU", False),
-        ("the clock was held down by the power limit", False),
+        ("the clock was held down by temperature, by hardware", False),
+        ("the clock was held down by the power limit", True),
         ("a display is attached to the GPU", True),
     ],
 )
 def test_a_cell_with_interference_says_so_and_is_measured_again(
     path: Path, monkeypatch: pytest.MonkeyPatch, line: str, kept: bool
 ) -> None:
-    monkeypatch.setattr(InterferenceMonitor, "lines", lambda self, states: [line])
+    monkeypatch.setattr(module, "interference", lambda before: ([line], None))
     lines: list[str] = []
     first = run(path, batches="1", progress=lines.append)
     assert first[0].interference == [line]
     assert any(line in one for one in lines)
-    monkeypatch.setattr(InterferenceMonitor, "lines", lambda self, states: [])
+    monkeypatch.setattr(module, "interference", lambda before: ([], None))
     second = run(path, batches="1")
     assert (second == first) == kept
     assert read_cells(path) == second == run(path, batches="1")
@@ -611,6 +610,6 @@ def test_ten_frames_from_the_notebook_to_the_forward(
     cells = run(path, "base,awq", "1", isolated=True, kernel="torch", control=True)
     assert [cell.status for cell in cells] == ["ok", "ok"]
     child = {frames[1]: frames for frames in map(str.split, file.read_text().splitlines())}
-    assert set(child) == {"memory", "step"}
+    assert set(child) == {"measure", "step"}
     for name, frames in child.items():
         assert len(parent[name] + frames) <= 10, parent[name] + frames

@@ -84,7 +84,7 @@ def test_a_peak_does_not_depend_on_earlier_cells(configuration: str, tmp_path: P
     assert later.memory.peak_bytes == alone.memory.peak_bytes
 
 
-@pytest.mark.parametrize("at", [("load", 2), ("memory", 1), ("step", 4)])
+@pytest.mark.parametrize("at", [("load", 2), ("measure", 1), ("step", 4)])
 def test_a_killed_process_costs_one_cell_at_most(
     tmp_path: Path, before: dict[tuple[str, int], Callable[[Remote], None]], at: tuple[str, int]
 ) -> None:
@@ -162,7 +162,7 @@ def test_interrupted_it_ends_its_processes_and_keeps_the_rows(
     def interrupt(_: Remote) -> None:
         raise KeyboardInterrupt
 
-    before["memory", 3] = interrupt
+    before["measure", 3] = interrupt
     with pytest.raises(KeyboardInterrupt, match="stopped; 2 of 4 cells on file"):
         run(tmp_path / "rows.jsonl")
     assert not multiprocessing.active_children()

@@ -183,21 +183,9 @@ def test_links_out_of_the_folder_are_errors_except_to_the_hub_s_blobs(
 @pytest.mark.parametrize(
     ("part", "change", "says"),
     [
-        (
-            "text_config",
-            {"num_hidden_layers": 10**12},
-            r"its files .* do not hold a network",
-        ),
-        (
-            "text_config",
-            {"intermediate_size": 10**9},
-            r"its files .* do not hold a network",
-        ),
-        (
-            "vision_config",
-            {"intermediate_size": 10**9},
-            r"its files .* do not hold a network",
-        ),
+        ("text_config", {"num_hidden_layers": 10**12}, r"its files .* do not hold a network"),
+        ("text_config", {"intermediate_size": 10**9}, r"its files .* do not hold a network"),
+        ("vision_config", {"intermediate_size": 10**9}, r"its files .* do not hold a network"),
         ("text_config", {"head_dim": 0}, "is not the configuration of a ColQwen3"),
     ],
 )

@@ -86,8 +86,7 @@ def test_a_lost_or_changed_tensor_is_an_error(
     with pytest.raises(MissingRequirement, match=r"missing embedding_proj_layer\.bias$"):
         losing(lambda tensors: tensors.pop("embedding_proj_layer.bias"))
     with pytest.raises(
-        MissingRequirement,
-        match=r"changed or skipped 1 tensors: embedding_proj_layer\.bias",
+        MissingRequirement, match=r"changed or skipped 1 tensors: embedding_proj_layer\.bias"
     ):
         losing(lambda tensors: tensors["embedding_proj_layer.bias"].add_(1))
     with pytest.raises(MissingRequirement, match=r"missing .*q_proj\.qweight$"):
@@ -154,9 +153,9 @@ def test_bad_request(tmp_path: Path, packed: Callable[[str], Path]) -> None:
     ):
         quantize.quantize(base(), tmp_path / "new", Recipe(samples=10_000, seqlen=64))
     with pytest.raises(MissingRequirement, match="is quantised already"):
-        quantize.quantize(FolderCheckpoint(packed("auto_round")), tmp_path / "new")
+        quantize.quantize(FolderCheckpoint(packed("auto_round")), tmp_path / "new", Recipe())
     with pytest.raises(BadInput, match="is not empty"):
-        quantize.quantize(base(), packed("auto_round"))
+        quantize.quantize(base(), packed("auto_round"), Recipe())
     with pytest.raises(BadInput, match="cannot be read"):
         quantize.calibration_file(str(tmp_path / "none.txt"))
     empty = tmp_path / "empty.txt"
@@ -276,5 +275,5 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(
         MissingRequirement,
         match=r"cannot write .*No space left on device.*run the same command again",
     ):
-        quantize.quantize(base(), tmp_path / "made")
+        quantize.quantize(base(), tmp_path / "made", Recipe())
     assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]

@@ -39,7 +39,7 @@ def test_smallest_block_that_is_large_enough_serves() -> None:
     big, small = allocator.allocate(40 * MIB), allocator.allocate(24 * MIB)
     allocator.release(big)
     allocator.release(small)
-    assert allocator.allocate(23 * MIB + 512 * 1024) is small
+    assert allocator.allocate(23 * MIB + 512 * 1024) == small
     assert allocator.reserved == 64 * MIB
 
 

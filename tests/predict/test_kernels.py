@@ -11,7 +11,6 @@ from colqwen_lab.predict.kernels import (
     KINDS,
     bucket,
     check_kernel,
-    possible_prefetch,
     recorded_kernel,
     recorded_prefetch,
 )
@@ -40,7 +39,6 @@ def row(engaged: dict[str, int], configs: dict[str, str] | None = None) -> Cell:
         (["humming (W4A16)", "few_rows (W4A16)"], "fused"),
         (["humming (W4A16)", "small-M GEMM (W4A16)"], "fused"),
         (["cuBLAS, dequantised ahead", "humming (W4A16)"], "fused"),
-        (["cuBLAS (dequantise-then-GEMM)"], "fused"),
         (["humming (W4A8 float8e4m3)"], "fused"),
         (["torch._scaled_mm (FP8 x FP8)"], "fp8"),
         (["torch._weight_int4pack_mm_for_cpu"], "int4"),
@@ -57,27 +55,11 @@ def test_the_report_ran_the_triton_fallback() -> None:
     assert recorded_kernel(row({}).model_copy(update={"origin": "published"})) == "tritonv2"
 
 
-@pytest.mark.parametrize("name", ["dequantise-then-GEMM", "dequantised ahead"])
 @pytest.mark.parametrize("kinds", [(), ("o",), ("qkv", "o"), ("gate_up", "down"), KINDS])
-def test_prefetched_gemms_of_a_record(name: str, kinds: tuple[str, ...]) -> None:
-    m = CELL.batch_size * bucket(CELL.workload.tokens or 1)
+def test_prefetched_gemms_of_a_record(kinds: tuple[str, ...]) -> None:
+    m, name = CELL.batch_size * bucket(CELL.workload.tokens or 1), "dequantised ahead"
     configs = {f"{name} x {m}": "+".join(kinds) or "none", f"{name} x {m + 1}": "qkv"}
     assert recorded_prefetch(row({}, configs)) == kinds
-
-
-def test_prefetched_gemms_that_a_run_may_choose() -> None:
-    assert possible_prefetch(W4, "fused", 9, 4096) == KINDS
-    other = (
-        (None, "fused", 9, 4096),
-        (Quantization(bits=8, group_size=128, sym=True), "fused", 9, 4096),
-        (Quantization(bits=4, group_size=32, sym=True), "fused", 9, 4096),
-        (Quantization(bits=4, group_size=128, sym=False), "fused", 9, 4096),
-        (W4, "tritonv2", 9, 4096),
-        (W4, "fused", 8, 4096),
-        (W4, "fused", None, 4096),
-        (W4, "fused", 9, 64),
-    )
-    assert not any(possible_prefetch(*arguments) for arguments in other)
 
 
 @pytest.mark.parametrize(

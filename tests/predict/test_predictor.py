@@ -21,7 +21,7 @@ from colqwen_lab.predict import predictor
 from colqwen_lab.predict.allocator import ROUNDING, WORKSPACE
 from colqwen_lab.predict.kernels import BUFFERS, KINDS
 from colqwen_lab.predict.plan import predictions
-from colqwen_lab.predict.predictor import KV_CACHE, OUTPUT, FakeNetwork, Run, Setup, predict
+from colqwen_lab.predict.predictor import KV_CACHE, OUTPUT, FakeNetwork, Setup, predict
 from colqwen_lab.records import MIB, Cell, Memory, Quantization, read_cells
 from colqwen_lab.runtime.batches import Batches, Pages, query_batches
 from colqwen_lab.runtime.eager import Steps
@@ -192,22 +192,20 @@ def test_parts_add_up_in_fast(variant: str, kernel: str, capability: int | None)
     assert (found.min_reserved_bytes or found.peak_bytes) >= found.peak_bytes
 
 
-def test_buffers_of_dequantise_then_gemm_count_where_a_run_may_make_them() -> None:
-    made = setup("awq", kernel="fused", execution="fast")
-    network = FakeNetwork(made)
+def test_buffers_of_dequantise_then_gemm_count_in_an_earlier_run() -> None:
+    fast = setup("awq", kernel="fused", execution="fast")
+    network = FakeNetwork(fast)
     assert network.fast
     first = network.fast.layers[0]
     gemms = {kind: getattr(first, kind) for kind in KINDS}
     sizes = {kind: 2 * gemm.in_features * gemm.out_features for kind, gemm in gemms.items()}
 
-    def buffers(batch: int, capability: int, prefetched: tuple[str, ...] | None = None) -> int:
-        fields = {"capability": capability, "prefetched": prefetched}
-        return breakdown(predict(replace(made, **fields), batch)).get(BUFFERS, 0)
+    def buffers(*prefetched: str) -> int:
+        return breakdown(predict(replace(fast, prefetched=prefetched), 64)).get(BUFFERS, 0)
 
-    assert buffers(64, 9, ()) == 0
-    assert buffers(64, 9, ("o",)) == sizes["o"]
-    assert buffers(64, 9) == sum(sizes.values())
-    assert buffers(8, 9) == buffers(64, 8) == 0
+    assert buffers() == 0
+    assert buffers("o") == sizes["o"]
+    assert buffers(*KINDS) == sum(sizes.values())
 
 
 def test_zero_points_of_asymmetric_codes_count_in_a_fused_kernel() -> None:
@@ -276,7 +274,7 @@ def test_an_a4_page_of_the_4b() -> None:
 def test_every_batch_of_queries_follows_from_two(variant: str, masked: bool, protocol: str) -> None:
     network = predictor._network(setup(variant, kernel="torch"))
     for batch in (1, 7, 64):
-        run = Run(19, masked, protocol, True, ())
+        run = setup(variant, kernel="torch", tokens=19, padded=masked, protocol=protocol)
         assert network.traced(batch, run) == network.trace(batch, run)
 
 

@@ -23,7 +23,7 @@ def picture(shade: int) -> Image.Image:
 def test_generated_is_the_held_out_split() -> None:
     corpus = data.load("generated", queries=5, pages=40, width=128)
     assert corpus.page_ids == [f"p{number}" for number in range(40)]
-    assert corpus.page(3).tobytes() == synthetic.page(3, "held-out", 128).tobytes()  # type: ignore[union-attr]
+    assert corpus.page("p3").tobytes() == synthetic.page(3, "held-out", 128).tobytes()  # type: ignore[union-attr]
     assert len(corpus.queries) == 5
     assert corpus.queries[0] == synthetic.query(0, "held-out")
     assert corpus.relevance["q0"]["p0"] == 1
@@ -67,9 +67,9 @@ def test_a_beir_folder_of_texts_and_images(beir: Path) -> None:
     assert lines[1:] == [f"{corpus.label}: 1 of 4 pages skipped"]
     assert corpus.query_ids == ["1", "2"]  # no page here answers the third
     assert corpus.relevance == {"1": {"d1": 2}, "2": {"d2": 1, "d1": 0}}
-    assert corpus.page(0) == "Wheat prices rose"
-    assert corpus.page(1) == "glaciers melt"
-    image = corpus.page(2)
+    assert corpus.page("d1") == "Wheat prices rose"
+    assert corpus.page("d2") == "glaciers melt"
+    image = corpus.page("d3")
     assert isinstance(image, Image.Image)
     assert image.mode == "RGB"
     assert data.load(str(beir), pages=1, progress=list).query_ids == ["1"]
@@ -117,7 +117,7 @@ def test_lines_end_at_newlines_only_and_a_byte_order_mark_is_none(beir: Path) ->
             + path.read_bytes().replace(b"\n", b"\r\n").replace(b"melt", "m\u2028e\x85lt".encode())
         )
     corpus = data.load(str(beir), progress=list)
-    assert corpus.page(1) == "glaciers m\u2028e\x85lt"
+    assert corpus.page("d2") == "glaciers m\u2028e\x85lt"
     assert corpus.query_ids == ["1", "2"]
 
 
@@ -136,7 +136,7 @@ def test_a_page_too_long_is_skipped_and_a_transparent_page_is_on_white(beir: Pat
     lines: list[str] = []
     corpus = data.load(str(beir), progress=lines.append)
     assert "20000 x 10" in lines[0]
-    assert corpus.page(2).getpixel((0, 0)) == (255, 255, 255)  # type: ignore[union-attr]
+    assert corpus.page("d3").getpixel((0, 0)) == (255, 255, 255)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("source", ["vidore:", "vidre:x"])
@@ -198,7 +198,7 @@ def test_vidore_in_three_subsets(tmp_path: Path, dash: str) -> None:
     assert corpus.page_ids == ["10", "11", "12"]
     assert corpus.queries == ["red?", "blue?"]
     assert corpus.relevance == {"0": {"12": 1}, "1": {"10": 2, "11": 1}}
-    assert corpus.page(1).getpixel((0, 0)) == (100, 0, 155)  # type: ignore[union-attr]
+    assert corpus.page("11").getpixel((0, 0)) == (100, 0, 155)  # type: ignore[union-attr]
 
 
 def test_vidore_skips_images_that_cannot_be_read(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_vidore_skips_images_that_cannot_be_read(tmp_path: Path) -> None:
     lines: list[str] = []
     corpus = data.load(f"vidore:{parquet(tmp_path / 'set', subsets)}", progress=lines.append)
     assert (corpus.page_ids, corpus.queries, corpus.skipped) == (["2"], ["red?"], 3)
-    assert corpus.page(0).getpixel((0, 0)) == (255, 255, 255)  # type: ignore[union-attr]
+    assert corpus.page("2").getpixel((0, 0)) == (255, 255, 255)  # type: ignore[union-attr]
     assert [line[:6] for line in lines[:3]] == ["page 0", "page 1", "page 3"]
     subsets["queries"]["query"][1] = None
     with pytest.raises(BadInput, match="query '1' must be a text, got None"):
@@ -243,7 +243,7 @@ def test_vidore_of_questions(tmp_path: Path) -> None:
         "q1": {"b.png": 1},
         "q2": {"r.png": 1},
     }
-    assert corpus.page(2).getpixel((0, 0)) == (50, 0, 205)  # type: ignore[union-attr]
+    assert corpus.page("x.png").getpixel((0, 0)) == (50, 0, 205)  # type: ignore[union-attr]
 
 
 def test_vidore_with_other_columns_or_unavailable(tmp_path: Path) -> None:

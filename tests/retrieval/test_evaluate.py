@@ -18,7 +18,7 @@ from colqwen_lab.model.loading import Loaded
 from colqwen_lab.options import FidelityOptions
 from colqwen_lab.retrieval import evaluate
 from colqwen_lab.retrieval.data import Corpus
-from colqwen_lab.retrieval.evaluate import Embedded, embed_pages, record_of
+from colqwen_lab.retrieval.evaluate import Embedded, embed, record_of
 from colqwen_lab.retrieval.record import Fidelity, read
 
 
@@ -109,8 +109,7 @@ def test_values_compare_the_scores_with_base_s(
     base = np.array([[6.0, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
     scores = torch.tensor([[1.0, 5, 4, 3, 2, 6], [1, 2, 3, 4, 5, 9]])
     unit = torch.eye(2)
-    monkeypatch.setattr(evaluate, "embed", lambda *_: ([unit, unit], 0.1))
-    monkeypatch.setattr(evaluate, "embed_pages", lambda *_: ([unit] * 6, 0.1))
+    monkeypatch.setattr(evaluate, "embed", lambda _, items, __: ([unit] * len(items), 0.1))
     monkeypatch.setattr(evaluate.metrics, "maxsim", lambda *_: scores)
     turned = torch.tensor([[3**0.5, 1.0], [0, 1]]) / torch.tensor([[2.0], [1.0]])
     reference = Embedded([unit, turned], [unit] * 6, base)
@@ -131,9 +130,9 @@ def test_texts_and_images_of_a_batch_keep_their_order(tiny: Loaded) -> None:
         "glaciers melt",
         synthetic.page(1, width=128),
     ]
-    embeddings, elapsed_s = embed_pages(tiny, pages, 64)
+    embeddings, elapsed_s = embed(tiny, pages, 64)
     assert elapsed_s > 0
-    alone = [embed_pages(tiny, [page], 64)[0][0] for page in pages]
+    alone = [embed(tiny, [page], 64)[0][0] for page in pages]
     assert len(embeddings) == 4
     for ours, theirs in zip(embeddings, alone, strict=True):
         torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
@@ -226,7 +225,7 @@ def test_wrong_values(
 def test_schemes_quantised_here_come_plain_too() -> None:
     def chosen(size: str, **values: Any) -> list[tuple[str, int | None]]:
         subjects = evaluate.subjects(options(plain=True, iters=5, **values), size)
-        return [(variant.name, iters) for variant, iters in subjects]
+        return [(variant.name, recipe and recipe.iters) for variant, recipe in subjects]
 
     assert chosen("tiny", model="base,W2A16,some/checkpoint") == [
         *(("base", None), ("W2A16", 5), ("W2A16", 0), ("some/checkpoint", None)),

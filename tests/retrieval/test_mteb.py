@@ -9,7 +9,7 @@ import torch
 
 from colqwen_lab.model import synthetic
 from colqwen_lab.retrieval import data
-from colqwen_lab.retrieval.evaluate import embed, embed_pages, query_inputs
+from colqwen_lab.retrieval.evaluate import embed
 from colqwen_lab.retrieval.metrics import maxsim
 
 mteb = pytest.importorskip("mteb")
@@ -38,10 +38,7 @@ def task() -> Any:
         )
 
         def load_data(self, num_proc: int | None = None, **_: Any) -> None:
-            images = [
-                {"id": page, "image": corpus.page(number)}
-                for number, page in enumerate(corpus.page_ids)
-            ]
+            images = [{"id": page_id, "image": corpus.page(page_id)} for page_id in corpus.page_ids]
             texts = [
                 {"id": query, "text": text}
                 for query, text in zip(corpus.query_ids, corpus.queries, strict=True)
@@ -77,8 +74,8 @@ def test_mteb_scores_with_the_lab_s_scores(task: Any, monkeypatch: pytest.Monkey
     result = mteb.evaluate(model, synthetic_task, cache=None, show_progress_bar=False).task_results[
         0
     ]
-    queries, _ = embed(model.loaded, query_inputs(model.loaded, corpus.queries))
-    pages, _ = embed_pages(model.loaded, [corpus.page(number) for number in range(6)], 1280)
+    queries, _ = embed(model.loaded, corpus.queries, 1280)
+    pages, _ = embed(model.loaded, list(map(corpus.page, corpus.page_ids)), 1280)
     (scores,) = seen
     torch.testing.assert_close(scores, maxsim(queries, pages))
     assert 0 <= result.scores["test"][0]["ndcg_at_5"] <= 1
@@ -89,7 +86,7 @@ def test_documents_of_texts_and_of_images(task: Any) -> None:
     from colqwen_lab.errors import BadInput
     from colqwen_lab.retrieval.mteb import MtebModel
 
-    model, image = MtebModel("base", size="tiny"), task[1].page(0)
+    model, image = MtebModel("base", size="tiny"), task[1].page("p0")
     both = model.encode([{"text": ["wheat", None, "ice"], "image": [None, image, None]}])
     apart = [
         model.encode([{"text": ["wheat"]}]),
