@@ -125,8 +125,17 @@ def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
             limited_by = f"no limit up to batch {batch}" if reached else "limited by memory"
     there = memory(batch or 1)
     return CardPlan(
-        *(card.name, card.nominal_bytes, card.usable_bytes, variant, verdict, batch, safe),
-        *(there.peak_bytes, there.min_reserved_bytes, headroom(batch or 1), limited_by),
+        card=card.name,
+        nominal_bytes=card.nominal_bytes,
+        usable_bytes=card.usable_bytes,
+        variant=variant,
+        verdict=verdict,
+        batch_size=batch,
+        safe_batch_size=safe,
+        peak_bytes=there.peak_bytes,
+        min_reserved_bytes=there.min_reserved_bytes,
+        headroom_bytes=headroom(batch or 1),
+        limited_by=limited_by,
     )
 
 

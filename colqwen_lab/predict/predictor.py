@@ -88,8 +88,9 @@ def predict(setup: Setup, batch_size: int) -> Cell:
     quantization, capability = setup.quantization, setup.capability
     own = (setup.size, quantization, setup.kernel, setup.dtype, setup.execution, setup.workload)
     network = _network(Setup(*own))
-    workload, masked = network.workload(setup, batch_size)
-    run = replace(setup, tokens=workload.tokens, padded=masked, capability=capability and 8)
+    workload = network.workload(setup, batch_size)
+    padded = setup.padded or setup.tokens is None
+    run = replace(setup, tokens=workload.tokens, padded=padded, capability=capability and 8)
     trace = network.trace(batch_size, run)
     if capability is None:
         parts = breakdown_of(trace.log, trace.labels, trace.before)
@@ -183,8 +184,7 @@ class FakeNetwork:
         layers = [layer for name, layer in modules if packed and is_text_linear(name)]
         with self.mode:
             self.model._apply(_empty)
-            for layer in layers:
-                self._set_kernel(layer)
+            self._set_kernel(layers)
         self.tracker, self.fast = MemoryTracker(resident(self.model)), None
         self.loaded = len(self.tracker.log)
         if setup.execution == "fast":
@@ -203,22 +203,22 @@ class FakeNetwork:
         self.parts = breakdown_of(self.tracker.log, self.tracker.labels, self.built[0] - 1)
         self.mode.values = self.pages
 
-    def _set_kernel(self, layer: Any) -> None:
+    def _set_kernel(self, layers: list[Any]) -> None:
         setup, model = self.setup, kernels.KERNELS[self.setup.kernel]
-        layer.sym = setup.quantization and setup.quantization.sym
-        layer.wf = _empty(layer.wf)  # AutoRound's shifts, no buffer
-        if setup.execution == "eager" or model.gemm is kernels.AsLoaded:
-            if model.forward:
+        as_loaded = setup.execution == "eager" or model.gemm is kernels.AsLoaded
+        for layer in layers:
+            layer.sym = setup.quantization and setup.quantization.sym
+            layer.wf = _empty(layer.wf)  # AutoRound's shifts, no buffer
+            if as_loaded and model.forward:
                 layer.forward = partial(model.forward, layer)
-            if setup.kernel == "tritonv2":  # created at the first forward and kept
+            if as_loaded and setup.kernel == "tritonv2":  # created at the first forward and kept
                 layer.register_buffer("g_idx", torch.empty(layer.infeatures, dtype=torch.int32))
 
-    def workload(self, setup: Setup, batch_size: int) -> tuple[Workload, bool]:
-        """`(workload, whether its batches carry a mask)`."""
+    def workload(self, setup: Setup, batch_size: int) -> Workload:
         tokens, page = setup.tokens, dict[str, Any]()
         if tokens is None and not self.pages:
-            batches = query_batches(self.config, self.tokenizer, batch_size, "report", 64, CPU)
-            return batches.workload, True
+            queries = query_batches(self.config, self.tokenizer, batch_size, "report", 64, CPU)
+            return queries.workload
         if tokens is None:
             budget = setup.visual_tokens
             tokens = self.text_tokens + visual_tokens_of(WIDTH, HEIGHT, self.config, budget)
@@ -232,7 +232,7 @@ class FakeNetwork:
             raise BadInput(f"tokens must be {valid}, got {tokens}")
         # A run sees that no query is padded, and makes no mask.
         page |= {"kind": setup.workload, "batch_size": batch_size, "tokens": tokens}
-        return Workload(padded_share=0.0, **page), self.pages or setup.padded
+        return Workload(padded_share=0.0, **page)
 
     def min_bytes(self, workload: Workload) -> int:
         """The least bytes that a step can move: each weight it multiplies by, and its result."""
@@ -286,8 +286,7 @@ class FakeNetwork:
             side = vision.spatial_merge_size
             grid = (1, side, side * (tokens - self.text_tokens))
             values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-            weight = next(self.model.parameters())
-            pixels = weight.new_empty((math.prod(grid), values), dtype=torch.float32)
+            pixels = torch.empty(math.prod(grid), values)
             return batch_of([(pixels, grid)] * batch_size, self.tokenizer, self.config)
 
 

@@ -52,11 +52,13 @@ def resident(model: ColQwen3) -> list[tuple[str, Tensor]]:
     return [(part_of(name), tensor) for name, tensor in named]
 
 
-def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *dropout_causal: Any, **named: Any) -> int:
+def _attention_flops(
+    q: Tensor, k: Tensor, v: Tensor, _: float = 0, causal: bool = False, **named: Any
+) -> int:
     """Operations of all pairs of positions, or of the visible half where attention is causal."""
     pairs, tokens = sdpa_flop_count(q.shape, k.shape, v.shape), q.shape[-2]
-    causal = any(dropout_causal[1:]) or named.get("attn_mask") is not None
-    return pairs * (tokens + 1) // (2 * tokens) if causal else pairs
+    masked = causal or named.get("attn_mask") is not None
+    return pairs * (tokens + 1) // (2 * tokens) if masked else pairs
 
 
 # PyTorch's registry lacks the attention operator of CPU tensors.
@@ -123,9 +125,10 @@ class MemoryTracker(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if (count := FLOPS.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if count := FLOPS.get(func._overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=result)
         if not self.hidden:
             self.see((ACTIVATIONS, leaf) for leaf in tree_iter(result) if isinstance(leaf, Tensor))
         return result
