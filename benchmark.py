@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> Path:
     for flag in COUNTS:
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} must be 1 or more, got {getattr(args, flag)}")
+    if args.warmup_steps < 0:
+        raise BadInput(f"--warmup_steps must be 0 or more, got {args.warmup_steps}")
     stopping = StoppingRule(
         min_steps=args.measure_steps,
         max_steps=args.measure_steps,

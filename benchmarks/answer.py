@@ -11,7 +11,7 @@ from colqwen_lab.analysis.compare import compare
 from colqwen_lab.analysis.table import Results
 
 ROOT = Path(__file__).parents[1]
-RUN = ROOT / "outputs" / "h100" / "ways.jsonl"
+RUN = ROOT / "outputs" / "h100" / "configurations.jsonl"
 README, FIGURE = ROOT / "README.md", ROOT / "docs" / "answer.png"
 CARDS_GB = (8, 12)
 BLOCK = re.compile(r"(?<=<!-- answer -->\n).*?(?=<!-- end of answer -->)", re.DOTALL)

@@ -241,14 +241,14 @@ def test_variants_and_doctor(
     "code",
     [
         "import colqwen_lab",
-        "import sys; sys.argv = ['colqwen-lab', '--help']; from colqwen_lab.cli import app; app(standalone_mode=False)",
+        "from colqwen_lab.cli import app; app(['--help'], standalone_mode=False)",
         "import colqwen_lab as lab; c = lab.compare(); c.to_dict(); c.markdown()",
         "import colqwen_lab as lab; r = lab.load('published'); r.table(); r.plot()",
-        "from colqwen_lab.analysis import fidelity, fidelity_plots; from colqwen_lab.retrieval import record",
+        "from colqwen_lab.analysis import fidelity, fidelity_plots",
     ],
 )
 def test_starts_without_torch(code: str) -> None:
     check = "; import sys; assert not {'torch', 'transformers', 'auto_round'} & sys.modules.keys()"
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", code + check], check=True, capture_output=True)
-    assert time.monotonic() - started < (1 if "plot" not in code else 4)
+    assert time.monotonic() - started < (4 if "lab." in code or "analysis" in code else 1)

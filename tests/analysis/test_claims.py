@@ -77,7 +77,7 @@ def decided(comparison: Comparison) -> dict[str, Any]:
         (
             "use the quantised model when GPU memory is limited (4-16 GB)",
             False,
-            "No significant difference with 9.8 GiB or more free, each at its largest batch (-1.6 to",
+            "No significant difference with 9.8 GiB or more free, each at its largest batch (-1.6",
         ),
         (
             "use BASE when the GPU has ample memory (24 GB and more)",
