@@ -1,4 +1,4 @@
-"""Write the README's answer, a table and a figure, from committed records:  python benchmarks/answer.py"""
+"""Write the README's answer from committed records:  python benchmarks/answer.py"""
 
 from __future__ import annotations
 

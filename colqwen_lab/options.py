@@ -103,6 +103,15 @@ def _one_of(*valid: str) -> Callable[[str], str]:
 Several = Annotated[str, BeforeValidator(joined)]
 BatchSizes = Annotated[tuple[int, ...], BeforeValidator(batch_sizes_of)]
 Size = Annotated[str, AfterValidator(lambda value: one_of("size", value.lower(), ["auto", *SIZES]))]
+
+
+def _weights(value: str) -> str:
+    if value not in WEIGHTS and not os.path.isdir(value):
+        raise BadInput(f"must be {', '.join(WEIGHTS)} or a checkpoint folder, got {value!r}")
+    return value
+
+
+Weights = Annotated[str, AfterValidator(_weights)]
 VisualTokens = Annotated[int, Field(ge=1, le=MOST_VISUAL_TOKENS)]
 
 
@@ -224,7 +233,9 @@ class SweepOptions(Options):
     pages: str = option(
         "", "pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"
     )
-    weights: str = option("auto", "auto (tiny: built in, else the hub), hub, random, or a folder")
+    weights: Weights = option(
+        "auto", "auto (tiny: built in, else the hub), hub, random, or a folder"
+    )
     execution: Annotated[Several, AfterValidator(_each_of(*EXECUTIONS))] = option(
         "eager", "eager (transformers' forward) or fast (fused, length buckets, CUDA graphs)"
     )
@@ -270,12 +281,8 @@ class SweepOptions(Options):
             raise BadInput("pages and visual_tokens are options of workload pages")
         if "queries" not in workloads and self.texts != "report":
             raise BadInput("texts is an option of workload queries")
-        if self.weights not in WEIGHTS:
-            if not os.path.isdir(self.weights):
-                valid = ", ".join(WEIGHTS)
-                raise BadInput(f"weights must be {valid} or a folder, got {self.weights!r}")
-            if len(names) > 1:
-                raise BadInput("a weights folder goes with one model; name folders as models")
+        if self.weights not in WEIGHTS and len(names) > 1:
+            raise BadInput("a weights folder goes with one model; name folders as models")
         if self.on == "here" and (self.accelerator or self.address):
             raise BadInput("accelerator and address are options of a Ray cluster: --on ray")
         single = (self.execution, self.protocol, self.kernel)
@@ -420,7 +427,9 @@ class QuantizeOptions(Options):
 
     scheme: str = option("W4A16", "an AutoRound scheme: W4A16 (group 128), W8A16, W2A16G32 ...")
     size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
-    weights: str = option("auto", "the 16-bit weights: auto, hub, random, or a checkpoint folder")
+    weights: Weights = option(
+        "auto", "the 16-bit weights: auto, hub, random, or a checkpoint folder"
+    )
     iters: int = option(50, "tuning steps a layer; 0 is plain rounding")
     samples: int = option(64, "calibration samples")
     seqlen: int = option(64, "tokens a sample")
@@ -441,7 +450,7 @@ class FidelityOptions(Options):
         "generated", "generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"
     )
     size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
-    weights: str = option("auto", "BASE's weights: auto, hub, or a checkpoint folder")
+    weights: Weights = option("auto", "BASE's weights: auto, hub, or a checkpoint folder")
     iters: int = option(50, "tuning steps a layer of schemes that are quantised here; 0 is plain")
     plain: bool = option(False, "each of these schemes also without tuning")
     margin: Annotated[float, Field(gt=0, lt=1)] = option(0.01, "smaller differences do not count")

@@ -114,11 +114,11 @@ def test_image_documents_follow_the_queries(benchmark: Callable[..., None], tmp_
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--sweep_batch_sizes", "1,a"], "valid: different whole numbers"),
+        (["--sweep_batch_sizes", "1,a"], "must be different whole numbers"),
         (["--only_base", "--only_awq"], "not allowed with"),
         (["--nope"], "--nope"),
         (["--image_size", "-3"], "image_size"),
-        (["--output_json", "."], "valid: a file in a folder that can be written"),
+        (["--output_json", "."], "must be a file in a writable folder"),
     ],
 )
 def test_bad_flags(

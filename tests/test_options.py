@@ -102,7 +102,10 @@ def test_what_papermill_passes_is_understood(text: dict[str, Any], value: dict[s
         ({"pages": "512x512"}, "pages and visual_tokens are options of workload pages"),
         ({"pages": 7, "workload": "pages"}, "pages must be a text"),
         ({"workload": "pages", "texts": "natural"}, "texts is an option of workload queries"),
-        ({"weights": "nowhere"}, "weights must be auto, hub, random or a folder, got 'nowhere'"),
+        (
+            {"weights": "nowhere"},
+            "weights must be auto, hub, random or a checkpoint folder, got 'nowhere'",
+        ),
         ({"execution": "fast", "protocol": "published"}, "execution fast keeps no KV cache"),
         ({"kernel": "fp8"}, "kernel fp8 runs in execution fast only"),
         ({"workload": "pages", "execution": "fast"}, "execution fast embeds queries only"),

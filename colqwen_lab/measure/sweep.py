@@ -105,7 +105,9 @@ def sweep(
                     errors[name] = error
                 run.end()
             times = spent(start, new)
-            progress(f"took {times['wall_s']} s, of which {times['timed_s']} s in timed steps")
+            if new or not errors:
+                wall_s, timed_s = times["wall_s"], times["timed_s"]
+                progress(f"took {wall_s} s, of which {timed_s} s in timed steps")
             cells = [cell for run in runs.values() for cell in run.on_file(file.rows)]
             return finish(path, cells, errors, len(parts), times)
     except OSError as error:

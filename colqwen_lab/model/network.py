@@ -82,8 +82,10 @@ class ColQwen3(Qwen3VLPreTrainedModel):
         outputs = self.vlm.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **images
         )
-        vectors = self.embedding_proj_layer(outputs.last_hidden_state)
-        embeddings = nn.functional.normalize(vectors, dim=-1)
+        # No name for the head's result: it would stay in memory during the next operation.
+        embeddings = nn.functional.normalize(
+            self.embedding_proj_layer(outputs.last_hidden_state), dim=-1
+        )
         if attention_mask is not None:
             embeddings = embeddings * attention_mask.unsqueeze(-1)
         return ColQwen3Output(embeddings=embeddings, past_key_values=outputs.past_key_values)
