@@ -20,13 +20,11 @@ GOLDENS = ROOT / "tests" / "goldens"
 SETUP = ("model", "size", "workload", "execution", "protocol", "kernel")
 PLANS: list[dict[str, Any]] = json.loads((GOLDENS / "plan.json").read_text())
 PREDICTED: dict[str, list[int | None]] = json.loads((GOLDENS / "predicted.json").read_text())
-QUICK_4B = ("awq 4b queries eager lean tritonv2", "awq 4b queries fast lean fused")
+QUICK_4B = ("awq 4b queries eager lean tritonv2",)
 # Rows of each file that the default run predicts.
 QUICK_ROWS = {
-    "cpu/mid.jsonl": slice(None),
     "fleet/one-machine.jsonl": slice(None),
     "reference/sweep-base-awq-tiny-queries.jsonl": slice(None),
-    "h100/ways-1.jsonl": slice(1),
 }
 
 
