@@ -22,7 +22,8 @@ MODULES = {
 INNER_IMPORTS = 10
 # Words that the field does not use, or that once had a meaning of their own here.
 OLD_WORDS = re.compile(
-    r"(?<!\.)\b(ways?|in turn|led in|lead-in|patience|towers?|schedules?|few_rows|dequantised ahead|"
+    r"(?<!\.)\b(ways?|in turn|led in|lead-in|patience|towers?|schedules?|few_rows|"
+    r"dequantised ahead|"
     r"ledgers?|told apart|cannot tell|engaged|drawn|refused|left out|noticing|noticed|habits?|"
     r"unmet|predict_like|on_card)\b",
     re.IGNORECASE,
