@@ -190,7 +190,7 @@ def test_notebooks_escape_what_a_record_says() -> None:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
     ]
     shown = [source for source in sources if "Markdown(" in source]
-    assert len(shown) >= 10
+    assert len(shown) >= 9
     for source in shown:
         raw = re.sub(r"lab\.escape\((?:[^()]|\([^()]*\))*\)", "", source)
         assert not re.search(
