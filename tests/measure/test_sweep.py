@@ -428,7 +428,10 @@ def test_configurations_are_interleaved_each_where_its_kernel_can_run(path: Path
         ({"workload": "pictures"}, "unknown .*'pictures'.*valid: queries"),
         ({"execution": "slow"}, "unknown .*'slow'.*valid: eager"),
         ({"protocol": "fat"}, "unknown .*'fat'.*valid: lean, published"),
-        ({"weights": "nowhere"}, "weights must be auto, hub, random or a folder, got 'nowhere'"),
+        (
+            {"weights": "nowhere"},
+            "weights must be auto, hub, random or a checkpoint folder, got 'nowhere'",
+        ),
         ({"model": "base,base"}, "model must be one or more different models"),
         ({"model": "base,BASE"}, "model must be one or more different models"),
         ({"configuration": "swift"}, "unknown execution 'swift'.*valid: eager, fast"),
