@@ -15,6 +15,7 @@ import pytest
 
 from colqwen_lab import compare, fidelity, parameters, plan, quantize, sweep
 from colqwen_lab.errors import BadInput
+from colqwen_lab.records import read_cells
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -183,10 +184,9 @@ def test_two_sweeps_at_once_from_a_cold_cache_from_their_own_folder(tmp_path: Pa
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 0, stderr[-2000:]
     rows = [json.loads(line) for line in records.read_text().splitlines()]
-    assert [(row["variant"], row["workload"]["batch_size"]) for row in rows] == [
-        ("awq", 2),
-        ("awq", 4),
-    ]
+    # Two sweeps on one machine may disturb each other; a disturbed cell is measured again.
+    cells = [(cell.variant, cell.workload.batch_size) for cell in read_cells(records)]
+    assert sorted(cells) == [("awq", 2), ("awq", 4)]
     assert all(sum(row["backend"]["engaged"].values()) == 28 for row in rows)
     assert json.loads(records.with_suffix(".result.json").read_text())["complete"] is True
     (made,) = (
