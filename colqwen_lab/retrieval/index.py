@@ -1,0 +1,294 @@
+"""How page embeddings are stored: index formats, their bytes, exact scores, and files.
+
+A format keeps fewer vectors of a page (token pooling), fewer of their values, or fewer bits a
+value. Scores are MaxSim over the stored values; query vectors stay in 16 bits, except that
+`hamming` keeps their signs only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from scipy.cluster.hierarchy import fcluster, linkage
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from colqwen_lab.errors import BadInput
+from colqwen_lab.records import writing
+from colqwen_lab.retrieval.metrics import maxsim
+
+VALUES = ("bfloat16", "float16", "int8", "binary", "hamming")
+PARTS = re.compile(
+    rf"(?P<values>{'|'.join(VALUES)})|pool(?P<pool>\d{{1,4}})|dims(?P<dims>\d{{1,4}})"
+)
+BITS = 8  # signs in a stored byte
+INT8_MAX = 127
+KIND = "colqwen-lab index"
+# Vectors that are decoded at once: 320 values of 4 bytes each.
+CHUNK = 2**18
+SHARD = "shard-{:05}.safetensors"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the vectors of a page are stored.
+
+    `values` is one of `VALUES`: `int8` has a scale a vector; `binary` and `hamming` keep signs.
+    `pool` is the factor of token pooling, 1 for none; `dims` keeps the first values of a vector, 0
+    for all.
+    """
+
+    values: str = "bfloat16"
+    pool: int = 1
+    dims: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The format of a name such as `int8`, `pool3` or `binary-pool3-dims128`.
+
+        Raises BadInput for another name.
+        """
+        fields: dict[str, Any] = {}
+        for part in name.lower().split("-"):
+            match = PARTS.fullmatch(part)
+            key = (match and match.lastgroup) or ""
+            value: Any = match and match[key]
+            value = value if key == "values" else int(value or 0)
+            if not value or key in fields:
+                raise BadInput(
+                    f"format must be {', '.join(VALUES)}, poolN or dimsN, or these joined by -, "
+                    f"got {name!r}"
+                )
+            fields[key] = value
+        return cls(**fields)
+
+    @property
+    def name(self) -> str:
+        """The shortest name that `parse` reads."""
+        parts = [self.values] if self.values != "bfloat16" or self == Format() else []
+        parts += [f"pool{self.pool}"] if self.pool > 1 else []
+        return "-".join(parts + ([f"dims{self.dims}"] if self.dims else []))
+
+    def queries(self, queries: Sequence[Tensor]) -> list[Tensor]:
+        """Query vectors [tokens, dims] as this format scores them."""
+        cut = [self._cut(query) for query in queries]
+        return [_signs(query) for query in cut] if self.values == "hamming" else cut
+
+    def _cut(self, vectors: Tensor) -> Tensor:
+        return normalize(vectors[:, : self.dims].float(), dim=-1) if self.dims else vectors.float()
+
+    def store(self, page: Tensor) -> dict[str, Tensor]:
+        """`vectors` and, for int8, `scales` of a page [tokens, 320], as a file keeps them."""
+        vectors = self._cut(pooled(page.float(), self.pool))
+        match self.values:
+            case "int8":
+                scales = (vectors.abs().amax(1, keepdim=True) / INT8_MAX).half()
+                codes = (
+                    (vectors / scales.float().clamp(min=1e-12)).round().clamp(-INT8_MAX, INT8_MAX)
+                )
+                return {"vectors": codes.to(torch.int8), "scales": scales}
+            case "binary" | "hamming":
+                bits = np.packbits((vectors >= 0).numpy(), axis=1)
+                return {"vectors": torch.from_numpy(bits)}
+        return {"vectors": vectors.to(getattr(torch, self.values))}
+
+    def read(self, vectors: Tensor, scales: Tensor | None, dims: int) -> Tensor:
+        """The values [vectors, dims] of stored vectors, in float32."""
+        if scales is not None:
+            return vectors.float() * scales.float()
+        if self.values not in ("binary", "hamming"):
+            return vectors.float()
+        places = torch.arange(BITS - 1, -1, -1, device=vectors.device, dtype=torch.uint8)
+        bits = (vectors.unsqueeze(-1) >> places & 1).flatten(1)[:, :dims]
+        return (2 * bits.float() - 1) * dims**-0.5
+
+
+def _signs(vectors: Tensor) -> Tensor:
+    """Signs as vectors of length 1; zero counts as positive."""
+    return torch.where(vectors >= 0, 1.0, -1.0) * vectors.shape[1] ** -0.5
+
+
+def pooled(page: Tensor, factor: int) -> Tensor:
+    """A page [tokens, dim] as about tokens / factor unit vectors: the means of its clusters.
+
+    Hierarchical clustering with Ward's linkage. Source: Clavié, Chaffin and Adams 2024, "Reducing
+    the Footprint of Multi-Vector Retrieval with Minimal Performance Impact via Token Pooling".
+    """
+    count = -(-len(page) // factor)
+    if factor == 1 or len(page) < 2:
+        return page
+    clusters = fcluster(linkage(page.double().numpy(), "ward"), count, "maxclust") - 1
+    places = torch.from_numpy(clusters.astype(np.int64))
+    sums = page.new_zeros(int(places.max()) + 1, page.shape[1]).index_add_(0, places, page)
+    return normalize(sums, dim=-1)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Pages in a format: stored `vectors` and `scales`, `lengths` [pages] in vectors, and ids.
+
+    `dims` is the number of values of a vector. `about` names the model and its weights.
+    """
+
+    format: Format
+    dims: int
+    page_ids: tuple[str, ...]
+    lengths: Tensor
+    vectors: Tensor
+    scales: Tensor | None
+    about: dict[str, str]
+
+    @classmethod
+    def build(
+        cls, format: Format, pages: Sequence[Tensor], page_ids: Sequence[str], **about: str
+    ) -> Self:
+        """The index of pages [tokens, 320]. Raises BadInput for none, or more values than 320."""
+        if not pages:
+            raise BadInput("an index needs at least one page")
+        width = pages[0].shape[1]
+        if format.dims > width:
+            raise BadInput(f"dims must be 1 to {width}, got {format.dims}")
+        stored = [format.store(page.cpu()) for page in pages]
+        joined = {name: torch.cat([page[name] for page in stored]) for name in stored[0]}
+        lengths = torch.tensor([len(page["vectors"]) for page in stored])
+        vectors, scales = joined["vectors"], joined.get("scales")
+        dims = format.dims or width
+        return cls(format, dims, tuple(page_ids), lengths, vectors, scales, about)
+
+    @property
+    def page_bytes(self) -> float:
+        """What a page takes in a file, ids, scales and header included."""
+        return len(self.to_bytes()) / len(self.page_ids)
+
+    def to(self, device: torch.device | str) -> Index:
+        """The index with its vectors on a device."""
+        scales = self.scales if self.scales is None else self.scales.to(device)
+        values = self.lengths, self.vectors.to(device), scales
+        return Index(self.format, self.dims, self.page_ids, *values, self.about)
+
+    def scores(self, queries: Sequence[Tensor], chunk: int = CHUNK) -> Tensor:
+        """MaxSim scores [queries, pages] in float32, exact for the stored values.
+
+        About `chunk` vectors are decoded at once.
+        """
+        ready = self.format.queries([query.to(self.vectors.device) for query in queries])
+        parts = [maxsim(ready, pages) for pages in self._decoded(chunk)]
+        return torch.cat(parts, dim=1)
+
+    def _decoded(self, chunk: int) -> Iterator[list[Tensor]]:
+        """Pages of about `chunk` vectors at a time, [vectors, dims] each."""
+        ends = self.lengths.cumsum(0)
+        starts = ends - self.lengths
+        for group in _groups((starts // chunk).tolist()):
+            first, last = int(starts[group[0]]), int(ends[group[-1]])
+            scales = self.scales if self.scales is None else self.scales[first:last]
+            values = self.format.read(self.vectors[first:last], scales, self.dims)
+            yield [*values.split(self.lengths[group[0] : group[-1] + 1].tolist())]
+
+    def to_bytes(self) -> bytes:
+        """The file of this index."""
+        header = {
+            "kind": KIND,
+            "format": self.format.name,
+            "dims": self.dims,
+            "page_ids": self.page_ids,
+            **self.about,
+        }
+        tensors = {"vectors": self.vectors, "lengths": self.lengths}
+        tensors |= {} if self.scales is None else {"scales": self.scales}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        return save(tensors, {"header": json.dumps(header)})
+
+
+def _groups(numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Neighbouring positions whose numbers are equal."""
+    for _, group in groupby(range(len(numbers)), lambda place: numbers[place]):
+        yield [*group]
+
+
+# ---------------------------------------------------------------- files
+
+
+def append(folder: Path, index: Index) -> Path:
+    """Write `index` as the next shard of a folder; returns the shard's path.
+
+    A shard appears whole or not at all. Raises BadInput if the folder holds another model or
+    format, or a page of this id.
+    """
+    shards = read(folder) if folder.is_dir() else []
+    for shard in shards:
+        for what, ours, theirs in (
+            ("format", index.format.name, shard.format.name),
+            ("values a vector", index.dims, shard.dims),
+            *((name, value, shard.about.get(name)) for name, value in index.about.items()),
+        ):
+            if ours != theirs:
+                raise BadInput(f"{folder} is an index of {what} {theirs}, got {ours}")
+        if repeated := {*index.page_ids} & {*shard.page_ids}:
+            raise BadInput(f"{folder} already holds page {min(repeated)}")
+    path = folder / SHARD.format(len(shards))
+    with writing(path, BadInput, "name a folder you can write"):
+        folder.mkdir(parents=True, exist_ok=True)
+        torn = path.with_suffix(".part")
+        with torn.open("wb") as file:
+            file.write(index.to_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+        torn.replace(path)
+    return path
+
+
+def read(folder: Path) -> list[Index]:
+    """The shards of a folder, memory-mapped, in the order of writing.
+
+    Raises BadInput, with the file's name, for a file that is torn or no shard, and for a gap.
+    """
+    paths = sorted(folder.glob(SHARD.format(0).replace("00000", "*")))
+    for number, path in enumerate(paths):
+        if path.name != SHARD.format(number):
+            raise BadInput(f"{folder} lacks {SHARD.format(number)}")
+    return [_read(path) for path in paths]
+
+
+def _read(path: Path) -> Index:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BadInput(f"{path} is torn, or not an index: {error!s:.200}") from None
+    try:
+        if header.pop("kind") != KIND:
+            raise KeyError
+        form, ids = Format.parse(header.pop("format")), tuple(header.pop("page_ids"))
+        index = Index(
+            form,
+            header.pop("dims"),
+            ids,
+            scales=tensors.pop("scales", None),
+            about=header,
+            **tensors,
+        )
+        whole = len(ids) == len(index.lengths) and int(index.lengths.sum()) == len(index.vectors)
+    except (BadInput, KeyError, TypeError):
+        raise BadInput(f"{path} is not an index of colqwen-lab") from None
+    if not whole:
+        raise BadInput(f"{path} is torn: its pages and its vectors differ in number")
+    return index
+
+
+def scores(shards: Sequence[Index], queries: Sequence[Tensor]) -> Tensor:
+    """Scores [queries, pages] over all shards, in the order of their pages."""
+    return torch.cat([shard.scores(queries) for shard in shards], dim=1)
