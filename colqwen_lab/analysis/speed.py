@@ -116,7 +116,11 @@ def same_batch(pair: Pair, rows: Iterable[Speed]) -> pd.DataFrame:
 def differences(base: Iterable[Cell], other: Iterable[Cell]) -> list[str]:
     """What differs in origin, machine, versions or workload; empty if speeds may be compared."""
     sides = [
-        [dict(c.environment) | {n: value(c, n) for n in ("origin", *WORKLOAD)} for c in cells]
+        [
+            dict(cell.environment) | {name: value(cell, name) for name in ("origin", *WORKLOAD)}
+            for cell in cells
+            if cell.status == "ok"  # another one may not know its dtype
+        ]
         for cells in (base, other)
     ]
     differing = []
