@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import statistics
 import time
@@ -16,7 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colqwen_lab.errors import BadInput, MissingRequirement, one_of
+from colqwen_lab.errors import BadInput, MissingRequirement, ambiguous, one_of
 from colqwen_lab.model import synthetic
 from colqwen_lab.model.inputs import (
     MOST_TIMES,
@@ -120,7 +121,9 @@ class Pages:
 
     def __init__(self, source: str = "", visual_tokens: int = VISUAL_TOKENS) -> None:
         self.visual_tokens = check_visual_tokens(visual_tokens)
-        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", source)
+        match = re.fullmatch(r"(\d{1,9}) ?x ?(\d{1,9})", source)
+        if match and os.path.exists(source):
+            raise ambiguous(source, "a size in pixels")
         sides = match.groups() if match else (synthetic.WIDTH, synthetic.HEIGHT)
         self.size = width, height = int(sides[0]), int(sides[1])
         short, long = sorted(self.size)
