@@ -6,6 +6,7 @@ comparing records never imports torch. Files hold bytes and seconds; screens sho
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -96,7 +97,7 @@ class Workload(Value):
     `padded_share` is the share of all tokens that is padding. For pages: `visual_tokens` is the
     budget, `distinct` the number of different pages, `skipped` the number of unreadable files,
     `index_bytes` the embeddings of one page, `preprocess_s` the time to read and process one page,
-    outside the step.
+    outside the step. `shapes` numbers the shape of each batch: batches of one number cost the same.
     """
 
     kind: Literal["queries", "pages"]
@@ -110,6 +111,7 @@ class Workload(Value):
     skipped: Count | None = renamed(None, "skipped", "refused")
     index_bytes: Count | None = None
     preprocess_s: Figure | None = None
+    shapes: list[Count] = []
 
     @property
     def budget(self) -> str:
@@ -201,7 +203,10 @@ class CardRun(Value):
 
 
 class Timing(Value):
-    """How the samples were taken: warm-up steps, why timing stopped, and what was interleaved."""
+    """How the samples were taken: warm-up steps, why timing stopped, and what was interleaved.
+
+    `min_steps` and `max_s` are what the run asked for. Step times go round the batches in order.
+    """
 
     warmup_steps: Count
     steady: bool
@@ -211,6 +216,8 @@ class Timing(Value):
         [], "interleaved_configurations", "ways_in_turn"
     )
     clock: str
+    min_steps: Count | None = None
+    max_s: Figure | None = None
 
 
 class Environment(Value):
@@ -331,13 +338,40 @@ class Cell(Row):
         )
 
 
-def rate_of(step_s: Sequence[float], items: int) -> Rate:
+def alike(step_s: Sequence[float], shapes: Sequence[int]) -> list[float]:
+    """Step times as if every batch were an average one: their median is the rate of the whole set.
+
+    `shapes` numbers the shape of each batch in turn. The time of a shape is its median; steps that
+    deviate from its mean show the noise. A few large batches that take most of the time count as
+    fewer samples (Kish's effective sample size). With one sample a shape only the mean is left.
+    """
+    if len(set(shapes)) < 2:
+        return list(step_s)
+    times: dict[int, list[float]] = {}
+    for seconds, shape in zip(step_s, itertools.cycle(shapes), strict=False):
+        times.setdefault(shape, []).append(seconds)
+    typical = {shape: statistics.median(own) for shape, own in times.items()}
+    costs = [typical[shape] for shape in shapes if shape in typical]
+    noise = sorted(
+        (seconds / statistics.fmean(own)) ** math.sqrt(len(own) / (len(own) - 1))  # a fitted mean
+        for own in times.values()
+        if len(own) > 1
+        for seconds in own
+    )
+    effective = len(step_s) * sum(costs) ** 2 / sum(cost**2 for cost in costs) / len(costs)
+    count = min(len(noise), round(effective))
+    kept = [noise[int((place + 0.5) * len(noise) / count)] for place in range(count)] or [1.0]
+    scale = statistics.fmean(costs) / statistics.median(kept)
+    return [scale * each for each in kept]
+
+
+def rate_of(step_s: Sequence[float], items: int, shapes: Sequence[int] = ()) -> Rate:
     """Items per second of `items` a step: the median and its 95 % interval from order statistics.
 
     The interval uses binomial ranks, so it assumes nothing of the distribution. Fewer than six
-    samples give no interval.
+    samples give no interval. Batches of several `shapes` are first made `alike`.
     """
-    times = sorted(step_s)
+    times = sorted(alike(step_s, shapes))
     n = len(times)
     median = statistics.median(times)
     tail, rank = 0.0, 0

@@ -88,7 +88,7 @@ def items(
     lines: list[str] = []
     run, new = sweep.Run(options, lines.append, stopping), []
     try:
-        kept = run.on_file(known)
+        kept = run.kept(known)
         lines += [sweep.line_of(cell, "on file: ") for cell in kept]
         for planned in run.batches(kept):
             for cell in run.measure(planned):

@@ -40,6 +40,7 @@ from colqwen_lab.runtime.batches import Batches, Pages, query_batches
 from colqwen_lab.settings import outputs_folder
 
 Progress = Callable[[str], None]
+MOST_S = 1e9  # a record holds no infinity
 STOPPED = {"count": "step limit", "time": "time limit"}
 
 
@@ -91,7 +92,7 @@ def sweep(
         with RecordsFile(path, Cell, progress=progress) as file:
             unmark(path)
             for name, run in runs.items():
-                on_file = [] if options.fresh else run.on_file(to_keep(file.rows))
+                on_file = [] if options.fresh else run.kept(to_keep(file.rows))
                 kept += on_file
                 for cell in on_file:
                     progress(line_of(cell, "on file: "))
@@ -146,6 +147,8 @@ class Run:
             min_s=min(StoppingRule.min_s, options.max_s),
             max_s=options.max_s,
         )
+        rule = self.stopping
+        self.asked = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
         self.workers: dict[Configuration, Remote | Worker] = {}
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
@@ -183,6 +186,21 @@ class Run:
             if (row.environment.identity(), row.card and row.card.name) == here
         }
         return [known[key] for key in map(_key, self.planned) if key in known]
+
+    def kept(self, rows: Iterable[Cell]) -> list[Cell]:
+        """The planned cells among `rows` that were timed as this run asks."""
+        return [cell for cell in self.on_file(rows) if not cell.timing or self._as_asked(cell)]
+
+    def _as_asked(self, cell: Cell) -> bool:
+        timing = cell.timing and cell.timing.model_dump(include=set(self.asked))
+        return timing == self.asked and bool(
+            cell.control_s or not self._controlled(cell.configuration)
+        )
+
+    def _controlled(self, c: Configuration) -> bool:
+        """Whether `c` is timed once more: an A/A control, which must come out as the same."""
+        first = next(iter(self.checkpoints))
+        return self.options.control and c.variant == first and not c.eight_bit
 
     def batches(self, done: Iterable[Cell]) -> Iterator[list[Cell]]:
         """The planned cells that are not `done`, those to `measure` together at a time.
@@ -250,16 +268,15 @@ class Run:
                     answer = {"memory": memory, "workload": batches.workload}
                 cells[c] = _updated(cells[c], answer)
             keys = [(c, False) for c in together if not cells[c].reason]
-            if self.options.control and together is rounds[0]:
-                # The first model once more: an A/A control, which must come out as the same.
-                first = next(iter(self.checkpoints))
-                keys += [(c, True) for c, _ in keys if c.variant == first and not c.eight_bit]
+            if together is rounds[0]:
+                keys += [(c, True) for c, _ in keys if self._controlled(c)]
             steps = {
                 (c, control): partial(self._worker(c).call, "step", c.protocol, control)
                 for c, control in keys
             }
             watched = watch(self.device, [worker.pid for worker in self.workers.values()])
-            samples = time_interleaved(steps, self.stopping)
+            shapes = next((cells[c].workload.shapes for c, _ in keys), [])
+            samples = time_interleaved(steps, self.stopping, shapes or [0])
             lines, states = interference(watched)
             backends = {model: worker.call("rest") for model, worker in self.workers.items()}
             for c in together:
@@ -267,7 +284,7 @@ class Run:
                 if failure and len(steps) > 1 and not failure.ended:
                     rounds.append([c])  # the others may have taken the memory, or the process
                     continue
-                times = {} if cells[c].reason else self._times(c, samples, batch)
+                times = {} if cells[c].reason else self._times(cells[c], samples)
                 cells[c] = _updated(
                     _updated(cells[c], times),
                     {
@@ -317,9 +334,10 @@ class Run:
         return worker
 
     def _times(
-        self, c: Configuration, samples: dict[tuple[Configuration, bool], Samples], batch: int
+        self, cell: Cell, samples: dict[tuple[Configuration, bool], Samples]
     ) -> dict[str, Any] | Failure:
-        """The times of `c`, and what passes of their own on the same batches measure."""
+        """The times of `cell`, and what passes of their own on the same batches measure."""
+        c, work = cell.configuration, cell.workload
         own, control = samples[c, False], samples.get((c, True), Samples())
         if own.failure:
             return own.failure
@@ -331,7 +349,7 @@ class Run:
             "status": "ok",
             "step_s": own.step_s,
             "control_s": control.step_s,
-            "items_per_s": records.rate_of(own.step_s, batch),
+            "items_per_s": records.rate_of(own.step_s, work.batch_size, work.shapes),
             "timing": records.Timing(
                 warmup_steps=len(own.warmup_s),
                 steady=own.steady,
@@ -339,6 +357,7 @@ class Run:
                 interleaved_with=list(dict.fromkeys(other.variant for other in others)),
                 interleaved_configurations=list(map(str, others)),
                 clock=CLOCK,
+                **self.asked,
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,

@@ -92,34 +92,38 @@ class Worker:
         return cap, self.rest(), self.loaded.unused
 
     def measure(self, batch_size: int, protocol: str, alone: bool) -> tuple[Memory, Batches]:
-        """The memory of steps of these batches, which later calls use; their tensors stay here.
+        """The memory of steps of the worst of these batches, which later calls use.
 
-        The peak of the longest batch is the peak of a cycle through all batches.
+        A batch of each shape is measured: long rows, large pages or padding may make it the worst.
         """
         self.inputs, self.steps = [], {}
         batches = self._batches(batch_size)
         self.inputs = batches.inputs
-        longest = max(self.inputs, key=lambda batch: batch["input_ids"].shape[1])
-        memory = measure(self.loaded, [longest], self._steps([longest], protocol), alone)
-        return memory, replace(batches, inputs=[])
+        figures = [
+            measure(self.loaded, self._placed(batch), self._steps(protocol), alone)
+            for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values()
+        ]
+        worst = max(figures, key=lambda memory: memory.peak_bytes)
+        return worst, replace(batches, inputs=[])
 
-    def step(self, protocol: str, control: bool, warm: bool = False) -> float:
-        """Seconds of the next step and its sync; if `warm`, after an untimed one of its batch."""
+    def step(self, protocol: str, control: bool, number: int, warm: bool = False) -> float:
+        """Seconds of a step of batch `number` and its sync; if `warm`, after an untimed one."""
         if (protocol, control) not in self.steps:
-            self.steps[protocol, control] = self._steps(self.inputs, protocol)
-        step = self.steps[protocol, control]
+            self.steps[protocol, control] = self._steps(protocol)
+        step, batch = self.steps[protocol, control], self._placed(self.inputs[number])
         if warm:
-            step(warm_up=True)
+            step(batch)
         synchronise(self.device)
         start = time.perf_counter()
-        step()
+        step(batch)
         synchronise(self.device)
         return time.perf_counter() - start
 
     def stages(self, protocol: str) -> Stages:
-        """Seconds of a step in the vision encoder and in the rest: medians of three steps.
+        """Seconds of a step in the vision encoder and in the rest, as a mean over the batches.
 
-        A device sync before and after the encoder separates them; timed steps of a cell have none.
+        Of each batch the median of three steps counts. A device sync before and after the encoder
+        separates them; timed steps of a cell have none.
         """
         times: list[float] = []
 
@@ -127,23 +131,23 @@ class Worker:
             synchronise(self.device)
             times.append(time.perf_counter())
 
-        step, encoder = self._steps(self.inputs, protocol), self.loaded.model.vlm.model.visual
+        step, encoder = self._steps(protocol), self.loaded.model.vlm.model.visual
         with encoder.register_forward_pre_hook(note), encoder.register_forward_hook(note):
-            for _ in range(STAGE_STEPS):
-                note()
-                step()
-                note()
-        start, encoding, encoded, end = np.reshape(times, (-1, 4)).T
-        vision_s = float(np.median(encoded - encoding))
-        rest_s = float(np.median(end - encoded + encoding - start))
+            for batch in map(self._placed, self.inputs):
+                for _ in range(STAGE_STEPS):
+                    note()
+                    step(batch)
+                    note()
+        start, encoding, encoded, end = np.reshape(times, (-1, STAGE_STEPS, 4)).transpose(2, 0, 1)
+        vision_s = float(np.median(encoded - encoding, axis=1).mean())
+        rest_s = float(np.median(end - encoded + encoding - start, axis=1).mean())
         return Stages(vision_encoder_s=vision_s, language_model_s=rest_s)
 
     def embeddings(self, protocol: str) -> np.ndarray:
         """The token embeddings of the first batch, [real tokens, 320], in float32."""
-        inputs = self.inputs[0]
-        step = self._steps([inputs], protocol)
-        step()
-        return step.output.embeddings[inputs["attention_mask"].bool()].float().cpu().numpy()
+        batch, step = self._placed(self.inputs[0]), self._steps(protocol)
+        step(batch)
+        return step.output.embeddings[batch["attention_mask"].bool()].float().cpu().numpy()
 
     def rest(self) -> Backend:
         """Release steps and their outputs. The kernels used at the longest of the batches.
@@ -180,10 +184,14 @@ class Worker:
 
     def _batches(self, batch_size: int) -> Batches:
         values = {"config": self.loaded.model.config, "tokenizer": self.loaded.tokenizer}
-        return self.make_batches(**values, batch_size=batch_size, device=self.device)
+        return self.make_batches(**values, batch_size=batch_size, device=torch.device("cpu"))
 
-    def _steps(self, inputs: list[Any], protocol: str) -> Steps:
-        return Steps(self.loaded.model, inputs, self.configuration.execution, protocol)
+    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`batch` on the device, where batches that wait would count in the peak."""
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _steps(self, protocol: str) -> Steps:
+        return Steps(self.loaded.model, self.configuration.execution, protocol)
 
 
 def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:

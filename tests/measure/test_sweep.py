@@ -303,6 +303,22 @@ def test_other_settings_are_other_cells(path: Path, other: dict[str, str]) -> No
     assert run(path, batches="2") == first
 
 
+@pytest.mark.parametrize("other", [{"min_steps": 3}, {"max_s": 0.3}, {"control": True}])
+def test_rows_that_were_timed_otherwise_are_measured_again(
+    path: Path, other: dict[str, Any], failing: dict[int, Exception]
+) -> None:
+    failing[2] = torch.OutOfMemoryError("simulated")
+    before = {"stopping": None, "min_steps": 2, "max_s": 0.2}
+    first = run(path, "base,awq", "4,2", **before)
+    second = run(path, "base,awq", "4,2", **before | other)
+    changed = [old != new for old, new in zip(first, second, strict=True)]
+    only_base = "control" in other
+    assert changed == [True, not only_base, False, False]
+    assert len(second[0].step_s) >= other.get("min_steps", 2)
+    assert bool(second[0].control_s) == only_base
+    assert run(path, "base,awq", "4,2", **before | other) == second == read_cells(path)
+
+
 @pytest.mark.parametrize(
     "change", [{"torch": "1.0"}, {"gpu": "NVIDIA T4"}, {"code": "000000000000"}]
 )
