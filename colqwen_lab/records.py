@@ -14,15 +14,15 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from colqwen_lab import report_script
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
-from colqwen_lab.settings import DATA
+from colqwen_lab.settings import DATA, locked
 
 MIB = 2**20
 GIB = 2**30
@@ -516,7 +516,7 @@ class RecordsFile(Generic[R]):
             raise BadInput(f"{path} is the name of a side file; name a file such as rows.jsonl")
         with writing(path, BadInput, "name a file in a folder you can write"), ExitStack() as stack:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(self.path, progress))
+            stack.enter_context(locked(self.path, partial(_wait_for, self.path, progress)))
             exists = self.path.exists() and self.path.stat().st_size
             self.rows = newest(_rows(self.path, kind, command, progress)) if exists else []
             self._end_last_line(kind)
@@ -549,18 +549,10 @@ class RecordsFile(Generic[R]):
                 file.truncate(len(whole) + 1 if whole else 0)
 
 
-@contextmanager
-def _locked(path: Path, progress: Callable[[str], None] | None) -> Iterator[None]:
-    lock = FileLock(f"{path}.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        if progress is None:
-            raise BadInput(f"another run writes to {path}; wait for it or name another") from None
-        progress(f"another run writes to {path}; waiting for it")
-        held = lock.acquire()
-    with held:
-        yield
+def _wait_for(path: Path, progress: Callable[[str], None] | None) -> None:
+    if progress is None:
+        raise BadInput(f"another run writes to {path}; wait for it or name another") from None
+    progress(f"another run writes to {path}; waiting for it")
 
 
 def append_lines(path: Path, rows: Iterable[Value]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
 
 from colqwen_lab.errors import BadInput
 
@@ -16,7 +22,11 @@ DATA = PACKAGE / "data"
 
 def cache_folder() -> Path:
     """The folder of checkpoints made here: COLQWEN_LAB_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("COLQWEN_LAB_CACHE") or platformdirs.user_cache_dir("colqwen-lab"))
+    named, usual = os.environ.get("COLQWEN_LAB_CACHE"), platformdirs.user_cache_dir("colqwen-lab")
+    if named or os.path.isabs(usual):
+        return Path(named or usual)
+    # A user without a home folder.
+    return Path(tempfile.gettempdir()) / f"colqwen-lab-{os.getuid()}"
 
 
 def outputs_folder() -> Path:
@@ -54,3 +64,37 @@ def writable_folder(folder: Path) -> Path:
 def _cannot_make(folder: Path, error: Exception) -> BadInput:
     reason = getattr(error, "strerror", None) or str(error)
     return BadInput(f"cannot create the folder {folder}: {reason}; name a writable folder")
+
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold PATH.lock, then remove it; `on_wait` may raise where another process holds it.
+
+    On a file system without locks it goes on with a warning. Raises OSError for a lock file that
+    cannot be opened, as another user's.
+    """
+    lock = FileLock(f"{path}.lock")
+    with ExitStack() as stack:
+        try:
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                on_wait()
+                stack.enter_context(lock.acquire())
+            stack.callback(_remove, lock.lock_file)
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                f"the file system of {path} has no locks; run one command at a time on it",
+                stacklevel=2,
+            )
+        yield
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,8 @@ from typing import Any
 import pytest
 
 import colqwen_lab as lab
-from colqwen_lab.errors import LabError
-from colqwen_lab.settings import in_use, writable_folder
+from colqwen_lab.errors import BadInput, LabError
+from colqwen_lab.settings import cache_folder, in_use, locked, writable_folder
 
 ODD = ["x" * 5000, f"/{'x' * 5000}/x", "\0", "\ud800"]
 
@@ -54,3 +57,40 @@ def test_a_folder_is_in_use_where_it_holds_something(tmp_path: Path) -> None:
         for ask in (in_use, writable_folder):
             with pytest.raises(LabError, match="cannot create the folder"):
                 ask(Path(name))
+
+
+def test_without_locks_it_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    says = r"^the file system of .*rows has no locks; run one"
+    with pytest.warns(UserWarning, match=says), locked(tmp_path / "rows"):
+        pass
+
+
+def test_a_lock_is_waited_for_and_does_not_stay(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise BadInput("in use; wait for it")
+
+    with locked(tmp_path / "rows"):
+        assert [path.name for path in tmp_path.iterdir()] == ["rows.lock"]
+        with pytest.raises(BadInput, match="in use"), locked(tmp_path / "rows", stop):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_cannot_be_opened_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.lock").mkdir()
+    with pytest.raises(OSError, match=r"rows\.lock"), locked(tmp_path / "rows"):
+        pass
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLQWEN_LAB_CACHE", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: f"~/.cache/{name}")
+    assert cache_folder() == Path(tempfile.gettempdir()) / f"colqwen-lab-{os.getuid()}"

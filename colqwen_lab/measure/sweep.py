@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from colqwen_lab import records
+from colqwen_lab import records, signals
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
 from colqwen_lab.hardware import Card
 from colqwen_lab.measure.environment import (
@@ -54,7 +54,8 @@ class Interrupted(KeyboardInterrupt):
 
 def to_stderr(line: str) -> None:
     """Print a line of progress on stderr."""
-    print(shown(line), file=sys.stderr, flush=True)
+    with suppress(OSError):  # a full or closed stderr does not end a sweep
+        print(shown(line), file=sys.stderr, flush=True)
 
 
 def sweep(
@@ -80,7 +81,7 @@ def sweep(
     parts = {title(part): part for part in options.matrix()}
     path = path_of(options, "sweep", (resolve_size(part.size, cuda) for part in parts.values()))
     runs, errors = dict[str, Run](), dict[str, LabError]()
-    kept, new = list[Cell](), list[Cell]()
+    kept, new = dict[str, list[Cell]](), list[Cell]()
     try:
         for name, part in parts.items():
             try:
@@ -91,16 +92,17 @@ def sweep(
             return finish(path, [], errors, len(parts), {})
         with RecordsFile(path, Cell, progress=progress) as file:
             unmark(path)
+            rows = [] if options.fresh else to_keep(file.rows)
+            kept = {name: run.kept(rows) for name, run in runs.items()}
             for name, run in runs.items():
-                on_file = [] if options.fresh else run.kept(to_keep(file.rows))
-                kept += on_file
-                for cell in on_file:
+                for cell in kept[name]:
                     progress(line_of(cell, "on file: "))
                 try:
-                    for planned in run.batches(on_file):
+                    for planned in run.batches(kept[name]):
                         for cell in run.measure(planned):
-                            file.append([cell])
-                            new.append(cell)
+                            with signals.deferred():
+                                file.append([cell])
+                                new.append(cell)
                             progress(line_of(cell))
                 except LabError as error:
                     errors[name] = error
@@ -114,11 +116,15 @@ def sweep(
     except OSError as error:
         raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None
     except KeyboardInterrupt:
-        count = f"{len(kept + new)} of {sum(len(run.planned) for run in runs.values())}"
-        raise Interrupted(f"stopped; {count} cells on file, run again to resume") from None
+        if not kept:
+            raise Interrupted("stopped before the first cell") from None
+        done = sum(map(len, kept.values())) + len(new)
+        count = f"{done} of {sum(len(run.planned) for run in runs.values())}"
+        raise Interrupted(f"stopped; {count} cells on file, {again(options)}") from None
     finally:
-        for run in runs.values():
-            run.end()
+        with signals.deferred():
+            for run in runs.values():
+                run.end()
 
 
 @dataclass
@@ -476,6 +482,11 @@ def path_of(options: SweepOptions, kind: str, sizes: Iterable[str]) -> Path:
     models = (resolve_variant(name).name.replace("/", "-") for name in options.models)
     parts = [kind, *models, *dict.fromkeys(sizes), *options.workload.split(",")]
     return outputs_folder() / f"{'-'.join(parts)}.jsonl"
+
+
+def again(options: SweepOptions) -> str:
+    """How to resume a sweep that was stopped."""
+    return f"run again{' without fresh' * options.fresh} to resume"
 
 
 def to_keep(rows: Iterable[Cell]) -> list[Cell]:
