@@ -281,7 +281,9 @@ class SweepOptions(Options):
     min_steps: Annotated[int, Field(ge=0)] = option(
         0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
     )
-    max_s: Annotated[float, Field(gt=0)] = option(3.0, "most seconds to time a cell")
+    max_s: Annotated[float, Field(gt=0)] = option(
+        3.0, "most seconds to time a cell; every batch is timed first"
+    )
     on: Annotated[str, AfterValidator(_one_of("here", "ray"))] = option(
         "here", "here, or ray: over a Ray cluster, one task per size, workload and execution"
     )
