@@ -230,9 +230,9 @@ def test_a_lock_that_cannot_be_opened_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "rows.lock").mkdir()
-    with pytest.raises(BadInput, match=r"rows\.lock must be a regular file"):
-        with locked(tmp_path / "rows"):
-            pass
+    says = r"rows\.lock must be a regular file"
+    with pytest.raises(BadInput, match=says), locked(tmp_path / "rows"):
+        pass
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
