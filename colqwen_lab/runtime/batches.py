@@ -18,8 +18,8 @@ from torch import Tensor
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model import synthetic
+from colqwen_lab.model.decode import MOST_TIMES
 from colqwen_lab.model.inputs import (
-    MOST_TIMES,
     QUERY_SUFFIX_TOKENS,
     QWEN_PAD_ID,
     batch_of,
