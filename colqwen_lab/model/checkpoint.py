@@ -321,8 +321,8 @@ def hub_folder(repository: Repository) -> Path:
             "" if revision == "main" else f" --revision {revision}",
         )
         reason = next(known, None) or (
-            f"{type(cause).__name__}: {cause!s:.100}; run `hf download {name}{pin}` with a network, "
-            "which keeps finished files, or use `--weights random` to measure speed and memory"
+            f"{type(cause).__name__}: {cause!s:.100}; run `hf download {name}{pin}` with a "
+            "network, which keeps finished files, or use `--weights random` to measure speed and memory"
         )
     raise MissingRequirement(f"cannot get {name}, revision {revision}, from the hub: {reason}")
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from colqwen_lab.errors import BadInput, MissingRequirement, ambiguous, one_of
 from colqwen_lab.model import synthetic
+from colqwen_lab.model.decode import MOST_TIMES
 from colqwen_lab.model.inputs import (
-    MOST_TIMES,
     QUERY_SUFFIX_TOKENS,
     QWEN_PAD_ID,
     batch_of,

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.model.decode import Decoder
 from colqwen_lab.model.inputs import TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.model.network import ColQwen3Config
@@ -137,7 +138,7 @@ def test_reading_and_processing_is_timed_and_drawing_is_not(
     patches = module.patches
     monkeypatch.setattr(module, "patches", first_is_cold)
     monkeypatch.setattr(module.synthetic, "page", slow(module.synthetic.page, 1000))
-    monkeypatch.setattr(Image, "open", slow(Image.open, 100))
+    monkeypatch.setattr(Decoder, "page", slow(Decoder.page, 100))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     mine, drawn = Pages(str(scans(tmp_path, 2)), 64), Pages("64x64", 64)
     assert pages_of(mine, 1).workload.preprocess_s == 101
