@@ -6,11 +6,12 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -118,8 +119,11 @@ def skeleton(
     device: torch.device,
     kernel: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
+    without: Sequence[str] = (),
 ) -> tuple[ColQwen3, list[str]]:
     """`(network, kernels)`: the network on the meta device with its quantised layers' modules.
+
+    AutoRound chooses a kernel for each shape, none of those in `without`.
 
     Raises BadInput without such a kernel on this device, MissingRequirement if none fits.
     """
@@ -140,13 +144,14 @@ def skeleton(
     where = f"{device.type} (`colqwen-lab doctor` lists kernels, packings and packages)"
     with one_line_errors(f"kernel {kernel} cannot load {scheme} on {where}"):
         model.config.quantization_config = _auto_round_config(quantization, kernel)
-        with quiet(), torch.device("meta"):
+        others = {name: info for name, info in infos if name not in without}
+        with quiet(), torch.device("meta"), patch.dict(backend.BackendInfos, others, clear=True):
             model, kernels = conversion.convert_hf_model(model, target_device=device.type)
         if not kernels:
             raise ValueError(f"block_name_to_quantize matches no layer, use {TEXT_LAYERS}")
         if FAKE in kernels:
             packing = model.config.quantization_config.packing_format
-            raise ValueError(f"no installed kernel runs packing {packing}")
+            raise ValueError(f"no installed kernel runs packing {packing} with these shapes")
     return model.requires_grad_(False), kernels
 
 
@@ -190,15 +195,22 @@ def fill(model: ColQwen3, checkpoint: Checkpoint, device: torch.device) -> None:
 
 
 def load(
-    checkpoint: Checkpoint, device: torch.device, kernel: str = "auto", dtype: str = "bfloat16"
+    checkpoint: Checkpoint,
+    device: torch.device,
+    kernel: str = "auto",
+    dtype: str = "bfloat16",
+    without: tuple[str, ...] = (),
 ) -> Loaded:
     """The complete model of a checkpoint on `device`, with a real kernel in every layer.
 
-    Raises BadInput: an unknown kernel or dtype; MissingRequirement: tensors or packing do not fit.
+    Kernel `auto` is the best that multiplies every shape, and none of those in `without`.
+
+    Raises BadInput: an unknown kernel or dtype; MissingRequirement: tensors or packing do not fit,
+    or the kernel cannot multiply a shape.
     """
     torch_dtype = DTYPES[one_of("dtype", dtype, DTYPES)]
     model, kernels = skeleton(
-        checkpoint.config, checkpoint.quantization, device, kernel, torch_dtype
+        checkpoint.config, checkpoint.quantization, device, kernel, torch_dtype, without
     )
     fill(model, checkpoint, device)
     nn.Module.to(model, device)  # the rotary tables, which no checkpoint holds
@@ -209,6 +221,12 @@ def load(
         }
         with quiet():
             _auto_round()[1].post_init(model, kernels)
+            unfit = _unfit(model, kernels, device)
+        if unfit and kernel == "auto":
+            del model
+            return load(checkpoint, device, kernel, dtype, (*without, unfit[0]))
+        if unfit:
+            raise MissingRequirement(f"{unfit[1]}; use kernel auto")
         for name, table in rotary.items():
             set_module_tensor_to_device(model, name, device, value=table, dtype=table.dtype)
     kept = Counter(
@@ -222,15 +240,45 @@ def load(
     return Loaded(model.eval().requires_grad_(False), *source, *counts, checkpoint.unused)
 
 
+def _kernel_names(model: ColQwen3, kernels: list[str]) -> dict[type, str]:
+    """The kernel of each class of linear."""
+    if not kernels:
+        return {nn.Linear: DENSE}
+    backend, config = _auto_round()[0], model.config.quantization_config
+    scheme = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
+    importing = backend.dynamic_import_inference_linear
+    packed = {importing(name, scheme, config.packing_format): name for name in kernels}
+    return {nn.Linear: DENSE} | packed
+
+
+@torch.no_grad()
+def _unfit(model: ColQwen3, kernels: list[str], device: torch.device) -> tuple[str, str] | None:
+    """A kernel that cannot multiply a linear of its shape, and the reason.
+
+    Some kernels choose and compile their code at the first forward, and fail there at odd shapes.
+    """
+    names, tried = _kernel_names(model, kernels), set[Any]()
+    for name, layer in model.named_modules():
+        kernel = names.get(type(layer), DENSE)
+        if kernel == DENSE or not network.is_text_linear(name):
+            continue
+        ins = getattr(layer, "infeatures", None) or layer.in_features
+        shape = kernel, ins, getattr(layer, "outfeatures", None) or layer.out_features
+        if shape not in tried:
+            tried.add(shape)
+            try:
+                layer(torch.zeros(1, ins, dtype=model.dtype, device=device))
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:  # libraries raise many types
+                why = f"{type(error).__name__} {error!s:.200}".strip()
+                return kernel, f"kernel {kernel} cannot multiply {shape[1]} x {shape[2]}: {why}"
+    return None
+
+
 def kernels_used(model: ColQwen3, kernels: list[str]) -> dict[str, int]:
     """The number of text linears on each kernel, by their class. Raises on a fake kernel."""
-    names: dict[type, str] = {nn.Linear: DENSE}
-    if kernels:
-        backend, config = _auto_round()[0], model.config.quantization_config
-        scheme = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
-        importing = backend.dynamic_import_inference_linear
-        names |= {importing(name, scheme, config.packing_format): name for name in kernels}
-    modules = model.named_modules()
+    names, modules = _kernel_names(model, kernels), model.named_modules()
     layers = [type(module) for name, module in modules if network.is_text_linear(name)]
     used = Counter(names.get(layer, f"{layer.__module__}.{layer.__qualname__}") for layer in layers)
     if fake := [kernel for kernel in used if "fake" in kernel.lower()]:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colqwen_lab.errors import BadInput, MissingRequirement
-from colqwen_lab.model import quantize
+from colqwen_lab.model import loading, quantize
 from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
 from colqwen_lab.model.config import VARIANTS, resolve_variant, scheme_parts
 from colqwen_lab.model.loading import Loaded
@@ -58,6 +58,24 @@ def test_record_says_what_was_done(packed: Callable[[str], Path]) -> None:
     assert 0.08 < sum(errors.values()) / 28 < 0.12
     assert record["result_bytes"] < record["source_bytes"]
     assert record["recipe"]["scheme"] == "W4A16"
+
+
+def test_weight_errors_ask_no_kernel_that_this_shape_may_not_have(
+    packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, kernels = loading.load, []
+
+    def noting(*args: Any, **options: Any) -> Loaded:
+        loaded = load(*args, **options)
+        kernels.append(loaded.engaged)
+        return loaded
+
+    monkeypatch.setattr(loading, "load", noting)
+    before = load(base(), CPU).model.state_dict()
+    for format in ("auto_round", "auto_awq"):
+        errors = quantize._weight_errors(before, FolderCheckpoint(packed(format)), CPU)
+        assert 0.08 < min(errors.values()) < max(errors.values()) < 0.13
+    assert kernels == [{"auto_round:torch_zp": 28}, {"auto_round:torch": 28}]
 
 
 def test_fewer_bits_err_more(tmp_path: Path, packed: Callable[[str], Path]) -> None:
