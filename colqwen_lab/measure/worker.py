@@ -27,10 +27,10 @@ from colqwen_lab.hardware import Card
 from colqwen_lab.measure.memory import free, measure, set_cap
 from colqwen_lab.measure.timing import Failure, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
-from colqwen_lab.model.loading import load
+from colqwen_lab.model.loading import hold_unused_head, load
 from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
 from colqwen_lab.runtime.batches import Batches
-from colqwen_lab.runtime.eager import Steps
+from colqwen_lab.runtime.eager import PROTOCOLS, Steps
 from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast
 
 # The longest wait for an answer: a large model loads from a slow disk, or a forward compiles.
@@ -100,7 +100,10 @@ class Worker:
         batches = self._batches(batch_size)
         self.inputs = batches.inputs
         longest = max(self.inputs, key=lambda batch: batch["input_ids"].shape[1])
+        head = PROTOCOLS[protocol].unused_head
+        head_bytes = hold_unused_head(self.loaded, self.checkpoint, head)
         memory = measure(self.loaded, [longest], self._steps([longest], protocol), alone)
+        memory = memory.model_copy(update={"unused_head_bytes": head_bytes})
         return memory, replace(batches, inputs=[])
 
     def step(self, protocol: str, control: bool, warm: bool = False) -> float:

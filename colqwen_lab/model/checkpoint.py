@@ -27,7 +27,7 @@ from torch import Tensor
 from colqwen_lab.errors import LabError, MissingRequirement
 from colqwen_lab.model.config import SIZES, Repository, Variant, scheme_parts
 from colqwen_lab.model.inputs import TINY, TINY_TOKENIZER, read_tokenizer
-from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
+from colqwen_lab.model.network import UNUSED_HEAD, ColQwen3, ColQwen3Config
 from colqwen_lab.options import WEIGHTS
 
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*config.json"]
@@ -142,7 +142,7 @@ class FolderCheckpoint(Checkpoint):
             self.files = self._open()
             self.config = ColQwen3Config(**values)
             self._check_dimensions()
-        self.unused = tuple(sorted(UNUSED_TENSORS & self.files.keys()))
+        self.unused = (UNUSED_HEAD,) if UNUSED_HEAD in self.files else ()
         tokenizer = self._own(folder / "tokenizer.json", TOKENIZER_BYTES)
         self.tokenizer = read_tokenizer(tokenizer) if tokenizer.exists() else None
         self.label = label or f"folder:{folder.resolve().name}#{self.digest}"

@@ -22,7 +22,7 @@ from transformers import AutoRoundConfig
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model import network
 from colqwen_lab.model.checkpoint import Checkpoint, Json, is_symmetric, one_line_errors
-from colqwen_lab.model.network import TEXT_LAYERS, ColQwen3
+from colqwen_lab.model.network import TEXT_LAYERS, UNUSED_HEAD, ColQwen3
 from colqwen_lab.options import DTYPES as DTYPE_NAMES
 
 # AutoRound reads these keys as regular expressions. One with groups or many stars could hang.
@@ -238,6 +238,26 @@ def load(
     source = (checkpoint.tokenizer, checkpoint.label, device, kernel)
     counts = (kernels_used(model, kernels), dict(kept))
     return Loaded(model.eval().requires_grad_(False), *source, *counts, checkpoint.unused)
+
+
+def hold_unused_head(loaded: Loaded, checkpoint: Checkpoint, held: bool) -> int:
+    """The bytes of the untied language-model head, now in memory; 0 if tied, or not to be `held`.
+
+    Nothing calls it. A checkpoint without it gets the memory, as in the publisher's code.
+    """
+    parts, shape = loaded.model.vlm, network.unused_head_shape(loaded.model.config)
+    if "lm_head" in parts:
+        del parts["lm_head"]
+    if not held or shape is None:
+        return 0
+    like = torch.empty(shape, dtype=loaded.model.dtype, device="meta")
+    if UNUSED_HEAD in checkpoint.unused:
+        weight = checkpoint.read(UNUSED_HEAD, like, loaded.device)
+    else:
+        weight = torch.empty_like(like, device=loaded.device)
+    parts["lm_head"] = nn.Module()
+    parts["lm_head"].weight = nn.Parameter(weight, requires_grad=False)
+    return weight.nbytes
 
 
 def _kernel_names(model: ColQwen3, kernels: list[str]) -> dict[type, str]:
