@@ -196,15 +196,19 @@ class FakeNetwork:
             self._set_kernel(layers)
         self.tracker, self.fast = MemoryTracker(resident(self.model)), None
         self.loaded = len(self.tracker.log)
+        if setup.execution == "eager" and setup.kernel == "humming":
+            with self.mode, self.tracker:
+                for layer in layers:
+                    kernels.repack(layer, layer.qweight, layer.qzeros, layer.scales)
         if setup.execution == "fast":
             layers = []  # execution fast frees the linears that it takes over
             with self.mode, self.tracker:
                 self.fast = kernels.FakeFast(self.model, setup.kernel, self.tracker)
             self.model.add_module("fast", self.fast)
             layers = [gemm for gemm in self.fast.linears() if not isinstance(gemm, kernels.Dense)]
-            # In reverse: a storage keeps the first name that it has in a checkpoint.
-            for part, tensor in reversed(resident(self.model)):
-                self.tracker.label([tensor], part)
+        # In reverse: a storage keeps the first name that it has in a checkpoint.
+        for part, tensor in reversed(resident(self.model)):
+            self.tracker.label([tensor], part)
         for layer in layers:
             layer.forward = partial(_labelled, self.tracker, layer.forward)
         self.built = len(self.tracker.log), len(self.tracker.labels)

@@ -22,7 +22,7 @@ from colqwen_lab.model.config import SIZES, VARIANTS, scheme_parts
 from colqwen_lab.model.network import UNUSED_HEAD
 from colqwen_lab.predict import predictor
 from colqwen_lab.predict.allocator import ROUNDING, WORKSPACE
-from colqwen_lab.predict.kernels import BUFFERS, KINDS
+from colqwen_lab.predict.kernels import BUFFERS, KINDS, recorded_kernel
 from colqwen_lab.predict.plan import predictions
 from colqwen_lab.predict.predictor import KV_CACHE, OUTPUT, FakeNetwork, Setup, predict
 from colqwen_lab.records import MIB, Cell, Configuration, Memory, Quantization, read_cells
@@ -225,7 +225,8 @@ def test_parts_add_up(variant: str, capability: int | None) -> None:
 
 @pytest.mark.parametrize("capability", [8, None])
 @pytest.mark.parametrize(
-    ("variant", "kernel"), [("base", "fp8"), ("awq", "fused"), ("W8A16", "tritonv2")]
+    ("variant", "kernel"),
+    [("base", "fp8"), ("awq", "fused"), ("W3A16", "humming"), ("W8A16", "tritonv2")],
 )
 def test_parts_add_up_in_fast(variant: str, kernel: str, capability: int | None) -> None:
     cell = predict(setup(variant, kernel=kernel, execution="fast", capability=capability), 8)
@@ -250,16 +251,44 @@ def test_buffers_of_dequantise_then_gemm_count_in_an_earlier_run() -> None:
     assert buffers(*KINDS) == sum(sizes.values())
 
 
-def test_zero_points_of_asymmetric_codes_count_in_a_fused_kernel() -> None:
-    sym, asym = (
-        predict(
-            Setup("tiny", Quantization(bits=4, group_size=128, sym=sym), "fused", execution="fast"),
-            1,
-        )
-        for sym in (True, False)
-    )
+@pytest.mark.parametrize("kernel", ["fused", "humming"])
+def test_zero_points_of_asymmetric_codes_count_in_a_fused_kernel(kernel: str) -> None:
+    schemes = [Quantization(bits=4, group_size=128, sym=sym) for sym in (True, False)]
+    sym, asym = (predict(Setup("tiny", scheme, kernel, execution="fast"), 1) for scheme in schemes)
     assert "text linears: zeros" not in breakdown(sym)
     assert breakdown(asym)["text linears: zeros"] > 0
+
+
+@pytest.mark.parametrize(("execution", "linears"), [("eager", 28), ("fast", 16)])
+def test_humming_has_locks_and_no_zero_points(execution: str, linears: int) -> None:
+    """Each of its layers holds 2,048 locks of 4 bytes. Source: humming/layer.py."""
+    fallback, humming = (
+        predict(setup("awq", kernel=kernel, execution=execution), 8)
+        for kernel in ("torch", "humming")
+    )
+    parts, others = breakdown(humming), breakdown(fallback)
+    assert parts["text linears: other"] == linears * 2048 * 4
+    assert "text linears: zeros" not in parts
+    assert all(
+        parts[f"text linears: {part}"] == others[f"text linears: {part}"]
+        for part in ("codes", "scales")
+    )
+    more = parts["text linears: other"] - others["text linears: zeros"]
+    assert memory(humming).weights_bytes == (memory(fallback).weights_bytes or 0) + more
+    assert sum(parts.values()) == memory(humming).peak_bytes
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("path", ["h100/configurations", "h100/pages", "h200/ways"])
+def test_what_humming_s_repacking_leaves_reserved_is_followed(path: str) -> None:
+    cells = [
+        cell for cell in read_cells(OUTPUTS / f"{path}.jsonl") if recorded_kernel(cell) == "humming"
+    ]
+    for cell, twin in zip(cells, predictions(cells), strict=True):
+        measured, predicted = memory(cell), memory(twin)
+        assert predicted.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.0015)
+        assert predicted.reserved_bytes == pytest.approx(measured.reserved_bytes, rel=0.045)
+    assert len(cells) >= 10
 
 
 def test_kv_cache_is_two_of_them() -> None:
