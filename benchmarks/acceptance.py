@@ -216,7 +216,7 @@ def sweep(run: Run, workload: str, command: Command) -> str:
     needs(run.awq, "quantise")
     records = run.out / f"{workload}.jsonl"
     queries = workload == "queries"
-    batches = {"queries": "1,8,64", "pages": "1,4"}[workload] if run.cuda else "1,2"
+    batches = {"queries": "1,64", "pages": "1,4"}[workload] if run.cuda else "1,2"
     values = {"model": f"{run.base},{run.awq}", "workload": workload, "batch_sizes": batches}
     values |= {"output": records, "max_s": 1} | (
         {"configuration": "report,best"} if queries else {}
@@ -471,13 +471,17 @@ def accept(out: Path, size: str) -> int:
                 if not cuda:
                     pool.shutdown()
                 run.step("folder", 90, partial(make_folder, run))
-                run.step("quantise", 200, partial(quantise, run))
+                run.step("quantise", 240, partial(quantise, run))
             run.step("load", 120, partial(load_strictly, run))
             run.step("sweep queries", 200, partial(sweep, run, "queries"))
             run.step("sweep pages", 150, partial(sweep, run, "pages"))
-            run.step("out of memory", 90, partial(out_of_memory, run))
-            run.step("fidelity", 90, partial(fidelity, run))
-            run.step("predicted", 120, partial(predicted, run))
+            with ThreadPoolExecutor(1) as pool:  # predictions need no GPU
+                if cuda:
+                    pool.submit(run.step, "predicted", 150, partial(predicted, run))
+                run.step("out of memory", 90, partial(out_of_memory, run))
+                run.step("fidelity", 90, partial(fidelity, run))
+            if not cuda:
+                run.step("predicted", 150, partial(predicted, run))
         finally:
             run.write()
             shutil.copyfileobj((out / "acceptance.md").open(), sys.stdout)
