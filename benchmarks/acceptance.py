@@ -483,6 +483,8 @@ def accept(out: Path, size: str) -> int:
             if not cuda:
                 run.step("predicted", 150, partial(predicted, run))
         finally:
+            for lock in out.glob("*.lock"):
+                lock.unlink()
             run.write()
             shutil.copyfileobj((out / "acceptance.md").open(), sys.stdout)
             sys.stdout.flush()

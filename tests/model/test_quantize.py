@@ -78,6 +78,21 @@ def test_weight_errors_ask_no_kernel_that_this_shape_may_not_have(
     assert kernels == [{"auto_round:torch_zp": 28}, {"auto_round:torch": 28}]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("iters", [0, 1])
+def test_tiny_is_quantised_and_runs_on_a_gpu(iters: int, tmp_path: Path) -> None:
+    """With a kernel for its shapes, which AutoRound's first choice may not have."""
+    cuda, recipe = torch.device("cuda", 0), Recipe(iters=iters, samples=2, seqlen=16)
+    record = quantize.quantize(base(), tmp_path / "made", recipe, cuda)
+    assert len(record["relative_error"]) == 28
+    assert 0.08 < sum(record["relative_error"].values()) / 28 < 0.12
+    checkpoint = FolderCheckpoint(tmp_path / "made")
+    ids = torch.arange(20, device=cuda)[None]
+    vectors = [loading.load(checkpoint, cuda, kernel).model(ids) for kernel in ("auto", "torch")]
+    same = torch.cosine_similarity(*(one.embeddings.float() for one in vectors), dim=-1)
+    assert same.min() > 0.999
+
+
 def test_fewer_bits_err_more(tmp_path: Path, packed: Callable[[str], Path]) -> None:
     quantize.quantize(base(), tmp_path / "w8", Recipe("W8A16", iters=0, samples=2, seqlen=16))
     errors = [
