@@ -145,6 +145,10 @@ class Command:
             raise RuntimeError(f"exit code {returned}; last line: {self.last_line()}")
         return stdout
 
+    def answer(self, *arguments: Any) -> Any:
+        """What this script prints last in a process of its own, read as JSON."""
+        return json.loads(self(sys.executable, __file__, *arguments).strip().splitlines()[-1])
+
     def last_line(self) -> str:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1][:300] if lines else "none"
@@ -182,7 +186,7 @@ def kernels(rows: list[dict[str, Any]]) -> str:
 
 
 def make_folder(run: Run, command: Command) -> str:
-    facts = json.loads(command(sys.executable, __file__, "--make", run.base, "--size", run.size))
+    facts = command.answer("--make", run.base, "--size", run.size)
     return "{tensors} tensors, {gib} GiB in {shards} shards, an index, {special}".format(**facts)
 
 
@@ -200,7 +204,7 @@ def quantise(run: Run, command: Command) -> str:
 
 def load_strictly(run: Run, command: Command) -> str:
     needs(run.base, "folder")
-    facts = json.loads(command(sys.executable, __file__, "--load", run.base, run.awq))
+    facts = command.answer("--load", run.base, run.awq)
     half = run.scratch / "half"
     half.mkdir()
     for path in run.base.iterdir():
@@ -247,7 +251,7 @@ def predicted(run: Run, command: Command) -> str:
     """Peaks of all measured rows beside their prediction."""
     files = [path for name in ("queries", "pages") if (path := run.out / f"{name}.jsonl").exists()]
     verify(bool(files), "no measured rows")
-    facts = json.loads(command(sys.executable, __file__, "--predict", *files))
+    facts = command.answer("--predict", *files)
     (run.out / "predicted.json").write_text(json.dumps(facts, indent=1) + "\n")
     missing = [row["cell"] for row in facts if row["error_percent"] is None]
     verify(not missing, f"{len(missing)} of {len(facts)} rows have no prediction: {missing[:2]}")
@@ -270,7 +274,7 @@ def plan(run: Run, command: Command) -> str:
 
 def compile_kernels(run: Run, command: Command) -> str:
     """AutoRound's own choice for random weights; later steps find its compiled code on disk."""
-    return json.loads(command(sys.executable, __file__, "--load", f"random:{run.size}"))
+    return command.answer("--load", f"random:{run.size}")
 
 
 def tiny(run: Run, command: Command) -> str:
@@ -451,7 +455,8 @@ def errors_of(files: list[str]) -> list[dict[str, Any]]:
 def accept(out: Path, size: str) -> int:
     """Run every step and print the table; 0 if all held."""
     # In a process of its own: this one stays off the GPU.
-    facts = json.loads(subprocess.check_output([sys.executable, __file__, "--about"]))
+    printed = subprocess.check_output([sys.executable, __file__, "--about"], text=True)
+    facts = json.loads(printed.strip().splitlines()[-1])
     cuda, size = facts.pop("cuda"), size or facts.pop("size")
     with tempfile.TemporaryDirectory(prefix="acceptance-") as scratch:
         run = Run(out, Path(scratch), size, cuda)

@@ -34,6 +34,8 @@ PACKINGS = {"auto": GPTQ, "auto_round:gptq": GPTQ, "auto_round:awq": AWQ}
 SCHEME_KEYS = ("bits", "group_size", "packing_format", "quant_method")
 FAKE = "auto_round:fake"
 DENSE = "torch.nn.Linear"
+# These dequantise a weight of any shape. Their GEMM would leave a cuBLAS workspace of this stream.
+ANY_SHAPE = ("auto_round:torch", "auto_round:tritonv2", DENSE)
 PARTS = {
     "vlm.model.visual": "vision encoder",
     "embedding_proj_layer": "head",
@@ -280,7 +282,7 @@ def _unfit(model: ColQwen3, kernels: list[str], device: torch.device) -> tuple[s
     names, tried = _kernel_names(model, kernels), set[Any]()
     for name, layer in model.named_modules():
         kernel = names.get(type(layer), DENSE)
-        if kernel == DENSE or not network.is_text_linear(name):
+        if kernel.startswith(ANY_SHAPE) or not network.is_text_linear(name):
             continue
         ins = getattr(layer, "infeatures", None) or layer.in_features
         shape = kernel, ins, getattr(layer, "outfeatures", None) or layer.out_features
