@@ -96,7 +96,9 @@ class Run:
         lines += ["| step | what held | seconds | verdict |", "|---|---|---|---|"]
         for row in self.rows.values():
             cells = (row.step, row.held, row.seconds, row.verdict)
-            lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |")
+            lines.append(
+                f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+            )
         (self.out / "acceptance.md").write_text("\n".join([*lines, ""]))
 
 
@@ -375,7 +377,7 @@ def made_folder(folder: Path, size: str) -> dict[str, Any]:
         "tensors": len(index),
         "gib": round(written / 2**30, 2),
         "shards": len(shards),
-        "special": f"{PAD} at {tokenizer.token_to_id(PAD)}",
+        "special": f"the pad token at {tokenizer.token_to_id(PAD)}",
     }
 
 

@@ -60,7 +60,7 @@ def test_a_step_that_fails_is_a_row_and_the_next_one_runs(acceptance: Any, tmp_p
     assert "time limit" in held[1]
     assert "not run: the time of all steps is over" in held[3]
     assert document["result"].startswith("1 of 4 steps held")
-    assert "| works | one / two | " in (tmp_path / "acceptance.md").read_text()
+    assert r"| works | one \| two | " in (tmp_path / "acceptance.md").read_text()
 
 
 def test_the_folder_is_in_the_published_layout(acceptance: Any, tmp_path: Path) -> None:
