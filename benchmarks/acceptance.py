@@ -96,9 +96,8 @@ class Run:
         lines += ["| step | what held | seconds | verdict |", "|---|---|---|---|"]
         for row in self.rows.values():
             cells = (row.step, row.held, row.seconds, row.verdict)
-            lines.append(
-                f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
-            )
+            escaped = (str(cell).replace("|", r"\|") for cell in cells)
+            lines.append(f"| {' | '.join(escaped)} |")
         (self.out / "acceptance.md").write_text("\n".join([*lines, ""]))
 
 
