@@ -391,7 +391,9 @@ class PlanOptions(Options):
         "lean", "lean or published"
     )
     kernel: str = option(
-        "tritonv2", "kernel of packed weights: tritonv2, torch, fused; fast: also int4, fp8"
+        "tritonv2",
+        "kernel of packed weights: tritonv2, torch, humming, fused (such as marlin); fast: also "
+        "int4, fp8",
     )
     dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
         "bfloat16", "bfloat16, float16 or float32"

@@ -178,6 +178,7 @@ class Memory(Value):
 
     `peak_bytes` comes from the CUDA allocator, from tracked tensors (CPU) or from a prediction.
     `min_reserved_bytes` (predictions): the least that torch must be allowed to reserve.
+    `unused_head_bytes`: the untied language-model head, which protocol published keeps.
     """
 
     weights_bytes: Count | None = None
@@ -187,6 +188,7 @@ class Memory(Value):
     min_reserved_bytes: Count | None = renamed(None, "min_reserved_bytes", "least_reserved_bytes")
     device_bytes: Count | None = None
     allocation_retries: Count | None = None
+    unused_head_bytes: Count = 0
     breakdown: dict[Text, Whole] | None = renamed(None, "breakdown", "ledger")
     method: Literal["cuda", "tracked", "published", "predicted"]
 

@@ -32,10 +32,10 @@ from colqwen_lab.hardware import Card
 from colqwen_lab.measure.memory import free, measure, set_cap
 from colqwen_lab.measure.timing import Failure, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
-from colqwen_lab.model.loading import load
+from colqwen_lab.model.loading import hold_unused_head, load
 from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
 from colqwen_lab.runtime.batches import Batches
-from colqwen_lab.runtime.eager import Steps
+from colqwen_lab.runtime.eager import PROTOCOLS, Steps
 from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast
 from colqwen_lab.signals import STOPPING, listen
 
@@ -107,11 +107,14 @@ class Worker:
         self.inputs, self.steps = [], {}
         batches = self._batches(batch_size)
         self.inputs = batches.inputs
+        head = PROTOCOLS[protocol].unused_head
+        head_bytes = hold_unused_head(self.loaded, self.checkpoint, head)
         figures = [
             measure(self.loaded, self._placed(batch), self._steps(protocol), alone)
             for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values()
         ]
         worst = max(figures, key=lambda memory: memory.peak_bytes)
+        worst = worst.model_copy(update={"unused_head_bytes": head_bytes})
         return worst, replace(batches, inputs=[])
 
     def step(self, protocol: str, control: bool, number: int, warm: bool = False) -> float:

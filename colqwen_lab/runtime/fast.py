@@ -308,7 +308,7 @@ def load_fast(
     """The model of `checkpoint` ready for `fast`: fused linears, in the kernel's weight layout.
 
     `kernel` is auto, one of `kernels.KERNELS`, or a kernel of AutoRound, whose modules run as they
-    are.
+    are. So does `auto` where its best kernel cannot multiply a shape.
 
     Raises:
         BadInput: an unknown kernel.
@@ -329,7 +329,13 @@ def load_fast(
     for module in loaded.model.modules():
         if hasattr(module, "qweight"):
             module.sym = loaded.model.config.quantization_config.sym
-    fast = Fast(loaded.model, dense, packed)
+    try:
+        fast = Fast(loaded.model, dense, packed)
+    except MissingRequirement:
+        if kernel != "auto":
+            raise
+        del loaded
+        return load_fast(checkpoint, device, "modules", dtype)
     for linear in fast.linears():
         if isinstance(linear, AsLoaded):
             linear.kernel = " + ".join(loaded.engaged)

@@ -17,8 +17,8 @@ from colqwen_lab.model.checkpoint import Checkpoint, FolderCheckpoint, default_c
 from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.model.loading import load
 from colqwen_lab.runtime.fast import bucket, load_fast, real_first
-from colqwen_lab.runtime.kernels import dense_linear
-from colqwen_lab.runtime.linears import Dense
+from colqwen_lab.runtime.kernels import KERNELS, dense_linear
+from colqwen_lab.runtime.linears import Dense, Int4Cpu
 
 CPU = torch.device("cpu")
 # Batches of queries by their real lengths: mixed, one alone, one token, very long.
@@ -112,6 +112,23 @@ def test_every_packing(packing: str, kernel: str, packed: Callable[[str], Path])
     loaded = load_fast(source, CPU, kernel)
     assert sum(loaded.engaged.values()) == 28
     assert least_cosine(real_rows(loaded.model, inputs, fast=True), expected) > 0.9995
+
+
+def test_auto_leaves_a_kernel_that_cannot_multiply_a_shape(
+    packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Narrow(Int4Cpu):
+        def __init__(self, linears: Any) -> None:
+            super().__init__(linears)
+            if len(linears) == 3:
+                raise MissingRequirement("kernel int4 cannot multiply 128 x 256")
+
+    monkeypatch.setitem(KERNELS, "int4", KERNELS["int4"]._replace(build=Narrow))
+    source = FolderCheckpoint(packed("auto_round"))
+    modules = load(source, CPU).engaged
+    assert load_fast(source, CPU).engaged == modules
+    with pytest.raises(MissingRequirement, match="kernel int4 cannot multiply 128 x 256"):
+        load_fast(source, CPU, "int4")
 
 
 def test_weights_are_there_once() -> None:
