@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -21,17 +20,11 @@ from transformers import AutoRoundConfig
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model import network
-from colqwen_lab.model.checkpoint import Checkpoint, Json, is_symmetric, one_line_errors
+from colqwen_lab.model.checkpoint import Checkpoint, Json, one_line_errors
 from colqwen_lab.model.network import TEXT_LAYERS, UNUSED_HEAD, ColQwen3
 from colqwen_lab.options import DTYPES as DTYPE_NAMES
 
-# AutoRound reads these keys as regular expressions. One with groups or many stars could hang.
-PATTERNS = ("extra_config", "dynamic", "modules_to_not_convert", "modules_in_block_to_quantize")
-LAYER_NAME = re.compile(r"(?:[-+]:)?\^?(?:\.\*)?(?:[\w.-]|\\\.)*(?:\.\*)?\$?")
-MOST_NAMES = 2000
-GPTQ, AWQ = "auto_round:auto_gptq", "auto_round:auto_awq"
-PACKINGS = {"auto": GPTQ, "auto_round:gptq": GPTQ, "auto_round:awq": AWQ}
-SCHEME_KEYS = ("bits", "group_size", "packing_format", "quant_method")
+SCHEME_KEYS = ("bits", "group_size", "sym", "packing_format")
 FAKE = "auto_round:fake"
 DENSE = "torch.nn.Linear"
 # These dequantise a weight of any shape. Their GEMM would leave a cuBLAS workspace of this stream.
@@ -145,7 +138,8 @@ def skeleton(
     scheme = ", ".join(f"{key} {quantization.get(key)!r:.40}" for key in SCHEME_KEYS)
     where = f"{device.type} (`colqwen-lab doctor` lists kernels, packings and packages)"
     with one_line_errors(f"kernel {kernel} cannot load {scheme} on {where}"):
-        model.config.quantization_config = _auto_round_config(quantization, kernel)
+        values = {"block_name_to_quantize": TEXT_LAYERS} | quantization | {"backend": kernel}
+        model.config.quantization_config = AutoRoundConfig.from_dict(values)
         others = {name: info for name, info in infos if name not in without}
         with quiet(), torch.device("meta"), patch.dict(backend.BackendInfos, others, clear=True):
             model, kernels = conversion.convert_hf_model(model, target_device=device.type)
@@ -155,32 +149,6 @@ def skeleton(
             packing = model.config.quantization_config.packing_format
             raise ValueError(f"no installed kernel runs packing {packing} with these shapes")
     return model.requires_grad_(False), kernels
-
-
-def _auto_round_config(quantization: Json, kernel: str) -> Any:
-    """AutoRound's form of a quantization_config; gptq and awq checkpoints go through it too."""
-    if quantization.get("checkpoint_format") == "gptq_v2" or quantization.get("desc_act"):
-        raise ValueError("packings gptq_v2 and desc_act are not supported")
-    for key in PATTERNS:
-        names = list(_names(quantization.get(key)))
-        odd = [f"{name!r:.100}" for name in names if not LAYER_NAME.fullmatch(name)]
-        if odd or len(names) > MOST_NAMES:
-            value = odd[0] if odd else f"{len(names)} names"
-            raise ValueError(f"{key} must name up to {MOST_NAMES} layers, got {value}")
-    values = {name: value for name, value in quantization.items() if value is not None}
-    defaults = {"block_name_to_quantize": TEXT_LAYERS, "sym": is_symmetric(values)}
-    config = AutoRoundConfig.from_dict(defaults | values | {"backend": kernel})
-    config.packing_format = PACKINGS.get(config.packing_format, config.packing_format)
-    return config
-
-
-def _names(value: Any) -> Iterator[str]:
-    """All names in a name, nested lists of names, or an object by name. Raises TypeError."""
-    if isinstance(value, str):
-        yield value
-    elif value is not None:
-        for item in value:
-            yield from _names(item)
 
 
 def fill(model: ColQwen3, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -14,11 +14,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -40,7 +40,7 @@ from colqwen_lab.model.network import is_text_linear
 from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.options import FORMATS
 from colqwen_lab.records import sync
-from colqwen_lab.settings import cache_folder, in_use, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, locked, writable_folder
 
 RECORD = "colqwen_lab.json"
 CPU = torch.device("cpu")
@@ -91,7 +91,7 @@ def quantize(
     started, hidden = time.perf_counter(), f".{folder.name}."
     try:
         with (
-            FileLock(folder.with_name(f"{hidden}lock"), timeout=0),
+            locked(folder.with_name(f".{folder.name}"), partial(_in_use, folder)),
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=hidden) as work,
         ):
             result = _run_auto_round(loaded, recipe, samples, Path(work))
@@ -116,13 +116,15 @@ def quantize(
                 shutil.rmtree(folder)
             os.replace(result, folder)
             sync(folder.parent)
-    except Timeout:
-        raise BadInput(f"{folder} is in use by another quantize; wait, or name another") from None
     except (OSError, SafetensorError) as error:
         raise MissingRequirement(
             f"cannot write {folder}: {error}; nothing is left there, run the same command again"
         ) from None
     return record
+
+
+def _in_use(folder: Path) -> None:
+    raise BadInput(f"{folder} is in use by another quantize; wait, or name another") from None
 
 
 def _check_free(folder: Path, replace: bool) -> None:
@@ -242,11 +244,18 @@ def cached_checkpoint(
     # The folder's name depends on all that determines the result.
     inputs = [base.label, base.config.to_json_string(), asdict(recipe), CALIBRATION_TEXTS]
     digest = hashlib.sha256(json.dumps([*inputs, *versions]).encode()).hexdigest()[:12]
-    folder = writable_folder(cache_folder()) / f"{size}-{recipe.scheme}-{digest}"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / RECORD).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            quantize(base, folder, recipe, device)
+    folder = cache_folder() / f"{size}-{recipe.scheme}-{digest}"
+    if (folder / RECORD).exists():  # also in a cache of another user
+        return folder
+    try:
+        with locked(writable_folder(folder.parent) / folder.name):
+            if not (folder / RECORD).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                quantize(base, folder, recipe, device)
+    except OSError as error:
+        raise BadInput(
+            f"cannot lock {folder}: {error.strerror}; set COLQWEN_LAB_CACHE to a folder of your own"
+        ) from None
     return folder
 
 

@@ -276,9 +276,9 @@ class FakeNetwork:
         with self.mode, tracker:
             tracker.see(("inputs", tensor) for tensor in inputs.values())
             before = len(tracker.log)
-            steps = Steps(self.model, [inputs], run.execution, run.protocol)
+            steps = Steps(self.model, run.execution, run.protocol)
             for _ in range(STEPS):
-                steps()
+                steps(inputs)
                 tracker.label([steps.output.embeddings], OUTPUT)
                 if (kept := steps.output.past_key_values) is not None:
                     pairs = ((layer.keys, layer.values) for layer in kept.layers)

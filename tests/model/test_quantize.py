@@ -128,7 +128,7 @@ def test_a_lost_or_changed_tensor_is_an_error(
                 "vlm.model.language_model.layers.0.self_attn.q_proj.qweight"
             )
         )
-    assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_autoround_s_sys_exit_is_one_line(
@@ -149,7 +149,7 @@ def test_autoround_s_sys_exit_is_one_line(
     expected = "^AutoRound stopped: calibration forward failed: tensors on two devices; no data has"
     with pytest.raises(MissingRequirement, match=expected):
         quantize.quantize(base(), tmp_path / "made", Recipe(samples=2, seqlen=8))
-    assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]
+    assert not list(tmp_path.iterdir())
     assert logging.getLogger("autoround").handlers is handlers
     assert capfd.readouterr().err == ""
 
@@ -309,4 +309,4 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(
         match=r"cannot write .*No space left on device.*run the same command again",
     ):
         quantize.quantize(base(), tmp_path / "made", Recipe())
-    assert [path.name for path in tmp_path.iterdir()] == [".made.lock"]
+    assert not list(tmp_path.iterdir())

@@ -53,10 +53,10 @@ def breakdown(cell: Cell) -> dict[str, int]:
     return memory(cell).breakdown or {}
 
 
-def longest(loaded: loading.Loaded, batch: int) -> list[dict[str, torch.Tensor]]:
+def longest(loaded: loading.Loaded, batch: int) -> dict[str, torch.Tensor]:
     """The longest batch of the report's queries."""
     batches = query_batches(loaded.model.config, loaded.tokenizer, batch, "report", 64, CPU)
-    return [max(batches.inputs, key=lambda inputs: inputs["input_ids"].shape[1])]
+    return max(batches.inputs, key=lambda inputs: inputs["input_ids"].shape[1])
 
 
 # ---------------------------------------------------------------- against the tracker
@@ -71,7 +71,7 @@ def test_agrees_with_the_tracker_here(
     host = setup(variant, kernel="torch", protocol=protocol, capability=None)
     for batch in (1, 8, 64):
         inputs = longest(loaded, batch)
-        tracked = measure(loaded, inputs, Steps(loaded.model, inputs, "eager", protocol))
+        tracked = measure(loaded, inputs, Steps(loaded.model, "eager", protocol))
         predicted = memory(predict(host, batch))
         assert predicted.peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
         assert predicted.weights_bytes == loaded.weights_bytes
@@ -129,7 +129,7 @@ def test_agrees_with_the_tracker_in_fast(
     host = setup(variant, kernel=kernel, execution="fast", capability=None)
     for batch in (1, 8, 64):
         inputs = longest(loaded, batch)
-        tracked = measure(loaded, inputs, Steps(loaded.model, inputs, "fast"))
+        tracked = measure(loaded, inputs, Steps(loaded.model, "fast"))
         predicted = memory(predict(host, batch))
         assert predicted.peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
         assert predicted.weights_bytes == loaded.weights_bytes
@@ -146,8 +146,8 @@ def test_pages_agree_with_the_tracker_here(
     pages = Pages("192x256", visual_tokens=64)
     for batch in (1, 8):
         batches: Batches = pages.batches(loaded.model.config, loaded.tokenizer, batch, 0, CPU)
-        inputs = batches.inputs[:1]
-        tracked = measure(loaded, inputs, Steps(loaded.model, inputs, "eager", protocol))
+        inputs = batches.inputs[0]
+        tracked = measure(loaded, inputs, Steps(loaded.model, "eager", protocol))
         host = setup(variant, kernel="torch", workload="pages", protocol=protocol, capability=None)
         cell = predict(replace(host, tokens=batches.workload.tokens), batch)
         assert memory(cell).peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
