@@ -38,7 +38,7 @@ BUDGET_S = 525
 CPU_TIMES = 4
 # A cell that no device here can hold: its batch size, and the virtual memory of a CPU's process.
 TOO_LARGE = {"cuda": 65536, "cpu": 8192}
-CPU_BYTES = 2500 * 2**20
+CPU_BYTES = 1700 * 2**20
 LARGEST_ERROR_PERCENT = 1.0
 
 
