@@ -307,9 +307,7 @@ class SweepOptions(Options):
         single = (self.execution, self.protocol, self.kernel)
         if self.configuration and single != ("eager", "lean", "auto"):
             raise BadInput("give configuration, or execution, protocol and kernel, not both")
-        for configuration in self.configurations("cpu"):
-            if "pages" in workloads and configuration.execution == "fast":
-                raise BadInput("execution fast embeds queries only; use eager for workload pages")
+        self.configurations("cpu")  # checks each configuration
         self.memory_budget  # noqa: B018  (checks the card's name)
 
     @property

@@ -36,7 +36,7 @@ from colqwen_lab.model.loading import hold_unused_head, load
 from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
 from colqwen_lab.runtime.batches import Batches
 from colqwen_lab.runtime.eager import PROTOCOLS, Steps
-from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast
+from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast, page_shapes
 from colqwen_lab.signals import STOPPING, listen
 
 # The longest wait for an answer: a large model loads from a slow disk, or a forward compiles.
@@ -142,7 +142,8 @@ class Worker:
             synchronise(self.device)
             times.append(time.perf_counter())
 
-        step, encoder = self._steps(protocol), self.loaded.model.vlm.model.visual
+        step, model = self._steps(protocol), self.loaded.model
+        encoder = model.fast.vision if hasattr(model, "fast") else model.vlm.model.visual
         with encoder.register_forward_pre_hook(note), encoder.register_forward_hook(note):
             for batch in map(self._placed, self.inputs):
                 for _ in range(STAGE_STEPS):
@@ -207,8 +208,15 @@ class Worker:
 
 def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
     """The rows (M) at which `fast` computes these batches."""
-    shapes = {batch["input_ids"].shape for batch in inputs}
-    return {batch_size * bucket(tokens) for batch_size, tokens in shapes}
+    rows = set()
+    for batch in inputs:
+        if "pixel_values" in batch:
+            parts = (batch[n] for n in ("attention_mask", "mm_token_type_ids", "image_grid_thw"))
+            rows |= {(last - first) * shape.tokens for shape, first, last in page_shapes(*parts)}
+        else:
+            batch_size, tokens = batch["input_ids"].shape
+            rows.add(batch_size * bucket(tokens))
+    return rows
 
 
 class Remote:

@@ -215,10 +215,10 @@ def hold_unused_head(loaded: Loaded, checkpoint: Checkpoint, held: bool) -> int:
 
     Nothing calls it. A checkpoint without it gets the memory, as in the publisher's code.
     """
-    parts, shape = loaded.model.vlm, network.unused_head_shape(loaded.model.config)
+    parts = loaded.model.vlm
     if "lm_head" in parts:
         del parts["lm_head"]
-    if not held or shape is None:
+    if not held or (shape := network.unused_head_shape(loaded.model.config)) is None:
         return 0
     like = torch.empty(shape, dtype=loaded.model.dtype, device="meta")
     if UNUSED_HEAD in checkpoint.unused:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from colqwen_lab.errors import one_of
-from colqwen_lab.model.network import ColQwen3, ColQwen3Output
+from colqwen_lab.model.network import ColQwen3
 from colqwen_lab.records import Cell, Quantization
 from colqwen_lab.runtime.fast import KINDS, SHORT_TOKENS, Fast, attended, bucket, heads_of
 from colqwen_lab.runtime.linears import (
@@ -185,12 +185,10 @@ class FakeFast(Fast):
         self.on_gpu, self.prefetched = on_gpu, prefetched
         self.captured, self.graph = (0, 0), tuple[Tensor, ...]()
 
-    def forward(
-        self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False
-    ) -> ColQwen3Output:
+    def texts(self, ids: Tensor, mask: Tensor) -> Tensor:
         if not self.on_gpu:
-            return super().forward(model, inputs, use_cache)
-        batch, tokens = inputs["input_ids"].shape
+            return super().texts(ids, mask)
+        batch, tokens = ids.shape
         if self.graph:
             self.tracker.flops *= 2  # the second of two steps
         else:
@@ -199,7 +197,7 @@ class FakeFast(Fast):
             first = len(self.tracker.labels)
             self.graph = ids, mask, self.embed(ids, mask)
             self.captured = first, len(self.tracker.labels)
-        return ColQwen3Output(embeddings=self.graph[-1][:, :tokens].clone())
+        return self.graph[-1][:, :tokens].clone()
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         gemms = [getattr(self.layers[0], kind) for kind in self.prefetched]
@@ -213,6 +211,9 @@ class FakeFast(Fast):
             return self.small(super().attention)(layer, qkv, cos, sin)
         heads = self.small(heads_of)(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin)
         return self.small(attended)(*heads)
+
+    def plain(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.small(function)
 
     def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` with only its results in memory; a view of an argument stays a view."""

@@ -129,8 +129,6 @@ def _check(setup: Setup, batch_size: int) -> None:
     kernels.check_kernel(setup.kernel, setup.quantization, setup.execution)
     if setup.execution == "fast" and setup.protocol != "lean":
         raise BadInput("execution fast keeps no KV cache; use protocol lean")
-    if setup.execution == "fast" and setup.workload == "pages":
-        raise BadInput("execution fast embeds queries only; use eager for workload pages")
     if setup.workload != "pages" and setup.visual_tokens != VISUAL_TOKENS:
         raise BadInput("visual_tokens is an option of workload pages")
     if not 1 <= batch_size <= LARGEST_BATCH:

@@ -233,7 +233,7 @@ def test_batches_that_wait_take_no_memory_of_the_device(monkeypatch: pytest.Monk
         return Batches(inputs, workload)
 
     one, devices = worker_of("meta", make), list[list[str]]()
-    one.loaded = SimpleNamespace(model=SimpleNamespace(config=None), tokenizer=None)
+    one.loaded = SimpleNamespace(model=SimpleNamespace(config=None, vlm={}), tokenizer=None)
 
     def measure(loaded: Any, batch: dict[str, torch.Tensor], *_: Any) -> Memory:
         waiting = [inputs["input_ids"].device.type for inputs in one.inputs]

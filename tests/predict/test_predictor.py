@@ -155,6 +155,21 @@ def test_pages_agree_with_the_tracker_here(
         assert cell.workload.index_bytes == batches.workload.index_bytes
 
 
+@pytest.mark.parametrize("variant", ["base", "awq"])
+def test_pages_agree_with_the_tracker_in_fast(variant: str, packed: Callable[[str], Path]) -> None:
+    source = default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU)
+    source = source if variant == "base" else FolderCheckpoint(packed("auto_round"))
+    loaded = load_fast(source, CPU, "auto" if variant == "base" else "torch")
+    pages = Pages("192x256", visual_tokens=64)
+    for batch in (1, 8):
+        batches = pages.batches(loaded.model.config, loaded.tokenizer, batch, 0, CPU)
+        inputs = batches.inputs[:1]
+        tracked = measure(loaded, inputs, Steps(loaded.model, inputs, "fast"))
+        host = setup(variant, kernel="torch", workload="pages", execution="fast", capability=None)
+        cell = predict(replace(host, tokens=batches.workload.tokens), batch)
+        assert memory(cell).peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
+
+
 # ---------------------------------------------------------------- against GPUs
 
 
@@ -373,7 +388,6 @@ def test_grows_with_batch_and_tokens(batch: int, more: int, tokens: int, longer:
     ("fields", "batch", "says"),
     [
         ({"execution": "fast", "protocol": "published"}, 1, "use protocol lean"),
-        ({"execution": "fast", "workload": "pages"}, 1, "use eager for workload pages"),
         ({"visual_tokens": 256}, 1, "visual_tokens is an option of workload pages"),
         ({"dtype": "int4"}, 1, "unknown dtype 'int4'"),
         ({"kernel": "fp8"}, 1, "unknown kernel of 16-bit weights in execution eager 'fp8'"),
