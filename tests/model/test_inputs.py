@@ -134,10 +134,10 @@ TEMPLATE = {"type": "TemplateProcessing", "special_tokens": {}} | SPECIAL_ONLY
         ({"model": {"dropout": 0.5}}, r"model must be as .* got \['BPE', 0.5"),
         ({"model": {"type": "WordLevel", "unk_token": "x"}}, r"model must be as .*'WordLevel'"),
         ({"model": {"vocab": {"<|endoftext|>": 0}, "merges": []}}, "list of bytes without a token"),
-        ({"post_processor": TEMPLATE}, "list of post-processor templates"),
+        ({"post_processor": TEMPLATE}, "list of templates without the text"),
         (
             {"post_processor": {"type": "Sequence", "processors": [TEMPLATE]}},
-            "list of post-processor templates",
+            "list of templates without the text",
         ),
         ({"model": "x"}, "is not Qwen's tokenizer.json"),
         ({"pre_tokenizer": None}, "pre_tokenizer must be as in Qwen's tokenizer, got None"),
