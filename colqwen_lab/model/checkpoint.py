@@ -34,7 +34,7 @@ from colqwen_lab.model.inputs import (
     parse_tokenizer,
     read_tokenizer,
 )
-from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
+from colqwen_lab.model.network import UNUSED_HEAD, ColQwen3, ColQwen3Config
 from colqwen_lab.model.scheme import GPTQ, Json, middle_words, read_scheme
 from colqwen_lab.options import WEIGHTS
 
@@ -199,7 +199,7 @@ class FolderCheckpoint(Checkpoint):
             self.config = read_config(values)
             self.paths, self.files = self._open(index, documents[index])
             self._check_dimensions()
-        self.unused = tuple(sorted(UNUSED_TENSORS & self.files.keys()))
+        self.unused = (UNUSED_HEAD,) if UNUSED_HEAD in self.files else ()
         self.tokenizer = None
         if (document := documents[tokenizer]) is not None:
             self.tokenizer = parse_tokenizer(document, tokenizer)

@@ -702,6 +702,28 @@ def test_engaged_is_read_off_the_modules(packed: Callable[[str], Path]) -> None:
     }
 
 
+def test_a_kernel_that_cannot_multiply_a_shape_is_not_chosen(
+    packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As humming on Hopper, which takes no width of 64; asked for, it is one line."""
+    ark = pytest.importorskip("auto_round_kernel.qlinear").QuantLinearGPTQ
+    forward = ark.forward
+
+    def narrow(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        if layer.outfeatures == 64:
+            raise AssertionError("block_shape_n is too small")
+        return forward(layer, x)
+
+    monkeypatch.setattr(ark, "forward", narrow)
+    assert load(packed("auto_round")).engaged == {"auto_round:torch_zp": 28}
+    with pytest.raises(
+        MissingRequirement,
+        match=r"^kernel auto_round_kernel_zp cannot multiply 128 x 64: AssertionError block_shape"
+        "_n is too small; use kernel auto$",
+    ):
+        load(packed("auto_round"), kernel="ark")
+
+
 def test_a_reordered_group_index_is_not_ignored(
     packed: Callable[[str], Path], edited: Edit
 ) -> None:
