@@ -22,11 +22,12 @@ DATA = PACKAGE / "data"
 
 def cache_folder() -> Path:
     """The folder of checkpoints made here: COLQWEN_LAB_CACHE, else the user's cache folder."""
-    named, usual = os.environ.get("COLQWEN_LAB_CACHE"), platformdirs.user_cache_dir("colqwen-lab")
-    if named or os.path.isabs(usual):
-        return Path(named or usual)
-    # A user without a home folder.
-    return Path(tempfile.gettempdir()) / f"colqwen-lab-{os.getuid()}"
+    if named := os.environ.get("COLQWEN_LAB_CACHE"):
+        return Path(named)
+    try:
+        return Path(platformdirs.user_cache_dir("colqwen-lab"))
+    except RuntimeError:  # a user without a home folder
+        return Path(tempfile.gettempdir()) / f"colqwen-lab-{os.getuid()}"
 
 
 def outputs_folder() -> Path:

@@ -268,6 +268,7 @@ class Remote:
         for process in own:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(own, timeout=2)
 
     def _last_words(self) -> str:
         """The line of an error that workers last wrote on stderr."""
