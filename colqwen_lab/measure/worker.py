@@ -107,10 +107,10 @@ class Worker:
         self.inputs, self.steps = [], {}
         batches = self._batches(batch_size)
         self.inputs = batches.inputs
-        figures = [
-            measure(self.loaded, self._placed(batch), self._steps(protocol), alone)
-            for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values()
-        ]
+        figures = []
+        for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values():
+            steps = self._steps(protocol)
+            figures.append(measure(self.loaded, self._placed(batch), steps, alone))
         worst = max(figures, key=lambda memory: memory.peak_bytes)
         return worst, replace(batches, inputs=[])
 
