@@ -159,7 +159,9 @@ def _judged(
 
 def _say_dropped(label: str, ids: Sequence[str], progress: Callable[[str], object]) -> None:
     if len(ids):
-        progress(f"{label}: no page here answers {len(ids)} queries, such as {ids[0]!r}; dropped")
+        progress(
+            f"{label}: queries dropped, as no page answers them: {len(ids)}, such as {ids[0]!r}"
+        )
 
 
 def _generated(queries: int, pages: int, width: int, progress: Callable[[str], object]) -> Corpus:
@@ -293,7 +295,7 @@ def _rows(
                 try:
                     rows += [row] if line.strip() and (row := parse(line)) else []
                 except ValueError:
-                    bad.append(f"{path} line {number} must be {valid}, got {line.strip()!r:.100}")
+                    bad.append(f"{path} line {number} must be {valid}, got {line[:80].strip()!r}")
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read: {error}; a BEIR folder must hold it") from None
     if bad and not rows:

@@ -88,7 +88,7 @@ def evaluate(
             ndcg = f"nDCG@5 {np.mean(record.values['nDCG@5']):.4f}"
             progress(f"{record.label} {size}: {ndcg} on {corpus.label}, {record.weights}")
             if record.cut:
-                progress(f"{record.label} {size}: {record.cut} texts cut to {TEXT_TOKENS} tokens")
+                progress(f"{record.label} {size}: texts cut to {TEXT_TOKENS} tokens: {record.cut}")
             gc.collect()  # frees this model before the next is loaded
     return records, corpus
 
