@@ -124,6 +124,13 @@ def test_unknown_parameter_is_an_error_once() -> None:
     assert parameters(names, sweep) == {"model": "awq"}
 
 
+@pytest.mark.parametrize("cards", [{"a": 8}, {8, 12}, None])
+def test_a_parameter_of_any_type_reaches_its_function(cards: Any) -> None:
+    assert parameters({"cards": cards, "measured": "x"}, plan, "measured") == {"cards": cards}
+    with pytest.raises(BadInput, match=r"measured must be a text, got 7; papermill -r passes"):
+        parameters({"cards": "8", "measured": 7}, plan, "measured")
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -131,7 +138,7 @@ def test_unknown_parameter_is_an_error_once() -> None:
         ({"min_steps": "x"}, "min_steps must be a whole number"),
         ({"max_s": "x"}, "max_s must be a number"),
         ({"weights": 3}, "weights must be a text"),
-        ({"model": 5}, "model must be base, awq"),
+        ({"model": 5}, "model must be a text such as 'a,b' or a list of texts, got 5"),
         ({"batch_sizes": None}, "batch_sizes must be different whole numbers"),
     ],
 )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape as html_escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
@@ -44,11 +45,13 @@ from colqwen_lab.analysis.table import (
 )
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import GIB, MIB, Cell, published_cells
+from colqwen_lab.settings import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CARDS_GB = (8, 12, 16, 24)
+MOST_PLACES = 50
 #: Every card holds models with lower peaks: what lies outside torch is larger.
 SMALL = 100 * MIB
 CLAIMS = "The report's claims against its own rows"
@@ -231,7 +234,6 @@ class Comparison:
         few = [c for c in cells if c.status == "ok" and len(c.step_s) < FEWEST_SAMPLES]
         methods = {cell.memory.method == "tracked" for cell in cells if cell.memory}
         on_cpu = [cell for cell in cells if cell.environment.cpu and not cell.environment.gpu]
-        inputs = {(cell.workload.texts, cell.backend.dtype) for cell in cells}
         timings = [(base[b].variant, c.timing) for b, c in awq.items() if b in base and c.timing]
         apart = [1 for variant, timing in timings if variant not in timing.interleaved_with]
         sentences: list[tuple[Any, str]] = [
@@ -245,7 +247,6 @@ class Comparison:
                 disturbed,
                 f"{disturbed} of {len(cells)} cells were disturbed: no verdict on their speed.",
             ),
-            (len(inputs) > 1, "The cells differ in texts or dtype."),
             (few, f"Some rows have no error bars: they kept fewer than {FEWEST_SAMPLES} samples."),
             (len(methods) > 1, "Peaks come from tracked tensors and from the CUDA allocator."),
             (on_cpu, "Some rates come from a CPU and say nothing about a GPU."),
@@ -299,10 +300,14 @@ class Comparison:
             lambda table: render.markdown(table.rename(columns=overhead)),
         )
 
+    def save(self, path: str | Path) -> Path:
+        """Write `markdown()` to a file; returns its path. Raises BadInput for another file."""
+        return write_file(path, self.markdown(), "## (Side by side|.+ against .+)\n")
+
     def _repr_html_(self) -> str:
         return self._document(
-            lambda title: f"<h4>{html_escape(title)}</h4>",
-            lambda line: f"<p>{html_escape(line)}</p>",
+            lambda title: f"<h4>{render.as_html(title)}</h4>",
+            lambda line: f"<p>{render.as_html(line)}</p>",
             render.html,
             DETAILS,
         )
@@ -396,7 +401,7 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
     names = {place: ", ".join(place[n] for n in varied) for place in every}
     pairs: dict[str, Pair] = {}
     skipped = []
-    for place, name in names.items():
+    for place, name in list(names.items())[:MOST_PLACES]:
         ours, theirs = (side.get(place, Results(())) for side in sides)
         plain = [
             series
@@ -412,17 +417,19 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
             pairs[name] = _pair(ours, theirs)
         else:  # also a single model that is on both sides: it would be compared with itself
             skipped.append(f"{name}: nothing to compare with.")
+    if len(names) > MOST_PLACES:
+        rest = f"{len(names) - MOST_PLACES} of {len(names)} places are not compared"
+        skipped.append(f"{rest}; narrow the records with .select(...).")
     if not pairs:
         pairs, skipped = {" against ".join(names.values()): _pair(base, awq)}, []
     return Comparison(pairs, tuple(cards), tuple(skipped))
 
 
 def _by_place(results: Results) -> dict[tuple[str, ...], Results]:
-    places = [(cell.environment.device, *cell.settings()) for cell in results]
-    return {
-        place: Results(tuple(c for c, own in zip(results, places, strict=True) if own == place))
-        for place in places
-    }
+    places = defaultdict[tuple[str, ...], list[Cell]](list)
+    for cell in results:
+        places[cell.environment.device, *cell.settings()].append(cell)
+    return {place: Results(tuple(cells)) for place, cells in places.items()}
 
 
 def _pair(base: Results, awq: Results) -> Pair:

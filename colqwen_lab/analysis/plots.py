@@ -27,11 +27,12 @@ from colqwen_lab.analysis.speed import SAME_PERCENT, Speed, differences
 from colqwen_lab.analysis.table import Series, conditions, disturbed, limit_of, peak, rate, unit
 from colqwen_lab.errors import BadInput
 from colqwen_lab.hardware import find_card
-from colqwen_lab.records import MIB, Cell, writing
-from colqwen_lab.settings import writable_folder
+from colqwen_lab.records import MIB, Cell
+from colqwen_lab.settings import writable_folder, write_file
 
 FIXED = {"base": ("#0072B2", "o"), "awq": ("#D55E00", "s")}
 FREE = (("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
+MOST_SERIES = 200  # more would make a picture larger than a picture may be
 DASHES = ("-", "--", ":", "-.")
 # Groups of a memory breakdown in stacking order: how the names of their parts begin, and a colour.
 PARTS = {
@@ -46,6 +47,11 @@ PARTS = {
     "unexplained": "#882255",
     "other": "#999999",
 }
+# Format, how such a file begins, and options of savefig.
+FILES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("png", "\\W?PNG", {"dpi": 120}),
+    ("svg", r"<\?xml[^>]*>\s*<!DOCTYPE svg", {"metadata": {"Date": None}}),
+)
 THOUSANDS = StrMethodFormatter("{x:,g}")
 
 
@@ -189,13 +195,13 @@ def save(figure: Figure, stem: str, folder: str | Path) -> list[Path]:
 
     Equal figures make equal files.
     """
-    paths = [writable_folder(Path(folder)) / f"{stem}.{kind}" for kind in ("png", "svg")]
-    with (
-        writing(paths[0], BadInput, "name a folder you can write"),
-        matplotlib.rc_context({"svg.hashsalt": "colqwen-lab"}),
-    ):
-        figure.savefig(paths[0], dpi=120)
-        figure.savefig(paths[1], metadata={"Date": None})
+    paths = []
+    for kind, like, options in FILES:
+        content = BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "colqwen-lab"}):
+            figure.savefig(content, format=kind, **options)
+        path = writable_folder(Path(folder)) / f"{stem}.{kind}"
+        paths.append(write_file(path, content.getvalue(), like))
     return paths
 
 
@@ -261,6 +267,11 @@ def band(axes: Axes, margin: float, label: str) -> None:
 
 
 def _framed(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
+    if len(series) > MOST_SERIES:
+        raise BadInput(
+            f"a figure shows at most {MOST_SERIES} series, got {len(series)}; narrow them with "
+            ".select(...)"
+        )
     cells = [cell for line in series for cell in line.cells]
     figure, axes = framed(title, subtitle(cells))
     axes.set_ylabel(" and ".join(dict.fromkeys(map(unit, cells))))

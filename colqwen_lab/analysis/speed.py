@@ -10,15 +10,18 @@ import pandas as pd
 from scipy.stats import bootstrap
 
 from colqwen_lab.analysis.render import interval, span
-from colqwen_lab.analysis.table import Pair, Series, peak, rate
-from colqwen_lab.records import Cell
+from colqwen_lab.analysis.table import Pair, Series, peak, rate, value
+from colqwen_lab.records import Cell, alike
 
 #: Smaller differences in speed do not count, in percent: MLPerf's audit uses the same line.
 SAME_PERCENT = 2.0
 #: Fewer samples a side give no 95 % interval of a median.
 RESAMPLES, FEWEST_SAMPLES, SEED = 2000, 6, 0
-#: What both sides must share before a difference in speed is the variant's and not the machine's.
+MOST_SAMPLES = 10_000  # that are resampled
+#: What both sides must share before a difference in speed is the variant's: machine and workload.
 MACHINE = ("gpu", "driver", "cuda", "cpu", "threads", "power_limit_w", "torch")
+WORKLOAD = ("texts", "visual_tokens", "dtype")  # for pages, `texts` names the pages
+SAME_BATCH = ("tokens", "distinct")  # these depend on the batch size too
 
 
 class Speed(NamedTuple):
@@ -52,13 +55,17 @@ class Recommendation(NamedTuple):
 def speed_ratio(base: Cell, other: Cell) -> Speed:
     """The speed of `other` against `base`, item by item; their batch sizes may differ.
 
-    No verdict where the machines differ or a cell was disturbed.
+    No verdict where machines or workloads differ, or a cell was disturbed.
     """
     percent = 100 * (rate(other) / rate(base) - 1)
-    machines = differences([base], [other])
-    low, high = (None, None) if machines else _interval(base, other)
+    differing = differences([base], [other])
+    for name in SAME_BATCH if base.batch_size == other.batch_size else ():
+        both = [getattr(cell.workload, name) for cell in (base, other)]
+        if None not in both and both[0] != both[1]:
+            differing.append(f"{name} ({both[0]} against {both[1]})")
+    low, high = (None, None) if differing else _interval(base, other)
     notes = "; ".join(dict.fromkeys([*base.disturbed, *other.disturbed]))
-    reason = "; ".join(machines) or (f"disturbed ({notes})" if notes else "")
+    reason = "; ".join(differing) or (f"disturbed ({notes})" if notes else "")
     one_sided = low is None or high is None or low * high > 0
     verdict: str = "inconclusive"
     if not reason and one_sided and abs(percent) >= SAME_PERCENT:
@@ -68,7 +75,7 @@ def speed_ratio(base: Cell, other: Cell) -> Speed:
 
 def _interval(base: Cell, other: Cell) -> tuple[float | None, float | None]:
     """The 95 % bootstrap interval in percent of the ratio of median step times."""
-    samples = (base.step_s, other.step_s)
+    samples = tuple(alike(cell.step_s, cell.workload.shapes) for cell in (base, other))
     if min(map(len, samples)) < FEWEST_SAMPLES:
         return None, None
 
@@ -76,6 +83,15 @@ def _interval(base: Cell, other: Cell) -> tuple[float | None, float | None]:
         steps = np.median(ours, axis=axis) / np.median(theirs, axis=axis)
         return 100 * (other.batch_size / base.batch_size * steps - 1)
 
+    if max(map(len, samples)) > MOST_SAMPLES:
+        # A resample would take gigabytes; the rank of its median has a beta distribution.
+        rng, halves = np.random.default_rng(SEED), [(len(each) + 1) / 2 for each in samples]
+        medians = [
+            np.quantile(each, rng.beta(half, half, RESAMPLES))[:, None]
+            for each, half in zip(samples, halves, strict=True)
+        ]
+        low, high = np.percentile(percent(*medians, axis=1), [2.5, 97.5])
+        return float(low), float(high)
     result = bootstrap(samples, percent, n_resamples=RESAMPLES, method="percentile", rng=SEED)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
@@ -98,10 +114,17 @@ def same_batch(pair: Pair, rows: Iterable[Speed]) -> pd.DataFrame:
 
 
 def differences(base: Iterable[Cell], other: Iterable[Cell]) -> list[str]:
-    """What differs in machine, versions or origin; empty if the speeds may be compared."""
-    sides = [[dict(c.environment) | {"origin": c.origin} for c in cells] for cells in (base, other)]
+    """What differs in origin, machine, versions or workload; empty if speeds may be compared."""
+    sides = [
+        [
+            dict(cell.environment) | {name: value(cell, name) for name in ("origin", *WORKLOAD)}
+            for cell in cells
+            if cell.status == "ok"  # another one may not know its dtype
+        ]
+        for cells in (base, other)
+    ]
     differing = []
-    for name in ("origin", *MACHINE):
+    for name in ("origin", *MACHINE, *WORKLOAD):
         values = [{str(row[name] or "not recorded") for row in side} for side in sides]
         if len(values[0] | values[1]) > 1:
             both = " against ".join(" and ".join(sorted(side)) for side in values)

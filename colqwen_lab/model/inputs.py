@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,10 +11,12 @@ from hashlib import file_digest, sha256
 from os import fsencode
 from os.path import isdir, isfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -26,6 +29,12 @@ from colqwen_lab.settings import DATA
 
 QUERY_SUFFIX_TOKENS = 10
 PAD = "<|endoftext|>"
+# The entry of a configuration that holds the id of a token.
+SPECIAL_TOKENS = {
+    "<|image_pad|>": "image_token_id",
+    "<|vision_start|>": "vision_start_token_id",
+    "<|vision_end|>": "vision_end_token_id",
+}
 # The default checkpoint of `tiny`, trained by `colqwen-lab train-tiny`.
 TINY = DATA / "tiny"
 TINY_TOKENIZER = TINY / "tokenizer.json"
@@ -44,20 +53,60 @@ Patches = tuple[Tensor, tuple[int, int, int]]
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`; raises as `parse_tokenizer`."""
+    return parse_tokenizer(path.read_bytes(), path)
+
+
+def parse_tokenizer(document: bytes, path: Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, without its own padding or truncation.
 
-    Raises MissingRequirement without a pad token, or with a normalizer other than NFC.
+    Raises MissingRequirement without a pad token, or unless it splits texts as Qwen's does.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        values, qwen = map(_parts, (document, TINY_TOKENIZER.read_bytes()))
+        for name, part in values.items():
+            if part != qwen[name]:
+                raise ValueError(f"{name} must be as in Qwen's tokenizer, got {part!r:.100}")
+        tokenizer = Tokenizer.from_buffer(document)
     except Exception as error:  # the library raises bare Exception
-        raise MissingRequirement(f"{path} is not a tokenizer.json: {error}") from None
+        raise MissingRequirement(f"{path} is not Qwen's tokenizer.json: {error!s:.300}") from None
     pad_id(tokenizer)
-    if not isinstance(normalizer := tokenizer.normalizer, normalizers.NFC | None):
-        raise MissingRequirement(f"{path}: normalizer must be NFC or none, got {normalizer!r:.100}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _parts(document: bytes) -> dict[str, Any]:
+    """The parts that determine how texts are split, but for vocabulary, merges and added tokens.
+
+    The library panics or hangs at some others, so it must not see them.
+    """
+
+    def without_offsets(part: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if key != "trim_offsets"}
+
+    values = json.loads(document, object_hook=without_offsets)
+    model, processor = values["model"], values.get("post_processor") or {}
+    templates = [part.get("single") for part in processor.get("processors", [processor])]
+    kept = [part for single in templates for part in single or () if "SpecialToken" not in part]
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    return {
+        "normalizer": (values.get("normalizer") or {}).get("type", "NFC"),
+        "pre_tokenizer": values["pre_tokenizer"],
+        "model": [model["type"], *(model.get(name) or None for name in options)],
+        "model.vocab": sorted(set(ByteLevel.alphabet()) - model["vocab"].keys()),
+        "post_processor": len(kept) != sum(single is not None for single in templates),
+    }
+
+
+def check_tokens(tokenizer: Tokenizer, config: ColQwen3Config, path: Path) -> None:
+    """Raise MissingRequirement unless the network of `config` knows the tokens."""
+    ids, most = tokenizer.get_vocab(), config.text_config.vocab_size
+    for token, name in SPECIAL_TOKENS.items():
+        if (own := ids.get(token)) != (wanted := getattr(config, name)):
+            raise MissingRequirement(f"{path}: id of {token} must be {name}, {wanted}, got {own}")
+    if max(ids.values()) >= most:
+        raise MissingRequirement(f"{path}: ids must be below {most}, got {max(ids.values())}")
 
 
 def pad_id(tokenizer: Tokenizer) -> int:

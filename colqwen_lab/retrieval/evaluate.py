@@ -213,8 +213,8 @@ def _beginnings(texts: Iterable[str]) -> list[str]:
 def _cut(loaded: Loaded, items: Iterable[Page]) -> int:
     """The number of texts that are cut."""
     texts = [item for item in items if isinstance(item, str)]
-    rows = encode_queries(loaded.tokenizer, _beginnings(texts))
-    lengths = zip(map(len, rows), map(len, texts), strict=True)
+    rows = encode_queries(loaded.tokenizer, _beginnings(texts)) if loaded.tokenizer else []
+    lengths = zip(map(len, rows), map(len, texts), strict=False)
     return sum(row > TEXT_TOKENS or text > TEXT_CHARACTERS for row, text in lengths)
 
 

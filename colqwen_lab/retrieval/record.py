@@ -18,6 +18,7 @@ from colqwen_lab.records import (
     Positive,
     Rate,
     Row,
+    Text,
     Value,
     rate_of,
     read_rows,
@@ -54,11 +55,11 @@ class Fidelity(Row):
     """
 
     kind: Literal["fidelity"] = "fidelity"
-    variant: str
-    size: str
-    weights: str
+    variant: Text
+    size: Text
+    weights: Text
     iters: int | None = None
-    data: str
+    data: Text
     pages: Positive
     skipped: Count = renamed(0, "skipped", "refused")
     cut: Count | None = None
@@ -106,4 +107,4 @@ class Fidelity(Row):
 
 def read(path: str | Path) -> list[Fidelity]:
     """The newest record of each variant, inputs and machine. Raises BadInput if there is none."""
-    return read_rows(Path(path), Fidelity, "fidelity")
+    return read_rows(path, Fidelity, "fidelity")

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colqwen_lab.analysis import speed
 from colqwen_lab.analysis.budget import card_fits
 from colqwen_lab.analysis.compare import Comparison, compare
 from colqwen_lab.analysis.table import Results
@@ -20,9 +22,11 @@ from colqwen_lab.hardware import fit_of, need_bytes, usable
 from colqwen_lab.records import (
     GIB,
     MIB,
+    Backend,
     Cell,
     Environment,
     Memory,
+    Quantization,
     Rate,
     Timing,
     Workload,
@@ -306,6 +310,110 @@ def test_without_a_significant_difference_no_sentence_names_a_faster_side(swappe
     assert crossover in comparison.verdict()
 
 
+LIKE = {"kind": "queries", "batch_size": 8, "texts": "report", "tokens": 18}
+PAGES = {"kind": "pages", "batch_size": 8, "pages": "3 files ab", "visual_tokens": 1280}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"workload": Workload(**LIKE | {"texts": "natural"})}, "texts (report against natural)"),
+        ({"workload": Workload(**LIKE | {"tokens": 20})}, "tokens (18 against 20)"),
+        (
+            {"backend": Backend(requested="auto", dtype="float32")},
+            "dtype (float16 against float32)",
+        ),
+    ],
+)
+def test_unequal_workloads_give_no_verdict(changes: dict[str, Any], reason: str) -> None:
+    base = timed("base", 8, 0.05, workload=Workload(**LIKE))
+    awq = timed("awq", 8, 0.1, **{"workload": base.workload} | changes)
+    comparison = versus([base], [awq])
+    (row,) = comparison.speeds
+    assert (row.verdict, row.low, row.reason) == ("inconclusive", None, reason)
+    assert f"No verdict at batch 8 (-50.0 %): {reason}." in comparison.verdict()
+    assert "slower" not in comparison.text(100)
+    if not reason.startswith("tokens"):
+        assert comparison.no_budgets == "the two sides were not measured under the same conditions"
+        assert list(comparison.cards["ratio"].dropna()) == []
+
+
+def test_a_failed_cell_that_knows_no_dtype_is_no_difference() -> None:
+    lost = failed("awq", 16).model_copy(update={"backend": Backend(requested="auto")})
+    comparison = versus([timed("base", 8, 0.05)], [timed("awq", 8, 0.1), lost])
+    assert (comparison.no_budgets, comparison.speeds[0].verdict) == ("", "slower")
+
+
+@pytest.mark.parametrize("other", [{"pages": "4 files cd"}, {"visual_tokens": 640}])
+def test_other_pages_or_budgets_are_not_compared(other: dict[str, Any]) -> None:
+    sides = [[timed("base", 8, 0.05, workload=Workload(**PAGES))]]
+    sides += [[timed("awq", 8, 0.1, workload=Workload(**PAGES | other))]]
+    with pytest.raises(BadInput, match="must share their settings"):
+        versus(*sides)
+
+
+def test_a_quantised_folder_named_base_is_not_base(tmp_path: Path) -> None:
+    base = timed("base", 8, 0.05)
+    bits = Quantization(bits=4, group_size=128, sym=True)
+    packed = timed("base", 8, 0.1, quantization=bits, weights="folder:base#1")
+    (tmp_path / "rows.jsonl").write_text(packed.to_line() + base.to_line())
+    rows = Results.load(tmp_path / "rows.jsonl")
+    comparison = compare(rows, rows)
+    assert (comparison.base.variant, comparison.awq.variant) == ("base", "./base")
+    assert comparison.verdict().startswith("./base is 50 % slower than base")
+
+
+def test_a_million_samples_are_compared() -> None:
+    """By the law of the median's rank, which resampling follows too."""
+    draw = random.Random(0)
+    few = [0.05 * draw.gauss(1, 0.05) for _ in range(2000)]
+    sides = [cell("base", 8, step_s=few), cell("awq", 8, step_s=[0.9 * step for step in few])]
+    exact = speed.speed_ratio(*sides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "MOST_SAMPLES", 1000)
+        fast = speed.speed_ratio(*sides)
+    for one, other in ((exact.low, fast.low), (exact.high, fast.high)):
+        assert one == pytest.approx(other, abs=0.1)
+    many = [few[n % 2000] for n in range(10**6)]
+    row = speed.speed_ratio(sides[0], sides[1].model_copy(update={"step_s": many}))
+    assert row.low is not None
+    assert row.high is not None
+    assert row.high - row.low < 1
+
+
+def test_thousands_of_series_take_moments_and_say_what_is_left() -> None:
+    cells = [
+        cell(variant, batch, size=f"size {number}")
+        for number in range(1000)
+        for variant in ("base", "awq")
+        for batch in (8, 16)
+    ]
+    results = Results(tuple(cells))
+    start = time.process_time()
+    assert [len(series.cells) for series in results.series()] == [2] * 2000
+    comparison = compare(results, results)
+    assert time.process_time() - start < 3
+    assert len(comparison.places) == 50
+    assert comparison.skipped == (
+        "950 of 1000 places are not compared; narrow the records with .select(...).",
+    )
+    with pytest.raises(BadInput, match="a figure shows at most 200 series, got 2000"):
+        results.plot()
+
+
+def test_unlike_batches_are_compared_by_the_time_of_the_whole_set() -> None:
+    """awq takes half the time on two small batches and twice the time on the large one."""
+    work = Workload(kind="pages", batch_size=1, shapes=[0, 0, 1])
+    cells = [
+        cell(variant, 1, workload=work, step_s=steps, items_per_s=rate_of(steps, 1, work.shapes))
+        for variant, steps in (("base", [1.0, 1.01, 10.0] * 6), ("awq", [0.5, 0.51, 20.0] * 6))
+    ]
+    (row,) = versus(*([one] for one in cells)).speeds
+    assert row.percent == pytest.approx(100 * (12.01 / 21.01 - 1), abs=0.1)
+    assert row.low <= row.percent <= row.high
+    assert row.verdict == "slower"
+
+
 @pytest.mark.parametrize("side", ["base", "awq"])
 def test_a_disturbed_cell_gives_no_verdict(side: str) -> None:
     note = "other processes took 40% of the CPU"
@@ -437,7 +545,7 @@ def test_caveats_say_what_the_figures_cannot() -> None:
         "Peaks come from tracked tensors and from the CUDA allocator.",
         "Random weights: the embeddings mean nothing.",
         "The two were not interleaved",
-        "The cells differ in texts or dtype.",
+        "No verdict on speed: the two sides differ in texts (report against natural).",
     ):
         assert any(caveat.startswith(start) for caveat in caveats), (start, caveats)
 
