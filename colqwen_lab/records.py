@@ -45,9 +45,9 @@ GIB = 2**30
 PUBLISHED = "published"
 LINE_START = b'{"schema":1,'
 RESUME = "finished rows are on file; run the same command again to resume"
-# A row with a million samples has 20 MB. The JSON of the report's script has a few kB, and a parser
-# takes seventy times a document's bytes.
-MOST_LINE_BYTES, MOST_DOCUMENT_BYTES, MOST_TEXT = 32 * MIB, 4 * MIB, 10_000
+# A row with a million samples and as many of a control has 40 MB. The JSON of the report's script
+# has a few kB; a parser takes seventy times a document's bytes.
+MOST_LINE_BYTES, MOST_DOCUMENT_BYTES, MOST_TEXT = 64 * MIB, 4 * MIB, 10_000
 # A records file begins so; editors may put a byte-order mark or a blank line before.
 FIRST_ROW = "(\ufeff)?" r"\s*(\Z|\{ *\")"
 
@@ -383,7 +383,8 @@ def rate_of(step_s: Sequence[float], items: int) -> Rate:
     times = sorted(step_s)
     n = len(times)
     median = statistics.median(times)
-    rank, tail = 0, _half_binomial(n, 0)
+    rank = max(0, n // 2 - 3 * math.isqrt(n))  # six deviations below the half
+    tail = _half_binomial(n, rank)
     while rank < n and tail <= 0.025:
         rank += 1
         tail += _half_binomial(n, rank)
