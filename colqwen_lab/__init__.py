@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colqwen_lab import signals  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement
 from colqwen_lab.options import (
     RAW,

@@ -281,7 +281,9 @@ class SweepOptions(Options):
     min_steps: Annotated[int, Field(ge=0)] = option(
         0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
     )
-    max_s: Annotated[float, Field(gt=0)] = option(3.0, "most seconds to time a cell")
+    max_s: Annotated[float, Field(gt=0)] = option(
+        3.0, "most seconds to time a cell; every batch is timed first"
+    )
     on: Annotated[str, AfterValidator(_one_of("here", "ray"))] = option(
         "here", "here, or ray: over a Ray cluster, one task per size, workload and execution"
     )
@@ -305,9 +307,7 @@ class SweepOptions(Options):
         single = (self.execution, self.protocol, self.kernel)
         if self.configuration and single != ("eager", "lean", "auto"):
             raise BadInput("give configuration, or execution, protocol and kernel, not both")
-        for configuration in self.configurations("cpu"):
-            if "pages" in workloads and configuration.execution == "fast":
-                raise BadInput("execution fast embeds queries only; use eager for workload pages")
+        self.configurations("cpu")  # checks each configuration
         self.memory_budget  # noqa: B018  (checks the card's name)
 
     @property
@@ -389,7 +389,9 @@ class PlanOptions(Options):
         "lean", "lean or published"
     )
     kernel: str = option(
-        "tritonv2", "kernel of packed weights: tritonv2, torch, fused; fast: also int4, fp8"
+        "tritonv2",
+        "kernel of packed weights: tritonv2, torch, humming, fused (such as marlin); fast: also "
+        "int4, fp8",
     )
     dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
         "bfloat16", "bfloat16, float16 or float32"

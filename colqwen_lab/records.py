@@ -7,6 +7,7 @@ comparing records never imports torch. Files hold bytes and seconds; screens sho
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import math
 import os
@@ -14,10 +15,10 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -38,7 +39,7 @@ from colqwen_lab.errors import (
     plain,
     shown,
 )
-from colqwen_lab.settings import DATA, regular_file
+from colqwen_lab.settings import DATA, locked, regular_file
 
 MIB = 2**20
 GIB = 2**30
@@ -120,7 +121,7 @@ class Workload(Value):
     `padded_share` is the share of all tokens that is padding. For pages: `visual_tokens` is the
     budget, `distinct` the number of different pages, `skipped` the number of unreadable files,
     `index_bytes` the embeddings of one page, `preprocess_s` the time to read and process one page,
-    outside the step.
+    outside the step. `shapes` numbers the shape of each batch: batches of one number cost the same.
     """
 
     kind: Literal["queries", "pages"]
@@ -134,6 +135,7 @@ class Workload(Value):
     skipped: Count | None = renamed(None, "skipped", "refused")
     index_bytes: Count | None = None
     preprocess_s: Figure | None = None
+    shapes: list[Count] = []
 
     @property
     def budget(self) -> str:
@@ -176,6 +178,7 @@ class Memory(Value):
 
     `peak_bytes` comes from the CUDA allocator, from tracked tensors (CPU) or from a prediction.
     `min_reserved_bytes` (predictions): the least that torch must be allowed to reserve.
+    `unused_head_bytes`: the untied language-model head, which protocol published keeps.
     """
 
     weights_bytes: Count | None = None
@@ -185,6 +188,7 @@ class Memory(Value):
     min_reserved_bytes: Count | None = renamed(None, "min_reserved_bytes", "least_reserved_bytes")
     device_bytes: Count | None = None
     allocation_retries: Count | None = None
+    unused_head_bytes: Count = 0
     breakdown: dict[Text, Whole] | None = renamed(None, "breakdown", "ledger")
     method: Literal["cuda", "tracked", "published", "predicted"]
 
@@ -231,7 +235,10 @@ class CardRun(Value):
 
 
 class Timing(Value):
-    """How the samples were taken: warm-up steps, why timing stopped, and what was interleaved."""
+    """How the samples were taken: warm-up steps, why timing stopped, and what was interleaved.
+
+    `min_steps` and `max_s` are what the run asked for. Step times go round the batches in order.
+    """
 
     warmup_steps: Count
     steady: bool
@@ -241,6 +248,8 @@ class Timing(Value):
         [], "interleaved_configurations", "ways_in_turn"
     )
     clock: Text
+    min_steps: Count | None = None
+    max_s: Figure | None = None
 
 
 class Environment(Value):
@@ -374,13 +383,40 @@ class Cell(Row):
         )
 
 
-def rate_of(step_s: Sequence[float], items: int) -> Rate:
+def alike(step_s: Sequence[float], shapes: Sequence[int]) -> list[float]:
+    """Step times as if every batch were an average one: their median is the rate of the whole set.
+
+    `shapes` numbers the shape of each batch in turn. The time of a shape is its median; steps that
+    deviate from its mean show the noise. A few large batches that take most of the time count as
+    fewer samples (Kish's effective sample size). With one sample a shape only the mean is left.
+    """
+    if len(set(shapes)) < 2:
+        return list(step_s)
+    times: dict[int, list[float]] = {}
+    for seconds, shape in zip(step_s, itertools.cycle(shapes), strict=False):
+        times.setdefault(shape, []).append(seconds)
+    typical = {shape: statistics.median(own) for shape, own in times.items()}
+    costs = [typical[shape] for shape in shapes if shape in typical]
+    noise = sorted(
+        (seconds / statistics.fmean(own)) ** math.sqrt(len(own) / (len(own) - 1))  # a fitted mean
+        for own in times.values()
+        if len(own) > 1
+        for seconds in own
+    )
+    effective = len(step_s) * sum(costs) ** 2 / sum(cost**2 for cost in costs) / len(costs)
+    count = min(len(noise), round(effective))
+    kept = [noise[int((place + 0.5) * len(noise) / count)] for place in range(count)] or [1.0]
+    scale = statistics.fmean(costs) / statistics.median(kept)
+    return [scale * each for each in kept]
+
+
+def rate_of(step_s: Sequence[float], items: int, shapes: Sequence[int] = ()) -> Rate:
     """Items per second of `items` a step: the median and its 95 % interval from order statistics.
 
     The interval uses binomial ranks, so it assumes nothing of the distribution. Fewer than six
-    samples give no interval.
+    samples give no interval. Batches of several `shapes` are first made `alike`.
     """
-    times = sorted(step_s)
+    times = sorted(alike(step_s, shapes))
     n = len(times)
     median = statistics.median(times)
     rank = max(0, n // 2 - 3 * math.isqrt(n))  # six deviations below the half
@@ -550,7 +586,7 @@ class RecordsFile(Generic[R]):
             raise BadInput(f"{path} is the name of a side file; name a file such as rows.jsonl")
         with writing(path, BadInput, "name a file in a folder you can write"), ExitStack() as stack:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(self.path, progress))
+            stack.enter_context(locked(self.path, partial(_wait_for, self.path, progress)))
             self.rows: list[R] = []
             if self.path.exists():
                 rows, whole = _rows(self.path, kind, command, progress)
@@ -583,18 +619,10 @@ def _end_last_line(path: Path, whole: int) -> None:
             file.write(b"\n")
 
 
-@contextmanager
-def _locked(path: Path, progress: Callable[[str], None] | None) -> Iterator[None]:
-    lock = FileLock(regular_file(f"{path}.lock", r"\Z"))  # which empties the file
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        if progress is None:
-            raise BadInput(f"another run writes to {path}; wait for it or name another") from None
-        progress(f"another run writes to {path}; waiting for it")
-        held = lock.acquire()
-    with held:
-        yield
+def _wait_for(path: Path, progress: Callable[[str], None] | None) -> None:
+    if progress is None:
+        raise BadInput(f"another run writes to {path}; wait for it or name another") from None
+    progress(f"another run writes to {path}; waiting for it")
 
 
 def append_lines(path: Path, rows: Iterable[Value]) -> None:

@@ -6,10 +6,14 @@ import errno
 import os
 import re
 import stat
-from contextlib import suppress
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
 
 from colqwen_lab.errors import BadInput, MissingRequirement
 
@@ -19,7 +23,15 @@ DATA = PACKAGE / "data"
 
 def cache_folder() -> Path:
     """The folder of checkpoints made here: COLQWEN_LAB_CACHE, else the user's cache folder."""
-    return _folder("COLQWEN_LAB_CACHE", platformdirs.user_cache_dir("colqwen-lab"))
+    return _folder("COLQWEN_LAB_CACHE", _usual_cache())
+
+
+def _usual_cache() -> Path:
+    usual = Path(platformdirs.user_cache_dir("colqwen-lab"))
+    # A user without a home folder has a relative one.
+    return (
+        usual if usual.is_absolute() else Path(tempfile.gettempdir(), f"colqwen-lab-{os.getuid()}")
+    )
 
 
 def _folder(variable: str, default: str | Path) -> Path:
@@ -115,3 +127,37 @@ def write_file(path: str | Path, content: str | bytes, like: str) -> Path:
         with suppress(OSError):
             part.unlink()
     return Path(path)
+
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold PATH.lock, then remove it; `on_wait` may raise where another process holds it.
+
+    On a file system without locks it goes on with a warning. Raises OSError for a lock file that
+    cannot be opened, as another user's, and BadInput for one that is no lock.
+    """
+    lock = FileLock(regular_file(f"{path}.lock", r"\Z"))  # which empties the file
+    with ExitStack() as stack:
+        try:
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                on_wait()
+                stack.enter_context(lock.acquire())
+            stack.callback(_remove, lock.lock_file)
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            warnings.warn(
+                f"the file system of {path} has no locks; run one command at a time on it",
+                stacklevel=2,
+            )
+        yield
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)

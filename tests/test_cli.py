@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import colqwen_lab as lab
-from colqwen_lab import cli
+from colqwen_lab import cli, signals
 from colqwen_lab.records import published_cells, published_report
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The program handles signals of the whole process."""
+    before = {number: signal.getsignal(number) for number in signals.STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -87,7 +98,7 @@ def test_bad_input_is_one_line_and_exit_2(
 @pytest.mark.parametrize(
     ("stop", "line"),
     [
-        (KeyboardInterrupt(), "stopped; run the same command again to resume"),
+        (KeyboardInterrupt(), "stopped"),
         (
             KeyboardInterrupt("stopped; 1 of 2 cells on file, run again to resume"),
             "stopped; 1 of 2",
@@ -108,6 +119,24 @@ def test_interrupted_is_one_line_and_exit_130(
     err = capsys.readouterr().err
     assert line in err
     assert err.count("\n") == 1
+
+
+def test_a_batch_system_s_signal_is_one_line_and_exit_143(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signals, "received", [])
+    monkeypatch.setattr(lab, "plan", lambda **_: signal.raise_signal(signal.SIGTERM))
+    assert run(monkeypatch, "plan") == 143
+    assert capsys.readouterr().err == "colqwen-lab: stopped\n"
+
+
+def test_a_full_standard_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "colqwen_lab", "variants"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    reason = "cannot use standard output: No space left on device; name another place for it"
+    assert done.stderr == f"colqwen-lab: {reason}\n"
 
 
 def test_version_and_examples(

@@ -117,7 +117,6 @@ def test_what_papermill_passes_is_understood(text: dict[str, Any], value: dict[s
         ),
         ({"execution": "fast", "protocol": "published"}, "execution fast keeps no KV cache"),
         ({"kernel": "fp8"}, "kernel fp8 runs in execution fast only"),
-        ({"workload": "pages", "execution": "fast"}, "execution fast embeds queries only"),
         ({"configuration": "a/b/c/d"}, "configuration must be report, best or EXECUTION"),
         ({"configuration": "best", "protocol": "published"}, "give configuration, or execution"),
         ({"accelerator": "A100"}, "accelerator and address are options of a Ray cluster"),

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import random
 import socket
 import tempfile
 from pathlib import Path
@@ -22,8 +23,10 @@ from colqwen_lab.records import (
     Cell,
     Environment,
     Memory,
+    Rate,
     RecordsFile,
     Workload,
+    alike,
     published_cells,
     rate_of,
     read_cells,
@@ -87,6 +90,39 @@ def test_median_lies_in_its_interval(times: list[float], items: int) -> None:
     assert (rate.low is None) == (rate.high is None) == (len(times) < 6)
     assert (rate.low or 0) <= rate.median * (1 + 1e-12)
     assert rate.median <= (rate.high or math.inf) * (1 + 1e-12)
+
+
+def test_the_rate_of_unlike_batches_is_their_items_over_their_time() -> None:
+    small_and_large = [1.0, 1.1, 10.0, 0.9, 1.0, 10.1, 1.0, 1.0, 9.9]
+    rate = rate_of(small_and_large, 4, [0, 0, 1])
+    assert rate.median == pytest.approx(3 * 4 / (1 + 1 + 10))
+    assert rate_of([1.0, 2.0, 9.0], 4, [0, 1, 2]) == Rate(median=1.0), "one round has no interval"
+    assert alike([3.0, 1.0, 2.0], [0, 0, 0]) == [3.0, 1.0, 2.0]
+
+
+def test_an_outlier_moves_the_rate_of_unlike_batches_little() -> None:
+    times = [1.0, 1.0, 4.0, 1.0, 90.0, 4.1, 1.0, 1.0, 3.9]
+    assert rate_of(times, 1, [0, 0, 1]).median == pytest.approx(3 / 6, rel=0.01)
+
+
+def test_a_batch_that_takes_most_of_the_time_decides_the_interval() -> None:
+    """Nine quick batches add no certainty about the tenth."""
+    draw = random.Random(0)
+    shapes, times = [*range(10)], [draw.gauss(1, 0.05) * (1, 1000)[n % 10 == 9] for n in range(200)]
+    alone, whole = rate_of(times[9::10], 1), rate_of(times, 1, shapes)
+    assert len(alike(times, shapes)) == 20
+    widths = [(rate.high - rate.low) / rate.median for rate in (alone, whole)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.5)
+
+
+def test_the_interval_of_unlike_batches_holds_the_true_rate() -> None:
+    draw, shapes, held = random.Random(1), [0, 1, 2, 3, 3], 0
+    true_s = [1.0, 2.0, 4.0, 3.0, 3.0]
+    for _ in range(300):
+        times = [seconds * draw.lognormvariate(0, 0.05) for seconds in true_s * 3]
+        rate = rate_of(times, 1, shapes)
+        held += rate.low <= 5 / sum(true_s) <= rate.high
+    assert held >= 0.93 * 300
 
 
 # ---------------------------------------------------------------- reading

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,14 @@ from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.options import FidelityOptions, SweepOptions
 from colqwen_lab.records import published_cells, read_cells, write_cells
 from colqwen_lab.runtime.batches import Pages
-from colqwen_lab.settings import cache_folder, in_use, outputs_folder, writable_folder, write_file
+from colqwen_lab.settings import (
+    cache_folder,
+    in_use,
+    locked,
+    outputs_folder,
+    writable_folder,
+    write_file,
+)
 from tests.measure.sweeps import run
 
 ODD = ["x" * 5000, f"/{'x' * 5000}/x", "\0", "\ud800"]
@@ -210,3 +218,41 @@ def test_a_mistyped_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_folder_named_as_a_variant_is_another_model(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     assert resolve_variant(str(tmp_path / name)).name == f"./{name}"
+
+
+def test_without_locks_it_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    says = r"^the file system of .*rows has no locks; run one"
+    with pytest.warns(UserWarning, match=says), locked(tmp_path / "rows"):
+        pass
+
+
+def test_a_lock_is_waited_for_and_does_not_stay(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise BadInput("in use; wait for it")
+
+    with locked(tmp_path / "rows"):
+        assert [path.name for path in tmp_path.iterdir()] == ["rows.lock"]
+        with pytest.raises(BadInput, match="in use"), locked(tmp_path / "rows", stop):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_cannot_be_opened_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.lock").mkdir()
+    says = r"rows\.lock must be a regular file"
+    with pytest.raises(BadInput, match=says), locked(tmp_path / "rows"):
+        pass
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLQWEN_LAB_CACHE", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: f"~/.cache/{name}")
+    assert cache_folder() == Path(tempfile.gettempdir()) / f"colqwen-lab-{os.getuid()}"

@@ -169,7 +169,7 @@ def _twins(results: Results) -> dict[str, Pair]:
     for series in results.series():
         again = []
         for cell in filter(lambda cell: cell.control_s, series.cells):
-            second = {"items_per_s": rate_of(cell.control_s, cell.batch_size)}
+            second = {"items_per_s": rate_of(cell.control_s, cell.batch_size, cell.workload.shapes)}
             again.append(cell.model_copy(update=second | {"step_s": cell.control_s}))
         if again:
             pairs[_name(series)] = series, Series(series.label, tuple(again))

@@ -11,7 +11,7 @@ from scipy.stats import bootstrap
 
 from colqwen_lab.analysis.render import interval, span
 from colqwen_lab.analysis.table import Pair, Series, peak, rate, value
-from colqwen_lab.records import Cell
+from colqwen_lab.records import Cell, alike
 
 #: Smaller differences in speed do not count, in percent: MLPerf's audit uses the same line.
 SAME_PERCENT = 2.0
@@ -75,7 +75,7 @@ def speed_ratio(base: Cell, other: Cell) -> Speed:
 
 def _interval(base: Cell, other: Cell) -> tuple[float | None, float | None]:
     """The 95 % bootstrap interval in percent of the ratio of median step times."""
-    samples = (base.step_s, other.step_s)
+    samples = tuple(alike(cell.step_s, cell.workload.shapes) for cell in (base, other))
     if min(map(len, samples)) < FEWEST_SAMPLES:
         return None, None
 

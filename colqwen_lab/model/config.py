@@ -18,6 +18,16 @@ from colqwen_lab.settings import DATA
 
 EMBED_DIM = 320
 SIZES: dict[str, dict[str, Any]] = json.loads((DATA / "sizes.json").read_bytes())
+# What the network reads of a config.json by part, beside what it and the inputs cannot vary.
+READ = {
+    "text_config": {*SIZES["4b"]["text_config"], "rms_norm_eps", "rope_theta", "rope_scaling"},
+    "vision_config": {*SIZES["4b"]["vision_config"]},
+}
+FIXED: dict[str, dict[str, Any]] = {
+    "text_config": {"hidden_act": "silu", "attention_bias": False},
+    "vision_config": {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "patch_size": 16}
+    | {"temporal_patch_size": 2, "spatial_merge_size": 2},
+}
 # The integer weight-only presets of AutoRound that its GPTQ packing holds.
 SCHEMES = tuple(f"W{bits}A16{group}" for bits in (2, 3, 4, 8) for group in ("", "G64", "G32"))
 

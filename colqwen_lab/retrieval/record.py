@@ -49,8 +49,9 @@ class Fidelity(Row):
 
     `values` holds one figure per query for each metric, in the order of `query_ids`. `top` holds
     the best page ids of each query. `iters` are the tuning steps of a variant quantised for this
-    run. `skipped` counts unreadable pages. `page_step_s` are the times of forwards over
-    `page_batch` pages, without the first; variants are not interleaved.
+    run. `skipped` counts unreadable pages. `cut` counts texts of more than 2048 tokens, which lost
+    their end; in an earlier record it is None, and they lost their beginning. `page_step_s` are the
+    times of forwards over `page_batch` pages, without the first; variants are not interleaved.
     """
 
     kind: Literal["fidelity"] = "fidelity"
@@ -61,6 +62,7 @@ class Fidelity(Row):
     data: Text
     pages: Positive
     skipped: Count = renamed(0, "skipped", "refused")
+    cut: Count | None = None
     visual_tokens: int
     backend: Backend
     weights_bytes: Positive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import statistics
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from colqwen_lab.errors import BadInput, MissingRequirement, ambiguous, one_of
 from colqwen_lab.model import synthetic
+from colqwen_lab.model.decode import MOST_TIMES
 from colqwen_lab.model.inputs import (
-    MOST_TIMES,
     QUERY_SUFFIX_TOKENS,
     QWEN_PAD_ID,
     batch_of,
@@ -96,10 +97,22 @@ def query_batches(
 
 
 def _lengths(inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """The longest batch's tokens, and the share of all tokens that is padding."""
+    """The longest batch's tokens, the share of all tokens that is padding, and the shapes."""
     masks = [batch["attention_mask"] for batch in inputs]
     padded = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    return {"tokens": max(mask.shape[1] for mask in masks), "padded_share": round(padded, 6)}
+    numbers: dict[Any, int] = {}
+    return {
+        "tokens": max(mask.shape[1] for mask in masks),
+        "padded_share": round(padded, 6),
+        "shapes": [numbers.setdefault(_shape(batch), len(numbers)) for batch in inputs],
+    }
+
+
+def _shape(batch: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What the cost of a batch depends on: rows, tokens, whether any is padding, the images."""
+    images = batch["image_grid_thw"].tolist() if "image_grid_thw" in batch else []
+    padded = not batch["attention_mask"].all()
+    return (batch["input_ids"].shape, padded, *sorted(map(tuple, images)))
 
 
 def _random_queries(vocabulary: int, count: int) -> list[list[int]]:
@@ -171,7 +184,8 @@ class Pages:
     ) -> Batches:
         """Full, left-padded batches of all files, or of max(`samples`, 2 x batch) synthetic pages.
 
-        At most 64 pages are distinct. They repeat to fill the last batch, and at least two batches.
+        At most 64 pages are distinct. They repeat to fill the last batch, and at least two batches;
+        of few files each is embedded equally often.
 
         Raises:
             BadInput: no file could be read.
@@ -180,10 +194,13 @@ class Pages:
         wanted = MAX_DISTINCT if self.files else min(count, MAX_DISTINCT)
         self._prepare(wanted, config)
         distinct = self._patches[:wanted]
-        pages = itertools.cycle(distinct)
+        pages, whole = itertools.cycle(distinct), math.lcm(len(distinct), batch_size)
+        if not self.files or whole > MAX_DISTINCT:
+            whole = batch_size
+        count = math.ceil(max(count, len(distinct)) / whole) * whole
         inputs = [
             batch_of(list(itertools.islice(pages, batch_size)), tokenizer, config, device)
-            for _ in range(0, max(count, len(distinct)), batch_size)
+            for _ in range(0, count, batch_size)
         ]
         tokens = [int(mask.sum()) for batch in inputs for mask in batch["attention_mask"]]
         page_tokens = statistics.fmean(tokens[: len(distinct)])
@@ -195,7 +212,7 @@ class Pages:
             distinct=len(distinct),
             skipped=len(self.skipped),
             index_bytes=round(page_tokens * config.embed_dim * INDEX_VALUE_BYTES),
-            preprocess_s=statistics.median(self._seconds[1:] or self._seconds),
+            preprocess_s=statistics.fmean(self._seconds[1:] or self._seconds),
             **_lengths(inputs),
         )
         return Batches(inputs, workload, tuple(self.skipped))

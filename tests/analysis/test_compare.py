@@ -401,6 +401,19 @@ def test_thousands_of_series_take_moments_and_say_what_is_left() -> None:
         results.plot()
 
 
+def test_unlike_batches_are_compared_by_the_time_of_the_whole_set() -> None:
+    """awq takes half the time on two small batches and twice the time on the large one."""
+    work = Workload(kind="pages", batch_size=1, shapes=[0, 0, 1])
+    cells = [
+        cell(variant, 1, workload=work, step_s=steps, items_per_s=rate_of(steps, 1, work.shapes))
+        for variant, steps in (("base", [1.0, 1.01, 10.0] * 6), ("awq", [0.5, 0.51, 20.0] * 6))
+    ]
+    (row,) = versus(*([one] for one in cells)).speeds
+    assert row.percent == pytest.approx(100 * (12.01 / 21.01 - 1), abs=0.1)
+    assert row.low <= row.percent <= row.high
+    assert row.verdict == "slower"
+
+
 @pytest.mark.parametrize("side", ["base", "awq"])
 def test_a_disturbed_cell_gives_no_verdict(side: str) -> None:
     note = "other processes took 40% of the CPU"

@@ -113,6 +113,18 @@ def test_texts_are_many_and_distinct() -> None:
         queries("own", 1)
 
 
+def test_a_long_text_loses_its_end_and_keeps_the_suffix() -> None:
+    (whole,) = encode_queries(TOKENIZER, ["wheat prices rose in June and July"])
+    (cut,) = encode_queries(TOKENIZER, ["wheat prices rose in June and July"], 15)
+    assert cut == whole[:5] + whole[-QUERY_SUFFIX_TOKENS:]
+    assert encode_queries(TOKENIZER, ["wheat"], 2048) == encode_queries(TOKENIZER, ["wheat"])
+
+
+def test_a_lone_surrogate_is_one_line() -> None:
+    with pytest.raises(BadInput, match=r"without lone surrogates, got 'a\\ud800'"):
+        encode_queries(TOKENIZER, ["fine", "a\ud800"])
+
+
 def test_a_foreign_tokenizer_is_an_error(tmp_path: Path) -> None:
     bad = tmp_path / "tokenizer.json"
     bad.write_text("{}")

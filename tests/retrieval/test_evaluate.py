@@ -97,7 +97,8 @@ def test_the_default_file_is_named_after_models_size_and_data(
     assert path.name == f"fidelity-{folder.name}-tiny-..-{texts.parent.name}-beir.jsonl"
     assert read(path) == records
     assert corpus.query_ids == ["q0"]
-    assert lines[0].startswith("base tiny: nDCG@5 ")
+    assert "no page here answers 10 queries, such as 'q2'; dropped" in lines[0]
+    assert lines[1].startswith("base tiny: nDCG@5 ")
 
 
 def test_values_compare_the_scores_with_base_s(
@@ -136,6 +137,27 @@ def test_texts_and_images_of_a_batch_keep_their_order(tiny: Loaded) -> None:
     assert len(embeddings) == 4
     for ours, theirs in zip(embeddings, alone, strict=True):
         torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+
+
+def test_a_long_text_loses_its_end_and_is_counted(
+    tiny: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = (
+        "wheat prices rose",
+        "wheat prices rose in the month of June, and in July they fell",
+    )
+    corpus = Corpus("texts", [short, long], str, ["q"], [long], {"q": {short: 1}})
+    assert record_of(tiny, corpus, 64, None, variant="base", size="tiny")[0].cut == 0
+    monkeypatch.setattr(evaluate, "TEXT_TOKENS", 20)
+    record, base = record_of(tiny, corpus, 64, None, variant="base", size="tiny")
+    assert record.cut == 2, "a page and a query"
+    assert Fidelity.model_validate_json(record.to_line()) == record
+    assert len(base.pages[1]) == len(base.queries[0]) == 20
+    ids, suffix = evaluate.query_inputs(tiny, [long])["input_ids"][0].tolist(), [0] * 10
+    monkeypatch.setattr(evaluate, "TEXT_TOKENS", 2048)
+    assert ids == evaluate.query_inputs(tiny, [long])["input_ids"][0].tolist()[:10] + suffix
+    monkeypatch.setattr(evaluate, "TEXT_CHARACTERS", 20)
+    assert record_of(tiny, corpus, 64, None, variant="base", size="tiny")[0].cut == 2
 
 
 def test_images_among_texts_and_a_broken_image(texts: Path, tmp_path: Path, packed: Any) -> None:
