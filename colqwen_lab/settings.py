@@ -82,6 +82,8 @@ def regular_file(path: str | Path, like: str = "") -> Path:
 
     Raises BadInput for a device, pipe or folder, and for a file of another kind.
     """
+    if str(path) == "-":
+        raise BadInput("- must be the name of a file; `compare --markdown -` alone means stdout")
     try:
         mode, head = os.stat(path).st_mode, b""
         if like and stat.S_ISREG(mode):

@@ -493,8 +493,10 @@ def changed(folder: Path, **changes: Any) -> Path:
 def test_a_median_against_its_samples_is_noticed(tmp_path: Path) -> None:
     samples = json.loads(measured().to_line())["step_s"]
     tripled = rate_of([step / 3 for step in samples], 8).model_dump()
-    with pytest.raises(BadInput, match=r"line 1 .* items_per_s must lie within those of step_s"):
+    with pytest.raises(BadInput, match=r"line 1 .* items_per_s must have the median of step_s"):
         read_cells(changed(tmp_path, items_per_s=tripled))
+    with pytest.raises(BadInput, match=r"must have the median of step_s, 727\.273, got 720"):
+        read_cells(changed(tmp_path, items_per_s={"median": 720.0}))
     with pytest.raises(BadInput, match="median 9 must lie within its interval"):
         read_cells(changed(tmp_path, items_per_s={"median": 9, "low": 10, "high": 11}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from colqwen_lab.errors import BadInput, LabError, MissingRequirement
 from colqwen_lab.measure import sweep
 from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.options import FidelityOptions, SweepOptions
-from colqwen_lab.records import published_cells, write_cells
+from colqwen_lab.records import published_cells, read_cells, write_cells
 from colqwen_lab.runtime.batches import Pages
 from colqwen_lab.settings import (
     cache_folder,
@@ -29,6 +30,7 @@ from colqwen_lab.settings import (
     writable_folder,
     write_file,
 )
+from tests.measure.sweeps import run
 
 ODD = ["x" * 5000, f"/{'x' * 5000}/x", "\0", "\ud800"]
 
@@ -146,6 +148,21 @@ def test_the_mark_of_a_sweep_counts_what_the_file_holds(tmp_path: Path) -> None:
     with pytest.raises(MissingRequirement, match=rf"{len(cells) - 4} of {len(cells)} cells are no"):
         sweep.finish(path, cells, {}, 1, {})
     assert not (tmp_path / "rows.result.json").exists()
+
+
+def test_a_file_deleted_in_the_middle_of_a_sweep_is_whole_at_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def delete(line: str) -> None:
+        if line.startswith("base eager/lean/auto batch 2: "):
+            path.unlink()
+
+    cells = run(path, progress=delete)
+    assert read_cells(path) == cells
+    assert json.loads((tmp_path / "rows.result.json").read_text())["cells"] == len(cells) == 3
+    path.unlink()
+    with pytest.raises(MissingRequirement, match="3 of 3 cells are no longer in"):
+        run(path, progress=lambda line: delete(line.replace("batch 4", "batch 2")))
 
 
 # ---------------------------------------------------------------- words and names of files

@@ -186,6 +186,42 @@ def test_control_characters_are_dropped_and_the_lab_s_own_words_are_left() -> No
     assert escape(plain) == plain
 
 
+HOSTILE = "\x1b[2J\u202e$x$ \\(y\\) [a](https://evil.com) www.evil.com eve@evil.com <b>z</b>\u061c"
+
+
+def test_what_a_record_says_stays_text_in_every_output(tmp_path: Path) -> None:
+    """No formula, link, element, control or bidirectional character."""
+    lines = []
+    for cell in published_cells():
+        row = json.loads(cell.to_line())
+        for part in (row, row["environment"], row["backend"], row["workload"]):
+            free = part.keys() & {"variant", "weights", "gpu", "cuda", "dtype", "texts", "source"}
+            part |= {name: f"{part[name]}{HOSTILE}" for name in free}
+        row |= {"interference": [HOSTILE], "reason": HOSTILE}
+        row["backend"]["engaged"] = {HOSTILE: 3}
+        lines.append(json.dumps(row))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    results = Results.load(tmp_path / "rows.jsonl")
+    first, second = results.variants
+    comparison = compare(results[first], results[second])
+    tables = [results.table(), results.to_frame(), comparison.speed_table()]
+    tables += [comparison.card_table(), comparison.place_table()]
+    texts = [repr(results), repr(comparison), comparison.markdown(), comparison.verdict()]
+    texts += [results._repr_html_(), comparison._repr_html_(), *map(str, tables)]
+    for text in [*texts, json.dumps(comparison.to_dict(), ensure_ascii=False)]:
+        assert not {one for one in text if not (one.isprintable() or one == "\n")}
+    pages = [results._repr_html_(), comparison._repr_html_(), markdown2html(comparison.markdown())]
+    for page in pages:
+        page = re.sub(r'<a class="anchor-link"[^>]*>', "", page)  # of a heading to itself
+        assert not re.search(r"<(a|b)[ >]", page)
+        assert "evil" in page
+        shown = html.unescape(re.sub(r"<(/?\w+)[^>]*>", r"<\1>", page))
+        assert not re.search(r"[$\\](?!</span>)", shown)
+    for table in tables:
+        assert "mathjax_ignore" in table._repr_html_()
+        assert "<a " not in table._repr_html_()
+
+
 def test_notebooks_escape_what_a_record_says() -> None:
     """Their Markdown is made of the lab's words, figures and what goes through `lab.escape`."""
     sources = [

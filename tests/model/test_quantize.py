@@ -196,6 +196,8 @@ def test_bad_request(tmp_path: Path, packed: Callable[[str], Path]) -> None:
     empty.write_text("\n")
     with pytest.raises(BadInput, match="must hold one text a line, got none"):
         quantize.calibration_file(str(empty))
+    empty.write_bytes("\ufeffa text\r\n\r\nanother\r\n".encode())
+    assert quantize.calibration_file(str(empty)) == ["a text", "another"]
 
 
 @pytest.mark.parametrize("replace", [False, True])
