@@ -269,8 +269,7 @@ def band(axes: Axes, margin: float, label: str) -> None:
 def _framed(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
     if len(series) > MOST_SERIES:
         raise BadInput(
-            f"a figure shows at most {MOST_SERIES} series, got {len(series)}; narrow them with "
-            ".select(...)"
+            f"a figure shows at most {MOST_SERIES} series, got {len(series)}; narrow the records"
         )
     cells = [cell for line in series for cell in line.cells]
     figure, axes = framed(title, subtitle(cells))
