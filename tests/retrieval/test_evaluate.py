@@ -255,6 +255,13 @@ def test_schemes_quantised_here_come_plain_too() -> None:
     assert chosen("4b", model="awq") == [("base", None), ("awq", None)]
 
 
+def test_a_folder_named_base_is_compared_with_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    base, other = evaluate.subjects(options(model=str(tmp_path / "base")), "tiny")
+    assert (base[0].name, base[0].folder) == ("base", None)
+    assert (other[0].name, other[0].folder) == ("./base", tmp_path / "base")
+
+
 def test_two_bits_are_worse_than_four_and_eight_equal_base(tmp_path: Path) -> None:
     """Plain rounding of the trained tiny model, on all held-out pages and queries."""
     records = run(tmp_path / "rows.jsonl", model="W8A16,W4A16,W2A16", iters=0)
