@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
-from io import BytesIO
+from io import BytesIO, FileIO
 from itertools import count
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -208,7 +208,7 @@ def _frame(source: Source, number: int) -> Image.Image:
 
 
 def _pdf_pages(path: str) -> list[Callable[[], Image.Image]]:
-    document = pypdfium2.PdfDocument(path)
+    document = pypdfium2.PdfDocument(FileIO(path), autoclose=True)  # names need not be UTF-8
     if document.get_formtype() == pypdfium2.raw.FORMTYPE_XFA_FULL:
         raise ValueError("its pages are an XFA form, which only some PDF readers draw")
     document.init_forms()
