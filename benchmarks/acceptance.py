@@ -38,7 +38,7 @@ BUDGET_S = 525
 CPU_TIMES = 4
 # A cell that no device here can hold: its batch size, and the virtual memory of a CPU's process.
 TOO_LARGE = {"cuda": 65536, "cpu": 8192}
-CPU_BYTES = 2500 * 2**20
+CPU_BYTES = 1700 * 2**20
 LARGEST_ERROR_PERCENT = 1.0
 
 
@@ -223,9 +223,11 @@ def sweep(run: Run, workload: str, command: Command) -> str:
     queries = workload == "queries"
     batches = {"queries": "1,64", "pages": "1,4"}[workload] if run.cuda else "1,2"
     values = {"model": f"{run.base},{run.awq}", "workload": workload, "batch_sizes": batches}
-    values |= {"output": records, "max_s": 1} | (
-        {"configuration": "report,best"} if queries else {}
-    )
+    values |= {"output": records}
+    if queries:
+        values["configuration"] = "report,best"
+    elif not run.cuda:  # AutoRound's own choice on a CPU is not modelled
+        values |= {"kernel": "torch", "visual_tokens": 128}
     parameters = [part for name, value in values.items() for part in ("-p", name, value)]
     book = run.out / f"sweep-{workload}.ipynb"
     papermill = [sys.executable, "-m", "papermill", "notebooks/sweep.ipynb", book]
@@ -387,7 +389,14 @@ def write_tokenizer(path: Path, checkpoint: Any) -> None:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from colqwen_lab.model.inputs import CALIBRATION_TEXTS, NATURAL_QUERIES, QWEN_PAD_ID, queries
+    from colqwen_lab.model.inputs import (
+        CALIBRATION_TEXTS,
+        NATURAL_QUERIES,
+        QWEN_PAD_ID,
+        TINY_TOKENIZER,
+        queries,
+        read_tokenizer,
+    )
 
     if checkpoint.tokenizer is not None:
         checkpoint.tokenizer.save(str(path))
@@ -395,7 +404,7 @@ def write_tokenizer(path: Path, checkpoint: Any) -> None:
     special = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end "
     special += "quad_start quad_end vision_start vision_end vision_pad image_pad video_pad"
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = read_tokenizer(TINY_TOKENIZER).pre_tokenizer  # Qwen's
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)

@@ -253,6 +253,10 @@ def test_a_lock_that_cannot_be_opened_is_an_error(
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLQWEN_LAB_CACHE", raising=False)
-    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: f"~/.cache/{name}")
+    def unknown(*_: object) -> None:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    for name in ("COLQWEN_LAB_CACHE", "HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
     assert cache_folder() == Path(tempfile.gettempdir()) / f"colqwen-lab-{os.getuid()}"
