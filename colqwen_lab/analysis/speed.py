@@ -88,11 +88,11 @@ def _interval(base: Cell, other: Cell) -> tuple[float | None, float | None]:
     if max(map(len, samples)) > MOST_SAMPLES:
         # A resample would take gigabytes; the rank of its median has a beta distribution.
         rng, halves = np.random.default_rng(SEED), [(len(each) + 1) / 2 for each in samples]
-        medians = [
+        ours, theirs = (
             np.quantile(each, rng.beta(half, half, RESAMPLES))[:, None]
             for each, half in zip(samples, halves, strict=True)
-        ]
-        low, high = np.percentile(percent(medians[0], medians[1], 1), [2.5, 97.5])
+        )
+        low, high = np.percentile(percent(ours, theirs, axis=1), [2.5, 97.5])
         return float(low), float(high)
     result = bootstrap(samples, percent, n_resamples=RESAMPLES, method="percentile", rng=SEED)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)

@@ -28,6 +28,7 @@ PATHS = COLUMNS["path"].dropna().to_dict()
 ROLES = COLUMNS.groupby("role").groups
 SETTINGS = [*ROLES["setting"]]  # cells of a series share them
 STATUSES = ("ok", "oom", "failed")
+MOST_SERIES = 200
 LABELS = {"visual_tokens": "{} visual tokens", "card": "{} cap"}
 
 
@@ -227,6 +228,14 @@ class Results:
 
     def _repr_html_(self) -> str:
         return f"<p>{render.as_html(conditions(self.cells))}</p>" + render.html(self.table())
+
+
+def few(series: Sequence[Series]) -> Sequence[Series]:
+    """`series`; BadInput for more than a picture can hold, or than can be told apart in pairs."""
+    if len(series) > MOST_SERIES:
+        most = f"at most {MOST_SERIES} series are shown at once, got {len(series)}"
+        raise BadInput(f"{most}; narrow them with .select(...)")
+    return series
 
 
 def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colqwen_lab.analysis import speed
+from colqwen_lab.analysis import ablation, speed
 from colqwen_lab.analysis.budget import card_fits
 from colqwen_lab.analysis.compare import Comparison, compare
 from colqwen_lab.analysis.table import Results
@@ -381,7 +381,7 @@ def test_a_million_samples_are_compared() -> None:
     assert row.high - row.low < 1
 
 
-def test_thousands_of_series_take_moments_and_say_what_is_left() -> None:
+def test_thousands_of_series_take_moments_and_say_what_is_left(tmp_path: Path) -> None:
     cells = [
         cell(variant, batch, size=f"size {number}")
         for number in range(1000)
@@ -395,8 +395,10 @@ def test_thousands_of_series_take_moments_and_say_what_is_left() -> None:
     assert time.process_time() - start < 3
     assert len(comparison.places) == 50
     assert comparison.skipped == ("950 of 1000 places are not compared; narrow the records.",)
-    with pytest.raises(BadInput, match="a figure shows at most 200 series, got 2000"):
+    with pytest.raises(BadInput, match="at most 200 series are shown at once, got 2000"):
         results.plot()
+    with pytest.raises(BadInput, match="at most 200 series are shown at once, got 2000"):
+        ablation.load(str(results.save(tmp_path / "rows.jsonl")))
 
 
 def test_unlike_batches_are_compared_by_the_time_of_the_whole_set() -> None:
