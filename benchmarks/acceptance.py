@@ -388,7 +388,14 @@ def write_tokenizer(path: Path, checkpoint: Any) -> None:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from colqwen_lab.model.inputs import CALIBRATION_TEXTS, NATURAL_QUERIES, QWEN_PAD_ID, queries
+    from colqwen_lab.model.inputs import (
+        CALIBRATION_TEXTS,
+        NATURAL_QUERIES,
+        QWEN_PAD_ID,
+        TINY_TOKENIZER,
+        queries,
+        read_tokenizer,
+    )
 
     if checkpoint.tokenizer is not None:
         checkpoint.tokenizer.save(str(path))
@@ -396,7 +403,7 @@ def write_tokenizer(path: Path, checkpoint: Any) -> None:
     special = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end "
     special += "quad_start quad_end vision_start vision_end vision_pad image_pad video_pad"
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = read_tokenizer(TINY_TOKENIZER).pre_tokenizer  # Qwen's
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)

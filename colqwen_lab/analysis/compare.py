@@ -156,8 +156,8 @@ class Comparison:
         names |= {"items_per_s": unit(self.base.first), "peak_bytes": "peak MiB"}
         names |= {"headroom_bytes": "headroom MiB", "note": "note"}
         table = self.cards.reindex(columns=[*names])
-        scales = {"items_per_s": 1, "peak_bytes": MIB, "headroom_bytes": MIB}
-        figures = table[[*scales]].astype(float).div(pd.Series(scales)).map(rounded, "ignore")
+        forms = {"items_per_s": rounded, "peak_bytes": in_mib, "headroom_bytes": in_mib}
+        figures = {n: table[n].astype(float).map(form, "ignore") for n, form in forms.items()}
         return render.screen(table.assign(**figures).rename(columns=names))
 
     def side_by_side(self) -> pd.DataFrame:
@@ -209,13 +209,17 @@ class Comparison:
 
     @property
     def _crossover_sentence(self) -> str:
-        base, awq = self.base.label, self.awq.label
+        base, awq, steps = self.base.label, self.awq.label, self.budgets
+        if reasons := [step.speed.reason for step in steps if step.speed and step.speed.reason]:
+            return f"No verdict on a crossover: {reasons[0]}."
         if start := self.crossover:
             free = f"with {start['need_bytes'] / GIB:.1f} GiB or more free"
             rates = f"The median rate of {base} is at least that of {awq}"
             return f"{rates} {free}, each at its largest batch."
-        higher = f"{awq} has the higher median rate where every row fits"
-        return f"No crossover: {self.no_budgets or higher}."
+        faster = f"{awq} is faster where every row fits"
+        if steps and steps[-1].outcome == "inconclusive":
+            faster = "no significant difference where every row fits"
+        return f"No crossover: {self.no_budgets or faster}."
 
     def verdict(self) -> str:
         """Memory, speed at the same batch, and the crossover, in a few sentences a place."""
@@ -247,8 +251,12 @@ class Comparison:
                 disturbed,
                 f"{disturbed} of {len(cells)} cells were disturbed: no verdict on their speed.",
             ),
-            (few, f"Some rows have no error bars: they kept fewer than {FEWEST_SAMPLES} samples."),
+            (few, f"Some rates have no interval: fewer than {FEWEST_SAMPLES} samples."),
             (len(methods) > 1, "Peaks come from tracked tensors and from the CUDA allocator."),
+            (
+                not on_cpu and None in {cell.memory.device_bytes for cell in cells if cell.memory},
+                "Memory outside torch was not measured: 200 to 700 MB are assumed in what fits.",
+            ),
             (on_cpu, "Some rates come from a CPU and say nothing about a GPU."),
             (
                 apart,

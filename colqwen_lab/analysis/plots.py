@@ -116,7 +116,7 @@ def memory(series: Sequence[Series], cards: Iterable[str | float] = ()) -> Figur
     """Peak memory in MiB by batch size, with a line at the memory of each card.
 
     `cards` are GB or GPU names, by default the usual sizes. Those more than 20 times above the
-    largest peak are left out: they would flatten the lines.
+    largest peak are skipped: they would flatten the lines.
     """
     figure, axes = _by_batch(series, "Peak memory by batch size", _peak)
     top = 20 * axes.dataLim.ymax

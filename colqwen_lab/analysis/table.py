@@ -45,7 +45,10 @@ def on_screen(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     columns = {}
     for name, header, factor in COLUMNS.loc[[*names], ["screen", "factor"]].itertuples():
         raw = table[name]
-        columns[header] = raw if pd.isna(factor) else (raw * factor).map(render.rounded)
+        if header.endswith("MiB"):
+            columns[header] = raw.astype(float).map(render.in_mib, "ignore")
+        else:
+            columns[header] = raw if pd.isna(factor) else (raw * factor).map(render.rounded)
     return render.screen(columns)
 
 
@@ -109,7 +112,7 @@ class Series:
             **{name: value(self.first, name) for name in SETTINGS},
             "kernels_used": sorted({name for cell in self.cells for name in cell.backend.engaged}),
             "batch_sizes": [cell.batch_size for cell in self.cells],
-            "disturbed": [cell.batch_size for cell in self.cells if cell.interference],
+            "disturbed": [cell.batch_size for cell in self.cells if cell.disturbed],
             "not_ok": [
                 {name: value(cell, name) for name in ("batch_size", "status", "reason")}
                 for cell in self.failed

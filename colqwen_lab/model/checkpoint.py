@@ -154,18 +154,32 @@ def read_config(values: Json) -> ColQwen3Config:
             if own.get(name, value) != value:
                 raise ValueError(f"{part}.{name} must be {value!r}, got {own[name]!r:.100}")
         kept[part] = {name: value for name, value in own.items() if name in READ[part]}
+    kept["text_config"]["rope_parameters"] = _rotary(values.get("text_config") or {})
     config = ColQwen3Config(**kept)
-    text, rope = config.text_config, config.text_config.rope_parameters
-    sections = rope.get("mrope_section", [])
-    whole = len(sections) == 3 and all(type(one) is int and one >= 0 for one in sections)
-    known = rope["rope_type"] == "default" and rope.get("mrope_interleaved", True)
-    if not (known and whole and 2 * sum(sections) == text.head_dim and rope["rope_theta"] > 0):
-        needs = f"default and interleaved, with three sections of {text.head_dim / 2:g} in all"
-        raise ValueError(f"text_config.rope_parameters must be {needs}, got {rope!r:.100}")
+    text = config.text_config
     for name in SPECIAL_TOKENS.values():
         if not 0 <= getattr(config, name) < text.vocab_size:
             raise ValueError(f"{name} must be below {text.vocab_size}, got {getattr(config, name)}")
     return config
+
+
+def _rotary(text: Json) -> Json:
+    """The rotary parameters, from either of their places. Raises ValueError on other kinds."""
+    values = {"rope_theta": text.get("rope_theta")} | (text.get("rope_scaling") or {})
+    values |= text.get("rope_parameters") or {}
+    theta, sections = values["rope_theta"], values.get("mrope_section")
+    kinds = {"rope_type": "default", "mrope_interleaved": True}
+    if (
+        any(values.get(name, kind) != kind for name, kind in kinds.items())
+        or values.get("type", "default") != "default"
+        or not (isinstance(theta, int | float) and theta > 0)
+        or not (isinstance(sections, list) and [*map(type, sections)] == [int] * 3)
+        or min(sections) < 0
+        or 2 * sum(sections) != text.get("head_dim")
+    ):
+        needs = "rope_type default, mrope_interleaved, a positive rope_theta, and an mrope_section"
+        raise ValueError(f"text_config must have {needs} that fits head_dim, got {values!r:.100}")
+    return kinds | {"rope_theta": theta, "mrope_section": sections}
 
 
 class FolderCheckpoint(Checkpoint):
@@ -321,9 +335,8 @@ def hub_folder(repository: Repository) -> Path:
             "" if revision == "main" else f" --revision {revision}",
         )
         reason = next(known, None) or (
-            f"{type(cause).__name__}: {cause!s:.100}; run `hf download {name}{pin}` with a "
-            "network, which keeps finished files, or use `--weights random` to measure speed "
-            "and memory"
+            f"{type(cause).__name__}: {cause!s:.100}; run `hf download {name}{pin}` with a network "
+            "(finished files are kept), or use `--weights random` to measure speed and memory"
         )
     raise MissingRequirement(f"cannot get {name}, revision {revision}, from the hub: {reason}")
 

@@ -87,6 +87,9 @@ class Decoder:
             self.close()
             space = f"needs more than {self.memory_bytes >> 20} MiB, or crashes its decoder"
             raise ValueError(f"it {f'takes over {self.page_s} s' if late else space}") from None
+        except BaseException:  # such as Ctrl-C: the next question must not get this answer
+            self.close()
+            raise
         if isinstance(answer, str):
             raise ValueError(answer)
         return answer
@@ -124,7 +127,8 @@ def serve(connection: Connection, memory_bytes: int, page_s: float) -> None:
     for limit, value in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(limit)[1]
         if hard == resource.RLIM_INFINITY or value < hard:
-            resource.setrlimit(limit, (value, hard))
+            with suppress(ValueError, OSError):  # macOS has no such limit
+                resource.setrlimit(limit, (value, hard))
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     with suppress(EOFError, OSError):  # the pipe is closed
         while True:

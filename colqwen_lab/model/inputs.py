@@ -82,20 +82,21 @@ def _parts(document: bytes) -> dict[str, Any]:
     The library panics or hangs at some others, so it must not see them.
     """
 
+    templates: list[list[dict[str, Any]]] = []
+
     def without_offsets(part: dict[str, Any]) -> dict[str, Any]:
+        templates.extend([part["single"]] if isinstance(part.get("single"), list) else [])
         return {key: value for key, value in part.items() if key != "trim_offsets"}
 
     values = json.loads(document, object_hook=without_offsets)
-    model, processor = values["model"], values.get("post_processor") or {}
-    templates = [part.get("single") for part in processor.get("processors", [processor])]
-    kept = [part for single in templates for part in single or () if "SpecialToken" not in part]
-    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    model, options = values["model"], ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    texts = [[part["Sequence"]["id"] for part in one if "Sequence" in part] for one in templates]
     return {
         "normalizer": (values.get("normalizer") or {}).get("type", "NFC"),
         "pre_tokenizer": values["pre_tokenizer"],
         "model": [model["type"], *(model.get(name) or None for name in options)],
-        "model.vocab": sorted(set(ByteLevel.alphabet()) - model["vocab"].keys()),
-        "post_processor": len(kept) != sum(single is not None for single in templates),
+        "list of bytes without a token": sorted({*ByteLevel.alphabet()} - model["vocab"].keys()),
+        "list of templates without the text": [one for one in texts if one != ["A"]],
     }
 
 

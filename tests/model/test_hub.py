@@ -95,7 +95,7 @@ def test_a_lost_connection_is_one_line_and_the_next_run_goes_on(download: Open, 
     reason = "RemoteProtocolError: peer closed connection"
     with pytest.raises(MissingRequirement, match=f"^cannot get {NAME}.*{reason}") as caught:
         download()
-    assert f"`hf download {NAME}` with a network, which keeps finished files" in str(caught.value)
+    assert f"`hf download {NAME}` with a network (finished files are kept)" in str(caught.value)
     assert loading.load(download(), CPU).weights == f"hub:{NAME}@{A}"
     assert hub.starts.count((SHARDS[1], 0)) == 1
 
