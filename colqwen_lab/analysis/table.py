@@ -234,7 +234,7 @@ def few(series: Sequence[Series]) -> Sequence[Series]:
     """`series`; BadInput for more than a picture can hold, or than can be told apart in pairs."""
     if len(series) > MOST_SERIES:
         most = f"at most {MOST_SERIES} series are shown at once, got {len(series)}"
-        raise BadInput(f"{most}; narrow them with .select(...)")
+        raise BadInput(f"{most}; narrow the records")
     return series
 
 
