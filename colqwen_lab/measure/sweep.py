@@ -40,7 +40,7 @@ from colqwen_lab.runtime.batches import Batches, Pages, query_batches
 from colqwen_lab.settings import outputs_folder
 
 Progress = Callable[[str], None]
-MOST_S = 1e9  # a record holds no infinity
+MOST_S = 1e8  # a record holds no infinity
 STOPPED = {"count": "step limit", "time": "time limit"}
 
 
@@ -154,7 +154,10 @@ class Run:
             max_s=options.max_s,
         )
         rule = self.stopping
-        self.asked = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
+        self.asked: dict[str, Any] = {
+            "min_steps": rule.min_steps,
+            "max_s": min(rule.max_s, MOST_S),
+        }
         self.workers: dict[Configuration, Remote | Worker] = {}
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
