@@ -138,7 +138,7 @@ def doctor() -> None:
     "sweep -m base,awq -c report -c best --control",
 )
 def sweep(options: dict[str, Any]) -> None:
-    """Measure throughput and peak memory over batch sizes. Resumes its file."""
+    """Measure throughput and peak memory over batch sizes. Run again to resume."""
     results = lab.sweep(**options)
     _show(_tables(results.table()))
     if not any(cell.status == "ok" for cell in results):
@@ -164,19 +164,18 @@ def plan(options: dict[str, Any], as_json: bool) -> None:
     CompareOptions,
     "compare rows.jsonl --card 8 --markdown report.md",
     "compare published --json",
-    markdown=(Annotated[str, typer.Option(help="Write the report to this file.")], ""),
+    markdown=(Annotated[str, typer.Option(help="Write the report to this file; - is stdout.")], ""),
     as_json=JSON,
 )
 def compare(options: dict[str, Any], markdown: str, as_json: bool) -> None:
     """Compare the models of one or two records files. Needs no GPU."""
+    if markdown == "-" and as_json:
+        raise BadInput("give --markdown - or --json, not both: each is a document on stdout")
     comparison = lab.compare(**options)
-    if markdown:
-        try:
-            Path(markdown).write_text(comparison.markdown(), encoding="utf-8")
-        except OSError as error:
-            reason = f"cannot write {markdown}: {error.strerror}"
-            raise BadInput(f"{reason}; name a file in a folder you can write") from None
-        typer.echo(f"wrote {markdown}", err=True)
+    if markdown == "-":
+        _show(comparison.markdown())
+    elif markdown:
+        typer.echo(f"wrote {comparison.save(Path(markdown).expanduser())}", err=True)
     if as_json:
         typer.echo(json.dumps(comparison.to_dict(), indent=1))
     elif not markdown:

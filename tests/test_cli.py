@@ -72,6 +72,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("compare published published --card A100", "write one of A100 40GB, A100 80GB"),
         ("compare published published --card -8", "card must be memory in GB"),
         ("compare published published --markdown /proc/none/x.md", "cannot write"),
+        ("compare published published --markdown /dev/null", "got a device; name another"),
+        ("sweep -m base -b 1 -o /dev/null", "got a device; name another"),
+        ("sweep -m base -b 1 -o .", "got a folder; name another"),
+        ("compare /dev/zero published", "got a device; name another"),
         ("quantize --scheme W9A16", "unknown scheme 'W9A16'; valid: W2A16"),
         ("quantize --iters -1", "iters"),
     ],
@@ -167,6 +171,27 @@ def test_compare_published_is_the_report_s_table(
     assert round(rows[8]["saving_percent"], 1) == 59.4
     base_12 = [c for c in place["cards"] if c["card_gb"] == 12 and c["side"] == "base"]
     assert [(card["batch_size"], card["items_per_s"]) for card in base_12] == [(256, 966.0)]
+
+
+def test_markdown_to_stdout_and_over_its_own_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "compare", "published", "--markdown", "-") == 0
+    report = capsys.readouterr().out
+    assert report.startswith("## awq against base")
+    assert list(tmp_path.iterdir()) == []
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(published_cells()[0].to_line())
+    for _ in range(2):
+        assert run(monkeypatch, "compare", "published", "--markdown", "report.md") == 0
+    assert capsys.readouterr().err == "wrote report.md\n" * 2
+    assert f"{(tmp_path / 'report.md').read_text()}\n" == report
+    assert run(monkeypatch, "compare", "published", "--markdown", "rows.jsonl") == 2
+    assert "rows.jsonl holds content of another kind" in capsys.readouterr().err
+    assert rows.read_text() == published_cells()[0].to_line()
+    assert run(monkeypatch, "compare", "published", "--markdown", "-", "--json") == 2
+    assert "give --markdown - or --json, not both" in capsys.readouterr().err
 
 
 def test_one_file_of_two_models_is_enough(

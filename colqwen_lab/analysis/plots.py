@@ -24,11 +24,20 @@ from PIL import Image
 from colqwen_lab.analysis.compare import CARDS_GB, Comparison
 from colqwen_lab.analysis.plan import breakdown_table
 from colqwen_lab.analysis.speed import SAME_PERCENT, Speed, differences
-from colqwen_lab.analysis.table import Series, conditions, disturbed, limit_of, peak, rate, unit
+from colqwen_lab.analysis.table import (
+    Series,
+    conditions,
+    disturbed,
+    few,
+    limit_of,
+    peak,
+    rate,
+    unit,
+)
 from colqwen_lab.errors import BadInput
 from colqwen_lab.hardware import find_card
-from colqwen_lab.records import MIB, Cell, writing
-from colqwen_lab.settings import writable_folder
+from colqwen_lab.records import MIB, Cell
+from colqwen_lab.settings import writable_folder, write_file
 
 FIXED = {"base": ("#0072B2", "o"), "awq": ("#D55E00", "s")}
 FREE = (("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
@@ -46,6 +55,11 @@ PARTS = {
     "unexplained": "#882255",
     "other": "#999999",
 }
+# Format, how such a file begins, and options of savefig.
+FILES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("png", "\\W?PNG", {"dpi": 120}),
+    ("svg", r"<\?xml[^>]*>\s*<!DOCTYPE svg", {"metadata": {"Date": None}}),
+)
 THOUSANDS = StrMethodFormatter("{x:,g}")
 
 
@@ -110,7 +124,7 @@ def memory(series: Sequence[Series], cards: Iterable[str | float] = ()) -> Figur
     """Peak memory in MiB by batch size, with a line at the memory of each card.
 
     `cards` are GB or GPU names, by default the usual sizes. Those more than 20 times above the
-    largest peak are left out: they would flatten the lines.
+    largest peak are skipped: they would flatten the lines.
     """
     figure, axes = _by_batch(series, "Peak memory by batch size", _peak)
     top = 20 * axes.dataLim.ymax
@@ -189,13 +203,13 @@ def save(figure: Figure, stem: str, folder: str | Path) -> list[Path]:
 
     Equal figures make equal files.
     """
-    paths = [writable_folder(Path(folder)) / f"{stem}.{kind}" for kind in ("png", "svg")]
-    with (
-        writing(paths[0], BadInput, "name a folder you can write"),
-        matplotlib.rc_context({"svg.hashsalt": "colqwen-lab"}),
-    ):
-        figure.savefig(paths[0], dpi=120)
-        figure.savefig(paths[1], metadata={"Date": None})
+    paths = []
+    for kind, like, options in FILES:
+        content = BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "colqwen-lab"}):
+            figure.savefig(content, format=kind, **options)
+        path = writable_folder(Path(folder)) / f"{stem}.{kind}"
+        paths.append(write_file(path, content.getvalue(), like))
     return paths
 
 
@@ -261,7 +275,7 @@ def band(axes: Axes, margin: float, label: str) -> None:
 
 
 def _framed(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
-    cells = [cell for line in series for cell in line.cells]
+    cells = [cell for line in few(series) for cell in line.cells]
     figure, axes = framed(title, subtitle(cells))
     axes.set_ylabel(" and ".join(dict.fromkeys(map(unit, cells))))
     return figure, axes

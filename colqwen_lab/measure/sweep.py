@@ -37,9 +37,10 @@ from colqwen_lab.model.quantize import checkpoint_of
 from colqwen_lab.options import TEXTS, WORKLOADS, SweepOptions
 from colqwen_lab.records import RESUME, Cell, Configuration, RecordsFile
 from colqwen_lab.runtime.batches import Batches, Pages, query_batches
-from colqwen_lab.settings import outputs_folder
+from colqwen_lab.settings import outputs_folder, regular_file, write_file
 
 Progress = Callable[[str], None]
+MARK = r'\{\s*"complete":'  # how the mark of a sweep that ended begins
 MOST_S = 1e8  # a record holds no infinity
 STOPPED = {"count": "step limit", "time": "time limit"}
 
@@ -154,10 +155,7 @@ class Run:
             max_s=options.max_s,
         )
         rule = self.stopping
-        self.asked: dict[str, Any] = {
-            "min_steps": rule.min_steps,
-            "max_s": min(rule.max_s, MOST_S),
-        }
+        self.asked: dict[str, Any] = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
         self.workers: dict[Configuration, Remote | Worker] = {}
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
@@ -366,7 +364,8 @@ class Run:
                 interleaved_with=list(dict.fromkeys(other.variant for other in others)),
                 interleaved_configurations=list(map(str, others)),
                 clock=CLOCK,
-                **self.asked,
+                min_steps=self.asked["min_steps"],
+                max_s=self.asked["max_s"],
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
@@ -516,8 +515,8 @@ def spent(start: float, cells: Iterable[Cell]) -> dict[str, float]:
 
 def unmark(path: Path) -> None:
     """Remove the mark of an earlier sweep that ended."""
-    with records.writing(path), suppress(FileNotFoundError, NotADirectoryError):
-        records.beside(path, "result.json").unlink()
+    with records.writing(path):
+        regular_file(records.beside(path, "result.json"), MARK).unlink(missing_ok=True)
 
 
 def finish(
@@ -532,9 +531,13 @@ def finish(
         failed = f"{len(errors)} of {parts} sweeps failed, the rows of the others are on file"
         error = MissingRequirement(f"{failed}: {reasons}")
         raise error if parts > 1 else next(iter(errors.values()))
+    rows = records.read_cells(path) if path.exists() else []
+    held = {(row.key(), row.environment.identity()) for row in rows}
+    if lost := sum((cell.key(), cell.environment.identity()) not in held for cell in cells):
+        raise MissingRequirement(
+            f"{lost} of {len(cells)} cells are no longer in {path}; run the same command again"
+        )
     counts = {s: sum(cell.status == s for cell in cells) for s in ("ok", "oom", "failed")}
     result = {"complete": True, "records": path.name, "cells": len(cells), **counts, **times}
-    mark = records.beside(path, "result.json")
-    with records.writing(mark):
-        mark.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_file(records.beside(path, "result.json"), json.dumps(result, indent=1) + "\n", MARK)
     return cells

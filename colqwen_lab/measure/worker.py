@@ -32,11 +32,11 @@ from colqwen_lab.hardware import Card
 from colqwen_lab.measure.memory import free, measure, set_cap
 from colqwen_lab.measure.timing import Failure, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
-from colqwen_lab.model.loading import load
+from colqwen_lab.model.loading import hold_unused_head, load
 from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
 from colqwen_lab.runtime.batches import Batches
-from colqwen_lab.runtime.eager import Steps
-from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast
+from colqwen_lab.runtime.eager import PROTOCOLS, Steps
+from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast, page_shapes
 from colqwen_lab.signals import STOPPING, listen
 
 # The longest wait for an answer: a large model loads from a slow disk, or a forward compiles.
@@ -107,11 +107,14 @@ class Worker:
         self.inputs, self.steps = [], {}
         batches = self._batches(batch_size)
         self.inputs = batches.inputs
+        head = PROTOCOLS[protocol].unused_head
+        head_bytes = hold_unused_head(self.loaded, self.checkpoint, head)
         figures = []
         for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values():
             steps = self._steps(protocol)
             figures.append(measure(self.loaded, self._placed(batch), steps, alone))
         worst = max(figures, key=lambda memory: memory.peak_bytes)
+        worst = worst.model_copy(update={"unused_head_bytes": head_bytes})
         return worst, replace(batches, inputs=[])
 
     def step(self, protocol: str, control: bool, number: int, warm: bool = False) -> float:
@@ -139,7 +142,8 @@ class Worker:
             synchronise(self.device)
             times.append(time.perf_counter())
 
-        step, encoder = self._steps(protocol), self.loaded.model.vlm.model.visual
+        step, model = self._steps(protocol), self.loaded.model
+        encoder = model.fast.vision if hasattr(model, "fast") else model.vlm.model.visual
         with encoder.register_forward_pre_hook(note), encoder.register_forward_hook(note):
             for batch in map(self._placed, self.inputs):
                 for _ in range(STAGE_STEPS):
@@ -204,8 +208,15 @@ class Worker:
 
 def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
     """The rows (M) at which `fast` computes these batches."""
-    shapes = {batch["input_ids"].shape for batch in inputs}
-    return {batch_size * bucket(tokens) for batch_size, tokens in shapes}
+    rows = set()
+    for batch in inputs:
+        if "pixel_values" in batch:
+            parts = (batch[n] for n in ("attention_mask", "mm_token_type_ids", "image_grid_thw"))
+            rows |= {(last - first) * shape.tokens for shape, first, last in page_shapes(*parts)}
+        else:
+            batch_size, tokens = batch["input_ids"].shape
+            rows.add(batch_size * bucket(tokens))
+    return rows
 
 
 class Remote:

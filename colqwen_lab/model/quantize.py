@@ -37,9 +37,10 @@ from colqwen_lab.model.checkpoint import (
 from colqwen_lab.model.config import VARIANTS, Variant, scheme_parts
 from colqwen_lab.model.inputs import CALIBRATION_TEXTS, PAD, pad_id
 from colqwen_lab.model.network import is_text_linear
+from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.options import FORMATS
 from colqwen_lab.records import sync
-from colqwen_lab.settings import cache_folder, in_use, locked, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, locked, regular_file, writable_folder
 
 RECORD = "colqwen_lab.json"
 CPU = torch.device("cpu")
@@ -134,7 +135,7 @@ def _check_free(folder: Path, replace: bool) -> None:
 def calibration_file(path: str) -> list[str]:
     """The lines of a file of calibration texts. Raises BadInput if there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = regular_file(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise BadInput(f"calibration texts {path} cannot be read: {error}") from None
     if texts := [line for line in lines if line.strip()]:
@@ -208,8 +209,12 @@ def _restore_dtypes(folder: Path, before: Tensors) -> None:
 def _weight_errors(
     before: Tensors, result: FolderCheckpoint, device: torch.device
 ) -> dict[str, float]:
-    """The relative weight error of each text linear. Raises unless all else is unchanged."""
-    model, changed, errors = loading.load(result, device).model, [], {}
+    """The relative weight error of each text linear. Raises unless all else is unchanged.
+
+    Kernel torch dequantises weights of any shape, on any device.
+    """
+    model = loading.load(gptq_packed(result), device, kernel="torch").model
+    changed, errors = [], {}
     for name, tensor in before.items():
         layer = name.removesuffix(".weight")
         if name not in result.files:

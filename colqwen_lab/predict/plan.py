@@ -8,8 +8,8 @@ from typing import Any
 
 from colqwen_lab.errors import BadInput, LabError, one_of
 from colqwen_lab.hardware import Card, Fit, fit_of, need_bytes
-from colqwen_lab.model.checkpoint import FolderCheckpoint, is_symmetric
-from colqwen_lab.model.config import SIZES, Variant, resolve_variant, scheme_parts
+from colqwen_lab.model.checkpoint import FolderCheckpoint
+from colqwen_lab.model.config import SIZES, Variant, built_in, resolve_variant, scheme_parts
 from colqwen_lab.model.network import is_text_linear
 from colqwen_lab.options import VISUAL_TOKENS, WORKLOADS, PlanOptions
 from colqwen_lab.predict.kernels import recorded_kernel, recorded_prefetch
@@ -87,11 +87,7 @@ def network_of(variant: Variant, size: str) -> tuple[str, Quantization | None]:
         return size, None
     if any(is_text_linear(file.removesuffix(".weight")) for file in checkpoint.files):
         raise BadInput(f"{name} keeps some text linears at 16 bits; plan cannot predict that")
-    try:
-        bits, group_size, sym = packing["bits"], packing["group_size"], is_symmetric(packing)
-        return size, Quantization(bits=bits, group_size=group_size, sym=sym)
-    except (KeyError, ValueError):
-        raise BadInput(f"quantization_config of {name} must hold bits and group_size") from None
+    return size, Quantization(**{key: packing[key] for key in ("bits", "group_size", "sym")})
 
 
 def _named(cell: Cell, variant: str, gpu: str | None, **changes: Any) -> Cell:
@@ -186,7 +182,9 @@ def _prediction(cell: Cell) -> Cell | None:
     quantization = cell.quantization
     try:
         if quantization is None and kernel not in ("", "fp8"):  # an older record of packed weights
-            quantization = network_of(resolve_variant(cell.variant), cell.size)[1]
+            if (variant := built_in(cell.variant)) is None:
+                return None
+            quantization = network_of(variant, cell.size)[1]
         setup = Setup(
             size=cell.size,
             quantization=quantization,

@@ -17,13 +17,16 @@ Forward = Callable[[ColQwen3, dict[str, Tensor], bool], ColQwen3Output]
 
 
 class Protocol(NamedTuple):
-    """Whether the forward keeps a KV cache, and the last output is kept during the next step."""
+    """Whether the forward keeps a KV cache, the last output is kept during the next step, and the
+    untied language-model head, which nothing calls, is in memory.
+    """
 
     use_cache: bool
     keep_output: bool
+    unused_head: bool
 
 
-PROTOCOLS = {"lean": Protocol(False, False), "published": Protocol(True, True)}
+PROTOCOLS = {"lean": Protocol(False, False, False), "published": Protocol(True, True, True)}
 
 
 def eager(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:

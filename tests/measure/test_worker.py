@@ -75,10 +75,10 @@ def test_the_same_rows_as_in_one_process(tmp_path: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.gpu  # libraries on a GPU keep memory of their own
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("configuration", ["fast", "eager/lean/auto"])
 def test_a_peak_does_not_depend_on_earlier_cells(configuration: str, tmp_path: Path) -> None:
+    """Libraries on a GPU keep memory of their own."""
     (alone,) = run(
         tmp_path / "alone.jsonl", "base", "2", configuration=configuration, kernel="auto"
     )
@@ -233,7 +233,7 @@ def test_batches_that_wait_take_no_memory_of_the_device(monkeypatch: pytest.Monk
         return Batches(inputs, workload)
 
     one, devices = worker_of("meta", make), list[list[str]]()
-    one.loaded = SimpleNamespace(model=SimpleNamespace(config=None), tokenizer=None)
+    one.loaded = SimpleNamespace(model=SimpleNamespace(config=None, vlm={}), tokenizer=None)
 
     def measure(loaded: Any, batch: dict[str, torch.Tensor], *_: Any) -> Memory:
         waiting = [inputs["input_ids"].device.type for inputs in one.inputs]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colqwen_lab.errors import BadInput, MissingRequirement
-from colqwen_lab.model import quantize
+from colqwen_lab.model import loading, quantize
 from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
 from colqwen_lab.model.config import VARIANTS, resolve_variant, scheme_parts
 from colqwen_lab.model.loading import Loaded
@@ -59,6 +59,39 @@ def test_record_says_what_was_done(packed: Callable[[str], Path]) -> None:
     assert 0.08 < sum(errors.values()) / 28 < 0.12
     assert record["result_bytes"] < record["source_bytes"]
     assert record["recipe"]["scheme"] == "W4A16"
+
+
+def test_weight_errors_ask_no_kernel_that_this_shape_may_not_have(
+    packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, kernels = loading.load, []
+
+    def noting(*args: Any, **options: Any) -> Loaded:
+        loaded = load(*args, **options)
+        kernels.append(loaded.engaged)
+        return loaded
+
+    monkeypatch.setattr(loading, "load", noting)
+    before = load(base(), CPU).model.state_dict()
+    for format in ("auto_round", "auto_awq"):
+        errors = quantize._weight_errors(before, FolderCheckpoint(packed(format)), CPU)
+        assert 0.08 < min(errors.values()) < max(errors.values()) < 0.13
+    assert kernels == [{"auto_round:torch_zp": 28}, {"auto_round:torch": 28}]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("iters", [0, 1])
+def test_tiny_is_quantised_and_runs_on_a_gpu(iters: int, tmp_path: Path) -> None:
+    """With a kernel for its shapes, which AutoRound's first choice may not have."""
+    cuda, recipe = torch.device("cuda", 0), Recipe(iters=iters, samples=2, seqlen=16)
+    record = quantize.quantize(base(), tmp_path / "made", recipe, cuda)
+    assert len(record["relative_error"]) == 28
+    assert 0.08 < sum(record["relative_error"].values()) / 28 < 0.12
+    checkpoint = FolderCheckpoint(tmp_path / "made")
+    ids = torch.arange(20, device=cuda)[None]
+    vectors = [loading.load(checkpoint, cuda, kernel).model(ids) for kernel in ("auto", "torch")]
+    same = torch.cosine_similarity(*(one.embeddings.float() for one in vectors), dim=-1)
+    assert same.min() > 0.999
 
 
 def test_fewer_bits_err_more(tmp_path: Path, packed: Callable[[str], Path]) -> None:
@@ -163,6 +196,8 @@ def test_bad_request(tmp_path: Path, packed: Callable[[str], Path]) -> None:
     empty.write_text("\n")
     with pytest.raises(BadInput, match="must hold one text a line, got none"):
         quantize.calibration_file(str(empty))
+    empty.write_bytes("\ufeffa text\r\n\r\nanother\r\n".encode())
+    assert quantize.calibration_file(str(empty)) == ["a text", "another"]
 
 
 @pytest.mark.parametrize("replace", [False, True])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.model.decode import Decoder
 from colqwen_lab.model.inputs import TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.model.network import ColQwen3Config
@@ -60,7 +61,7 @@ def test_without_a_tokenizer_lengths_equal_the_report(tiny: Loaded) -> None:
     known = make(tiny, 100)
     assert drawn.workload.tokens == known.workload.tokens
     assert drawn.workload.padded_share == known.workload.padded_share
-    assert drawn.workload.texts == "drawn at the report's lengths"
+    assert drawn.workload.texts == "random ids at the report's lengths"
     assert drawn.inputs[0]["input_ids"].max() < config.text_config.vocab_size
     with pytest.raises(MissingRequirement, match="valid without: report"):
         query_batches(config, None, 8, "natural", 64, CPU)
@@ -137,7 +138,7 @@ def test_reading_and_processing_is_timed_and_drawing_is_not(
     patches = module.patches
     monkeypatch.setattr(module, "patches", first_is_cold)
     monkeypatch.setattr(module.synthetic, "page", slow(module.synthetic.page, 1000))
-    monkeypatch.setattr(Image, "open", slow(Image.open, 100))
+    monkeypatch.setattr(Decoder, "page", slow(Decoder.page, 100))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     mine, drawn = Pages(str(scans(tmp_path, 2)), 64), Pages("64x64", 64)
     assert pages_of(mine, 1).workload.preprocess_s == 101
