@@ -145,14 +145,19 @@ class Worker:
         step, model = self._steps(protocol), self.loaded.model
         encoder = model.fast.vision if hasattr(model, "fast") else model.vlm.model.visual
         with encoder.register_forward_pre_hook(note), encoder.register_forward_hook(note):
+            medians = []
             for batch in map(self._placed, self.inputs):
+                steps = []
                 for _ in range(STAGE_STEPS):
+                    times.clear()
                     note()
                     step(batch)
                     note()
-        start, encoding, encoded, end = np.reshape(times, (-1, STAGE_STEPS, 4)).transpose(2, 0, 1)
-        vision_s = float(np.median(encoded - encoding, axis=1).mean())
-        rest_s = float(np.median(end - encoded + encoding - start, axis=1).mean())
+                    start, *encoding, end = times  # `fast` encodes images of unlike grids apart
+                    encoder_s = sum(encoding[1::2]) - sum(encoding[::2])
+                    steps.append((encoder_s, end - start - encoder_s))
+                medians.append(np.median(steps, axis=0))
+        vision_s, rest_s = np.mean(medians, axis=0).tolist()
         return Stages(vision_encoder_s=vision_s, language_model_s=rest_s)
 
     def embeddings(self, protocol: str) -> np.ndarray:

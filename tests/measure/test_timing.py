@@ -144,6 +144,7 @@ def test_models_share_the_batch_of_a_round_and_all_batches_are_timed_equally_oft
         (64, {}, 192),  # a fourth round would pass 200 steps
         (8, {"min_steps": 10, "max_steps": 10}, 10),  # a number of steps that was asked for
         (5, {"max_s": 0.0}, 15),
+        (5, {"max_s": 0.0, "min_steps": 17}, 20),
     ],
 )
 def test_timing_stops_after_a_round_of_all_batches(

@@ -163,8 +163,8 @@ def test_pages_agree_with_the_tracker_in_fast(variant: str, packed: Callable[[st
     pages = Pages("192x256", visual_tokens=64)
     for batch in (1, 8):
         batches = pages.batches(loaded.model.config, loaded.tokenizer, batch, 0, CPU)
-        inputs = batches.inputs[:1]
-        tracked = measure(loaded, inputs, Steps(loaded.model, inputs, "fast"))
+        inputs = batches.inputs[0]
+        tracked = measure(loaded, inputs, Steps(loaded.model, "fast"))
         host = setup(variant, kernel="torch", workload="pages", execution="fast", capability=None)
         cell = predict(replace(host, tokens=batches.workload.tokens), batch)
         assert memory(cell).peak_bytes == pytest.approx(tracked.peak_bytes, rel=0.01)
