@@ -27,6 +27,7 @@ from pydantic import (
     FailFast,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -43,12 +44,13 @@ from colqwen_lab.settings import DATA, locked, regular_file
 
 MIB = 2**20
 GIB = 2**30
+RANDOM_TEXTS, DRAWN_TEXTS = (f"{kind} at the report's lengths" for kind in ("random ids", "drawn"))
 PUBLISHED = "published"
 LINE_START = b'{"schema":1,'
 RESUME = "finished rows are on file; run the same command again to resume"
-# A row with a million samples has 20 MB. The JSON of the report's script has a few kB, and a parser
-# takes seventy times a document's bytes.
-MOST_LINE_BYTES, MOST_DOCUMENT_BYTES, MOST_TEXT = 32 * MIB, 4 * MIB, 10_000
+# A row with a million samples and as many of a control has 40 MB. The JSON of the report's script
+# has a few kB; a parser takes seventy times a document's bytes.
+MOST_LINE_BYTES, MOST_DOCUMENT_BYTES, MOST_TEXT = 64 * MIB, 4 * MIB, 10_000
 # A records file begins so; editors may put a byte-order mark or a blank line before.
 FIRST_ROW = "(\ufeff)?" r"\s*(\Z|\{ *\")"
 
@@ -119,7 +121,7 @@ class Workload(Value):
     """The batches of a cell. `tokens` is the padded length of the longest batch.
 
     `padded_share` is the share of all tokens that is padding. For pages: `visual_tokens` is the
-    budget, `distinct` the number of different pages, `skipped` the number of unreadable files,
+    budget, `distinct` the number of different pages, `skipped` the number of unreadable pages,
     `index_bytes` the embeddings of one page, `preprocess_s` the time to read and process one page,
     outside the step. `shapes` numbers the shape of each batch: batches of one number cost the same.
     """
@@ -136,6 +138,14 @@ class Workload(Value):
     index_bytes: Count | None = None
     preprocess_s: Figure | None = None
     shapes: list[Count] = []
+
+    @field_validator("texts", "pages")
+    @classmethod
+    def _renamed(cls, value: str | None) -> str | None:
+        """Today's names of synthetic pages and random ids; earlier records call both drawn."""
+        if value is None or not value.startswith("drawn"):
+            return value
+        return {DRAWN_TEXTS: RANDOM_TEXTS}.get(value, value.replace("drawn", "synthetic", 1))
 
     @property
     def budget(self) -> str:
@@ -333,11 +343,11 @@ class Cell(Row):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.step_s and self.items_per_s:
-            low, high = (self.batch_size / end(self.step_s) for end in (max, min))
-            if not low <= self.items_per_s.median * (1 + 1e-9) <= high * (1 + 2e-9):
+            steps = alike(self.step_s, self.workload.shapes)
+            median, got = self.batch_size / statistics.median(steps), self.items_per_s.median
+            if not math.isclose(median, got, rel_tol=1e-3):
                 raise ValueError(
-                    f"items_per_s must lie within those of step_s, {low:g} to {high:g}, got "
-                    f"{self.items_per_s.median:g}"
+                    f"items_per_s must have the median of step_s, {median:g}, got {got:g}"
                 )
         if self.variant == "base" and self.quantization:  # a folder of that name
             object.__setattr__(self, "variant", "./base")
@@ -353,8 +363,8 @@ class Cell(Row):
 
         A GPU at its power limit is at full load, and a display alone changes no figure.
         """
-        usual = ("power limit", "display")
-        return [line for line in self.interference if not any(word in line for word in usual)]
+        usual = ("power limit", "a display is attached")
+        return [line for line in self.interference if not any(words in line for words in usual)]
 
     @property
     def configuration(self) -> Configuration:
@@ -419,7 +429,8 @@ def rate_of(step_s: Sequence[float], items: int, shapes: Sequence[int] = ()) -> 
     times = sorted(alike(step_s, shapes))
     n = len(times)
     median = statistics.median(times)
-    rank, tail = 0, _half_binomial(n, 0)
+    rank = max(0, n // 2 - 3 * math.isqrt(n))  # six deviations below the half
+    tail = _half_binomial(n, rank)
     while rank < n and tail <= 0.025:
         rank += 1
         tail += _half_binomial(n, rank)
@@ -443,7 +454,7 @@ R = TypeVar("R", bound=Row)
 def read_cells(source: str | Path) -> list[Cell]:
     """The cells of a records file, of the report script's JSON, or of the word `published`.
 
-    Of several rows with one key and environment the newest counts. A torn last line is left out
+    Of several rows with one key and environment the newest counts. A torn last line is skipped
     with a warning.
 
     Raises:
@@ -477,8 +488,16 @@ def read_rows(source: str | Path, kind: type[R], command: str) -> list[R]:
 
 
 def newest(rows: Iterable[R]) -> list[R]:
-    """The rows without those that a later row with the same key and environment replaces."""
-    return list({(row.key(), row.environment.identity()): row for row in rows}.values())
+    """The rows without those that a later row with the same key and environment replaces.
+
+    A row that failed replaces no row that is ok.
+    """
+    kept: dict[Any, R] = {}
+    for row in rows:
+        key = row.key(), row.environment.identity()
+        if getattr(row, "status", "ok") == "ok" or getattr(kept.get(key), "status", "") != "ok":
+            kept[key] = row
+    return list(kept.values())
 
 
 def _path_of(source: str | Path) -> Path:
@@ -518,7 +537,7 @@ def _rows(
             first = error.errors(include_url=False, include_input=False)[0]
             ours = rows or line.startswith(LINE_START) or LINE_START.startswith(line)
             if first["type"] == "json_invalid" and ours and not line.endswith(b"\n"):
-                torn = f"{path}: the last line is torn and left out; a run was killed while writing"
+                torn = f"{path}: the last line is torn and skipped; a run was killed while writing"
                 (progress or warnings.warn)(shown(torn))
                 break
             where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100]
@@ -648,12 +667,15 @@ def sync(path: Path) -> None:
 
 
 def write_cells(path: Path, cells: Iterable[Cell]) -> None:
-    """Write `cells` to a new records file.
+    """Write `cells` to a new records file; one that holds them already stays as it is.
 
     Raises:
-        BadInput: the file exists already and is not empty, or cannot be written.
+        BadInput: the file holds other rows, or cannot be written.
     """
+    cells = list(cells)
     with RecordsFile(path, Cell) as file:
+        if file.rows == cells:
+            return
         if file.rows:
             raise BadInput(f"{path} holds {len(file.rows)} rows already; name a new file")
         file.append(cells)

@@ -26,12 +26,11 @@ def cache_folder() -> Path:
     return _folder("COLQWEN_LAB_CACHE", _usual_cache())
 
 
-def _usual_cache() -> Path:
-    usual = Path(platformdirs.user_cache_dir("colqwen-lab"))
-    # A user without a home folder has a relative one.
-    return (
-        usual if usual.is_absolute() else Path(tempfile.gettempdir(), f"colqwen-lab-{os.getuid()}")
-    )
+def _usual_cache() -> str:
+    try:
+        return platformdirs.user_cache_dir("colqwen-lab")
+    except RuntimeError:  # a user without a home folder
+        return os.path.join(tempfile.gettempdir(), f"colqwen-lab-{os.getuid()}")
 
 
 def _folder(variable: str, default: str | Path) -> Path:
@@ -83,6 +82,8 @@ def regular_file(path: str | Path, like: str = "") -> Path:
 
     Raises BadInput for a device, pipe or folder, and for a file of another kind.
     """
+    if str(path) == "-":
+        raise BadInput("- must be the name of a file; `compare --markdown -` alone means stdout")
     try:
         mode, head = os.stat(path).st_mode, b""
         if like and stat.S_ISREG(mode):

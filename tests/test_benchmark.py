@@ -122,7 +122,7 @@ def test_image_documents_follow_the_queries(benchmark: Callable[..., None], tmp_
     assert list(results) == ["BASE_text_queries", "BASE_image_documents"]
     assert results["BASE_image_documents"]["total_items"] == 2
     pages = load(tmp_path / "z.records.jsonl").select(workload="pages").cells[0].workload
-    assert (pages.pages, pages.distinct) == ("drawn, 64 x 64 pixels", 4)
+    assert (pages.pages, pages.distinct) == ("synthetic, 64 x 64 pixels", 4)
     assert [cell.workload.kind for cell in load(tmp_path / "z.json")] == ["queries", "pages"]
 
 

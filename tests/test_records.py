@@ -27,6 +27,7 @@ from colqwen_lab.records import (
     RecordsFile,
     Workload,
     alike,
+    newest,
     published_cells,
     rate_of,
     read_cells,
@@ -225,12 +226,12 @@ def test_file_appends_what_is_on_disk_at_once(tmp_path: Path) -> None:
 
 def test_file_resumes_a_torn_file_whole(tmp_path: Path) -> None:
     path = file_of(tmp_path, measured(8), tail=measured(16).to_line()[:100])
-    with pytest.warns(UserWarning, match="the last line is torn and left out"):
+    with pytest.warns(UserWarning, match="the last line is torn and skipped"):
         assert read_cells(path) == [measured(8)]
     lines: list[str] = []
     with RecordsFile(path, Cell, progress=lines.append) as file:
         assert lines == [
-            f"{path}: the last line is torn and left out; a run was killed while writing"
+            f"{path}: the last line is torn and skipped; a run was killed while writing"
         ]
         assert [cell.batch_size for cell in file.rows] == [8]
         file.append([measured(16)])
@@ -492,8 +493,10 @@ def changed(folder: Path, **changes: Any) -> Path:
 def test_a_median_against_its_samples_is_noticed(tmp_path: Path) -> None:
     samples = json.loads(measured().to_line())["step_s"]
     tripled = rate_of([step / 3 for step in samples], 8).model_dump()
-    with pytest.raises(BadInput, match=r"line 1 .* items_per_s must lie within those of step_s"):
+    with pytest.raises(BadInput, match=r"line 1 .* items_per_s must have the median of step_s"):
         read_cells(changed(tmp_path, items_per_s=tripled))
+    with pytest.raises(BadInput, match=r"must have the median of step_s, 727\.273, got 720"):
+        read_cells(changed(tmp_path, items_per_s={"median": 720.0}))
     with pytest.raises(BadInput, match="median 9 must lie within its interval"):
         read_cells(changed(tmp_path, items_per_s={"median": 9, "low": 10, "high": 11}))
 
@@ -610,3 +613,25 @@ def test_every_committed_record_is_within_the_bounds() -> None:
     assert len(committed) > 5
     for path in committed:
         assert read_cells(path)
+
+
+def test_a_row_that_failed_later_hides_none_that_is_ok() -> None:
+    ok = measured(8)
+    lost = ok.model_copy(update={"status": "failed", "reason": "the process was killed"})
+    for rows, seen in ([ok, lost], ok), ([lost, ok], ok), ([lost, lost], lost):
+        assert newest(rows) == [seen]
+
+
+def test_a_throttled_clock_disturbs_and_a_display_does_not() -> None:
+    lines = ["a display is attached to the GPU", "held down by the power limit"]
+    throttled = "the clock was held down by the display's clock"
+    assert measured(8).model_copy(update={"interference": [*lines, throttled]}).disturbed == [
+        throttled
+    ]
+
+
+def test_earlier_records_call_synthetic_pages_drawn() -> None:
+    work = {"kind": "pages", "batch_size": 1, "pages": "drawn, 64 x 64 pixels"}
+    assert Workload(**work).pages == "synthetic, 64 x 64 pixels"
+    texts = {"kind": "queries", "batch_size": 1, "texts": "drawn at the report's lengths"}
+    assert Workload(**texts).texts == "random ids at the report's lengths"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from colqwen_lab.errors import BadInput, LabError, MissingRequirement
 from colqwen_lab.measure import sweep
 from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.options import FidelityOptions, SweepOptions
-from colqwen_lab.records import published_cells, write_cells
+from colqwen_lab.records import published_cells, read_cells, write_cells
 from colqwen_lab.runtime.batches import Pages
 from colqwen_lab.settings import (
     cache_folder,
@@ -29,6 +30,7 @@ from colqwen_lab.settings import (
     writable_folder,
     write_file,
 )
+from tests.measure.sweeps import run
 
 ODD = ["x" * 5000, f"/{'x' * 5000}/x", "\0", "\ud800"]
 
@@ -148,6 +150,21 @@ def test_the_mark_of_a_sweep_counts_what_the_file_holds(tmp_path: Path) -> None:
     assert not (tmp_path / "rows.result.json").exists()
 
 
+def test_a_file_deleted_in_the_middle_of_a_sweep_is_whole_at_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def delete(line: str) -> None:
+        if line.startswith("base eager/lean/auto batch 2: "):
+            path.unlink()
+
+    cells = run(path, progress=delete)
+    assert read_cells(path) == cells
+    assert json.loads((tmp_path / "rows.result.json").read_text())["cells"] == len(cells) == 3
+    path.unlink()
+    with pytest.raises(MissingRequirement, match="3 of 3 cells are no longer in"):
+        run(path, progress=lambda line: delete(line.replace("batch 4", "batch 2")))
+
+
 # ---------------------------------------------------------------- words and names of files
 
 
@@ -236,6 +253,10 @@ def test_a_lock_that_cannot_be_opened_is_an_error(
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLQWEN_LAB_CACHE", raising=False)
-    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: f"~/.cache/{name}")
+    def unknown(*_: object) -> None:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    for name in ("COLQWEN_LAB_CACHE", "HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
     assert cache_folder() == Path(tempfile.gettempdir()) / f"colqwen-lab-{os.getuid()}"

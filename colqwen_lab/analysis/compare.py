@@ -145,7 +145,7 @@ class Comparison:
             f"{self.base.label} {what}": rows["base_items_per_s"].map(rounded),
             f"{self.awq.label} {what}": rows["awq_items_per_s"].map(rounded),
             "speed vs base, %": [row.shown for row in self.speeds],
-            "verdict": rows["verdict"],
+            "verdict": ["no verdict" if row.reason else row.verdict for row in self.speeds],
             "memory saved, %": rows["saving_percent"].round(1),
         }
         return render.screen(columns)
@@ -156,8 +156,8 @@ class Comparison:
         names |= {"items_per_s": unit(self.base.first), "peak_bytes": "peak MiB"}
         names |= {"headroom_bytes": "headroom MiB", "note": "note"}
         table = self.cards.reindex(columns=[*names])
-        scales = {"items_per_s": 1, "peak_bytes": MIB, "headroom_bytes": MIB}
-        figures = table[[*scales]].astype(float).div(pd.Series(scales)).map(rounded, "ignore")
+        forms = {"items_per_s": rounded, "peak_bytes": in_mib, "headroom_bytes": in_mib}
+        figures = {n: table[n].astype(float).map(form, "ignore") for n, form in forms.items()}
         return render.screen(table.assign(**figures).rename(columns=names))
 
     def side_by_side(self) -> pd.DataFrame:
@@ -194,28 +194,37 @@ class Comparison:
         for row in self.speeds[:1]:
             rates = zip(labels, (row.base_items_per_s, row.items_per_s), strict=True)
             took = (f"{render.short(1e3 * row.batch_size / r)} ms with {name}" for name, r in rates)
-            step = f"A step of {row.batch_size} takes {', '.join(took)}."
+            kind = self.base.first.workload.kind
+            step = f"A batch of {row.batch_size} {kind} takes {', '.join(took)}."
             by_batch.append(Recommendation(by_batch[0].use, step))
         return (*rows, *by_batch)
 
     @property
     def _saving(self) -> list[Recommendation]:
-        rows = self.rows[self.rows["saving_percent"] > 0]
-        if rows.empty:
+        rows = self.rows.dropna(subset="saving_percent")
+        saves, needs = (rows[(sign * rows["saving_percent"]).round(1) > 0] for sign in (1, -1))
+        if saves.empty:
             return []
-        saved = f"{render.span(rows['saving_percent'])} % of {self.base.label}'s peak memory"
-        sentence = f"{self.awq.label} saves {saved} at {batches(rows['batch_size'])}."
-        return [Recommendation("awq", sentence)]
+        saved = f"{render.span(saves['saving_percent'])} % of {self.base.label}'s peak memory"
+        sentence = f"{self.awq.label} saves {saved} at {batches(saves['batch_size'])}"
+        if len(needs):
+            more = render.span(-needs["saving_percent"])
+            sentence += f", and needs {more} % more at {batches(needs['batch_size'])}"
+        return [Recommendation("awq", f"{sentence}.")]
 
     @property
     def _crossover_sentence(self) -> str:
-        base, awq = self.base.label, self.awq.label
+        base, awq, steps = self.base.label, self.awq.label, self.budgets
+        if reasons := [step.speed.reason for step in steps if step.speed and step.speed.reason]:
+            return f"No verdict on a crossover: {reasons[0]}."
         if start := self.crossover:
             free = f"with {start['need_bytes'] / GIB:.1f} GiB or more free"
             rates = f"The median rate of {base} is at least that of {awq}"
             return f"{rates} {free}, each at its largest batch."
-        higher = f"{awq} has the higher median rate where every row fits"
-        return f"No crossover: {self.no_budgets or higher}."
+        faster = f"{awq} is faster where every row fits"
+        if steps and steps[-1].outcome == "inconclusive":
+            faster = "no significant difference where every row fits"
+        return f"No crossover: {self.no_budgets or faster}."
 
     def verdict(self) -> str:
         """Memory, speed at the same batch, and the crossover, in a few sentences a place."""
@@ -247,8 +256,12 @@ class Comparison:
                 disturbed,
                 f"{disturbed} of {len(cells)} cells were disturbed: no verdict on their speed.",
             ),
-            (few, f"Some rows have no error bars: they kept fewer than {FEWEST_SAMPLES} samples."),
+            (few, f"Some rates have no interval: fewer than {FEWEST_SAMPLES} samples."),
             (len(methods) > 1, "Peaks come from tracked tensors and from the CUDA allocator."),
+            (
+                not on_cpu and None in {cell.memory.device_bytes for cell in cells if cell.memory},
+                "Memory outside torch was not measured: 200 to 700 MB are assumed in what fits.",
+            ),
             (on_cpu, "Some rates come from a CPU and say nothing about a GPU."),
             (
                 apart,
@@ -348,9 +361,8 @@ class Comparison:
             yield "Test environment", environment
             yield "Batch size sweep", Results(place.cells).table()
             notes = ["Rates are those of the device above, not those of a smaller card."]
-            notes += [
-                "A note is the next larger batch and its peak; without one, none was measured."
-            ]
+            if len(place.cards) and place.cards["note"].any():
+                notes += ["A note is the smallest measured batch that does not fit, and its peak."]
             yield "Memory-constrained scenarios", place.card_table(), notes
             yield "Comparison at the same batch size", place.speed_table()
             yield "Crossover", [place._crossover_sentence]
@@ -419,7 +431,7 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
             skipped.append(f"{name}: nothing to compare with.")
     if len(names) > MOST_PLACES:
         rest = f"{len(names) - MOST_PLACES} of {len(names)} places are not compared"
-        skipped.append(f"{rest}; narrow the records with .select(...).")
+        skipped.append(f"{rest}; narrow the records.")
     if not pairs:
         pairs, skipped = {" against ".join(names.values()): _pair(base, awq)}, []
     return Comparison(pairs, tuple(cards), tuple(skipped))
@@ -440,7 +452,7 @@ def _pair(base: Results, awq: Results) -> Pair:
     if settings[0] != settings[1]:
         raise BadInput(
             f"base and awq must share their settings, got {first.label} with {settings[0]} and "
-            f"{second.label} with {settings[1]}; narrow them with .select(...)"
+            f"{second.label} with {settings[1]}; narrow the records to equal settings"
         )
     if first.label == second.label:
         return Series(f"{first.label} (A)", first.cells), Series(f"{first.label} (B)", second.cells)

@@ -216,7 +216,8 @@ class Fidelities:
         untrained = "untrained weights" if "untrained" in base.weights else ""
         counts = (f"{len(base.query_ids)} queries", f"{base.pages} pages")
         parts = ["measured", device(base.environment), base.size, base.data, *counts]
-        parts += [f"{base.visual_tokens} visual tokens", skipped, untrained]
+        cut = f"{base.cut} long texts cut" if base.cut else ""
+        parts += [f"{base.visual_tokens} visual tokens", skipped, cut, untrained]
         return " · ".join(filter(None, parts))
 
     def verdict(self) -> str:

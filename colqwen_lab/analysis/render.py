@@ -41,8 +41,9 @@ def rounded(value: float) -> float:
 
 
 def in_mib(amount_bytes: float) -> float:
-    """Bytes in MiB, rounded for a table."""
-    return rounded(amount_bytes / MIB)
+    """Bytes in MiB for a table: whole from 10 on, else one decimal."""
+    value = amount_bytes / MIB
+    return round(value, 0 if abs(value) >= 10 else 1)
 
 
 def mib(amount_bytes: float) -> str:
@@ -73,7 +74,7 @@ def escape(text: str) -> str:
 
 def as_html(text: str) -> str:
     """`text` on one line as HTML that shows it as it is: no element, no formula."""
-    return markup.escape(plain(text)).translate(str.maketrans(FORMULA))
+    return re.sub(r"[$\\]", lambda mark: FORMULA[mark[0]], markup.escape(plain(text)))
 
 
 def shown(value: Any) -> str:

@@ -28,6 +28,7 @@ PATHS = COLUMNS["path"].dropna().to_dict()
 ROLES = COLUMNS.groupby("role").groups
 SETTINGS = [*ROLES["setting"]]  # cells of a series share them
 STATUSES = ("ok", "oom", "failed")
+MOST_SERIES = 200
 LABELS = {"visual_tokens": "{} visual tokens", "card": "{} cap"}
 
 
@@ -45,7 +46,10 @@ def on_screen(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     columns = {}
     for name, header, factor in COLUMNS.loc[[*names], ["screen", "factor"]].itertuples():
         raw = table[name]
-        columns[header] = raw if pd.isna(factor) else (raw * factor).map(render.rounded)
+        if header.endswith("MiB"):
+            columns[header] = raw.astype(float).map(render.in_mib, "ignore")
+        else:
+            columns[header] = raw if pd.isna(factor) else (raw * factor).map(render.rounded)
     return render.screen(columns)
 
 
@@ -109,7 +113,7 @@ class Series:
             **{name: value(self.first, name) for name in SETTINGS},
             "kernels_used": sorted({name for cell in self.cells for name in cell.backend.engaged}),
             "batch_sizes": [cell.batch_size for cell in self.cells],
-            "disturbed": [cell.batch_size for cell in self.cells if cell.interference],
+            "disturbed": [cell.batch_size for cell in self.cells if cell.disturbed],
             "not_ok": [
                 {name: value(cell, name) for name in ("batch_size", "status", "reason")}
                 for cell in self.failed
@@ -190,9 +194,13 @@ class Results:
         """A tidy frame in raw units, one row a cell: see `frame`."""
         return frame(self.cells)
 
-    def to_csv(self, path: str | Path) -> Path:
-        """Write `to_frame()` as CSV; returns the path. Raises BadInput if it cannot be written."""
-        return write_file(path, self.to_frame().to_csv(index=False), f"{next(iter(PATHS))},")
+    def to_csv(self, path: str | Path | None = None) -> Path | str:
+        """`to_frame()` as CSV text, or the path of the file it is written to.
+
+        Raises BadInput if it cannot be written.
+        """
+        text = self.to_frame().to_csv(index=False)
+        return text if path is None else write_file(path, text, f"{next(iter(PATHS))},")
 
     def table(self) -> pd.DataFrame:
         """One row a cell, rounded for the screen; a missing figure is "-" and has its reason."""
@@ -222,6 +230,14 @@ class Results:
         return f"<p>{render.as_html(conditions(self.cells))}</p>" + render.html(self.table())
 
 
+def few(series: Sequence[Series]) -> Sequence[Series]:
+    """`series`; BadInput for more than a picture can hold, or than can be told apart in pairs."""
+    if len(series) > MOST_SERIES:
+        most = f"at most {MOST_SERIES} series are shown at once, got {len(series)}"
+        raise BadInput(f"{most}; narrow them with .select(...)")
+    return series
+
+
 def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
     """The only series of the `variants`, else BadInput; `what` names the argument in the error."""
     wanted = [variants] if isinstance(variants, str) else variants
@@ -229,7 +245,7 @@ def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
     matching = [series for series in every if series.variant in wanted]
     if len(matching) != 1:
         labels = "; ".join(series.label for series in every) or "no cell"
-        raise BadInput(f"{what} must hold one series, got {labels}; narrow it with .select(...)")
+        raise BadInput(f"{what} must hold one series, got {labels}; narrow the records to one")
     return matching[0]
 
 

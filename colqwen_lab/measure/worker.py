@@ -109,10 +109,10 @@ class Worker:
         self.inputs = batches.inputs
         head = PROTOCOLS[protocol].unused_head
         head_bytes = hold_unused_head(self.loaded, self.checkpoint, head)
-        figures = [
-            measure(self.loaded, self._placed(batch), self._steps(protocol), alone)
-            for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values()
-        ]
+        figures = []
+        for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values():
+            steps = self._steps(protocol)
+            figures.append(measure(self.loaded, self._placed(batch), steps, alone))
         worst = max(figures, key=lambda memory: memory.peak_bytes)
         worst = worst.model_copy(update={"unused_head_bytes": head_bytes})
         return worst, replace(batches, inputs=[])
@@ -279,6 +279,7 @@ class Remote:
         for process in own:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(own, timeout=2)
 
     def _last_words(self) -> str:
         """The line of an error that workers last wrote on stderr."""

@@ -32,6 +32,8 @@ class ColQwen3Config(Qwen3VLConfig):
     vision_config: Any = None
     embed_dim: int = EMBED_DIM
     padding_side: str = "left"
+    # The default of the transformers that wrote the published folders, which leave it out.
+    tie_word_embeddings: bool = True
 
     @classmethod
     def of_size(cls, size: str) -> ColQwen3Config:

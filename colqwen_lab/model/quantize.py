@@ -40,7 +40,7 @@ from colqwen_lab.model.network import is_text_linear
 from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.options import FORMATS
 from colqwen_lab.records import sync
-from colqwen_lab.settings import cache_folder, in_use, locked, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, locked, regular_file, writable_folder
 
 RECORD = "colqwen_lab.json"
 CPU = torch.device("cpu")
@@ -135,7 +135,7 @@ def _check_free(folder: Path, replace: bool) -> None:
 def calibration_file(path: str) -> list[str]:
     """The lines of a file of calibration texts. Raises BadInput if there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = regular_file(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise BadInput(f"calibration texts {path} cannot be read: {error}") from None
     if texts := [line for line in lines if line.strip()]:

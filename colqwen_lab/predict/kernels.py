@@ -30,7 +30,7 @@ from colqwen_lab.runtime.linears import (
 from colqwen_lab.runtime.tracking import MemoryTracker
 
 BUFFERS = "kernel buffers"
-# Earlier runs could dequantise a weight, then multiply it; their records name the GEMMs.
+# A key of earlier records: their runs could dequantise a weight, then multiply it.
 PREFETCHED = "dequantised ahead"
 HUMMING = ("humming", "small-M GEMM", "few_rows", PREFETCHED)
 # The kernel model of a recorded kernel, by a part of its name; "" is 16-bit weights.
@@ -171,7 +171,7 @@ class FakeFast(Fast):
 
     Compiled functions and the lab's own attention leave only their results. A forward is captured
     once, from the graph's own pool; a replay copies the result. The run before the capture takes
-    and frees as much, so it is left out.
+    and frees as much, so it is skipped.
     """
 
     def __init__(self, model: ColQwen3, kernel: str, tracker: MemoryTracker) -> None:

@@ -42,6 +42,7 @@ A_JUDGEMENT = f"QUERY-ID, CORPUS-ID (each {AN_ID}) and a whole SCORE up to {MOST
 # Characters of a line, and bad lines of a file that are named.
 LINE, MOST_NAMED = 2**24, 5
 Page = Image.Image | str
+Progress = Callable[[str], object]
 T = TypeVar("T")
 
 
@@ -81,7 +82,7 @@ def load(
     queries: int = 0,
     pages: int = 0,
     width: int = synthetic.WIDTH,
-    progress: Callable[[str], object] = warnings.warn,
+    progress: Progress = warnings.warn,
 ) -> Corpus:
     """The data set named `source`, without unreadable pages and unanswered queries.
 
@@ -102,7 +103,7 @@ def load(
     return _usable(everything, queries, pages, progress)
 
 
-def _usable(source: _Source, queries: int, pages: int, progress: Callable[[str], object]) -> Corpus:
+def _usable(source: _Source, queries: int, pages: int, progress: Progress) -> Corpus:
     """The first pages that can be read, and the first queries that they answer."""
     label, page_ids, page, texts, qrels, bad = source
     for kind, ids in (("page", pd.Index(page_ids)), ("query", texts.index)):
@@ -137,7 +138,7 @@ def _judged(
     page_ids: list[str],
     texts: pd.Series[str],
     qrels: pd.DataFrame,
-    progress: Callable[[str], object],
+    progress: Progress,
 ) -> pd.DataFrame:
     """Each judgement of a known query and page, once. Raises BadInput where two disagree."""
     pair = list(QRELS[:2])
@@ -157,17 +158,17 @@ def _judged(
     return once[known]
 
 
-def _say_dropped(label: str, ids: Sequence[str], progress: Callable[[str], object]) -> None:
+def _say_dropped(label: str, ids: Sequence[str], progress: Progress) -> None:
     if len(ids):
-        progress(f"{label}: no page here answers {len(ids)} queries, such as {ids[0]!r}; dropped")
+        progress(
+            f"{label}: queries dropped, as no page answers them: {len(ids)}, such as {ids[0]!r}"
+        )
 
 
-def _generated(queries: int, pages: int, width: int, progress: Callable[[str], object]) -> Corpus:
+def _generated(queries: int, pages: int, width: int, progress: Progress) -> Corpus:
     split = "held-out"
-    label, relevance = (
-        f"generated, held out, {width} px",
-        synthetic.relevance(queries, pages, split),
-    )
+    label = f"generated, held out, {width} px"
+    relevance = synthetic.relevance(queries, pages, split)
     answered = [query for query, answers in relevance.items() if answers]
     _say_dropped(label, [query for query in relevance if query not in answered], progress)
     return Corpus(
@@ -180,8 +181,10 @@ def _generated(queries: int, pages: int, width: int, progress: Callable[[str], o
     )
 
 
-def _is_id(value: object) -> bool:
-    return isinstance(value, str) and value != "" and value == plain(value)
+def _check_id(value: object) -> Any:
+    if not isinstance(value, str) or not value or value != plain(value):
+        raise ValueError
+    return value
 
 
 def _image(decoder: Decoder, name: str, source: Source | None) -> Image.Image:
@@ -201,12 +204,6 @@ def _folder_label(folder: Path, files: Iterable[Path]) -> str:
 
 
 # ---------------------------------------------------------------- a folder in BEIR layout
-
-
-def _check_id(value: str) -> str:
-    if not _is_id(value):
-        raise ValueError
-    return value
 
 
 _Id = Annotated[str, AfterValidator(_check_id)]
@@ -247,7 +244,7 @@ def _judgement(line: str) -> _Judgement | None:
     return _Judgement.model_validate({"query": query, "page": page, "score": score})
 
 
-def _folder(folder: Path, progress: Callable[[str], object]) -> _Source:
+def _folder(folder: Path, progress: Progress) -> _Source:
     files = [folder / name for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")]
     valid = f"a JSON object with _id, {AN_ID}, and "
     rows, bad = _rows(
@@ -278,7 +275,7 @@ def _folder(folder: Path, progress: Callable[[str], object]) -> _Source:
 
 
 def _rows(
-    path: Path, parse: Callable[[str], T | None], valid: str, progress: Callable[[str], object]
+    path: Path, parse: Callable[[str], T | None], valid: str, progress: Progress
 ) -> tuple[list[T], int]:
     """The parsed lines, and how many are skipped with a word, as they are not `valid`.
 
@@ -293,7 +290,7 @@ def _rows(
                 try:
                     rows += [row] if line.strip() and (row := parse(line)) else []
                 except ValueError:
-                    bad.append(f"{path} line {number} must be {valid}, got {line.strip()!r:.100}")
+                    bad.append(f"{path} line {number} must be {valid}, got {line[:80].strip()!r}")
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read: {error}; a BEIR folder must hold it") from None
     if bad and not rows:
@@ -308,7 +305,7 @@ def _rows(
 # ---------------------------------------------------------------- ViDoRe
 
 
-def _vidore(name: str, progress: Callable[[str], object]) -> _Source:
+def _vidore(name: str, progress: Progress) -> _Source:
     """A ViDoRe data set in either layout.
 
     Version 1 has one subset with a question and its page in a row. Later versions have the subsets
@@ -375,15 +372,14 @@ def _images(rows: Any, numbers: dict[str, int]) -> Callable[[str], Page]:
 
 
 def _source(image: dict[str, Any] | None) -> Source | None:
-    return image and (image["bytes"] or image["path"])
+    return (image["bytes"] or image["path"]) if image else None
 
 
 def _ids(label: str, kind: str, values: Iterable[Any]) -> list[str]:
-    ids = [str(value) if isinstance(value, int) else value for value in values]
-    for value in ids:
-        if not _is_id(value):
-            raise BadInput(f"{label}: a {kind} id must be {AN_ID}, got {value!r}")
-    return ids
+    try:
+        return [_check_id(value := str(v) if isinstance(v, int) else v) for v in values]
+    except ValueError:
+        raise BadInput(f"{label}: a {kind} id must be {AN_ID}, got {value!r}") from None
 
 
 def _subsets(label: str, corpus: Any, queries: Any, qrels: Any) -> _Source:
@@ -407,7 +403,7 @@ def _subsets(label: str, corpus: Any, queries: Any, qrels: Any) -> _Source:
     )
 
 
-def _questions(label: str, rows: Any, progress: Callable[[str], object]) -> _Source:
+def _questions(label: str, rows: Any, progress: Progress) -> _Source:
     """A row holds a page and a question, or none; rows with the same image are one page."""
     rows = _columns(rows, "query", "image")
     first: dict[object, int] = {}

@@ -88,7 +88,7 @@ def evaluate(
             ndcg = f"nDCG@5 {np.mean(record.values['nDCG@5']):.4f}"
             progress(f"{record.label} {size}: {ndcg} on {corpus.label}, {record.weights}")
             if record.cut:
-                progress(f"{record.label} {size}: {record.cut} texts cut to {TEXT_TOKENS} tokens")
+                progress(f"{record.label} {size}: texts cut to {TEXT_TOKENS} tokens: {record.cut}")
             gc.collect()  # frees this model before the next is loaded
     return records, corpus
 
@@ -213,8 +213,8 @@ def _beginnings(texts: Iterable[str]) -> list[str]:
 def _cut(loaded: Loaded, items: Iterable[Page]) -> int:
     """The number of texts that are cut."""
     texts = [item for item in items if isinstance(item, str)]
-    rows = encode_queries(loaded.tokenizer, _beginnings(texts))
-    lengths = zip(map(len, rows), map(len, texts), strict=True)
+    rows = encode_queries(loaded.tokenizer, _beginnings(texts)) if loaded.tokenizer else []
+    lengths = zip(map(len, rows), map(len, texts), strict=False)
     return sum(row > TEXT_TOKENS or text > TEXT_CHARACTERS for row, text in lengths)
 
 

@@ -37,7 +37,7 @@ from colqwen_lab.model.inputs import (
 )
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.options import TEXTS, VISUAL_TOKENS
-from colqwen_lab.records import Workload
+from colqwen_lab.records import RANDOM_TEXTS, Workload
 
 QUERIES = 64
 # Pages kept as patches, 31 MB each at 1,280 visual tokens.
@@ -89,8 +89,7 @@ def query_batches(
     for start in range(0, count - batch_size + 1, batch_size):
         ids, mask = left_padded(rows[start : start + batch_size], pad)
         inputs.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
-    # Records and the reader of records know this text.
-    used = texts if tokenizer is not None else "drawn at the report's lengths"
+    used = texts if tokenizer is not None else RANDOM_TEXTS
     return Batches(
         inputs, Workload(kind="queries", batch_size=batch_size, texts=used, **_lengths(inputs))
     )
@@ -148,7 +147,7 @@ class Pages:
         self.files = page_files(source) if source and not match else []
         self.skipped: list[str] = []
         files = f"{len(self.files)} files {digest(self.files)}"
-        self.label = files if self.files else f"drawn, {width} x {height} pixels"
+        self.label = files if self.files else f"synthetic, {width} x {height} pixels"
         self._patches: list[tuple[Tensor, tuple[int, int, int]]] = []
         self._seconds: list[float] = []
 

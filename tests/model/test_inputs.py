@@ -205,7 +205,7 @@ def test_a_lone_surrogate_is_one_line() -> None:
 def test_a_foreign_tokenizer_is_an_error(tmp_path: Path) -> None:
     bad = tmp_path / "tokenizer.json"
     bad.write_text("{}")
-    with pytest.raises(MissingRequirement, match=r"not Qwen\'s tokenizer\.json"):
+    with pytest.raises(MissingRequirement, match=r"not Qwen's tokenizer\.json"):
         read_tokenizer(bad)
     bad.write_text(TINY_TOKENIZER.read_text().replace("<|endoftext|>", "<eos>"))
     with pytest.raises(MissingRequirement, match="endoftext"):

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -195,6 +196,8 @@ def test_bad_request(tmp_path: Path, packed: Callable[[str], Path]) -> None:
     empty.write_text("\n")
     with pytest.raises(BadInput, match="must hold one text a line, got none"):
         quantize.calibration_file(str(empty))
+    empty.write_bytes("\ufeffa text\r\n\r\nanother\r\n".encode())
+    assert quantize.calibration_file(str(empty)) == ["a text", "another"]
 
 
 @pytest.mark.parametrize("replace", [False, True])
@@ -271,6 +274,23 @@ def test_cached_checkpoint_is_made_once(tmp_path: Path, monkeypatch: pytest.Monk
         folders = set(pool.map(request, range(4)))
     assert len(folders_made) == len(folders) == 1
     assert quantize.cached_checkpoint(resolve_variant("W8A16"), "tiny", CPU) not in folders
+
+
+def test_the_cache_of_another_user_is_read_and_not_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(quantize, "locked", deny)
+    says = r"cannot lock .*tiny-W4A16-\w+: Permission denied; set COLQWEN_LAB_CACHE to a folder"
+    with pytest.raises(BadInput, match=says) as error:
+        quantize.cached_checkpoint(VARIANTS["awq"], "tiny", CPU)
+    (name,) = re.findall(r"tiny-W4A16-\w+", str(error.value))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / RECORD).write_text("{}")
+    assert quantize.cached_checkpoint(VARIANTS["awq"], "tiny", CPU) == tmp_path / name
 
 
 def test_half_made_checkpoint_is_made_again(

@@ -229,7 +229,7 @@ def test_what_is_not_modelled_has_no_prediction() -> None:
 def test_a_measured_cell_of_pages_beside_its_prediction() -> None:
     pages = Setup("tiny", kernel="torch", workload="pages", tokens=81, capability=None)
     cell = predict(pages, 2)
-    workload = cell.workload.model_copy(update={"pages": "drawn, 64 x 64 pixels"})
+    workload = cell.workload.model_copy(update={"pages": "synthetic, 64 x 64 pixels"})
     seen = cell.model_copy(
         update={
             "origin": "measured",

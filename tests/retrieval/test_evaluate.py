@@ -98,7 +98,7 @@ def test_the_default_file_is_named_after_models_size_and_data(
     assert path.name == f"fidelity-{folder.name}-tiny-..-{texts.parent.name}-beir.jsonl"
     assert read(path) == records
     assert corpus.query_ids == ["q0"]
-    assert "no page here answers 10 queries, such as 'q2'; dropped" in lines[0]
+    assert lines[0].endswith("queries dropped, as no page answers them: 10, such as 'q2'")
     assert lines[1].startswith("base tiny: nDCG@5 ")
 
 
@@ -254,6 +254,13 @@ def test_schemes_quantised_here_come_plain_too() -> None:
         *(("base", None), ("W2A16", 5), ("W2A16", 0), ("some/checkpoint", None)),
     ]
     assert chosen("4b", model="awq") == [("base", None), ("awq", None)]
+
+
+def test_a_folder_named_base_is_compared_with_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    base, other = evaluate.subjects(options(model=str(tmp_path / "base")), "tiny")
+    assert (base[0].name, base[0].folder) == ("base", None)
+    assert (other[0].name, other[0].folder) == ("./base", tmp_path / "base")
 
 
 def test_two_bits_are_worse_than_four_and_eight_equal_base(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_without_a_tokenizer_lengths_equal_the_report(tiny: Loaded) -> None:
     known = make(tiny, 100)
     assert drawn.workload.tokens == known.workload.tokens
     assert drawn.workload.padded_share == known.workload.padded_share
-    assert drawn.workload.texts == "drawn at the report's lengths"
+    assert drawn.workload.texts == "random ids at the report's lengths"
     assert drawn.inputs[0]["input_ids"].max() < config.text_config.vocab_size
     with pytest.raises(MissingRequirement, match="valid without: report"):
         query_batches(config, None, 8, "natural", 64, CPU)
