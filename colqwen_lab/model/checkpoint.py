@@ -175,7 +175,7 @@ def _rotary(text: Json) -> Json:
         or not (isinstance(theta, int | float) and theta > 0)
         or not (isinstance(sections, list) and [*map(type, sections)] == [int] * 3)
         or min(sections) < 0
-        or 2 * sum(sections) != text.get("head_dim")
+        or 2 * sum(sections) != text.get("head_dim", 128)
     ):
         needs = "rope_type default, mrope_interleaved, a positive rope_theta, and an mrope_section"
         raise ValueError(f"text_config must have {needs} that fits head_dim, got {values!r:.100}")
