@@ -41,7 +41,7 @@ from colqwen_lab.settings import outputs_folder, regular_file, write_file
 
 Progress = Callable[[str], None]
 MARK = r'\{\s*"complete":'  # how the mark of a sweep that ended begins
-MOST_S = 1e9  # a record holds no infinity
+MOST_S = 1e8  # a record holds no infinity
 STOPPED = {"count": "step limit", "time": "time limit"}
 
 
