@@ -120,7 +120,7 @@ def speed_plot(results: Results) -> Figure:
     if not lines:
         raise BadInput(
             "results must hold two configurations of base and of a quantised model; run "
-            "`sweep -c report -c best`"
+            "a sweep with configuration report,best"
         )
     return analysis.plots.speed_lines(results.series(), lines)
 
