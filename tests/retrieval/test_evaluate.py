@@ -287,5 +287,5 @@ def test_embeddings_that_are_not_finite_are_named(base_folder: Path, edited: Any
     head = "embedding_proj_layer.weight"
     folder = edited(base_folder, tensors=lambda tensors: tensors[head].fill_(3e38))
     loaded = load(FolderCheckpoint(folder), torch.device("cpu"))
-    with pytest.raises(MissingRequirement, match="edited#.* gives embeddings that are not finite"):
+    with pytest.raises(MissingRequirement, match=r"edited#.* gives embeddings that are not finite"):
         embed(loaded, ["wheat"], 1280)
