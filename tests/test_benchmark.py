@@ -97,12 +97,14 @@ def test_a_second_run_shows_its_own_figures(
     monkeypatch.setattr("colqwen_lab.measure.sweep.interference", lambda before: ([], None))
     flags = ["--only_base", "--text_batch_size", "1", "--image_size", "64", "--image_batch_size"]
     flags += ["1", "--image_samples", "1", "--warmup_steps", "0", "--output_json", "w.json"]
-    for steps in (1, 2):
-        benchmark(*flags, "--measure_steps", str(steps))
+    times = []
+    for samples in (2, 3):
+        benchmark(*flags, "--measure_steps", "1", "--text_samples", str(samples))
         document = json.loads((tmp_path / "w.json").read_text())
-        assert document["metadata"]["measure_steps"] == steps
-        counts = {name: row["total_items"] for name, row in document["results"].items()}
-        assert counts == {"BASE_text_queries": steps, "BASE_image_documents": steps}
+        assert document["metadata"]["text_samples"] == samples
+        times.append({name: row["total_time_s"] for name, row in document["results"].items()})
+    assert times[0].keys() == times[1].keys() == {"BASE_text_queries", "BASE_image_documents"}
+    assert all(times[0][name] != times[1][name] for name in times[0])
 
 
 def test_image_documents_follow_the_queries(benchmark: Callable[..., None], tmp_path: Path) -> None:
