@@ -200,16 +200,17 @@ def escape(text: str) -> str:
     return render.escape(text)
 
 
-def save(item: Any, name: str) -> list[Path]:
-    """Write to `outputs/`: a figure as NAME.png and NAME.svg, results as NAME.jsonl.
+def save(item: Any, name: str = "") -> list[Path]:
+    """The paths written under `outputs/`: a figure as NAME.png and NAME.svg, results as NAME.jsonl.
 
-    A comparison becomes NAME.md.
+    A comparison becomes NAME.md. The default name is `figure`, `results` or `comparison`.
     """
     from colqwen_lab.analysis import plots
     from colqwen_lab.analysis.compare import Comparison
     from colqwen_lab.analysis.table import Results
 
-    stem = re.sub(r"[^\w.+-]", "-", name)
+    default = "figure" if hasattr(item, "savefig") else type(item).__name__.lower()
+    stem = re.sub(r"[^\w.+-]", "-", name or default)
     if isinstance(item, (Results, Comparison)):
         kind = "jsonl" if isinstance(item, Results) else "md"
         return [item.save(outputs_folder() / f"{stem}.{kind}")]

@@ -138,7 +138,7 @@ def doctor() -> None:
     "sweep -m base,awq -c report -c best --control",
 )
 def sweep(options: dict[str, Any]) -> None:
-    """Measure throughput and peak memory over batch sizes. Resumes its file."""
+    """Measure throughput and peak memory over batch sizes. Run again to resume."""
     results = lab.sweep(**options)
     _show(_tables(results.table()))
     if not any(cell.status == "ok" for cell in results):

@@ -7,12 +7,13 @@ notebooks derive from these models. papermill passes texts: "false" and "8,16" a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from inspect import Parameter, Signature
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from colqwen_lab.errors import BadInput, ambiguous, one_of
@@ -179,10 +180,24 @@ def _message(options: type[Options], error: ErrorDetails) -> str:
         text = str(cause).replace("unknown value", f"unknown {name}", 1)
         return f"{name} {text}" if text.startswith("must be") else text
     kind = next((text for key, text in EXPECTED.items() if error["type"].startswith(key)), "")
+    bounds = [f"{word} {limit}" for word, limit in _bounds(options.model_fields[name])]
+    if error["type"].startswith(("greater", "less")):
+        kind = " and ".join(bounds)
     expected = kind or error["msg"].removeprefix("Input should be ")
     default = options.model_fields[name].default
     hint = RAW if kind == "a text" else ""
     return f"{name} must be {expected}, such as {default!r}, got {error['input']!r}{hint}"
+
+
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _bounds(field: FieldInfo) -> Iterator[tuple[str, float]]:
+    """Each bound of a number in words, with its limit."""
+    for part in field.metadata:
+        for name, words in BOUNDS.items():
+            if hasattr(part, name):
+                yield words, getattr(part, name)
 
 
 Checked = TypeVar("Checked", bound=Options)
@@ -269,7 +284,7 @@ class SweepOptions(Options):
         "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL",
         "-c",
     )
-    control: bool = option(False, "time the first model of each configuration twice: A/A control")
+    control: bool = option(False, "A/A control: time the first model twice; both must be the same")
     dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
         "bfloat16", "bfloat16, float16 or float32"
     )
@@ -282,7 +297,7 @@ class SweepOptions(Options):
         0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
     )
     max_s: Annotated[float, Field(gt=0)] = option(
-        3.0, "most seconds to time a cell; every batch is timed first"
+        3.0, "seconds to time a cell, once every batch was timed"
     )
     on: Annotated[str, AfterValidator(_one_of("here", "ray"))] = option(
         "here", "here, or ray: over a Ray cluster, one task per size, workload and execution"
@@ -303,7 +318,7 @@ class SweepOptions(Options):
         if self.weights not in WEIGHTS and len(names) > 1:
             raise BadInput("a weights folder goes with one model; name folders as models")
         if self.on == "here" and (self.accelerator or self.address):
-            raise BadInput("accelerator and address are options of a Ray cluster: --on ray")
+            raise BadInput("accelerator and address are options of a Ray cluster, on=ray")
         single = (self.execution, self.protocol, self.kernel)
         if self.configuration and single != ("eager", "lean", "auto"):
             raise BadInput("give configuration, or execution, protocol and kernel, not both")
@@ -428,7 +443,7 @@ class CompareOptions(Options):
         "published", "a records file that holds BASE, or the word published", argument=True
     )
     awq: Any = option(
-        "", "a records file that holds the quantised model; by default the same", argument=True
+        "", "a records file of the quantised model; default: the first file", argument=True
     )
     cards: Cards = option("8,12,16,24", "memory budgets in GB, or GPUs by name", long="card")
 
@@ -470,9 +485,11 @@ class FidelityOptions(Options):
     )
     size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
     weights: Weights = option("auto", "BASE's weights: auto, hub, or a checkpoint folder")
-    iters: int = option(50, "tuning steps a layer of schemes that are quantised here; 0 is plain")
-    plain: bool = option(False, "each of these schemes also without tuning")
-    margin: Annotated[float, Field(gt=0, lt=1)] = option(0.01, "smaller differences do not count")
+    iters: int = option(50, "tuning steps a layer of schemes quantised here; 0: rounding alone")
+    plain: bool = option(False, "also measure each scheme rounded without tuning")
+    margin: Annotated[float, Field(gt=0, lt=1)] = option(
+        0.01, "the smallest difference that counts, in each metric's unit"
+    )
     queries: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     pages: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     visual_tokens: VisualTokens = option(VISUAL_TOKENS, "the budget of a page")

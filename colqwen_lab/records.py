@@ -667,12 +667,15 @@ def sync(path: Path) -> None:
 
 
 def write_cells(path: Path, cells: Iterable[Cell]) -> None:
-    """Write `cells` to a new records file.
+    """Write `cells` to a new records file; one that holds them already stays as it is.
 
     Raises:
-        BadInput: the file exists already and is not empty, or cannot be written.
+        BadInput: the file holds other rows, or cannot be written.
     """
+    cells = list(cells)
     with RecordsFile(path, Cell) as file:
+        if file.rows == cells:
+            return
         if file.rows:
             raise BadInput(f"{path} holds {len(file.rows)} rows already; name a new file")
         file.append(cells)

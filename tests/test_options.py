@@ -97,7 +97,7 @@ def test_what_papermill_passes_is_understood(text: dict[str, Any], value: dict[s
         ({"size": "tiny,5b"}, "unknown size '5b'"),
         ({"execution": "fst"}, "unknown execution 'fst' (did you mean fast?); valid: eager, fast"),
         ({"min_steps": "x"}, "min_steps must be a whole number, such as 0, got 'x'"),
-        ({"max_s": -1}, "max_s must be greater than 0"),
+        ({"max_s": -1}, "max_s must be above 0"),
         ({"model": "base,base"}, "model must be one or more different models, got 'base,base'"),
         ({"model": {"base": 1}}, "model must be a text such as 'a,b' or a list of texts"),
         ({"pages": "512x512"}, "pages and visual_tokens are options of workload pages"),

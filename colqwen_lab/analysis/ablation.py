@@ -16,7 +16,7 @@ import pandas as pd
 from colqwen_lab import analysis
 from colqwen_lab.analysis.render import interval, rounded, screen, span
 from colqwen_lab.analysis.speed import Speed, speed_sentences, speeds
-from colqwen_lab.analysis.table import Pair, Results, Series, limit_of, rate
+from colqwen_lab.analysis.table import Pair, Results, Series, few, limit_of, rate
 from colqwen_lab.errors import BadInput
 from colqwen_lab.options import listed
 from colqwen_lab.records import rate_of
@@ -39,7 +39,9 @@ def load(files: str) -> Results:
     if repeated := [size for size, count in sizes.items() if count > 1]:
         twice = f"batch {min(repeated)} is in two of {files}"
         raise BadInput(f"{twice}; name runs of different batch sizes")
-    return Results(tuple(cell for run in runs for cell in run))
+    results = Results(tuple(cell for run in runs for cell in run))
+    few(results.series())
+    return results
 
 
 def runs(results: Results) -> pd.DataFrame:
@@ -118,7 +120,7 @@ def speed_plot(results: Results) -> Figure:
     if not lines:
         raise BadInput(
             "results must hold two configurations of base and of a quantised model; run "
-            "`sweep -c report -c best`"
+            "a sweep with configuration report,best"
         )
     return analysis.plots.speed_lines(results.series(), lines)
 

@@ -145,7 +145,7 @@ class Comparison:
             f"{self.base.label} {what}": rows["base_items_per_s"].map(rounded),
             f"{self.awq.label} {what}": rows["awq_items_per_s"].map(rounded),
             "speed vs base, %": [row.shown for row in self.speeds],
-            "verdict": rows["verdict"],
+            "verdict": ["no verdict" if row.reason else row.verdict for row in self.speeds],
             "memory saved, %": rows["saving_percent"].round(1),
         }
         return render.screen(columns)
@@ -194,18 +194,23 @@ class Comparison:
         for row in self.speeds[:1]:
             rates = zip(labels, (row.base_items_per_s, row.items_per_s), strict=True)
             took = (f"{render.short(1e3 * row.batch_size / r)} ms with {name}" for name, r in rates)
-            step = f"A step of {row.batch_size} takes {', '.join(took)}."
+            kind = self.base.first.workload.kind
+            step = f"A batch of {row.batch_size} {kind} takes {', '.join(took)}."
             by_batch.append(Recommendation(by_batch[0].use, step))
         return (*rows, *by_batch)
 
     @property
     def _saving(self) -> list[Recommendation]:
-        rows = self.rows[self.rows["saving_percent"] > 0]
-        if rows.empty:
+        rows = self.rows.dropna(subset="saving_percent")
+        saves, needs = (rows[(sign * rows["saving_percent"]).round(1) > 0] for sign in (1, -1))
+        if saves.empty:
             return []
-        saved = f"{render.span(rows['saving_percent'])} % of {self.base.label}'s peak memory"
-        sentence = f"{self.awq.label} saves {saved} at {batches(rows['batch_size'])}."
-        return [Recommendation("awq", sentence)]
+        saved = f"{render.span(saves['saving_percent'])} % of {self.base.label}'s peak memory"
+        sentence = f"{self.awq.label} saves {saved} at {batches(saves['batch_size'])}"
+        if len(needs):
+            more = render.span(-needs["saving_percent"])
+            sentence += f", and needs {more} % more at {batches(needs['batch_size'])}"
+        return [Recommendation("awq", f"{sentence}.")]
 
     @property
     def _crossover_sentence(self) -> str:
@@ -356,9 +361,8 @@ class Comparison:
             yield "Test environment", environment
             yield "Batch size sweep", Results(place.cells).table()
             notes = ["Rates are those of the device above, not those of a smaller card."]
-            notes += [
-                "A note is the next larger batch and its peak; without one, none was measured."
-            ]
+            if len(place.cards) and place.cards["note"].any():
+                notes += ["A note is the smallest measured batch that does not fit, and its peak."]
             yield "Memory-constrained scenarios", place.card_table(), notes
             yield "Comparison at the same batch size", place.speed_table()
             yield "Crossover", [place._crossover_sentence]
@@ -427,7 +431,7 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
             skipped.append(f"{name}: nothing to compare with.")
     if len(names) > MOST_PLACES:
         rest = f"{len(names) - MOST_PLACES} of {len(names)} places are not compared"
-        skipped.append(f"{rest}; narrow the records with .select(...).")
+        skipped.append(f"{rest}; narrow the records.")
     if not pairs:
         pairs, skipped = {" against ".join(names.values()): _pair(base, awq)}, []
     return Comparison(pairs, tuple(cards), tuple(skipped))
@@ -448,7 +452,7 @@ def _pair(base: Results, awq: Results) -> Pair:
     if settings[0] != settings[1]:
         raise BadInput(
             f"base and awq must share their settings, got {first.label} with {settings[0]} and "
-            f"{second.label} with {settings[1]}; narrow them with .select(...)"
+            f"{second.label} with {settings[1]}; narrow the records to equal settings"
         )
     if first.label == second.label:
         return Series(f"{first.label} (A)", first.cells), Series(f"{first.label} (B)", second.cells)

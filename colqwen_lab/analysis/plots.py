@@ -24,7 +24,16 @@ from PIL import Image
 from colqwen_lab.analysis.compare import CARDS_GB, Comparison
 from colqwen_lab.analysis.plan import breakdown_table
 from colqwen_lab.analysis.speed import SAME_PERCENT, Speed, differences
-from colqwen_lab.analysis.table import Series, conditions, disturbed, limit_of, peak, rate, unit
+from colqwen_lab.analysis.table import (
+    Series,
+    conditions,
+    disturbed,
+    few,
+    limit_of,
+    peak,
+    rate,
+    unit,
+)
 from colqwen_lab.errors import BadInput
 from colqwen_lab.hardware import find_card
 from colqwen_lab.records import MIB, Cell
@@ -32,7 +41,6 @@ from colqwen_lab.settings import writable_folder, write_file
 
 FIXED = {"base": ("#0072B2", "o"), "awq": ("#D55E00", "s")}
 FREE = (("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
-MOST_SERIES = 200  # more would make a picture larger than a picture may be
 DASHES = ("-", "--", ":", "-.")
 # Groups of a memory breakdown in stacking order: how the names of their parts begin, and a colour.
 PARTS = {
@@ -267,12 +275,7 @@ def band(axes: Axes, margin: float, label: str) -> None:
 
 
 def _framed(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
-    if len(series) > MOST_SERIES:
-        raise BadInput(
-            f"a figure shows at most {MOST_SERIES} series, got {len(series)}; narrow them with "
-            ".select(...)"
-        )
-    cells = [cell for line in series for cell in line.cells]
+    cells = [cell for line in few(series) for cell in line.cells]
     figure, axes = framed(title, subtitle(cells))
     axes.set_ylabel(" and ".join(dict.fromkeys(map(unit, cells))))
     return figure, axes

@@ -74,7 +74,7 @@ def escape(text: str) -> str:
 
 def as_html(text: str) -> str:
     """`text` on one line as HTML that shows it as it is: no element, no formula."""
-    return markup.escape(plain(text)).translate(str.maketrans(FORMULA))
+    return re.sub(r"[$\\]", lambda mark: FORMULA[mark[0]], markup.escape(plain(text)))
 
 
 def shown(value: Any) -> str:

@@ -15,6 +15,8 @@ from colqwen_lab.records import Cell, alike
 
 #: Smaller differences in speed do not count, in percent: MLPerf's audit uses the same line.
 SAME_PERCENT = 2.0
+#: Above it a speed is said in times, not in percent.
+MANY_PERCENT = 300.0
 #: Fewer samples a side give no 95 % interval of a median.
 RESAMPLES, FEWEST_SAMPLES, SEED = 2000, 6, 0
 MOST_SAMPLES = 10_000  # that are resampled
@@ -86,11 +88,11 @@ def _interval(base: Cell, other: Cell) -> tuple[float | None, float | None]:
     if max(map(len, samples)) > MOST_SAMPLES:
         # A resample would take gigabytes; the rank of its median has a beta distribution.
         rng, halves = np.random.default_rng(SEED), [(len(each) + 1) / 2 for each in samples]
-        medians = [
+        ours, theirs = (
             np.quantile(each, rng.beta(half, half, RESAMPLES))[:, None]
             for each, half in zip(samples, halves, strict=True)
-        ]
-        low, high = np.percentile(percent(*medians, axis=1), [2.5, 97.5])
+        )
+        low, high = np.percentile(percent(ours, theirs, axis=1), [2.5, 97.5])
         return float(low), float(high)
     result = bootstrap(samples, percent, n_resamples=RESAMPLES, method="percentile", rng=SEED)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
@@ -151,9 +153,16 @@ def recommend(rows: Sequence[Speed], base: str, other: str, where: str) -> Recom
         return Recommendation("either", f"No verdict {where} {signed}: {first.reason}.")
     if first.verdict == "inconclusive":
         return Recommendation("either", f"No significant difference {where} {signed}.")
+    sizes = [abs(percent) for percent in percents]
+    digits = int(min(sizes) < 10)
     ends = [abs(end) for end in (first.low, first.high) if end is not None]
-    within = f" [{span(ends)}]" if ends and len(rows) == 1 else ""
-    what = f"{other} is {span(map(abs, percents))} % {first.verdict} than {base}"
+    if min(percents) < 0 and ends and max(first.low or 0, first.high or 0) > 0:
+        ends = []  # the interval holds zero
+    within = f" [{span(ends, digits)}]" if ends and len(rows) == 1 else ""
+    what = f"{other} is {span(sizes, digits)} % {first.verdict} than {base}"
+    if max(sizes) > MANY_PERCENT:
+        times = span((1 + percent / 100 for percent in percents), 1)
+        what, within = f"{other} is {times} times as fast as {base}", ""
     return Recommendation(
         "awq" if first.verdict == "faster" else "base", f"{what}{within} {where}."
     )

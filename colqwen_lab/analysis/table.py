@@ -28,6 +28,7 @@ PATHS = COLUMNS["path"].dropna().to_dict()
 ROLES = COLUMNS.groupby("role").groups
 SETTINGS = [*ROLES["setting"]]  # cells of a series share them
 STATUSES = ("ok", "oom", "failed")
+MOST_SERIES = 200
 LABELS = {"visual_tokens": "{} visual tokens", "card": "{} cap"}
 
 
@@ -193,9 +194,13 @@ class Results:
         """A tidy frame in raw units, one row a cell: see `frame`."""
         return frame(self.cells)
 
-    def to_csv(self, path: str | Path) -> Path:
-        """Write `to_frame()` as CSV; returns the path. Raises BadInput if it cannot be written."""
-        return write_file(path, self.to_frame().to_csv(index=False), f"{next(iter(PATHS))},")
+    def to_csv(self, path: str | Path | None = None) -> Path | str:
+        """`to_frame()` as CSV text, or the path of the file it is written to.
+
+        Raises BadInput if it cannot be written.
+        """
+        text = self.to_frame().to_csv(index=False)
+        return text if path is None else write_file(path, text, f"{next(iter(PATHS))},")
 
     def table(self) -> pd.DataFrame:
         """One row a cell, rounded for the screen; a missing figure is "-" and has its reason."""
@@ -225,6 +230,14 @@ class Results:
         return f"<p>{render.as_html(conditions(self.cells))}</p>" + render.html(self.table())
 
 
+def few(series: Sequence[Series]) -> Sequence[Series]:
+    """`series`; BadInput for more than a picture can hold, or than can be told apart in pairs."""
+    if len(series) > MOST_SERIES:
+        most = f"at most {MOST_SERIES} series are shown at once, got {len(series)}"
+        raise BadInput(f"{most}; narrow them with .select(...)")
+    return series
+
+
 def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
     """The only series of the `variants`, else BadInput; `what` names the argument in the error."""
     wanted = [variants] if isinstance(variants, str) else variants
@@ -232,7 +245,7 @@ def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
     matching = [series for series in every if series.variant in wanted]
     if len(matching) != 1:
         labels = "; ".join(series.label for series in every) or "no cell"
-        raise BadInput(f"{what} must hold one series, got {labels}; narrow it with .select(...)")
+        raise BadInput(f"{what} must hold one series, got {labels}; narrow the records to one")
     return matching[0]
 
 

@@ -26,8 +26,10 @@ from colqwen_lab.records import GIB, Environment, Memory
 from colqwen_lab.settings import PACKAGE
 
 # What a measured figure depends on.
-MEASURING = ("records.py", "options.py", "model/*", "runtime/*", "measure/*")
-MEASURING += ("data/sizes.json", "data/synthetic.json", "data/*.txt", "data/tiny/*")
+MEASURING = [
+    *("records.py", "options.py", "model/*", "runtime/*", "measure/*"),
+    *("data/sizes.json", "data/synthetic.json", "data/*.txt", "data/tiny/*"),
+]
 # Other processes' share of all cores above which a cell says so.
 BUSY_SHARE = 0.1
 # Why a clock is below its highest: the bits of nvmlClocksThrottleReasons (nvml.h) from 0x2 on.

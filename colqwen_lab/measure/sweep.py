@@ -155,7 +155,7 @@ class Run:
             max_s=options.max_s,
         )
         rule = self.stopping
-        self.asked = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
+        self.asked: dict[str, Any] = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
         self.workers: dict[Configuration, Remote | Worker] = {}
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
@@ -364,7 +364,8 @@ class Run:
                 interleaved_with=list(dict.fromkeys(other.variant for other in others)),
                 interleaved_configurations=list(map(str, others)),
                 clock=CLOCK,
-                **self.asked,
+                min_steps=self.asked["min_steps"],
+                max_s=self.asked["max_s"],
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,

@@ -6,6 +6,7 @@ imports nothing of the lab.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import resource
@@ -18,7 +19,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
-from io import BytesIO
+from io import BytesIO, FileIO
 from itertools import count
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -130,12 +131,19 @@ def serve(connection: Connection, memory_bytes: int, page_s: float) -> None:
             with suppress(ValueError, OSError):  # macOS has no such limit
                 resource.setrlimit(limit, (value, hard))
     warnings.simplefilter("error", Image.DecompressionBombWarning)
+    pipe = connection.fileno()
+    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     with suppress(EOFError, OSError):  # the pipe is closed
         while True:
             question = connection.recv()
             signal.setitimer(signal.ITIMER_REAL, page_s)
-            connection.send(_answer(*question))
+            # SIGIO ends a decoder whose parent closes the pipe, or ends.
+            fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
+            answer = _answer(*question)
+            fcntl.fcntl(pipe, fcntl.F_SETFL, flags)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send(answer)
 
 
 def _answer(source: Source, number: int | None = None) -> Image.Image | int | str:
@@ -200,7 +208,7 @@ def _frame(source: Source, number: int) -> Image.Image:
 
 
 def _pdf_pages(path: str) -> list[Callable[[], Image.Image]]:
-    document = pypdfium2.PdfDocument(path)
+    document = pypdfium2.PdfDocument(FileIO(path), autoclose=True)  # names need not be UTF-8
     if document.get_formtype() == pypdfium2.raw.FORMTYPE_XFA_FULL:
         raise ValueError("its pages are an XFA form, which only some PDF readers draw")
     document.init_forms()

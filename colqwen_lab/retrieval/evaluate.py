@@ -240,6 +240,8 @@ def embed(loaded: Loaded, items: Sequence[Page], visual_tokens: int) -> tuple[li
         padded = loaded.model(**inputs).embeddings
         synchronise(loaded.device)
         elapsed_s += time.perf_counter() - started_s
+        if not padded.isfinite().all():
+            raise MissingRequirement(f"{loaded.weights} gives embeddings that are not finite")
         rows = metrics.unpadded(padded, inputs["attention_mask"])
         embeddings |= {number: row.cpu() for number, row in zip(batch, rows, strict=True)}
     return [embeddings[number] for number in sorted(embeddings)], elapsed_s

@@ -342,6 +342,19 @@ def test_other_weights_are_other_cells(path: Path, base_folder: Path) -> None:
     assert second[0].weights.startswith("folder:checkpoint#")
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_another_file_in_the_folder_is_other_cells(
+    name: str, path: Path, base_folder: Path, edited: Any
+) -> None:
+    folder = edited(base_folder)
+    first = run(path, str(folder), "1", weights="auto")
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    second = run(path, str(folder), "1", weights="auto")
+    assert second[0].weights != first[0].weights
+    assert run(path, str(folder), "1", weights="auto") == second
+    assert rows_of(path) == [*first, *second]
+
+
 def undisturbed_run(path: Path, batches: str) -> None:
     module.interference = lambda before: ([], None)
     run(path, "base,awq", batches)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
+import subprocess
 import zlib
 from io import BytesIO
 from multiprocessing.connection import Connection
@@ -204,6 +206,17 @@ def test_a_page_that_takes_too_long_is_named(tmp_path: Path) -> None:
     decoder = Decoder(page_s=0.2)
     with pytest.raises(ValueError, match=r"it takes over 0.2 s"):
         decoder.page(str(tmp_path / "a.pdf"), 1)
+
+
+def test_a_decoder_ends_with_its_parent(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_bytes(self_drawing())
+    decoder = Decoder()
+    assert decoder.page(str(tmp_path / "a.pdf")).size == (150, 150)
+    decoder._connection.send((str(tmp_path / "a.pdf"), 1))
+    with pytest.raises(subprocess.TimeoutExpired):
+        decoder._child.wait(0.2)
+    decoder._connection.close()
+    assert decoder._child.wait(2) == -signal.SIGIO
 
 
 def test_after_ctrl_c_no_page_is_another_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

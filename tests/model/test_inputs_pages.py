@@ -166,12 +166,20 @@ def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
-    for name in (b"caf\xe9.png", b"caf\xe9.pdf"):
-        Path(os.fsdecode(bytes(tmp_path / "x")[:-1] + name)).write_bytes(b"")
-    files, skipped = page_files(tmp_path), list[str]()
-    assert digest(files) != digest(files[:1])
-    assert not list(read_pages(files, skipped.append))
-    assert [line[:15] for line in skipped] == ["caf.pdf is skip", "caf.png is skip"]
+    for name in (b"broken\xe9.png", b"caf\xe9.pdf", b"caf\xe9.png"):
+        Path(os.fsdecode(bytes(tmp_path / "x")[:-1] + name)).touch()
+    broken, pdf, png = page_files(tmp_path)
+    Image.new("RGB", (3, 3)).save(tmp_path / "x.gif")
+    (tmp_path / "x.gif").rename(png)
+    document = pypdfium2.PdfDocument.new()
+    document.new_page(72, 72)
+    document.save(tmp_path / "x.pdf")
+    (tmp_path / "x.pdf").rename(pdf)
+    skipped: list[str] = []
+    pages = list(read_pages(page_files(tmp_path), skipped.append))
+    assert [image.size for image in pages] == [(150, 150), (3, 3)]
+    assert [line[:21] for line in skipped] == ["broken.png is skipped"]
+    assert digest([broken, png]) != digest([png])
 
 
 def test_a_file_of_bad_pages_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ import torch
 from colqwen_lab.analysis.fidelity import Fidelities, loss
 from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.model import synthetic
+from colqwen_lab.model.checkpoint import FolderCheckpoint
 from colqwen_lab.model.config import VARIANTS
-from colqwen_lab.model.loading import Loaded
+from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.options import FidelityOptions
 from colqwen_lab.retrieval import evaluate
 from colqwen_lab.retrieval.data import Corpus
@@ -279,3 +280,12 @@ def test_two_bits_are_worse_than_four_and_eight_equal_base(tmp_path: Path) -> No
         assert row.high < 0
     fidelities = Fidelities(tuple(records))
     assert fidelities.query("worst", two.label) != fidelities.query("best", two.label)
+
+
+def test_embeddings_that_are_not_finite_are_named(base_folder: Path, edited: Any) -> None:
+    """Finite weights may overflow in the forward."""
+    head = "embedding_proj_layer.weight"
+    folder = edited(base_folder, tensors=lambda tensors: tensors[head].fill_(3e38))
+    loaded = load(FolderCheckpoint(folder), torch.device("cpu"))
+    with pytest.raises(MissingRequirement, match="edited#.* gives embeddings that are not finite"):
+        embed(loaded, ["wheat"], 1280)
