@@ -65,6 +65,7 @@ def test_weight_errors_ask_no_kernel_that_this_shape_may_not_have(
     packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load, kernels = loading.load, []
+    folders = [packed(format) for format in ("auto_round", "auto_awq")]
 
     def noting(*args: Any, **options: Any) -> Loaded:
         loaded = load(*args, **options)
@@ -73,8 +74,8 @@ def test_weight_errors_ask_no_kernel_that_this_shape_may_not_have(
 
     monkeypatch.setattr(loading, "load", noting)
     before = load(base(), CPU).model.state_dict()
-    for format in ("auto_round", "auto_awq"):
-        errors = quantize._weight_errors(before, FolderCheckpoint(packed(format)), CPU)
+    for folder in folders:
+        errors = quantize._weight_errors(before, FolderCheckpoint(folder), CPU)
         assert 0.08 < min(errors.values()) < max(errors.values()) < 0.13
     assert kernels == [{"auto_round:torch_zp": 28}, {"auto_round:torch": 28}]
 
