@@ -152,7 +152,9 @@ def test_values_of_another_type(given: dict[str, Any], says: str) -> None:
         compare(5)  # type: ignore[arg-type]
 
 
-def test_papermill_s_false_is_false(tmp_path: Path) -> None:
+def test_papermill_s_false_is_false(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy machine would have its cells measured again.
+    monkeypatch.setattr("colqwen_lab.measure.sweep.interference", lambda before: ([], None))
     asked: dict[str, Any] = {
         "output": str(tmp_path / "rows.jsonl"),
         "weights": "random",

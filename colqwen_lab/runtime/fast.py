@@ -295,26 +295,18 @@ class Fast(nn.Module):
             real = slice(first, last), slice(shape.padding, shape.padding + shape.tokens)
             if shape.image:
                 end = start + (last - first) * shape.rows * shape.columns
-                features = self.vision(pixels[start:end], shape.rows, shape.columns)
-                result[real] = self.embed_pages(ids[real], features, shape)
+                if ids.device.type == "cuda":
+                    self.tune(ids[real].numel())
+                places = page_positions(shape, self.merge).to(ids.device)
+                at = slice(shape.before, shape.before + shape.image)
+                # Named here, the features would stay in memory during the layers.
+                result[real] = self.decode(
+                    ids[real], places, self.vision(pixels[start:end], shape.rows, shape.columns), at
+                )
                 start = end
             else:
                 result[real] = self.texts(ids[real], mask[real])
         return result
-
-    def embed_pages(self, ids: Tensor, features: list[Tensor], shape: PageShape) -> Tensor:
-        """The embeddings [pages, tokens, 320] of pages of one shape, without padding."""
-        embed_tokens, rotary, _, _ = self.parts
-        if ids.device.type == "cuda":
-            self.tune(ids.numel())
-        at = slice(shape.before, shape.before + shape.image)
-        visual, *deepstack = (each.unflatten(0, (len(ids), -1)) for each in features)
-        x = embed_tokens(ids)
-        x[:, at] = visual
-        places = page_positions(shape, self.merge).to(ids.device)
-        cos, sin = (part[0].unsqueeze(1) for part in rotary(x, places))
-        y = self.decode(x.flatten(0, 1), ids.shape, cos, sin, deepstack, at)
-        return self.vectors(y, ids.shape)
 
     def replay(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """The embeddings [batch, tokens, 320] by a captured forward of `length` tokens."""
@@ -336,47 +328,43 @@ class Fast(nn.Module):
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The forward at a bucket's length, [batch, length, 320]; a GPU captures it as a graph."""
-        embed_tokens, rotary, _, _ = self.parts
         position = real_first(mask)
-        x = embed_tokens(torch.zeros_like(ids).scatter(1, position, ids)).flatten(0, 1)
         places = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1).expand(3, 1, -1)
-        cos, sin = (part[0].unsqueeze(1) for part in rotary(x, places))
-        vectors = self.vectors(self.decode(x, ids.shape, cos, sin), ids.shape)
+        vectors = self.decode(torch.zeros_like(ids).scatter(1, position, ids), places)
         back = vectors.gather(1, position.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
         return back * mask.unsqueeze(-1)
 
     def decode(
-        self,
-        x: Tensor,
-        shape: tuple[int, ...],
-        cos: Tensor,
-        sin: Tensor,
-        deepstack: Sequence[Tensor] = (),
-        at: slice = slice(0),
+        self, ids: Tensor, places: Tensor, features: Sequence[Tensor] = (), at: slice = slice(0)
     ) -> Tensor:
-        """The normed output [batch x tokens, hidden] of the layers; `shape` is (batch, tokens).
+        """Unit vectors [batch, tokens, 320] of ids at the rotary positions `places` [3, 1, tokens].
 
-        `deepstack` [batch, visual tokens, hidden] is added at the tokens `at` after the first
-        layers.
+        `features` are those of the vision encoder for the tokens `at`: the first stand in place of
+        word embeddings, the others are added after the first layers. Each is freed when used.
         """
+        embed_tokens, rotary, norm, head = self.parts
+        shape = ids.shape
+        left = [each.unflatten(0, (len(ids), -1)) for each in features]
+        x = embed_tokens(ids)
+        del ids, features
+        if left:
+            x[:, at] = left.pop(0)
+        x = x.flatten(0, 1)
+        cos, sin = (part[0].unsqueeze(1) for part in rotary(x, places))
         y = self.small(normed)(x, self.layers[0].norms[0], self.layers[0].eps)
-        next_norms = [*[layer.norms[0] for layer in self.layers][1:], self.parts[2].weight]
+        next_norms = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
         add_then_norm = self.small(add_normed)
-        for number, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+        for layer, next_norm in zip(self.layers, next_norms, strict=True):
             qkv = layer.qkv(y)
             attention = self.attention(layer, qkv.unflatten(0, shape), cos, sin).flatten(0, 1)
             x, y = add_then_norm(x, layer.o(attention), layer.norms[1], layer.eps)
             gate_up = self.gemm(layer.gate_up, y)
             mlp = layer.down(gate_up)
-            if number < len(deepstack):
-                mlp.unflatten(0, shape)[:, at] += deepstack[number]
+            if left:
+                mlp.unflatten(0, shape)[:, at] += left.pop(0)
             x, y = add_then_norm(x, mlp, next_norm, layer.eps)
             del gate_up, mlp
-        return y
-
-    def vectors(self, y: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Unit vectors [batch, tokens, 320] of the layers' output."""
-        return functional.normalize(self.parts[3](y), dim=-1).unflatten(0, shape)
+        return functional.normalize(head(y), dim=-1).unflatten(0, shape)
 
     def gemm(self, linear: FusedLinear, x: Tensor) -> Tensor:
         """A GEMM, and SiLU-and-mul after gate/up where no kernel applies it."""

@@ -138,7 +138,7 @@ def test_published_sentences(published: Comparison) -> None:
         ),
         ("base", "awq is 4.0 to 59.4 % slower than base at batch 8, 16, 32, 64 and 128."),
         ("either", "No significant difference at batch 256 (+0.3 %)."),
-        ("base", "A step of 8 takes 41.9 ms with base, 85.1 ms with awq."),
+        ("base", "A batch of 8 queries takes 41.9 ms with base, 85.1 ms with awq."),
     ]
     assert published.verdict().endswith(
         f"The median rate of base is at least that of awq with 10.6 GiB or more free, {each}."
