@@ -306,7 +306,7 @@ def killed_worker(run: Run, command: Command) -> str:
     """SIGKILL of a model's process after the first row; the sweep goes on, the next one resumes."""
     records = run.out / "killed.jsonl"
     sizes = [1, 2, 3, 4, 5, 6]
-    options = ["-m", "base", "--size", "tiny", "-b", ",".join(map(str, sizes)), "--max-s", 2]
+    options = ["-m", "base", "--size", "tiny", "-b", ",".join(map(str, sizes)), "--max-s", 0.5]
     options += ["--min-steps", 20, "-o", records]
     process = command.start(*LAB, "sweep", *options)
     while process.poll() is None and not (records.exists() and records.stat().st_size):
@@ -486,16 +486,13 @@ def accept(out: Path, size: str) -> int:
                     pool.shutdown()
                 run.step("folder", 90, partial(make_folder, run))
                 run.step("quantise", 240, partial(quantise, run))
-            run.step("load", 120, partial(load_strictly, run))
             run.step("sweep queries", 200, partial(sweep, run, "queries"))
             run.step("sweep pages", 150, partial(sweep, run, "pages"))
-            with ThreadPoolExecutor(1) as pool:  # predictions need no GPU
-                if cuda:
-                    pool.submit(run.step, "predicted", 150, partial(predicted, run))
-                run.step("out of memory", 90, partial(out_of_memory, run))
-                run.step("fidelity", 90, partial(fidelity, run))
-            if not cuda:
-                run.step("predicted", 150, partial(predicted, run))
+            run.step("out of memory", 90, partial(out_of_memory, run))
+            with ThreadPoolExecutor(3 if cuda else 1) as pool:
+                pool.submit(run.step, "load", 120, partial(load_strictly, run))
+                pool.submit(run.step, "predicted", 150, partial(predicted, run))
+                pool.submit(run.step, "fidelity", 90, partial(fidelity, run))
         finally:
             for lock in out.glob("*.lock"):
                 lock.unlink()

@@ -195,6 +195,15 @@ def test_peaks_of_fast_that_an_h100_measured() -> None:
     agree(cells, 0.001)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [("acceptance/queries", 0.002), ("acceptance/pages", 0.002), ("pages-fast", 0.005)],
+)
+def test_peaks_of_folders_and_of_pages_in_fast(name: str, within: float) -> None:
+    agree(read_cells(OUTPUTS / "h100" / f"{name}.jsonl"), within)
+
+
 @pytest.mark.parametrize(("variant", "within"), [("base", 0.001), ("awq", 0.004)])
 def test_peaks_of_pages_that_an_h100_measured(variant: str, within: float) -> None:
     """At every batch some 10 MiB of awq are in no prediction. The other rows agree too."""
