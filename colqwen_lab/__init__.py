@@ -114,7 +114,7 @@ def compare(options: CompareOptions) -> Comparison:
 
 @takes(QuantizeOptions)
 def quantize(options: QuantizeOptions) -> Quantized:
-    """A complete AutoRound checkpoint folder of the language model, with each layer's weight error.
+    """The folder of a whole checkpoint with a packed language model, and its record with errors.
 
     Raises BadInput for a wrong value, MissingRequirement if the checkpoint cannot be made.
     """

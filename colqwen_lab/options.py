@@ -204,7 +204,7 @@ Checked = TypeVar("Checked", bound=Options)
 
 
 def takes(options: type[Checked]) -> Callable[[Callable[[Checked], Any]], Callable[..., Any]]:
-    """Let a function of `options` be called by their names; signature and Args come from the model.
+    """A decorator: a function of `options` is called by their names, which its signature shows.
 
     The first two options may be given by position.
     """

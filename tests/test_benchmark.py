@@ -40,6 +40,7 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return run
 
 
+@pytest.mark.exhaustive
 def test_sweep_of_the_quantised_model(tmp_path: Path) -> None:
     flags = [
         "--only_awq",

@@ -96,9 +96,10 @@ def _largest_within(series: Series, usable_bytes: int) -> Cell | None:
 
 
 def find_crossover(steps: Sequence[Budget]) -> dict[str, Any]:
-    """The least budget from which on base's median rate is no lower, each at its largest batch.
+    """A dict of the least budget, in bytes, from which base's median rate is no lower than awq's.
 
-    `nominal_bytes` is the card that surely has that memory. Empty without a crossover.
+    It holds the largest batch of each side and their rates. `nominal_bytes` is the card that surely
+    has that memory. Empty without a crossover.
     """
     start: dict[str, Any] = {}
     for need, _, base, awq, speed in reversed(steps):

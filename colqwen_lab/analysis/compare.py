@@ -86,10 +86,12 @@ class Comparison:
 
     @property
     def base(self) -> Series:
+        """The series of base at the first place."""
         return self.pair[0]
 
     @property
     def awq(self) -> Series:
+        """The series compared with base at the first place."""
         return self.pair[1]
 
     @property
@@ -129,7 +131,7 @@ class Comparison:
 
     @property
     def crossover(self) -> dict[str, Any]:
-        """The memory from which on base is at least as fast: see `find_crossover`."""
+        """A dict of the memory from which base is at least as fast, or empty."""
         return budget.find_crossover(self.budgets)
 
     def claims_table(self) -> pd.DataFrame:

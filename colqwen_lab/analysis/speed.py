@@ -55,7 +55,7 @@ class Recommendation(NamedTuple):
 
 
 def speed_ratio(base: Cell, other: Cell) -> Speed:
-    """The speed of `other` against `base`, item by item; their batch sizes may differ.
+    """The Speed of `other`: its items/s over base's, less 1, in percent; batch sizes may differ.
 
     No verdict where machines or workloads differ, or a cell was disturbed.
     """
@@ -146,7 +146,7 @@ def speed_sentences(base: str, other: str, rows: Iterable[Speed]) -> list[Recomm
 
 
 def recommend(rows: Sequence[Speed], base: str, other: str, where: str) -> Recommendation:
-    """What to use by speeds of one verdict; of a single speed with its interval."""
+    """One Recommendation for speeds of one verdict; a single speed is given with its interval."""
     first, percents = rows[0], [row.percent for row in rows]
     signed = f"({span(percents, 1, '+')} %)"
     if first.reason:

@@ -76,10 +76,12 @@ class Series:
 
     @property
     def first(self) -> Cell:
+        """The cell of the smallest batch size."""
         return self.cells[0]
 
     @property
     def variant(self) -> str:
+        """The variant of all cells."""
         return self.first.variant
 
     @cached_property
@@ -253,7 +255,7 @@ def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
 
 
 def rate(cell: Cell) -> float:
-    """Items per second of a cell that has them."""
+    """The median items per second of a cell that has a rate, as a float."""
     assert cell.items_per_s is not None
     return cell.items_per_s.median
 
@@ -275,7 +277,7 @@ def unit(cell: Cell) -> str:
 
 
 def kernels(cell: Cell) -> str | None:
-    """The kernels used, each with its number of text linears; None if not recorded."""
+    """One text such as `torch.nn.Linear x 252`: text linears by kernel; None if unknown."""
     return value(cell, "kernels_used")
 
 

@@ -185,7 +185,7 @@ class Run:
         ]
 
     def on_file(self, rows: Iterable[Cell]) -> list[Cell]:
-        """The planned cells that are among `rows`: of the same weights, workload and machine."""
+        """The rows of planned cells, in their order: the same weights, workload and machine."""
         here = (self.environment.identity(), self.card and self.card.name)
         known = {
             _key(row): row
@@ -508,7 +508,7 @@ def line_of(cell: Cell, prefix: str = "") -> str:
 
 
 def spent(start: float, cells: Iterable[Cell]) -> dict[str, float]:
-    """Seconds since `start`, and seconds in the timed steps of `cells`."""
+    """A dict, in seconds: `wall_s` since `start`, and `timed_s` in the timed steps of `cells`."""
     timed_s = sum(sum(cell.step_s) + sum(cell.control_s) for cell in cells)
     return {"wall_s": round(time.perf_counter() - start, 1), "timed_s": round(timed_s, 1)}
 

@@ -88,7 +88,7 @@ class Worker:
         free(self.device)
 
     def load(self, card: Card | None, batch_sizes: Sequence[int]) -> tuple[Any, Backend, Any]:
-        """`(cap, outside)` bytes under `card`, the model's kernels, and its unused tensors.
+        """Load the model: `((cap, outside) bytes under card, its kernels, its unused tensors)`.
 
         The kernel configs that `fast` tries at these batch sizes are compiled, all at once.
         """
@@ -100,7 +100,7 @@ class Worker:
         return cap, self.rest(), self.loaded.unused
 
     def measure(self, batch_size: int, protocol: str, alone: bool) -> tuple[Memory, Batches]:
-        """The memory of steps of the worst of these batches, which later calls use.
+        """`(memory, batches without tensors)`: bytes of the worst batch; tensors stay here.
 
         A batch of each shape is measured: long rows, large pages or padding may make it the worst.
         """
@@ -167,7 +167,7 @@ class Worker:
         return step.output.embeddings[batch["attention_mask"].bool()].float().cpu().numpy()
 
     def rest(self) -> Backend:
-        """Release steps and their outputs. The kernels used at the longest of the batches.
+        """Release steps and outputs; the Backend: text linears on each kernel at the longest batch.
 
         Shorter batches have fewer rows (M), at which another kernel may be faster; the kernel
         configs are of all batches.

@@ -155,7 +155,7 @@ def queries(texts: str, count: int) -> list[str]:
 
 
 def check_visual_tokens(visual_tokens: int) -> int:
-    """A budget of visual tokens per image, if it is valid. Raises BadInput."""
+    """`visual_tokens` as it is, if it is a valid budget per image. Raises BadInput."""
     if not 1 <= visual_tokens <= MOST_VISUAL_TOKENS:
         raise BadInput(f"visual_tokens must be 1 to {MOST_VISUAL_TOKENS}, got {visual_tokens}")
     return visual_tokens
@@ -186,7 +186,7 @@ def visual_tokens_of(
 def patches(
     image: Image.Image, config: ColQwen3Config, visual_tokens: int = VISUAL_TOKENS
 ) -> Patches:
-    """The patches of an RGB image. Raises BadInput for an invalid budget."""
+    """`(pixel values [patches, 1536] in float32, grid)` of an RGB image. Raises BadInput."""
     features = _processor(config, visual_tokens)(images=[image], return_tensors="pt")
     frames, rows, columns = features["image_grid_thw"][0].tolist()
     return features["pixel_values"], (frames, rows, columns)

@@ -137,7 +137,7 @@ class Trace:
         return replace(self, log=log, labels=labels, loaded=loaded, before=self.before + 1)
 
     def at(self, more: int, following: Trace) -> Trace | None:
-        """The trace of `more` items more, on the line through this one and that of one item more.
+        """This trace for `more` items more, on the line to `following`, or None.
 
         None if the two differ in the order of their births and ends.
         """

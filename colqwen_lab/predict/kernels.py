@@ -149,7 +149,7 @@ def check_kernel(kernel: str, quantization: Quantization | None, execution: str)
 
 
 def recorded_kernel(cell: Cell) -> str | None:
-    """The kernel model of a measured or published cell, "" for 16-bit weights; None if unknown."""
+    """The key in KERNELS of a cell's kernel; "" for 16-bit weights, None if unknown."""
     if cell.origin == "published":
         return "tritonv2"  # the report ran AutoRound's Triton fallback
     models = {

@@ -96,7 +96,7 @@ def _named(cell: Cell, variant: str, gpu: str | None, **changes: Any) -> Cell:
 
 
 def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
-    """The largest batch that surely fits `card`, and its memory; that of batch 1 if none fits."""
+    """The CardPlan of a variant: the largest batch that surely fits, its bytes; else of batch 1."""
     if card.gpu:
         setup = replace(setup, capability=card.gpu.compute_capability[0])
 
@@ -136,7 +136,7 @@ def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
 
 
 def largest(headroom: Callable[[int], int], limit: int) -> int:
-    """The largest number up to `limit` with `headroom` of 0 or more, given that of 1 is.
+    """The largest batch size up to `limit` with 0 or more bytes of `headroom`, as batch 1 has.
 
     The reserved memory is not monotonic in the batch size, because of fragmentation. So some sizes
     up to a tenth below the edge are checked, and the search goes on below the first that fails.

@@ -67,7 +67,7 @@ def query_batches(
     samples: int,
     device: torch.device,
 ) -> Batches:
-    """Batches of max(`samples` or 64, 2 x batch) distinct queries, left-padded as in the report.
+    """Left-padded batches that together hold max(`samples` or 64, 2 x batch) distinct queries.
 
     Without a tokenizer (random weights at 4b and 8b) ids are random, at the lengths of the report's
     queries.

@@ -30,12 +30,12 @@ PROTOCOLS = {"lean": Protocol(False, False, False), "published": Protocol(True, 
 
 
 def eager(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
-    """The forward of transformers."""
+    """One forward of transformers: embeddings [batch, tokens, 320]."""
     return model(**inputs, use_cache=use_cache)
 
 
 def fast(model: Any, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
-    """The forward of `fast.py`, of a model from `load_fast`."""
+    """One forward of `fast.py`, of a model from `load_fast`: embeddings [batch, tokens, 320]."""
     return model.fast(model, inputs, use_cache)
 
 

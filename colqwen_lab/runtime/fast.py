@@ -367,7 +367,7 @@ class Fast(nn.Module):
         return functional.normalize(head(y), dim=-1).unflatten(0, shape)
 
     def gemm(self, linear: FusedLinear, x: Tensor) -> Tensor:
-        """A GEMM, and SiLU-and-mul after gate/up where no kernel applies it."""
+        """The result [M, out] of a GEMM; of gate/up after SiLU-and-mul, [M, out / 2]."""
         result = linear(x)
         if not linear.gated or result.shape[1] < linear.out_features:
             return result
@@ -382,7 +382,7 @@ class Fast(nn.Module):
         return function
 
     def attention(self, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """From the QKV GEMM to the input of O, [batch, tokens, heads x size]."""
+        """Causal attention [batch, tokens, heads x size] of the output of the QKV GEMM."""
         short = self.paths.short_attention and qkv.shape[1] <= SHORT_TOKENS
         if qkv.device.type == "cuda" and short:
             from colqwen_lab.runtime.triton_kernels import attend_short

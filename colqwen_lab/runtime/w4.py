@@ -199,7 +199,7 @@ def shared_bytes(m: int, ins: int, warps: int, split: int, gated: bool, **others
 
 
 def small_m_configs(ins: int, outs: int, m: int, gated: bool) -> Iterator[str]:
-    """The small-M GEMMs of this shape, by how warps and blocks share the work."""
+    """Kernel configs (JSON texts) of the small-M GEMM for this shape; none above MAX_SMALL_M."""
     tiles = -(-m // 8)
     for warps, split in product((2, 4, 8), (1, 2, 4, 8)):
         steps, rest = divmod(ins // 16, warps * split)

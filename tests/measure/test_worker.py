@@ -175,6 +175,7 @@ def test_interrupted_it_ends_its_processes_and_keeps_the_rows(
     assert [cell.batch_size for cell in read_cells(tmp_path / "rows.jsonl")] == [1, 1]
 
 
+@pytest.mark.exhaustive
 def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

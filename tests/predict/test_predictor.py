@@ -187,6 +187,7 @@ def test_peaks_that_an_h200_measured(protocol: str, variant: str) -> None:
     agree(cells, 0.003)
 
 
+@pytest.mark.exhaustive
 def test_peaks_of_fast_that_an_h100_measured() -> None:
     """Base, FP8 weights, the Triton fallback, and awq with its best kernels."""
     every = read_cells(OUTPUTS / "h100" / "ways.jsonl")
@@ -204,6 +205,7 @@ def test_peaks_of_folders_and_of_pages_in_fast(name: str, within: float) -> None
     agree(read_cells(OUTPUTS / "h100" / f"{name}.jsonl"), within)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("variant", "within"), [("base", 0.001), ("awq", 0.004)])
 def test_peaks_of_pages_that_an_h100_measured(variant: str, within: float) -> None:
     """At every batch some 10 MiB of awq are in no prediction. The other rows agree too."""

@@ -263,6 +263,7 @@ def test_a_folder_named_base_is_compared_with_base(tmp_path: Path) -> None:
     assert (other[0].name, other[0].folder) == ("./base", tmp_path / "base")
 
 
+@pytest.mark.exhaustive
 def test_two_bits_are_worse_than_four_and_eight_equal_base(tmp_path: Path) -> None:
     """Plain rounding of the trained tiny model, on all held-out pages and queries."""
     records = run(tmp_path / "rows.jsonl", model="W8A16,W4A16,W2A16", iters=0)
