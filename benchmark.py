@@ -20,7 +20,9 @@ from colqwen_lab import report_script
 from colqwen_lab.errors import BadInput, LabError
 from colqwen_lab.options import SweepOptions, batch_sizes_of
 from colqwen_lab.records import Cell
+from colqwen_lab.settings import regular_file, write_file
 
+LIKE = r'\{\s*"metadata":'  # how a document of this script begins
 COUNTS = {
     "text_samples": 64,
     "text_batch_size": 8,
@@ -64,7 +66,8 @@ def run(args: argparse.Namespace) -> Path:
     from colqwen_lab.measure.timing import StoppingRule
 
     target = Path(args.output_json)
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+    regular_file(target, LIKE)
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise BadInput(f"--output_json must be a file in a writable folder, got {target}")
     for flag in COUNTS:
         if getattr(args, flag) < 1:
@@ -83,18 +86,18 @@ def run(args: argparse.Namespace) -> Path:
         "weights": args.weights,
         "protocol": "published",
         "dtype": "float16",
+        "fresh": True,  # the document's metadata are those of this run
         "output": str(target.with_name(f"{target.stem}.records.jsonl")),
     }
     named: list[tuple[str, Cell]] = []
-    for number, (scenario, samples, options) in enumerate(_jobs(args)):
-        checked = SweepOptions.of(shared | options | {"fresh": number == 0})
+    for scenario, samples, options in _jobs(args):
+        checked = SweepOptions.of(shared | options)
         for cell in sweep(checked, stopping=stopping, samples=samples):
             label = f"{report_script.LABELS[cell.variant]}_{scenario}"
             sweeps = args.sweep_batch_sizes or args.high_batch_sweep
             named.append((f"{label}_bs{cell.batch_size}" if sweeps else label, cell))
     document = report_script.document(named, _metadata(args, [cell for _, cell in named]))
-    target.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return target
+    return write_file(target, json.dumps(document, indent=2) + "\n", LIKE)
 
 
 def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -108,7 +111,7 @@ def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any]]]
         batches = batch_sizes_of(args.high_batch_sweep)
         yield "high_batch", args.text_samples, {"model": "awq", "batch_sizes": batches}
     if not sweeps and not args.text_only:
-        pages = f"{args.image_size}x{args.image_size}"
+        pages = f"{args.image_size} x {args.image_size}"
         work = {"workload": "pages", "pages": pages, "batch_sizes": args.image_batch_size}
         yield "image_documents", args.image_samples, {"model": models} | work
 

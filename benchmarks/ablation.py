@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -31,6 +30,7 @@ from colqwen_lab.runtime.fast import KINDS, Fast, load_fast
 from colqwen_lab.runtime.graphs import captured, replay_ms
 from colqwen_lab.runtime.linears import Fp8, is_small_m
 from colqwen_lab.runtime.tune import Paths
+from colqwen_lab.settings import write_file
 
 TOKENS, ROUNDS, LOW, HIGH = 18, 15, 3, 11
 ON = "everything on"
@@ -182,7 +182,7 @@ def main(file: str, size: str = "4b", batches: str = "1,2,4,8,16,32,64,128,256,5
             "rounds": ROUNDS,
             "records": records,
         }
-        Path(file).write_text(json.dumps(result, indent=1) + "\n")
+        write_file(file, json.dumps(result, indent=1) + "\n", r'\{\s*"environment":')
         progress(f"batch {batch} done")
     print(tables(records))
 

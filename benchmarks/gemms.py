@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -26,6 +25,7 @@ from colqwen_lab.model.checkpoint import default_checkpoint
 from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.runtime.fast import KINDS, load_fast
 from colqwen_lab.runtime.graphs import captured, replay_ms
+from colqwen_lab.settings import write_file
 
 TOKENS, ROUNDS = 18, 9
 DEVICE = pick_device()
@@ -85,7 +85,7 @@ def main(size: str, batches: str, file: str) -> None:
         "size": size,
         "gemms_us": records,
     }
-    Path(file).write_text(json.dumps(result, indent=1) + "\n")
+    write_file(file, json.dumps(result, indent=1) + "\n", r'\{\s*"environment":')
     print(pd.DataFrame(records).to_string(index=False))
 
 

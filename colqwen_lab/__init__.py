@@ -16,8 +16,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colqwen_lab import signals  # noqa: F401  (first: Ctrl-C while the rest is imported)
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement
 from colqwen_lab.options import (
+    RAW,
     CompareOptions,
     FidelityOptions,
     PlanOptions,
@@ -112,7 +114,7 @@ def compare(options: CompareOptions) -> Comparison:
 
 @takes(QuantizeOptions)
 def quantize(options: QuantizeOptions) -> Quantized:
-    """A complete AutoRound checkpoint folder of the language model, with each layer's weight error.
+    """The folder of a whole checkpoint with a packed language model, and its record with errors.
 
     Raises BadInput for a wrong value, MissingRequirement if the checkpoint cannot be made.
     """
@@ -178,8 +180,12 @@ def parameters(names: dict[str, Any], function: Any, *own: str) -> dict[str, Any
     values = {
         name: value
         for name, value in names.items()
-        if name[0] != "_" and name != "In" and name != "Out" and isinstance(value, plain)
+        if name in valid
+        or (name[0] != "_" and name not in ("In", "Out") and isinstance(value, plain))
     }
+    for name in own:
+        if not isinstance(value := values.get(name, ""), str):
+            raise BadInput(f"{name} must be a text, got {value!r}{RAW}")
     unknown = sorted(values.keys() - set(valid))
     if unknown and not names.get("_parameters_checked"):
         raise BadInput(f"unknown parameter {unknown[0]!r}; valid: {', '.join(valid)}")
@@ -194,16 +200,22 @@ def escape(text: str) -> str:
     return render.escape(text)
 
 
-def save(item: Any, name: str) -> list[Path]:
-    """Write a figure as NAME.png and NAME.svg, or results as NAME.jsonl, under `outputs/`."""
+def save(item: Any, name: str = "") -> list[Path]:
+    """The paths written under `outputs/`: a figure as NAME.png and NAME.svg, results as NAME.jsonl.
+
+    A comparison becomes NAME.md. The default name is `figure`, `results` or `comparison`.
+    """
     from colqwen_lab.analysis import plots
+    from colqwen_lab.analysis.compare import Comparison
     from colqwen_lab.analysis.table import Results
 
-    stem = re.sub(r"[^\w.+-]", "-", name)
-    if isinstance(item, Results):
-        return [item.save(outputs_folder() / f"{stem}.jsonl")]
+    default = "figure" if hasattr(item, "savefig") else type(item).__name__.lower()
+    stem = re.sub(r"[^\w.+-]", "-", name or default)
+    if isinstance(item, (Results, Comparison)):
+        kind = "jsonl" if isinstance(item, Results) else "md"
+        return [item.save(outputs_folder() / f"{stem}.{kind}")]
     if not hasattr(item, "savefig"):
-        raise BadInput(f"save takes a figure or results, got {type(item).__name__}")
+        raise BadInput(f"save takes a figure, results or a comparison, got {type(item).__name__}")
     return plots.save(item, stem, outputs_folder())
 
 

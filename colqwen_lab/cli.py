@@ -6,6 +6,8 @@ Results go to stdout; progress and errors go to stderr, one line each.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import colqwen_lab as lab
+from colqwen_lab import signals
 from colqwen_lab.errors import BadInput, LabError, printable
 from colqwen_lab.options import (
     CompareOptions,
@@ -76,8 +79,7 @@ def command(options: type[Options], *examples: str, **own: Any) -> Callable[...,
             try:
                 function(texts, **extra)
             except KeyboardInterrupt as stop:
-                line = str(stop) or "stopped; run the same command again to resume"
-                _end(line, INTERRUPTED)
+                _end(str(stop) or "stopped", signals.exit_code())
 
         parameters = [_parameter(name, field) for name, field in options.model_fields.items()]
         parameters += [
@@ -136,7 +138,7 @@ def doctor() -> None:
     "sweep -m base,awq -c report -c best --control",
 )
 def sweep(options: dict[str, Any]) -> None:
-    """Measure throughput and peak memory over batch sizes. Resumes its file."""
+    """Measure throughput and peak memory over batch sizes. Run again to resume."""
     results = lab.sweep(**options)
     _show(_tables(results.table()))
     if not any(cell.status == "ok" for cell in results):
@@ -162,19 +164,18 @@ def plan(options: dict[str, Any], as_json: bool) -> None:
     CompareOptions,
     "compare rows.jsonl --card 8 --markdown report.md",
     "compare published --json",
-    markdown=(Annotated[str, typer.Option(help="Write the report to this file.")], ""),
+    markdown=(Annotated[str, typer.Option(help="Write the report to this file; - is stdout.")], ""),
     as_json=JSON,
 )
 def compare(options: dict[str, Any], markdown: str, as_json: bool) -> None:
     """Compare the models of one or two records files. Needs no GPU."""
+    if markdown == "-" and as_json:
+        raise BadInput("give --markdown - or --json, not both: each is a document on stdout")
     comparison = lab.compare(**options)
-    if markdown:
-        try:
-            Path(markdown).write_text(comparison.markdown(), encoding="utf-8")
-        except OSError as error:
-            reason = f"cannot write {markdown}: {error.strerror}"
-            raise BadInput(f"{reason}; name a file in a folder you can write") from None
-        typer.echo(f"wrote {markdown}", err=True)
+    if markdown == "-":
+        _show(comparison.markdown())
+    elif markdown:
+        typer.echo(f"wrote {comparison.save(Path(markdown).expanduser())}", err=True)
     if as_json:
         typer.echo(json.dumps(comparison.to_dict(), indent=1))
     elif not markdown:
@@ -234,10 +235,22 @@ def _show(text: str) -> None:
 
 
 def main() -> None:
-    """Run the program. Exit codes: 0, 1 missing requirement, 2 wrong value, 130 Ctrl-C."""
+    """Run the program.
+
+    Exit codes: 0, 1 missing requirement, 2 wrong value, 130 Ctrl-C, 143 SIGTERM.
+    """
+    signals.listen(signals.interrupt)
     warnings.formatwarning = lambda message, *_, **__: f"colqwen-lab: {message}\n"
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except OSError as error:
+        # Without a file name it is standard output, which is full.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        where = error.filename or "standard output"
+        _end(f"cannot use {where}: {error.strerror}; name another place for it", 1)
     except LabError as error:
         _end(str(error), error.exit_code)
     except Exception as error:
@@ -250,10 +263,12 @@ def main() -> None:
             hint = f"commands: {', '.join(group.commands)}"
         _end(f"{' '.join(error.format_message().split())}; {hint}", 2)
     if code == INTERRUPTED:  # typer turns Ctrl-C into a return value
-        _end("stopped; run the same command again to resume", code)
+        _end("stopped", signals.exit_code())
+    signals.listen(signal.SIG_IGN)
     sys.exit(code)
 
 
 def _end(line: str, code: int) -> NoReturn:
+    signals.listen(signal.SIG_IGN)  # the program is about to end
     print(f"colqwen-lab: {line}", file=sys.stderr)
     sys.exit(code)

@@ -31,7 +31,7 @@ def examine() -> Iterator[tuple[str, str]]:
     else:
         yield "GPU", "no CUDA GPU; sweeps run on the CPU, and the default size is tiny"
     memory = (here.host_memory_bytes or 0) / GIB
-    yield "CPU", f"{here.cpu}, {here.threads} threads, {memory:.1f} GiB of memory"
+    yield "CPU", f"{here.cpu}, threads: {here.threads}, {memory:.1f} GiB of memory"
     yield "default size", resolve_size("auto", device.type == "cuda")
     for package in PACKAGES:
         yield package, _version(package)

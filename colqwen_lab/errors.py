@@ -17,8 +17,10 @@ SECRETS = {
     r"[A-Za-z]:[\\/]+Users[\\/]+(?:[^\\/:*?\"<>|\n]+(?=[\\/])|[^\\/\s'\":]+)": "~",
     r"(?:/home|/Users)/[^/\\\s'\":]+(?:(?: [^/\\\s'\":]+)?(?=/))?": "~",
 }
+# Also what turns the direction of writing, and what takes no place; joiners are part of words.
 CONTROL = re.compile(
-    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
@@ -78,3 +80,9 @@ def one_of(what: str, value: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value).lower(), names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise BadInput(f"unknown {what} {value!r}{hint}; valid: {', '.join(names)}")
+
+
+def ambiguous(word: str, meaning: str) -> BadInput:
+    """The error for a word of the program that is also the name of a file or folder here."""
+    path = f"{word!r} is {meaning}, and a file or folder here has this name"
+    return BadInput(f"{path}; write ./{word} for it, or run in another folder")

@@ -183,7 +183,7 @@ def need_bytes(memory: Memory) -> tuple[int, int]:
 
 
 def fit_of(memory: Memory, nominal_bytes: int) -> Fit:
-    """Whether a run fits a card of `nominal_bytes`: always, only in the best case, or not."""
+    """`fits`, `tight` (in the best case only) or `does not fit`, on a card of `nominal_bytes`."""
     least, most = need_bytes(memory)
     if most <= usable(nominal_bytes):
         return "fits"

@@ -7,15 +7,16 @@ notebooks derive from these models. papermill passes texts: "false" and "8,16" a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from inspect import Parameter, Signature
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.errors import BadInput, ambiguous, one_of
 from colqwen_lab.hardware import Card, find_card
 from colqwen_lab.model.config import SIZES
 from colqwen_lab.records import EIGHT_BIT_KERNELS, Configuration
@@ -51,6 +52,8 @@ BEST = "fast/lean/auto"
 
 # ---------------------------------------------------------------- types
 
+RAW = "; papermill -r passes a text as it is, where -p makes 7 of 007"
+
 
 def listed(value: Any) -> list[Any]:
     """The items of "a,b", of a list, or of one value."""
@@ -62,13 +65,11 @@ def listed(value: Any) -> list[Any]:
 
 
 def joined(value: Any) -> str:
-    """The items of a text or a list as one text, "a,b"."""
+    """The items of a text or a list of texts as one text, "a,b"."""
     parts = listed(value)
-    if not all(
-        isinstance(part, (str, int, float)) and not isinstance(part, bool) for part in parts
-    ):
-        raise BadInput(f"must be a text such as 'a,b' or a list of texts, got {value!r}")
-    return ",".join(str(part).strip() for part in parts)
+    if not all(isinstance(part, str) for part in parts):
+        raise BadInput(f"must be a text such as 'a,b' or a list of texts, got {value!r}{RAW}")
+    return ",".join(part.strip() for part in parts)
 
 
 def batch_sizes_of(value: Any) -> tuple[int, ...]:
@@ -81,7 +82,8 @@ def batch_sizes_of(value: Any) -> tuple[int, ...]:
         return ()
     try:
         parts = listed(value.strip("[ ]") if isinstance(value, str) else value)
-        sizes = [int(str(part)) for part in parts]
+        texts = [str(part).strip() for part in parts]
+        sizes = [int(text) if text.isdecimal() else 0 for text in texts]
     except (TypeError, ValueError):
         sizes = []
     if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
@@ -101,6 +103,13 @@ def _one_of(*valid: str) -> Callable[[str], str]:
 
 
 Several = Annotated[str, BeforeValidator(joined)]
+Cards = Annotated[
+    Several,
+    BeforeValidator(
+        lambda value: [str(part) if type(part) in (int, float) else part for part in listed(value)]
+    ),
+]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 BatchSizes = Annotated[tuple[int, ...], BeforeValidator(batch_sizes_of)]
 Size = Annotated[str, AfterValidator(lambda value: one_of("size", value.lower(), ["auto", *SIZES]))]
 
@@ -108,10 +117,18 @@ Size = Annotated[str, AfterValidator(lambda value: one_of("size", value.lower(),
 def _weights(value: str) -> str:
     if value not in WEIGHTS and not os.path.isdir(value):
         raise BadInput(f"must be {', '.join(WEIGHTS)} or a checkpoint folder, got {value!r}")
+    if value in WEIGHTS and os.path.exists(os.path.join(value, "config.json")):
+        raise ambiguous(value, "a kind of weights")
     return value
 
 
-Weights = Annotated[str, AfterValidator(_weights)]
+def _data(value: str) -> str:
+    if value == "generated" and os.path.exists(value):
+        raise ambiguous(value, "the synthetic pages")
+    return value
+
+
+Weights = Annotated[PathText, AfterValidator(_weights)]
 VisualTokens = Annotated[int, Field(ge=1, le=MOST_VISUAL_TOKENS)]
 
 
@@ -163,16 +180,31 @@ def _message(options: type[Options], error: ErrorDetails) -> str:
         text = str(cause).replace("unknown value", f"unknown {name}", 1)
         return f"{name} {text}" if text.startswith("must be") else text
     kind = next((text for key, text in EXPECTED.items() if error["type"].startswith(key)), "")
+    bounds = [f"{word} {limit}" for word, limit in _bounds(options.model_fields[name])]
+    if error["type"].startswith(("greater", "less")):
+        kind = " and ".join(bounds)
     expected = kind or error["msg"].removeprefix("Input should be ")
     default = options.model_fields[name].default
-    return f"{name} must be {expected}, such as {default!r}, got {error['input']!r}"
+    hint = RAW if kind == "a text" else ""
+    return f"{name} must be {expected}, such as {default!r}, got {error['input']!r}{hint}"
+
+
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _bounds(field: FieldInfo) -> Iterator[tuple[str, float]]:
+    """Each bound of a number in words, with its limit."""
+    for part in field.metadata:
+        for name, words in BOUNDS.items():
+            if hasattr(part, name):
+                yield words, getattr(part, name)
 
 
 Checked = TypeVar("Checked", bound=Options)
 
 
 def takes(options: type[Checked]) -> Callable[[Callable[[Checked], Any]], Callable[..., Any]]:
-    """Let a function of `options` be called by their names; signature and Args come from the model.
+    """A decorator: a function of `options` is called by their names, which its signature shows.
 
     The first two options may be given by position.
     """
@@ -230,7 +262,7 @@ class SweepOptions(Options):
     visual_tokens: VisualTokens = option(
         VISUAL_TOKENS, "pages: the budget of an image, in visual tokens of 32 x 32 pixels"
     )
-    pages: str = option(
+    pages: PathText = option(
         "", "pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"
     )
     weights: Weights = option(
@@ -252,19 +284,21 @@ class SweepOptions(Options):
         "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL",
         "-c",
     )
-    control: bool = option(False, "time the first model of each configuration twice: A/A control")
+    control: bool = option(False, "A/A control: time the first model twice; both must be the same")
     dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
         "bfloat16", "bfloat16, float16 or float32"
     )
     card: Annotated[str, BeforeValidator(str)] = option(
         "", "find the largest batch under the memory of this card (GB or a GPU's name)"
     )
-    output: str = option("", "the records file, .jsonl; by default under outputs/", "-o")
+    output: PathText = option("", "the records file, .jsonl; by default under outputs/", "-o")
     fresh: bool = option(False, "measure again what is on file")
     min_steps: Annotated[int, Field(ge=0)] = option(
         0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
     )
-    max_s: Annotated[float, Field(gt=0)] = option(3.0, "most seconds to time a cell")
+    max_s: Annotated[float, Field(gt=0)] = option(
+        3.0, "seconds to time a cell, once every batch was timed"
+    )
     on: Annotated[str, AfterValidator(_one_of("here", "ray"))] = option(
         "here", "here, or ray: over a Ray cluster, one task per size, workload and execution"
     )
@@ -284,13 +318,11 @@ class SweepOptions(Options):
         if self.weights not in WEIGHTS and len(names) > 1:
             raise BadInput("a weights folder goes with one model; name folders as models")
         if self.on == "here" and (self.accelerator or self.address):
-            raise BadInput("accelerator and address are options of a Ray cluster: --on ray")
+            raise BadInput("accelerator and address are options of a Ray cluster, on=ray")
         single = (self.execution, self.protocol, self.kernel)
         if self.configuration and single != ("eager", "lean", "auto"):
             raise BadInput("give configuration, or execution, protocol and kernel, not both")
-        for configuration in self.configurations("cpu"):
-            if "pages" in workloads and configuration.execution == "fast":
-                raise BadInput("execution fast embeds queries only; use eager for workload pages")
+        self.configurations("cpu")  # checks each configuration
         self.memory_budget  # noqa: B018  (checks the card's name)
 
     @property
@@ -367,12 +399,14 @@ class PlanOptions(Options):
         (8, 16, 32, 64, 128, 256, 512), "such as 8,512", "-b", shown="8,16,32,64,128,256,512"
     )
     size: Annotated[str, AfterValidator(_one_of(*SIZES))] = option("4b", "tiny, mid, 4b, 8b")
-    cards: Several = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070", long="card")
+    cards: Cards = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070", long="card")
     protocol: Annotated[str, AfterValidator(_one_of(*PROTOCOLS))] = option(
         "lean", "lean or published"
     )
     kernel: str = option(
-        "tritonv2", "kernel of packed weights: tritonv2, torch, fused; fast: also int4, fp8"
+        "tritonv2",
+        "kernel of packed weights: tritonv2, torch, humming, fused (such as marlin); fast: also "
+        "int4, fp8",
     )
     dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
         "bfloat16", "bfloat16, float16 or float32"
@@ -409,9 +443,9 @@ class CompareOptions(Options):
         "published", "a records file that holds BASE, or the word published", argument=True
     )
     awq: Any = option(
-        "", "a records file that holds the quantised model; by default the same", argument=True
+        "", "a records file of the quantised model; default: the first file", argument=True
     )
-    cards: Several = option("8,12,16,24", "memory budgets in GB, or GPUs by name", long="card")
+    cards: Cards = option("8,12,16,24", "memory budgets in GB, or GPUs by name", long="card")
 
     def model_post_init(self, _: Any) -> None:
         self.memory_budgets  # noqa: B018  (checks the names of the cards)
@@ -436,8 +470,8 @@ class QuantizeOptions(Options):
     format: Annotated[str, AfterValidator(_one_of(*FORMATS))] = option(
         "auto_round", "the packing: auto_round, auto_gptq, auto_awq"
     )
-    texts: str = option("", "a file of calibration texts, one a line; by default built in")
-    output: str = option("", "a new folder; by default outputs/SIZE-SCHEME", "-o")
+    texts: PathText = option("", "a file of calibration texts, one a line; by default built in")
+    output: PathText = option("", "a new folder; by default outputs/SIZE-SCHEME", "-o")
 
 
 class FidelityOptions(Options):
@@ -446,18 +480,20 @@ class FidelityOptions(Options):
     model: Several = option(
         "awq", "awq, a scheme such as W8A16, a folder, a hub id, or several", "-m"
     )
-    data: str = option(
+    data: Annotated[PathText, AfterValidator(_data)] = option(
         "generated", "generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"
     )
     size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
     weights: Weights = option("auto", "BASE's weights: auto, hub, or a checkpoint folder")
-    iters: int = option(50, "tuning steps a layer of schemes that are quantised here; 0 is plain")
-    plain: bool = option(False, "each of these schemes also without tuning")
-    margin: Annotated[float, Field(gt=0, lt=1)] = option(0.01, "smaller differences do not count")
+    iters: int = option(50, "tuning steps a layer of schemes quantised here; 0: rounding alone")
+    plain: bool = option(False, "also measure each scheme rounded without tuning")
+    margin: Annotated[float, Field(gt=0, lt=1)] = option(
+        0.01, "the smallest difference that counts, in each metric's unit"
+    )
     queries: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     pages: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     visual_tokens: VisualTokens = option(VISUAL_TOKENS, "the budget of a page")
-    output: str = option("", "the records file, .jsonl; by default under outputs/", "-o")
+    output: PathText = option("", "the records file, .jsonl; by default under outputs/", "-o")
 
     @property
     def models(self) -> list[str]:

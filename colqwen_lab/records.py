@@ -6,6 +6,8 @@ comparing records never imports torch. Files hold bytes and seconds; screens sho
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
 import math
 import os
@@ -13,21 +15,44 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from filelock import FileLock, Timeout
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from colqwen_lab import report_script
-from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
-from colqwen_lab.settings import DATA
+from colqwen_lab.errors import (
+    BadInput,
+    LabError,
+    MissingRequirement,
+    ambiguous,
+    plain,
+    shown,
+)
+from colqwen_lab.settings import DATA, locked, regular_file
 
 MIB = 2**20
 GIB = 2**30
+RANDOM_TEXTS, DRAWN_TEXTS = (f"{kind} at the report's lengths" for kind in ("random ids", "drawn"))
 PUBLISHED = "published"
-LINE_START = '{"schema":1,'
+LINE_START = b'{"schema":1,'
 RESUME = "finished rows are on file; run the same command again to resume"
+# A row with a million samples and as many of a control has 40 MB. The JSON of the report's script
+# has a few kB; a parser takes seventy times a document's bytes.
+MOST_LINE_BYTES, MOST_DOCUMENT_BYTES, MOST_TEXT = 64 * MIB, 4 * MIB, 10_000
+# A records file begins so; editors may put a byte-order mark or a blank line before.
+FIRST_ROW = "(\ufeff)?" r"\s*(\Z|\{ *\")"
 
 # Bounds that keep every derived figure finite.
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -36,6 +61,8 @@ Positive = Annotated[int, Field(gt=0, lt=2**63)]
 Figure = Annotated[float, Field(ge=-1e9, lt=1e9)]
 Measured = Annotated[float, Field(gt=1e-9, lt=1e9)]  # seconds, or items per second
 Speed = Annotated[float, Field(ge=1, lt=1e21)]
+# One line without control characters, short enough for a table.
+Text = Annotated[str, AfterValidator(lambda text: plain(text[:MOST_TEXT]))]
 Origin = Literal["measured", "predicted", "published"]
 
 
@@ -59,11 +86,11 @@ class Value(BaseModel):
 class Configuration(Value):
     """How a variant runs: execution x protocol x kernel x dtype."""
 
-    variant: str
-    execution: str = "eager"
-    protocol: str = "lean"
-    kernel: str = "auto"
-    dtype: str | None = "bfloat16"
+    variant: Text
+    execution: Text = "eager"
+    protocol: Text = "lean"
+    kernel: Text = "auto"
+    dtype: Text | None = "bfloat16"
 
     @property
     def label(self) -> str:
@@ -94,22 +121,31 @@ class Workload(Value):
     """The batches of a cell. `tokens` is the padded length of the longest batch.
 
     `padded_share` is the share of all tokens that is padding. For pages: `visual_tokens` is the
-    budget, `distinct` the number of different pages, `skipped` the number of unreadable files,
+    budget, `distinct` the number of different pages, `skipped` the number of unreadable pages,
     `index_bytes` the embeddings of one page, `preprocess_s` the time to read and process one page,
-    outside the step.
+    outside the step. `shapes` numbers the shape of each batch: batches of one number cost the same.
     """
 
     kind: Literal["queries", "pages"]
     batch_size: Positive
     tokens: Positive | None = None
-    texts: str | None = None
+    texts: Text | None = None
     padded_share: float | None = Field(default=None, ge=0, le=1)
     visual_tokens: Positive | None = None
-    pages: str | None = None
+    pages: Text | None = None
     distinct: Count | None = None
     skipped: Count | None = renamed(None, "skipped", "refused")
     index_bytes: Count | None = None
     preprocess_s: Figure | None = None
+    shapes: list[Count] = []
+
+    @field_validator("texts", "pages")
+    @classmethod
+    def _renamed(cls, value: str | None) -> str | None:
+        """Today's names of synthetic pages and random ids; earlier records call both drawn."""
+        if value is None or not value.startswith("drawn"):
+            return value
+        return {DRAWN_TEXTS: RANDOM_TEXTS}.get(value, value.replace("drawn", "synthetic", 1))
 
     @property
     def budget(self) -> str:
@@ -125,12 +161,12 @@ class Backend(Value):
     `kernel_configs` names the kernel config used by GEMM and M.
     """
 
-    requested: str
-    engaged: dict[str, Count] = {}
-    dtype: str | None = None
-    requested_dtype: str | None = None
-    kept_16bit: dict[str, Count] = {}
-    kernel_configs: dict[str, str] = renamed({}, "kernel_configs", "schedules")
+    requested: Text
+    engaged: dict[Text, Count] = {}
+    dtype: Text | None = None
+    requested_dtype: Text | None = None
+    kept_16bit: dict[Text, Count] = {}
+    kernel_configs: dict[Text, Text] = renamed({}, "kernel_configs", "schedules")
 
 
 class Rate(Value):
@@ -140,12 +176,19 @@ class Rate(Value):
     low: Measured | None = None
     high: Measured | None = None
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not (self.low or 0) <= self.median * (1 + 1e-9) <= (self.high or math.inf) * (1 + 2e-9):
+            raise ValueError(f"median {self.median:g} must lie within its interval, low to high")
+        return self
+
 
 class Memory(Value):
     """Bytes on the device. `breakdown` names the parts of the peak and adds up to it.
 
     `peak_bytes` comes from the CUDA allocator, from tracked tensors (CPU) or from a prediction.
     `min_reserved_bytes` (predictions): the least that torch must be allowed to reserve.
+    `unused_head_bytes`: the untied language-model head, which protocol published keeps.
     """
 
     weights_bytes: Count | None = None
@@ -155,7 +198,8 @@ class Memory(Value):
     min_reserved_bytes: Count | None = renamed(None, "min_reserved_bytes", "least_reserved_bytes")
     device_bytes: Count | None = None
     allocation_retries: Count | None = None
-    breakdown: dict[str, Whole] | None = renamed(None, "breakdown", "ledger")
+    unused_head_bytes: Count = 0
+    breakdown: dict[Text, Whole] | None = renamed(None, "breakdown", "ledger")
     method: Literal["cuda", "tracked", "published", "predicted"]
 
 
@@ -183,7 +227,7 @@ class Stages(Value):
 class Difference(Value):
     """Cosine of token embeddings to those with 16-bit activations, on one batch."""
 
-    against: str
+    against: Text
     cosine_mean: Figure
     cosine_min: Figure = Field(validation_alias=AliasChoices("cosine_min", "cosine_least"))
 
@@ -191,49 +235,54 @@ class Difference(Value):
 class CardRun(Value):
     """A cell measured under the memory cap of a smaller card: the cap, and the batches tried."""
 
-    name: str
+    name: Text
     nominal_bytes: Count
     cap_bytes: Count
     outside_bytes: Count
-    method: str
-    tried: dict[Count, str]
+    method: Text
+    tried: dict[Count, Text]
     verified_runs: Count
 
 
 class Timing(Value):
-    """How the samples were taken: warm-up steps, why timing stopped, and what was interleaved."""
+    """How the samples were taken: warm-up steps, why timing stopped, and what was interleaved.
+
+    `min_steps` and `max_s` are what the run asked for. Step times go round the batches in order.
+    """
 
     warmup_steps: Count
     steady: bool
-    stopped: str
-    interleaved_with: list[str] = renamed([], "interleaved_with", "in_turn_with")
-    interleaved_configurations: list[str] = renamed(
+    stopped: Text
+    interleaved_with: list[Text] = renamed([], "interleaved_with", "in_turn_with")
+    interleaved_configurations: list[Text] = renamed(
         [], "interleaved_configurations", "ways_in_turn"
     )
-    clock: str
+    clock: Text
+    min_steps: Count | None = None
+    max_s: Figure | None = None
 
 
 class Environment(Value):
     """The machine and the versions. No host, user or folder names."""
 
-    gpu: str | None = None
+    gpu: Text | None = None
     gpu_memory_bytes: Count | None = None
-    compute_capability: str | None = None
-    driver: str | None = None
-    cuda: str | None = None
+    compute_capability: Text | None = None
+    driver: Text | None = None
+    cuda: Text | None = None
     power_limit_w: Figure | None = None
-    cpu: str | None = None
+    cpu: Text | None = None
     threads: Count | None = None
     host_memory_bytes: Count | None = None
-    os: str | None = None
-    python: str | None = None
-    torch: str | None = None
-    transformers: str | None = None
-    auto_round: str | None = None
-    attention: str | None = None
-    code: str | None = None
-    commit: str | None = None
-    started_at: str | None = None
+    os: Text | None = None
+    python: Text | None = None
+    torch: Text | None = None
+    transformers: Text | None = None
+    auto_round: Text | None = None
+    attention: Text | None = None
+    code: Text | None = None
+    commit: Text | None = None
+    started_at: Text | None = None
 
     @property
     def device(self) -> str:
@@ -267,19 +316,19 @@ class Cell(Row):
     """
 
     origin: Origin
-    source: str = "colqwen-lab"
-    variant: str
-    size: str
-    weights: str
+    source: Text = "colqwen-lab"
+    variant: Text
+    size: Text
+    weights: Text
     quantization: Quantization | None = None
     workload: Workload
-    execution: str
-    protocol: str
+    execution: Text
+    protocol: Text
     backend: Backend
     status: Literal["ok", "oom", "failed"]
-    reason: str | None = None
-    step_s: list[Measured] = []
-    control_s: list[Measured] = []
+    reason: Text | None = None
+    step_s: Annotated[list[Measured], FailFast()] = []
+    control_s: Annotated[list[Measured], FailFast()] = []
     items_per_s: Rate | None = None
     memory: Memory | None = None
     work: Work | None = None
@@ -288,8 +337,21 @@ class Cell(Row):
     stages: Stages | None = renamed(None, "stages", "towers")
     card: CardRun | None = None
     timing: Timing | None = None
-    gpu_state: dict[str, dict[str, Any]] | None = None
-    interference: list[str] = renamed([], "interference", "notes")
+    gpu_state: dict[Text, dict[Text, Any]] | None = None
+    interference: list[Text] = renamed([], "interference", "notes")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.step_s and self.items_per_s:
+            steps = alike(self.step_s, self.workload.shapes)
+            median, got = self.batch_size / statistics.median(steps), self.items_per_s.median
+            if not math.isclose(median, got, rel_tol=1e-3):
+                raise ValueError(
+                    f"items_per_s must have the median of step_s, {median:g}, got {got:g}"
+                )
+        if self.variant == "base" and self.quantization:  # a folder of that name
+            object.__setattr__(self, "variant", "./base")
+        return self
 
     @property
     def batch_size(self) -> int:
@@ -301,8 +363,8 @@ class Cell(Row):
 
         A GPU at its power limit is at full load, and a display alone changes no figure.
         """
-        usual = ("power limit", "display")
-        return [line for line in self.interference if not any(word in line for word in usual)]
+        usual = ("power limit", "a display is attached")
+        return [line for line in self.interference if not any(words in line for words in usual)]
 
     @property
     def configuration(self) -> Configuration:
@@ -331,22 +393,57 @@ class Cell(Row):
         )
 
 
-def rate_of(step_s: Sequence[float], items: int) -> Rate:
+def alike(step_s: Sequence[float], shapes: Sequence[int]) -> list[float]:
+    """Step times as if every batch were an average one: their median is the rate of the whole set.
+
+    `shapes` numbers the shape of each batch in turn. The time of a shape is its median; steps that
+    deviate from its mean show the noise. A few large batches that take most of the time count as
+    fewer samples (Kish's effective sample size). With one sample a shape only the mean is left.
+    """
+    if len(set(shapes)) < 2:
+        return list(step_s)
+    times: dict[int, list[float]] = {}
+    for seconds, shape in zip(step_s, itertools.cycle(shapes), strict=False):
+        times.setdefault(shape, []).append(seconds)
+    typical = {shape: statistics.median(own) for shape, own in times.items()}
+    costs = [typical[shape] for shape in shapes if shape in typical]
+    noise = sorted(
+        (seconds / statistics.fmean(own)) ** math.sqrt(len(own) / (len(own) - 1))  # a fitted mean
+        for own in times.values()
+        if len(own) > 1
+        for seconds in own
+    )
+    effective = len(step_s) * sum(costs) ** 2 / sum(cost**2 for cost in costs) / len(costs)
+    count = min(len(noise), round(effective))
+    kept = [noise[int((place + 0.5) * len(noise) / count)] for place in range(count)] or [1.0]
+    scale = statistics.fmean(costs) / statistics.median(kept)
+    return [scale * each for each in kept]
+
+
+def rate_of(step_s: Sequence[float], items: int, shapes: Sequence[int] = ()) -> Rate:
     """Items per second of `items` a step: the median and its 95 % interval from order statistics.
 
     The interval uses binomial ranks, so it assumes nothing of the distribution. Fewer than six
-    samples give no interval.
+    samples give no interval. Batches of several `shapes` are first made `alike`.
     """
-    times = sorted(step_s)
+    times = sorted(alike(step_s, shapes))
     n = len(times)
     median = statistics.median(times)
-    tail, rank = 0.0, 0
-    while rank < n and tail + math.comb(n, rank) / 2**n <= 0.025:
-        tail += math.comb(n, rank) / 2**n
+    rank = max(0, n // 2 - 3 * math.isqrt(n))  # six deviations below the half
+    tail = _half_binomial(n, rank)
+    while rank < n and tail <= 0.025:
         rank += 1
+        tail += _half_binomial(n, rank)
     if rank == 0:
         return Rate(median=items / median)
     return Rate(median=items / median, low=items / times[n - rank], high=items / times[rank - 1])
+
+
+def _half_binomial(n: int, k: int) -> float:
+    """The chance of `k` heads in `n` throws, without the huge integers of math.comb."""
+    return math.exp(
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
+    )
 
 
 # ---------------------------------------------------------------- reading
@@ -357,19 +454,20 @@ R = TypeVar("R", bound=Row)
 def read_cells(source: str | Path) -> list[Cell]:
     """The cells of a records file, of the report script's JSON, or of the word `published`.
 
-    Of several rows with one key and environment the newest counts. A torn last line is left out
+    Of several rows with one key and environment the newest counts. A torn last line is skipped
     with a warning.
 
     Raises:
         BadInput: no such file, or not a records file; the line is named.
     """
-    if str(source) == PUBLISHED:
+    if source == PUBLISHED:
+        if os.path.exists(PUBLISHED):
+            raise ambiguous(PUBLISHED, "the report")
         return published_cells()
-    path = Path(source)
-    text = _text_of(path)
-    document = None
-    with suppress(ValueError, RecursionError):
-        document = json.loads(text)
+    path, document = _path_of(source), None
+    with suppress(OSError, ValueError, RecursionError):
+        if path.stat().st_size <= MOST_DOCUMENT_BYTES:
+            document = json.loads(path.read_bytes())
     if isinstance(document, dict) and "results" in document:
         try:
             return [Cell.model_validate(fields) for fields in report_script.cells(document)]
@@ -380,52 +478,76 @@ def read_cells(source: str | Path) -> list[Cell]:
     return read_rows(path, Cell, "sweep")
 
 
-def read_rows(path: Path, kind: type[R], command: str) -> list[R]:
+def read_rows(source: str | Path, kind: type[R], command: str) -> list[R]:
     """The newest rows of a file that `colqwen-lab command` wrote; BadInput if it holds none."""
-    rows = newest(_rows(path, kind, command))
+    path = _path_of(source)
+    rows, _ = _rows(path, kind, command)
     if not rows:
         raise BadInput(f"{path} holds no row; name a file written by `colqwen-lab {command}`")
-    return rows
+    return newest(rows)
 
 
 def newest(rows: Iterable[R]) -> list[R]:
-    """The rows without those that a later row with the same key and environment replaces."""
-    return list({(row.key(), row.environment.identity()): row for row in rows}.values())
+    """The rows without those that a later row with the same key and environment replaces.
+
+    A row that failed replaces no row that is ok.
+    """
+    kept: dict[Any, R] = {}
+    for row in rows:
+        key = row.key(), row.environment.identity()
+        if getattr(row, "status", "ok") == "ok" or getattr(kept.get(key), "status", "") != "ok":
+            kept[key] = row
+    return list(kept.values())
 
 
-def _text_of(path: Path) -> str:
+def _path_of(source: str | Path) -> Path:
+    if not isinstance(source, (str, Path)):
+        raise BadInput(f"a records file must be named by a text, got {source!r}")
+    path = Path(os.path.expanduser(source))
+    regular_file(path)
+    return path
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Each line of a file, without a byte-order mark, and the bytes up to its end."""
     try:
-        whole, newline, torn = path.read_bytes().rpartition(b"\n")
-        # A torn line may end within a character.
-        return (whole + newline).decode() + torn.decode(errors="replace")
+        with path.open("rb") as file:
+            file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
+            while line := file.readline(MOST_LINE_BYTES + 1):
+                if len(line) > MOST_LINE_BYTES:
+                    raise BadInput(f"{path} has a line of more than {MOST_LINE_BYTES} bytes")
+                yield file.tell(), line
     except FileNotFoundError:
         raise BadInput(f"no records file {path}; name a file, or the word {PUBLISHED}") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise BadInput(f"{path} cannot be read as a records file: {error}") from None
 
 
 def _rows(
     path: Path, kind: type[R], command: str, progress: Callable[[str], None] | None = None
-) -> list[R]:
-    *complete, last = _text_of(path).split("\n")
+) -> tuple[list[R], int]:
+    """The rows of a file, and its bytes without a torn last line."""
     rows: list[R] = []
-    for number, line in enumerate([*complete, last] if last else complete, 1):
+    whole = 0
+    for number, (end, line) in enumerate(_lines(path), 1):
         try:
-            rows.append(kind.model_validate_json(line))
+            if line.strip():
+                rows.append(kind.model_validate_json(line))
         except ValidationError as error:
-            may_be_torn = rows or last.startswith(LINE_START) or LINE_START.startswith(last)
-            if number > len(complete) and may_be_torn:
-                line = f"{path}: the last line is torn and left out; a run was killed while writing"
-                (progress or warnings.warn)(shown(line))
-                continue
-            first = error.errors()[0]
+            first = error.errors(include_url=False, include_input=False)[0]
+            ours = rows or line.startswith(LINE_START) or LINE_START.startswith(line)
+            if first["type"] == "json_invalid" and ours and not line.endswith(b"\n"):
+                torn = f"{path}: the last line is torn and skipped; a run was killed while writing"
+                (progress or warnings.warn)(shown(torn))
+                break
             where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100]
             raise BadInput(
                 f"{path} line {number} is not a {kind.__name__.lower()} record: "
                 f"{where or 'the line'}: {first['msg']}; name a file written by "
                 f"`colqwen-lab {command}`"
             ) from None
-    return rows
+        whole = end
+    return rows, whole
 
 
 # ---------------------------------------------------------------- writing
@@ -477,15 +599,18 @@ class RecordsFile(Generic[R]):
         command: str = "sweep",
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        self.path = _real(path)
+        self.path = regular_file(path)
         if self.path.name.endswith((".result.json", ".lock", ".tmp")):
             raise BadInput(f"{path} is the name of a side file; name a file such as rows.jsonl")
         with writing(path, BadInput, "name a file in a folder you can write"), ExitStack() as stack:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(self.path, progress))
-            exists = self.path.exists() and self.path.stat().st_size
-            self.rows = newest(_rows(self.path, kind, command, progress)) if exists else []
-            self._end_last_line(kind)
+            stack.enter_context(locked(self.path, partial(_wait_for, self.path, progress)))
+            self.rows: list[R] = []
+            if self.path.exists():
+                rows, whole = _rows(self.path, kind, command, progress)
+                self.rows = newest(rows)
+                _end_last_line(self.path, whole)
+            self.path.touch()
             self._held = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -495,38 +620,27 @@ class RecordsFile(Generic[R]):
         self._held.close()
 
     def append(self, rows: Iterable[R]) -> None:
-        """Add `rows`; they are on disk when this returns."""
+        """Add `rows`; they are on disk when this returns. A file that was deleted is made anew."""
         new = list(rows)
         with writing(self.path):
-            append_lines(self.path, new)
+            deleted = not regular_file(self.path, FIRST_ROW).exists()
+            append_lines(self.path, [*self.rows, *new] if deleted else new)
         self.rows = newest([*self.rows, *new])
 
-    def _end_last_line(self, kind: type[R]) -> None:
-        """Give the last row its newline, or cut what a killed run left of it."""
-        with self.path.open("ab+") as file:
-            file.seek(0)
-            whole, _, last = file.read().rpartition(b"\n")
-            if not last:
-                return
-            try:
-                kind.model_validate_json(last)
-                file.write(b"\n")
-            except ValidationError:
-                file.truncate(len(whole) + 1 if whole else 0)
+
+def _end_last_line(path: Path, whole: int) -> None:
+    """Cut what a killed run left of its last line, or give the last row its newline."""
+    with path.open("ab+") as file:
+        file.truncate(whole)
+        file.seek(max(whole - 1, 0))
+        if file.read(1) not in (b"", b"\n"):
+            file.write(b"\n")
 
 
-@contextmanager
-def _locked(path: Path, progress: Callable[[str], None] | None) -> Iterator[None]:
-    lock = FileLock(f"{path}.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        if progress is None:
-            raise BadInput(f"another run writes to {path}; wait for it or name another") from None
-        progress(f"another run writes to {path}; waiting for it")
-        held = lock.acquire()
-    with held:
-        yield
+def _wait_for(path: Path, progress: Callable[[str], None] | None) -> None:
+    if progress is None:
+        raise BadInput(f"another run writes to {path}; wait for it or name another") from None
+    progress(f"another run writes to {path}; waiting for it")
 
 
 def append_lines(path: Path, rows: Iterable[Value]) -> None:
@@ -553,12 +667,15 @@ def sync(path: Path) -> None:
 
 
 def write_cells(path: Path, cells: Iterable[Cell]) -> None:
-    """Write `cells` to a new records file.
+    """Write `cells` to a new records file; one that holds them already stays as it is.
 
     Raises:
-        BadInput: the file exists already and is not empty, or cannot be written.
+        BadInput: the file holds other rows, or cannot be written.
     """
+    cells = list(cells)
     with RecordsFile(path, Cell) as file:
+        if file.rows == cells:
+            return
         if file.rows:
             raise BadInput(f"{path} holds {len(file.rows)} rows already; name a new file")
         file.append(cells)

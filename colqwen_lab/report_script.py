@@ -14,7 +14,7 @@ AS_REPORTED: Any = {"execution": "eager", "protocol": "published", "status": "ok
 
 
 def document(cells: Iterable[tuple[str, Any]], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The report script's JSON document from named cells; cells without samples are left out."""
+    """The report script's JSON document from named cells; cells without samples are skipped."""
     results = {}
     for name, cell in cells:
         memory, times = cell.memory, cell.step_s

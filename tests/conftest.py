@@ -22,6 +22,17 @@ from colqwen_lab.retrieval.record import NAMES, Cosines, Fidelity
 CPU = torch.device("cpu")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The GPU, for tests with the marker gpu."""
+    return torch.device("cuda")
+
+
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny default as a 16-bit checkpoint, its configuration written the way the hub's is."""

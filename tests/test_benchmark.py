@@ -40,6 +40,7 @@ def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     return run
 
 
+@pytest.mark.exhaustive
 def test_sweep_of_the_quantised_model(tmp_path: Path) -> None:
     flags = [
         "--only_awq",
@@ -90,6 +91,23 @@ def test_both_models_without_a_sweep(benchmark: Callable[..., None], tmp_path: P
     ]
 
 
+def test_a_second_run_shows_its_own_figures(
+    benchmark: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into the same JSON with other settings: every scenario is measured again."""
+    monkeypatch.setattr("colqwen_lab.measure.sweep.interference", lambda before: ([], None))
+    flags = ["--only_base", "--text_batch_size", "1", "--image_size", "64", "--image_batch_size"]
+    flags += ["1", "--image_samples", "1", "--warmup_steps", "0", "--output_json", "w.json"]
+    times = []
+    for samples in (2, 3):
+        benchmark(*flags, "--measure_steps", "1", "--text_samples", str(samples))
+        document = json.loads((tmp_path / "w.json").read_text())
+        assert document["metadata"]["text_samples"] == samples
+        times.append({name: row["total_time_s"] for name, row in document["results"].items()})
+    assert times[0].keys() == times[1].keys() == {"BASE_text_queries", "BASE_image_documents"}
+    assert all(times[0][name] != times[1][name] for name in times[0])
+
+
 def test_image_documents_follow_the_queries(benchmark: Callable[..., None], tmp_path: Path) -> None:
     flags = ["--only_base", "--text_batch_size", "2", "--measure_steps", "1", "--warmup_steps", "0"]
     images = [
@@ -107,7 +125,7 @@ def test_image_documents_follow_the_queries(benchmark: Callable[..., None], tmp_
     assert list(results) == ["BASE_text_queries", "BASE_image_documents"]
     assert results["BASE_image_documents"]["total_items"] == 2
     pages = load(tmp_path / "z.records.jsonl").select(workload="pages").cells[0].workload
-    assert (pages.pages, pages.distinct) == ("drawn, 64 x 64 pixels", 4)
+    assert (pages.pages, pages.distinct) == ("synthetic, 64 x 64 pixels", 4)
     assert [cell.workload.kind for cell in load(tmp_path / "z.json")] == ["queries", "pages"]
 
 
@@ -118,7 +136,10 @@ def test_image_documents_follow_the_queries(benchmark: Callable[..., None], tmp_
         (["--only_base", "--only_awq"], "not allowed with"),
         (["--nope"], "--nope"),
         (["--image_size", "-3"], "image_size"),
-        (["--output_json", "."], "must be a file in a writable folder"),
+        (["--output_json", "."], "got a folder; name another"),
+        (["--output_json", "/dev/null"], "got a device; name another"),
+        (["--output_json", str(PROGRAM)], "holds content of another kind"),
+        (["--output_json", "none/x.json"], "must be a file in a writable folder"),
     ],
 )
 def test_bad_flags(

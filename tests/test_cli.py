@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import colqwen_lab as lab
-from colqwen_lab import cli
+from colqwen_lab import cli, signals
 from colqwen_lab.records import published_cells, published_report
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The program handles signals of the whole process."""
+    before = {number: signal.getsignal(number) for number in signals.STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -42,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("sweep --workload nope", "valid: queries"),
         ("sweep --size tiny,5b", "valid: auto, tiny, mid, 4b, 8b"),
         ("sweep --on nope", "valid: here, ray"),
-        ("sweep --accelerator A100", "are options of a Ray cluster: --on ray"),
+        ("sweep --accelerator A100", "are options of a Ray cluster, on=ray"),
         ("sweep -b 0", "must be different whole numbers"),
         ("sweep -b -1", "must be different whole numbers"),
         ("sweep -b a", "must be different whole numbers"),
@@ -51,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("sweep --min-steps x", "min_steps must be a whole number, such as 0, got 'x'"),
         ("plan --card 4070", "did you mean RTX 4070?"),
         ("fidelity --data nope", "generated, vidore:NAME"),
-        ("fidelity --margin 0", "margin must be greater than 0"),
+        ("fidelity --margin 0", "margin must be above 0 and below 1"),
         ("fidelity --weights random", "random"),
         ("compare outputs/h200/card-8.jsonl", "the file holds only awq; give a second file"),
         ("compare none.jsonl published", "no records file none.jsonl"),
@@ -61,6 +72,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         ("compare published published --card A100", "write one of A100 40GB, A100 80GB"),
         ("compare published published --card -8", "card must be memory in GB"),
         ("compare published published --markdown /proc/none/x.md", "cannot write"),
+        ("compare published published --markdown /dev/null", "got a device; name another"),
+        ("sweep -m base -b 1 -o /dev/null", "got a device; name another"),
+        ("sweep -m base -b 1 -o .", "got a folder; name another"),
+        ("compare /dev/zero published", "got a device; name another"),
         ("quantize --scheme W9A16", "unknown scheme 'W9A16'; valid: W2A16"),
         ("quantize --iters -1", "iters"),
     ],
@@ -83,7 +98,7 @@ def test_bad_input_is_one_line_and_exit_2(
 @pytest.mark.parametrize(
     ("stop", "line"),
     [
-        (KeyboardInterrupt(), "stopped; run the same command again to resume"),
+        (KeyboardInterrupt(), "stopped"),
         (
             KeyboardInterrupt("stopped; 1 of 2 cells on file, run again to resume"),
             "stopped; 1 of 2",
@@ -104,6 +119,24 @@ def test_interrupted_is_one_line_and_exit_130(
     err = capsys.readouterr().err
     assert line in err
     assert err.count("\n") == 1
+
+
+def test_a_batch_system_s_signal_is_one_line_and_exit_143(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signals, "received", [])
+    monkeypatch.setattr(lab, "plan", lambda **_: signal.raise_signal(signal.SIGTERM))
+    assert run(monkeypatch, "plan") == 143
+    assert capsys.readouterr().err == "colqwen-lab: stopped\n"
+
+
+def test_a_full_standard_output_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "colqwen_lab", "variants"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    reason = "cannot use standard output: No space left on device; name another place for it"
+    assert done.stderr == f"colqwen-lab: {reason}\n"
 
 
 def test_version_and_examples(
@@ -138,6 +171,27 @@ def test_compare_published_is_the_report_s_table(
     assert round(rows[8]["saving_percent"], 1) == 59.4
     base_12 = [c for c in place["cards"] if c["card_gb"] == 12 and c["side"] == "base"]
     assert [(card["batch_size"], card["items_per_s"]) for card in base_12] == [(256, 966.0)]
+
+
+def test_markdown_to_stdout_and_over_its_own_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "compare", "published", "--markdown", "-") == 0
+    report = capsys.readouterr().out
+    assert report.startswith("## awq against base")
+    assert list(tmp_path.iterdir()) == []
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(published_cells()[0].to_line())
+    for _ in range(2):
+        assert run(monkeypatch, "compare", "published", "--markdown", "report.md") == 0
+    assert capsys.readouterr().err == "wrote report.md\n" * 2
+    assert f"{(tmp_path / 'report.md').read_text()}\n" == report
+    assert run(monkeypatch, "compare", "published", "--markdown", "rows.jsonl") == 2
+    assert "rows.jsonl holds content of another kind" in capsys.readouterr().err
+    assert rows.read_text() == published_cells()[0].to_line()
+    assert run(monkeypatch, "compare", "published", "--markdown", "-", "--json") == 2
+    assert "give --markdown - or --json, not both" in capsys.readouterr().err
 
 
 def test_one_file_of_two_models_is_enough(

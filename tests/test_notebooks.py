@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 
 from colqwen_lab import compare, fidelity, parameters, plan, quantize, sweep
+from colqwen_lab.analysis.plan import Predictions
 from colqwen_lab.errors import BadInput
-from colqwen_lab.records import read_cells
+from colqwen_lab.records import Backend, published_cells, read_cells
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -76,7 +78,8 @@ def test_tells_and_does_not_define(path: Path) -> None:
     assert "## The answer" in text[: text.index("## ") + 20]
     assert re.search(r"## What this (run )?does not show", text)
     source = "\n".join(cell.source for cell in code_cells(path))
-    assert not re.search(r"^\s*(def|class|import torch)\b|lambda", source, re.MULTILINE)
+    # An assertion would hold of the committed rows, and say nothing of a reader's own.
+    assert not re.search(r"^\s*(def|class|import torch|assert)\b|lambda", source, re.MULTILINE)
     assert source.count("\n") < 150
     for before, cell in zip(book.cells[1:], book.cells[2:], strict=False):
         drawn = before.cell_type == "code" and any(
@@ -124,6 +127,13 @@ def test_unknown_parameter_is_an_error_once() -> None:
     assert parameters(names, sweep) == {"model": "awq"}
 
 
+@pytest.mark.parametrize("cards", [{"a": 8}, {8, 12}, None])
+def test_a_parameter_of_any_type_reaches_its_function(cards: Any) -> None:
+    assert parameters({"cards": cards, "measured": "x"}, plan, "measured") == {"cards": cards}
+    with pytest.raises(BadInput, match=r"measured must be a text, got 7; papermill -r passes"):
+        parameters({"cards": "8", "measured": 7}, plan, "measured")
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -131,7 +141,7 @@ def test_unknown_parameter_is_an_error_once() -> None:
         ({"min_steps": "x"}, "min_steps must be a whole number"),
         ({"max_s": "x"}, "max_s must be a number"),
         ({"weights": 3}, "weights must be a text"),
-        ({"model": 5}, "model must be base, awq"),
+        ({"model": 5}, "model must be a text such as 'a,b' or a list of texts, got 5"),
         ({"batch_sizes": None}, "batch_sizes must be different whole numbers"),
     ],
 )
@@ -142,7 +152,9 @@ def test_values_of_another_type(given: dict[str, Any], says: str) -> None:
         compare(5)  # type: ignore[arg-type]
 
 
-def test_papermill_s_false_is_false(tmp_path: Path) -> None:
+def test_papermill_s_false_is_false(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy machine would have its cells measured again.
+    monkeypatch.setattr("colqwen_lab.measure.sweep.interference", lambda before: ([], None))
     asked: dict[str, Any] = {
         "output": str(tmp_path / "rows.jsonl"),
         "weights": "random",
@@ -216,6 +228,25 @@ def test_bad_parameter_is_one_line_in_the_error_cell(
     assert error.traceback == [f"{error.ename}: {error.evalue}"]
     assert says in error.traceback[0]
     assert "\n" not in error.evalue
+
+
+def test_plan_reads_rows_that_no_prediction_fits() -> None:
+    """The rows of README's first command, of a kernel whose buffers are not modelled."""
+    (cell,) = (
+        c.source
+        for c in code_cells(ROOT / "notebooks" / "plan.ipynb")
+        if "largest" in c.source and "compared" in c.source
+    )
+    setting, shown = cell.split("\n")
+    kernels = Backend(requested="auto", engaged={"auto_round_kernel_zp": 28})
+    rows = [cell.model_copy(update={"backend": kernels}) for cell in published_cells()[:2]]
+    for predicted, says in (
+        ([None, None], "no row could be predicted"),
+        ([rows[0], None], "largest error 0.00 % over 1 rows"),
+    ):
+        names: dict[str, Any] = {"pd": pd, "compared": Predictions(rows, predicted).table()}
+        exec(setting, names)
+        assert eval(shown, names) == says
 
 
 def test_nbval_bites(tmp_path: Path) -> None:

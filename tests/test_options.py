@@ -73,6 +73,7 @@ def test_a_parameters_cell_has_the_defaults_of_the_options(notebook: Path) -> No
         ({"max_s": "0.5"}, {"max_s": 0.5}),
         ({"min_steps": "12"}, {"min_steps": 12}),
         ({"card": 8}, {"card": "8"}),
+        ({"batch_sizes": [" 8", 16]}, {"batch_sizes": (8, 16)}),
     ],
 )
 def test_what_papermill_passes_is_understood(text: dict[str, Any], value: dict[str, Any]) -> None:
@@ -96,11 +97,19 @@ def test_what_papermill_passes_is_understood(text: dict[str, Any], value: dict[s
         ({"size": "tiny,5b"}, "unknown size '5b'"),
         ({"execution": "fst"}, "unknown execution 'fst' (did you mean fast?); valid: eager, fast"),
         ({"min_steps": "x"}, "min_steps must be a whole number, such as 0, got 'x'"),
-        ({"max_s": -1}, "max_s must be greater than 0"),
+        ({"max_s": -1}, "max_s must be above 0"),
         ({"model": "base,base"}, "model must be one or more different models, got 'base,base'"),
         ({"model": {"base": 1}}, "model must be a text such as 'a,b' or a list of texts"),
         ({"pages": "512x512"}, "pages and visual_tokens are options of workload pages"),
-        ({"pages": 7, "workload": "pages"}, "pages must be a text"),
+        (
+            {"pages": 7, "workload": "pages"},
+            "pages must be a text, such as '', got 7; papermill -r passes a text as it is",
+        ),
+        ({"model": 7}, "model must be a text such as 'a,b' or a list of texts, got 7; papermill"),
+        ({"model": ["base", 7]}, "got ['base', 7]"),
+        ({"batch_sizes": "8_16"}, "batch_sizes must be different whole numbers"),
+        ({"batch_sizes": [True]}, "batch_sizes must be different whole numbers"),
+        ({"batch_sizes": [8.0]}, "batch_sizes must be different whole numbers"),
         ({"workload": "pages", "texts": "natural"}, "texts is an option of workload queries"),
         (
             {"weights": "nowhere"},
@@ -108,7 +117,6 @@ def test_what_papermill_passes_is_understood(text: dict[str, Any], value: dict[s
         ),
         ({"execution": "fast", "protocol": "published"}, "execution fast keeps no KV cache"),
         ({"kernel": "fp8"}, "kernel fp8 runs in execution fast only"),
-        ({"workload": "pages", "execution": "fast"}, "execution fast embeds queries only"),
         ({"configuration": "a/b/c/d"}, "configuration must be report, best or EXECUTION"),
         ({"configuration": "best", "protocol": "published"}, "give configuration, or execution"),
         ({"accelerator": "A100"}, "accelerator and address are options of a Ray cluster"),
@@ -120,6 +128,18 @@ def test_a_wrong_value_is_one_line_with_the_valid_ones(wrong: dict[str, Any], me
         lab.sweep(**wrong)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cards", [8, 8.0, "8", ["8"], {8}, (8,)])
+def test_cards_are_texts_or_numbers(cards: Any) -> None:
+    assert [card.name for card in PlanOptions.of({"cards": cards}).memory_budgets] == ["8 GB"]
+
+
+@pytest.mark.parametrize("cards", [{"a": 8}, [[8, 12]], None, True, [{"a": 8}], object()])
+@pytest.mark.parametrize("options", [PlanOptions, CompareOptions])
+def test_a_mapping_where_a_list_is_wanted_is_refused(options: type[Options], cards: Any) -> None:
+    with pytest.raises(BadInput, match="cards must be a text such as 'a,b' or a list of texts"):
+        options.of({"cards": cards})
 
 
 def test_options_beyond_the_second_go_by_name() -> None:

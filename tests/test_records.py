@@ -4,6 +4,9 @@ import errno
 import io
 import json
 import math
+import os
+import random
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,11 @@ from colqwen_lab.records import (
     Cell,
     Environment,
     Memory,
+    Rate,
     RecordsFile,
     Workload,
+    alike,
+    newest,
     published_cells,
     rate_of,
     read_cells,
@@ -87,6 +93,39 @@ def test_median_lies_in_its_interval(times: list[float], items: int) -> None:
     assert rate.median <= (rate.high or math.inf) * (1 + 1e-12)
 
 
+def test_the_rate_of_unlike_batches_is_their_items_over_their_time() -> None:
+    small_and_large = [1.0, 1.1, 10.0, 0.9, 1.0, 10.1, 1.0, 1.0, 9.9]
+    rate = rate_of(small_and_large, 4, [0, 0, 1])
+    assert rate.median == pytest.approx(3 * 4 / (1 + 1 + 10))
+    assert rate_of([1.0, 2.0, 9.0], 4, [0, 1, 2]) == Rate(median=1.0), "one round has no interval"
+    assert alike([3.0, 1.0, 2.0], [0, 0, 0]) == [3.0, 1.0, 2.0]
+
+
+def test_an_outlier_moves_the_rate_of_unlike_batches_little() -> None:
+    times = [1.0, 1.0, 4.0, 1.0, 90.0, 4.1, 1.0, 1.0, 3.9]
+    assert rate_of(times, 1, [0, 0, 1]).median == pytest.approx(3 / 6, rel=0.01)
+
+
+def test_a_batch_that_takes_most_of_the_time_decides_the_interval() -> None:
+    """Nine quick batches add no certainty about the tenth."""
+    draw = random.Random(0)
+    shapes, times = [*range(10)], [draw.gauss(1, 0.05) * (1, 1000)[n % 10 == 9] for n in range(200)]
+    alone, whole = rate_of(times[9::10], 1), rate_of(times, 1, shapes)
+    assert len(alike(times, shapes)) == 20
+    widths = [(rate.high - rate.low) / rate.median for rate in (alone, whole)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.5)
+
+
+def test_the_interval_of_unlike_batches_holds_the_true_rate() -> None:
+    draw, shapes, held = random.Random(1), [0, 1, 2, 3, 3], 0
+    true_s = [1.0, 2.0, 4.0, 3.0, 3.0]
+    for _ in range(300):
+        times = [seconds * draw.lognormvariate(0, 0.05) for seconds in true_s * 3]
+        rate = rate_of(times, 1, shapes)
+        held += rate.low <= 5 / sum(true_s) <= rate.high
+    assert held >= 0.93 * 300
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -147,7 +186,7 @@ def test_not_a_records_file_is_one_line(tmp_path: Path, text: str) -> None:
 def test_missing_file_and_folder_are_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no records file .* or the word published"):
         read_cells(tmp_path / "none.jsonl")
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match="must be a regular file or a new one, got a folder"):
         read_cells(tmp_path)
 
 
@@ -187,12 +226,12 @@ def test_file_appends_what_is_on_disk_at_once(tmp_path: Path) -> None:
 
 def test_file_resumes_a_torn_file_whole(tmp_path: Path) -> None:
     path = file_of(tmp_path, measured(8), tail=measured(16).to_line()[:100])
-    with pytest.warns(UserWarning, match="the last line is torn and left out"):
+    with pytest.warns(UserWarning, match="the last line is torn and skipped"):
         assert read_cells(path) == [measured(8)]
     lines: list[str] = []
     with RecordsFile(path, Cell, progress=lines.append) as file:
         assert lines == [
-            f"{path}: the last line is torn and left out; a run was killed while writing"
+            f"{path}: the last line is torn and skipped; a run was killed while writing"
         ]
         assert [cell.batch_size for cell in file.rows] == [8]
         file.append([measured(16)])
@@ -355,6 +394,156 @@ def test_folder_that_cannot_be_made_is_bad_input(tmp_path: Path) -> None:
         RecordsFile(tmp_path / "folder", Cell)
 
 
+# ---------------------------------------------------------------- files of other kinds and habits
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "socket", "folder"])
+def test_only_a_regular_file_is_read_or_written(tmp_path: Path, kind: str) -> None:
+    path = {"device": Path("/dev/null"), "folder": tmp_path}.get(kind, tmp_path / kind)
+    if kind == "fifo":
+        os.mkfifo(path)
+    if kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    before = os.stat(path)
+    for use in (read_cells, lambda path: RecordsFile(path, Cell), lambda p: write_cells(p, [])):
+        got = {"fifo": "pipe"}.get(kind, kind)
+        with pytest.raises(BadInput, match=f"must be a regular file or a new one, got a {got}"):
+            use(path)
+    assert os.stat(path).st_rdev == before.st_rdev
+    assert not Path(f"{path}.lock").exists()
+
+
+def test_a_lock_empties_no_file(tmp_path: Path) -> None:
+    (tmp_path / "cells.jsonl.lock").write_text("mine\n")
+    with pytest.raises(BadInput, match=r"cells\.jsonl\.lock holds content of another kind"):
+        RecordsFile(tmp_path / "cells.jsonl", Cell)
+    assert (tmp_path / "cells.jsonl.lock").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", ""])
+def test_an_edited_file_is_read_and_resumed(tmp_path: Path, ending: str) -> None:
+    """A byte-order mark, blank lines and the line ends of Windows."""
+    path = tmp_path / "cells.jsonl"
+    lines = [cell.to_line().strip() for cell in (measured(8), measured(16))]
+    between = "\r\n\r\n \n" if "\r" in ending else "\n\n"
+    path.write_bytes(f"\ufeff{between.join(lines)}{ending}".encode())
+    assert [cell.batch_size for cell in read_cells(path)] == [8, 16]
+    with RecordsFile(path, Cell) as file:
+        file.append([measured(32)])
+    assert [cell.batch_size for cell in read_cells(path)] == [8, 16, 32]
+    path.write_text(f"\n\n{measured().to_line()}oops\n")
+    with pytest.raises(BadInput, match="line 4 is not a cell record"):
+        read_cells(path)
+
+
+def test_a_file_of_one_row_with_a_mark_keeps_it(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    path.write_bytes(f"\ufeff{measured(8).to_line().strip()}".encode())
+    with RecordsFile(path, Cell) as file:
+        file.append([measured(16)])
+    assert [cell.batch_size for cell in read_cells(path)] == [8, 16]
+
+
+def test_a_row_of_another_kind_is_not_torn(tmp_path: Path) -> None:
+    """A whole line without its newline is no trace of a killed run, so it is never cut."""
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"schema":1,"environment":{},"kind":"fidelity"}')
+    before = path.read_bytes()
+    with pytest.raises(BadInput, match="line 1 is not a cell record"):
+        RecordsFile(path, Cell)
+    assert path.read_bytes() == before
+
+
+def test_a_file_deleted_under_way_is_whole_again(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    with RecordsFile(path, Cell) as file:
+        file.append([measured(8)])
+        path.unlink()
+        file.append([measured(16)])
+        assert [cell.batch_size for cell in read_cells(path)] == [8, 16]
+        path.write_text("# my notes\n")
+        with pytest.raises(BadInput, match="holds content of another kind"):
+            file.append([measured(32)])
+    assert path.read_text() == "# my notes\n"
+
+
+def test_the_word_published_is_asked_back_beside_such_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file_of(tmp_path, measured()).rename("published")
+    with pytest.raises(BadInput, match=r"'published' is the report.*write \./published for it"):
+        read_cells("published")
+    assert read_cells("./published") == [measured()]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_cells("~/published") == [measured()]
+    with pytest.raises(BadInput, match="must be named by a text, got 7"):
+        read_cells(7)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- what a row may say
+
+
+def changed(folder: Path, **changes: Any) -> Path:
+    row = json.loads(measured().to_line()) | changes
+    (folder / "row.jsonl").write_text(json.dumps(row) + "\n")
+    return folder / "row.jsonl"
+
+
+def test_a_median_against_its_samples_is_noticed(tmp_path: Path) -> None:
+    samples = json.loads(measured().to_line())["step_s"]
+    tripled = rate_of([step / 3 for step in samples], 8).model_dump()
+    with pytest.raises(BadInput, match=r"line 1 .* items_per_s must have the median of step_s"):
+        read_cells(changed(tmp_path, items_per_s=tripled))
+    with pytest.raises(BadInput, match=r"must have the median of step_s, 727\.273, got 720"):
+        read_cells(changed(tmp_path, items_per_s={"median": 720.0}))
+    with pytest.raises(BadInput, match="median 9 must lie within its interval"):
+        read_cells(changed(tmp_path, items_per_s={"median": 9, "low": 10, "high": 11}))
+
+
+def test_quantised_weights_in_a_folder_named_base_are_not_base(tmp_path: Path) -> None:
+    bits = {"bits": 4, "group_size": 128, "sym": True}
+    (cell,) = read_cells(changed(tmp_path, variant="base", quantization=bits))
+    assert cell.variant == "./base"
+    assert read_cells(changed(tmp_path, variant="base"))[0].variant == "base"
+
+
+def test_text_of_a_row_has_no_control_characters_and_an_end(tmp_path: Path) -> None:
+    odd = "a\x1b[2Jb\u202ec\u2028d\u200be\u061cf\ud800"
+    (cell,) = read_cells(changed(tmp_path, variant=odd[:-1], interference=["\x9bx" + "y" * 10**6]))
+    assert cell.variant == "a[2Jbc def"
+    assert cell.interference == ["x" + "y" * 9998]
+    assert cell.environment.cpu == "a CPU"
+
+
+def test_a_million_samples_and_their_rate() -> None:
+    steps = [0.01 + 1e-8 * (n % 1000) for n in range(10**6)]
+    cell = measured().model_copy(update={"step_s": steps, "items_per_s": rate_of(steps, 8)})
+    again = Cell.model_validate_json(cell.to_line())
+    assert again == cell
+    assert again.items_per_s is not None
+    assert again.items_per_s.median == pytest.approx(8 / 0.010004995)
+
+
+def test_ranks_are_those_of_whole_numbers() -> None:
+    for n in (*range(1, 60), 500, 999):
+        rank, tail = 0, 0.0
+        while rank < n and tail + math.comb(n, rank) / 2**n <= 0.025:
+            tail += math.comb(n, rank) / 2**n
+            rank += 1
+        rate = rate_of([float(k) for k in range(1, n + 1)], 1)
+        assert rate.high == (pytest.approx(1 / rank) if rank else None)
+
+
+def test_a_line_without_end_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colqwen_lab.records.MOST_LINE_BYTES", 10**4)
+    path = tmp_path / "sparse.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(BadInput, match="has a line of more than 10000 bytes"):
+        read_cells(path)
+
+
 # ---------------------------------------------------------------- identity
 
 
@@ -424,3 +613,25 @@ def test_every_committed_record_is_within_the_bounds() -> None:
     assert len(committed) > 5
     for path in committed:
         assert read_cells(path)
+
+
+def test_a_row_that_failed_later_hides_none_that_is_ok() -> None:
+    ok = measured(8)
+    lost = ok.model_copy(update={"status": "failed", "reason": "the process was killed"})
+    for rows, seen in ([ok, lost], ok), ([lost, ok], ok), ([lost, lost], lost):
+        assert newest(rows) == [seen]
+
+
+def test_a_throttled_clock_disturbs_and_a_display_does_not() -> None:
+    lines = ["a display is attached to the GPU", "held down by the power limit"]
+    throttled = "the clock was held down by the display's clock"
+    assert measured(8).model_copy(update={"interference": [*lines, throttled]}).disturbed == [
+        throttled
+    ]
+
+
+def test_earlier_records_call_synthetic_pages_drawn() -> None:
+    work = {"kind": "pages", "batch_size": 1, "pages": "drawn, 64 x 64 pixels"}
+    assert Workload(**work).pages == "synthetic, 64 x 64 pixels"
+    texts = {"kind": "queries", "batch_size": 1, "texts": "drawn at the report's lengths"}
+    assert Workload(**texts).texts == "random ids at the report's lengths"

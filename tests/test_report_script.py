@@ -81,6 +81,14 @@ def test_script_names_say_variant_workload_and_batch(
     assert (cell.variant, cell.workload.kind, cell.batch_size) == expected
 
 
+def test_a_document_saved_by_an_editor_of_windows_is_read(tmp_path: Path) -> None:
+    row = {"throughput_items_per_s": 10.0, "cuda_max_memory_allocated_MB": 100.0}
+    text = json.dumps({"results": {"AWQ_text_queries_bs8": row}}, indent=2)
+    (tmp_path / "script.json").write_bytes(f"\ufeff{text}\n".replace("\n", "\r\n").encode())
+    (cell,) = read_cells(tmp_path / "script.json")
+    assert (cell.variant, cell.batch_size) == ("awq", 8)
+
+
 @pytest.mark.parametrize(
     "results", [{"AWQ_text_queries": {}}, {"AWQ_bsx": {"a": 1}}, [1], {"AWQ_text_queries_bs8": 3}]
 )

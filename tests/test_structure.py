@@ -114,3 +114,18 @@ def test_people_read_plain_words(name: str) -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_contributing_lists_the_files_with_gpu_tests() -> None:
+    """Every test that needs a GPU carries the marker, so that `-m gpu` runs it."""
+    marked, using = set[str](), set[str]()
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text()
+        marked |= {str(path.relative_to(ROOT))} if "pytest.mark.gpu\n" in text else set()
+        using |= (
+            {str(path.relative_to(ROOT))} if re.search(r"\bcuda: torch\.device", text) else set()
+        )
+    marked.discard("tests/test_structure.py")
+    listed = (ROOT / "CONTRIBUTING.md").read_text().split("**On a GPU**")[1].split("\n- ")[0]
+    assert set(re.findall(r"`(tests/\S+\.py)`", listed)) == marked
+    assert using <= marked

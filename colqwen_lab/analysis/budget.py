@@ -96,9 +96,10 @@ def _largest_within(series: Series, usable_bytes: int) -> Cell | None:
 
 
 def find_crossover(steps: Sequence[Budget]) -> dict[str, Any]:
-    """The least budget from which on base's median rate is no lower, each at its largest batch.
+    """A dict of the least budget, in bytes, from which base's median rate is no lower than awq's.
 
-    `nominal_bytes` is the card that surely has that memory. Empty without a crossover.
+    It holds the largest batch of each side and their rates. `nominal_bytes` is the card that surely
+    has that memory. Empty without a crossover.
     """
     start: dict[str, Any] = {}
     for need, _, base, awq, speed in reversed(steps):
@@ -112,10 +113,10 @@ def find_crossover(steps: Sequence[Budget]) -> dict[str, Any]:
 
 def budget_sentences(steps: Sequence[Budget], base: str, awq: str) -> Iterator[Recommendation]:
     """A sentence for each stretch of budgets with one outcome."""
-    ends = [f" to {step.need_bytes / GIB:.1f} GiB" for step in steps[1:]] + [" GiB or more"]
+    ends = [f" to {step.need_bytes / GIB:.2f} GiB" for step in steps[1:]] + [" GiB or more"]
     for outcome, pairs in groupby(zip(steps, ends, strict=False), lambda pair: pair[0].outcome):
         stretch = list(pairs)
-        free = f"{stretch[0][0].need_bytes / GIB:.1f}{stretch[-1][1]} free"
+        free = f"{stretch[0][0].need_bytes / GIB:.2f}{stretch[-1][1]} free"
         if outcome in ("only base", "only awq"):
             fitting = base if outcome == "only base" else awq
             yield Recommendation(outcome.split()[1], f"With {free}, only {fitting} fits.")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape as html_escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pandas as pd
@@ -44,11 +45,13 @@ from colqwen_lab.analysis.table import (
 )
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import GIB, MIB, Cell, published_cells
+from colqwen_lab.settings import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CARDS_GB = (8, 12, 16, 24)
+MOST_PLACES = 50
 #: Every card holds models with lower peaks: what lies outside torch is larger.
 SMALL = 100 * MIB
 CLAIMS = "The report's claims against its own rows"
@@ -83,10 +86,12 @@ class Comparison:
 
     @property
     def base(self) -> Series:
+        """The series of base at the first place."""
         return self.pair[0]
 
     @property
     def awq(self) -> Series:
+        """The series compared with base at the first place."""
         return self.pair[1]
 
     @property
@@ -126,7 +131,7 @@ class Comparison:
 
     @property
     def crossover(self) -> dict[str, Any]:
-        """The memory from which on base is at least as fast: see `find_crossover`."""
+        """A dict of the memory from which base is at least as fast, or empty."""
         return budget.find_crossover(self.budgets)
 
     def claims_table(self) -> pd.DataFrame:
@@ -142,7 +147,7 @@ class Comparison:
             f"{self.base.label} {what}": rows["base_items_per_s"].map(rounded),
             f"{self.awq.label} {what}": rows["awq_items_per_s"].map(rounded),
             "speed vs base, %": [row.shown for row in self.speeds],
-            "verdict": rows["verdict"],
+            "verdict": ["no verdict" if row.reason else row.verdict for row in self.speeds],
             "memory saved, %": rows["saving_percent"].round(1),
         }
         return render.screen(columns)
@@ -153,8 +158,8 @@ class Comparison:
         names |= {"items_per_s": unit(self.base.first), "peak_bytes": "peak MiB"}
         names |= {"headroom_bytes": "headroom MiB", "note": "note"}
         table = self.cards.reindex(columns=[*names])
-        scales = {"items_per_s": 1, "peak_bytes": MIB, "headroom_bytes": MIB}
-        figures = table[[*scales]].astype(float).div(pd.Series(scales)).map(rounded, "ignore")
+        forms = {"items_per_s": rounded, "peak_bytes": in_mib, "headroom_bytes": in_mib}
+        figures = {n: table[n].astype(float).map(form, "ignore") for n, form in forms.items()}
         return render.screen(table.assign(**figures).rename(columns=names))
 
     def side_by_side(self) -> pd.DataFrame:
@@ -191,28 +196,37 @@ class Comparison:
         for row in self.speeds[:1]:
             rates = zip(labels, (row.base_items_per_s, row.items_per_s), strict=True)
             took = (f"{render.short(1e3 * row.batch_size / r)} ms with {name}" for name, r in rates)
-            step = f"A step of {row.batch_size} takes {', '.join(took)}."
+            kind = self.base.first.workload.kind
+            step = f"A batch of {row.batch_size} {kind} takes {', '.join(took)}."
             by_batch.append(Recommendation(by_batch[0].use, step))
         return (*rows, *by_batch)
 
     @property
     def _saving(self) -> list[Recommendation]:
-        rows = self.rows[self.rows["saving_percent"] > 0]
-        if rows.empty:
+        rows = self.rows.dropna(subset="saving_percent")
+        saves, needs = (rows[(sign * rows["saving_percent"]).round(1) > 0] for sign in (1, -1))
+        if saves.empty:
             return []
-        saved = f"{render.span(rows['saving_percent'])} % of {self.base.label}'s peak memory"
-        sentence = f"{self.awq.label} saves {saved} at {batches(rows['batch_size'])}."
-        return [Recommendation("awq", sentence)]
+        saved = f"{render.span(saves['saving_percent'])} % of {self.base.label}'s peak memory"
+        sentence = f"{self.awq.label} saves {saved} at {batches(saves['batch_size'])}"
+        if len(needs):
+            more = render.span(-needs["saving_percent"])
+            sentence += f", and needs {more} % more at {batches(needs['batch_size'])}"
+        return [Recommendation("awq", f"{sentence}.")]
 
     @property
     def _crossover_sentence(self) -> str:
-        base, awq = self.base.label, self.awq.label
+        base, awq, steps = self.base.label, self.awq.label, self.budgets
+        if reasons := [step.speed.reason for step in steps if step.speed and step.speed.reason]:
+            return f"No verdict on a crossover: {reasons[0]}."
         if start := self.crossover:
             free = f"with {start['need_bytes'] / GIB:.1f} GiB or more free"
             rates = f"The median rate of {base} is at least that of {awq}"
             return f"{rates} {free}, each at its largest batch."
-        higher = f"{awq} has the higher median rate where every row fits"
-        return f"No crossover: {self.no_budgets or higher}."
+        faster = f"{awq} is faster where every row fits"
+        if steps and steps[-1].outcome == "inconclusive":
+            faster = "no significant difference where every row fits"
+        return f"No crossover: {self.no_budgets or faster}."
 
     def verdict(self) -> str:
         """Memory, speed at the same batch, and the crossover, in a few sentences a place."""
@@ -231,7 +245,6 @@ class Comparison:
         few = [c for c in cells if c.status == "ok" and len(c.step_s) < FEWEST_SAMPLES]
         methods = {cell.memory.method == "tracked" for cell in cells if cell.memory}
         on_cpu = [cell for cell in cells if cell.environment.cpu and not cell.environment.gpu]
-        inputs = {(cell.workload.texts, cell.backend.dtype) for cell in cells}
         timings = [(base[b].variant, c.timing) for b, c in awq.items() if b in base and c.timing]
         apart = [1 for variant, timing in timings if variant not in timing.interleaved_with]
         sentences: list[tuple[Any, str]] = [
@@ -245,9 +258,12 @@ class Comparison:
                 disturbed,
                 f"{disturbed} of {len(cells)} cells were disturbed: no verdict on their speed.",
             ),
-            (len(inputs) > 1, "The cells differ in texts or dtype."),
-            (few, f"Some rows have no error bars: they kept fewer than {FEWEST_SAMPLES} samples."),
+            (few, f"Some rates have no interval: fewer than {FEWEST_SAMPLES} samples."),
             (len(methods) > 1, "Peaks come from tracked tensors and from the CUDA allocator."),
+            (
+                not on_cpu and None in {cell.memory.device_bytes for cell in cells if cell.memory},
+                "Memory outside torch was not measured: 200 to 700 MB are assumed in what fits.",
+            ),
             (on_cpu, "Some rates come from a CPU and say nothing about a GPU."),
             (
                 apart,
@@ -299,10 +315,14 @@ class Comparison:
             lambda table: render.markdown(table.rename(columns=overhead)),
         )
 
+    def save(self, path: str | Path) -> Path:
+        """Write `markdown()` to a file; returns its path. Raises BadInput for another file."""
+        return write_file(path, self.markdown(), "## (Side by side|.+ against .+)\n")
+
     def _repr_html_(self) -> str:
         return self._document(
-            lambda title: f"<h4>{html_escape(title)}</h4>",
-            lambda line: f"<p>{html_escape(line)}</p>",
+            lambda title: f"<h4>{render.as_html(title)}</h4>",
+            lambda line: f"<p>{render.as_html(line)}</p>",
             render.html,
             DETAILS,
         )
@@ -343,9 +363,8 @@ class Comparison:
             yield "Test environment", environment
             yield "Batch size sweep", Results(place.cells).table()
             notes = ["Rates are those of the device above, not those of a smaller card."]
-            notes += [
-                "A note is the next larger batch and its peak; without one, none was measured."
-            ]
+            if len(place.cards) and place.cards["note"].any():
+                notes += ["A note is the smallest measured batch that does not fit, and its peak."]
             yield "Memory-constrained scenarios", place.card_table(), notes
             yield "Comparison at the same batch size", place.speed_table()
             yield "Crossover", [place._crossover_sentence]
@@ -396,7 +415,7 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
     names = {place: ", ".join(place[n] for n in varied) for place in every}
     pairs: dict[str, Pair] = {}
     skipped = []
-    for place, name in names.items():
+    for place, name in list(names.items())[:MOST_PLACES]:
         ours, theirs = (side.get(place, Results(())) for side in sides)
         plain = [
             series
@@ -412,17 +431,19 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
             pairs[name] = _pair(ours, theirs)
         else:  # also a single model that is on both sides: it would be compared with itself
             skipped.append(f"{name}: nothing to compare with.")
+    if len(names) > MOST_PLACES:
+        rest = f"{len(names) - MOST_PLACES} of {len(names)} places are not compared"
+        skipped.append(f"{rest}; narrow the records.")
     if not pairs:
         pairs, skipped = {" against ".join(names.values()): _pair(base, awq)}, []
     return Comparison(pairs, tuple(cards), tuple(skipped))
 
 
 def _by_place(results: Results) -> dict[tuple[str, ...], Results]:
-    places = [(cell.environment.device, *cell.settings()) for cell in results]
-    return {
-        place: Results(tuple(c for c, own in zip(results, places, strict=True) if own == place))
-        for place in places
-    }
+    places = defaultdict[tuple[str, ...], list[Cell]](list)
+    for cell in results:
+        places[cell.environment.device, *cell.settings()].append(cell)
+    return {place: Results(tuple(cells)) for place, cells in places.items()}
 
 
 def _pair(base: Results, awq: Results) -> Pair:
@@ -433,7 +454,7 @@ def _pair(base: Results, awq: Results) -> Pair:
     if settings[0] != settings[1]:
         raise BadInput(
             f"base and awq must share their settings, got {first.label} with {settings[0]} and "
-            f"{second.label} with {settings[1]}; narrow them with .select(...)"
+            f"{second.label} with {settings[1]}; narrow the records to equal settings"
         )
     if first.label == second.label:
         return Series(f"{first.label} (A)", first.cells), Series(f"{first.label} (B)", second.cells)

@@ -8,8 +8,8 @@ Lippman-Hand 1983).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +19,7 @@ from scipy.stats import bootstrap
 
 from colqwen_lab import analysis
 from colqwen_lab.analysis import render
+from colqwen_lab.analysis.speed import MOST_SAMPLES
 from colqwen_lab.analysis.table import Results, device, peak, rate, unit
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.retrieval.record import NAMES, Fidelity, read
@@ -77,6 +78,9 @@ def loss(base: Fidelity, record: Fidelity, metric: str, margin: float = MARGIN) 
         change = "No query changed" if abs(mean) < 1e-9 else "All queries changed alike"
         bound = f"rule out a {100 * max(-low, high):.0f} % loss"
         reason = f"{change}; {count} queries are too few to {bound}."
+    elif count > MOST_SAMPLES:  # a resample would take gigabytes; the mean of so many is normal
+        half = 1.96 * float(changes.std(ddof=1)) / math.sqrt(count)
+        low, high = mean - half, mean + half
     else:
         sampled = bootstrap((changes,), np.mean, n_resamples=2000, method="percentile", rng=0)
         low, high = map(float, sampled.confidence_interval)
@@ -212,7 +216,8 @@ class Fidelities:
         untrained = "untrained weights" if "untrained" in base.weights else ""
         counts = (f"{len(base.query_ids)} queries", f"{base.pages} pages")
         parts = ["measured", device(base.environment), base.size, base.data, *counts]
-        parts += [f"{base.visual_tokens} visual tokens", skipped, untrained]
+        cut = f"{base.cut} long texts cut" if base.cut else ""
+        parts += [f"{base.visual_tokens} visual tokens", skipped, cut, untrained]
         return " · ".join(filter(None, parts))
 
     def verdict(self) -> str:
@@ -259,8 +264,8 @@ class Fidelities:
         return f"{self.conditions()}\n{self.verdict()}"
 
     def _repr_html_(self) -> str:
-        above, below = (f"<p>{escape(text)}</p>" for text in (self.conditions(), self.verdict()))
-        return above + render.html(self.table()) + below
+        above, below = map(render.as_html, (self.conditions(), self.verdict()))
+        return f"<p>{above}</p>{render.html(self.table())}<p>{below}</p>"
 
 
 def side_by_side(results: Results, fidelities: Fidelities) -> pd.DataFrame:

@@ -23,7 +23,7 @@ KINDS_OF_WEIGHTS = {  # colour and marker by the origin of the weights
 
 
 def frontier(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
-    """The difference to base in `metric` by the MiB of the weights, with intervals."""
+    """A figure of the difference to base in `metric` by the MiB of the weights, with intervals."""
     title = f"{metric} compared with base, by weight size"
     figure, axes = framed(title, fidelities.conditions(), 5.2)
     band(axes, fidelities.margin, f"±{fidelities.margin:g}: the margin")
@@ -55,7 +55,7 @@ def frontier(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
 
 
 def metrics(fidelities: Fidelities, label: str = "") -> Figure:
-    """The difference to base in every metric, with intervals; filled markers are significant."""
+    """A figure of the difference to base in every metric, with intervals; filled: significant."""
     record = fidelities.pick(label)
     losses = fidelities.all_losses(record)
     figure, axes = framed(f"{record.label} compared with base", fidelities.conditions())
@@ -71,7 +71,7 @@ KINDS: dict[str, Callable[..., Figure]] = {"frontier": frontier, "metrics": metr
 
 
 def pictures(fidelities: Fidelities, which: str = "worst", label: str = "") -> Figure:
-    """The first pages of the worst or best query: base's ranking above the variant's.
+    """A figure of the first pages of the worst or best query: base's ranking above the variant's.
 
     Raises BadInput for another query, or for records from a file, which hold no pages.
     """

@@ -17,6 +17,7 @@ from colqwen_lab.analysis.table import (
     on_screen,
     peak,
     rate,
+    unit,
 )
 from colqwen_lab.hardware import OUTSIDE_TORCH_BYTES, find_card, outside_bytes
 from colqwen_lab.records import MIB, Cell, Environment
@@ -65,8 +66,8 @@ class Plan:
 
         Headroom is the usable memory less what torch must reserve and what lies outside it.
         """
-        names = ["card", "usable_bytes", "variant", "verdict", "batch_size", "safe_batch_size"]
-        names += ["peak_bytes", "min_reserved_bytes", "headroom_bytes", "limited_by"]
+        names = ["card", "variant", "verdict", "batch_size", "safe_batch_size"]
+        names += ["peak_bytes", "headroom_bytes", "limited_by"]
         table = pd.DataFrame([asdict(card) for card in self.cards], columns=names)
         table["limited_by"] = table["limited_by"].str.removeprefix("limited by ")
         return on_screen(table, names).rename(columns={"batch": "largest batch"})
@@ -83,7 +84,8 @@ class Plan:
             row = {"variant": cell.variant, "batch": cell.batch_size}
             for gpu in gpus:
                 there = cell.model_copy(update={"environment": Environment(gpu=gpu)})
-                row[gpu] = render.rounded(limit_of(there, cell.work)[0] or math.nan)
+                rate = limit_of(there, cell.work)[0] or math.nan
+                row[f"{gpu}, {unit(cell)} at most"] = render.rounded(rate)
             rows.append(row)
         return render.screen(rows)
 

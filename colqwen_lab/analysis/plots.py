@@ -24,11 +24,20 @@ from PIL import Image
 from colqwen_lab.analysis.compare import CARDS_GB, Comparison
 from colqwen_lab.analysis.plan import breakdown_table
 from colqwen_lab.analysis.speed import SAME_PERCENT, Speed, differences
-from colqwen_lab.analysis.table import Series, conditions, disturbed, limit_of, peak, rate, unit
+from colqwen_lab.analysis.table import (
+    Series,
+    conditions,
+    disturbed,
+    few,
+    limit_of,
+    peak,
+    rate,
+    unit,
+)
 from colqwen_lab.errors import BadInput
 from colqwen_lab.hardware import find_card
-from colqwen_lab.records import MIB, Cell, writing
-from colqwen_lab.settings import writable_folder
+from colqwen_lab.records import MIB, Cell
+from colqwen_lab.settings import writable_folder, write_file
 
 FIXED = {"base": ("#0072B2", "o"), "awq": ("#D55E00", "s")}
 FREE = (("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"), ("#000000", "X"))
@@ -46,6 +55,11 @@ PARTS = {
     "unexplained": "#882255",
     "other": "#999999",
 }
+# Format, how such a file begins, and options of savefig.
+FILES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("png", "\\W?PNG", {"dpi": 120}),
+    ("svg", r"<\?xml[^>]*>\s*<!DOCTYPE svg", {"metadata": {"Date": None}}),
+)
 THOUSANDS = StrMethodFormatter("{x:,g}")
 
 
@@ -67,14 +81,14 @@ class Plot(Figure):
 
 
 def throughput(series: Sequence[Series]) -> Figure:
-    """Items per second by batch size, with the 95 % interval of each median."""
+    """A figure of items per second by batch size, with the 95 % interval of each median."""
     figure, axes = _by_batch(series, "Throughput by batch size", _rate)
     axes.set_ylim(bottom=0)
     return legend(figure, axes)
 
 
 def speed_vs_base(comparison: Comparison) -> Figure:
-    """The speed of a variant vs base by batch size, in %, with intervals; negative = slower."""
+    """A figure of the speed vs base by batch size, in %, with intervals; negative = slower."""
     base, other = series = (comparison.base, comparison.awq)
     title = f"Speed of {other.label} vs {base.label} at the same batch size"
     if differences(base.cells, other.cells):
@@ -94,7 +108,7 @@ def speed_lines(
     lines: Mapping[str, Sequence[Speed]],
     title: str = "Speed vs base at the same batch size",
 ) -> Figure:
-    """Speeds vs base by batch size, in %, one line for each of the named `lines` of a run."""
+    """A figure of speeds vs base by batch size, in %, a line for each of the named `lines`."""
     figure, axes = _by_batch(series, title)
     axes.set_ylabel("speed vs base, % (negative = slower)")
     band(axes, SAME_PERCENT, f"±{SAME_PERCENT:g} %: not significant")
@@ -107,10 +121,10 @@ def speed_lines(
 
 
 def memory(series: Sequence[Series], cards: Iterable[str | float] = ()) -> Figure:
-    """Peak memory in MiB by batch size, with a line at the memory of each card.
+    """A figure of peak memory in MiB by batch size, with a line at the memory of each card.
 
     `cards` are GB or GPU names, by default the usual sizes. Those more than 20 times above the
-    largest peak are left out: they would flatten the lines.
+    largest peak are skipped: they would flatten the lines.
     """
     figure, axes = _by_batch(series, "Peak memory by batch size", _peak)
     top = 20 * axes.dataLim.ymax
@@ -124,7 +138,7 @@ def memory(series: Sequence[Series], cards: Iterable[str | float] = ()) -> Figur
 
 
 def tradeoff(series: Sequence[Series]) -> Figure:
-    """Items per second by peak memory in MiB; each point is labelled with its batch size."""
+    """A figure of items per second by peak memory in MiB; labels are batch sizes."""
     figure, axes = _framed(series, "Throughput by peak memory")
     for line, style in _styles(series):
         cells = [cell for cell in line.rated.values() if cell.memory]
@@ -138,7 +152,7 @@ def tradeoff(series: Sequence[Series]) -> Figure:
 
 
 def roofline(series: Sequence[Series]) -> Figure:
-    """Items per second by batch size, each series under its limit; both axes are logarithmic.
+    """A figure of items per second by batch size, each series under its limit; log axes.
 
     The limits are those of `table.limit_of`; BadInput if no cell has one.
     """
@@ -161,7 +175,7 @@ def roofline(series: Sequence[Series]) -> Figure:
 
 
 def breakdown(cells: Sequence[Cell]) -> Figure:
-    """A stacked bar a cell: the parts of its peak, and the memory outside torch, in MiB."""
+    """A figure with stacked bars: the parts of each peak, and memory outside torch, in MiB."""
     figure, axes = framed("Memory breakdown of the peaks", subtitle(cells))
     table = breakdown_table(cells).drop(["peak", "on the card"], errors="ignore")
     groups = [
@@ -189,13 +203,13 @@ def save(figure: Figure, stem: str, folder: str | Path) -> list[Path]:
 
     Equal figures make equal files.
     """
-    paths = [writable_folder(Path(folder)) / f"{stem}.{kind}" for kind in ("png", "svg")]
-    with (
-        writing(paths[0], BadInput, "name a folder you can write"),
-        matplotlib.rc_context({"svg.hashsalt": "colqwen-lab"}),
-    ):
-        figure.savefig(paths[0], dpi=120)
-        figure.savefig(paths[1], metadata={"Date": None})
+    paths = []
+    for kind, like, options in FILES:
+        content = BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "colqwen-lab"}):
+            figure.savefig(content, format=kind, **options)
+        path = writable_folder(Path(folder)) / f"{stem}.{kind}"
+        paths.append(write_file(path, content.getvalue(), like))
     return paths
 
 
@@ -203,7 +217,7 @@ def save(figure: Figure, stem: str, folder: str | Path) -> list[Path]:
 
 
 def framed(title: str, subtitle: str, height: float = 4.8) -> tuple[Figure, Axes]:
-    """A figure with its title, and a subtitle that names where the data come from."""
+    """`(figure, axes)` with a title, and a subtitle that names where the data come from."""
     figure = Plot(figsize=(7.5, height), layout="constrained")
     axes = figure.add_subplot()
     figure.suptitle(title, fontsize=12)
@@ -261,7 +275,7 @@ def band(axes: Axes, margin: float, label: str) -> None:
 
 
 def _framed(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
-    cells = [cell for line in series for cell in line.cells]
+    cells = [cell for line in few(series) for cell in line.cells]
     figure, axes = framed(title, subtitle(cells))
     axes.set_ylabel(" and ".join(dict.fromkeys(map(unit, cells))))
     return figure, axes

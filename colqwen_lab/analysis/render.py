@@ -20,9 +20,14 @@ MISSING = "-"
 FIGURE = re.compile(r"[-+]?\d")
 # Also a link's `](`, `_` at a word's edge, an address that would become a link, and block starts.
 MARKUP = re.compile(
-    r"[\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|:(?=//)|(?<=www)\.|^(?:[-+](?=[\s-]|$)|[#=])",
+    r"[\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|:(?=//)|(?<=www)\.|@(?=[\w-]+\.)"
+    r"|^(?:[-+](?=[\s-]|$)|[#=])",
     re.IGNORECASE,
 )
+# These begin a formula, in HTML and in Markdown, even behind a backslash; an element of its own
+# keeps each from what follows.
+FORMULA = {mark: f"<span>&#{ord(mark)};</span>" for mark in "$\\"}
+pd.set_option("display.html.use_mathjax", False)  # the same for a frame that a notebook shows
 
 
 def short(value: float) -> str:
@@ -36,8 +41,9 @@ def rounded(value: float) -> float:
 
 
 def in_mib(amount_bytes: float) -> float:
-    """Bytes in MiB, rounded for a table."""
-    return rounded(amount_bytes / MIB)
+    """Bytes in MiB for a table: whole from 10 on, else one decimal."""
+    value = amount_bytes / MIB
+    return round(value, 0 if abs(value) >= 10 else 1)
 
 
 def mib(amount_bytes: float) -> str:
@@ -60,8 +66,15 @@ def span(values: Iterable[float], digits: int = 0, sign: str = "") -> str:
 
 def escape(text: str) -> str:
     """`text` on one line, with its Markdown and HTML shown as they are; no control characters."""
-    marked = MARKUP.sub(r"\\\g<0>", markup.escape(plain(text), quote=False))
+    marked = MARKUP.sub(
+        lambda mark: FORMULA.get(mark[0], f"\\{mark[0]}"), markup.escape(plain(text), quote=False)
+    )
     return re.sub(r"^(\d+)(?=[.)](?:\s|$))", r"\1\\", marked)
+
+
+def as_html(text: str) -> str:
+    """`text` on one line as HTML that shows it as it is: no element, no formula."""
+    return re.sub(r"[$\\]", lambda mark: FORMULA[mark[0]], markup.escape(plain(text)))
 
 
 def shown(value: Any) -> str:
@@ -81,8 +94,10 @@ def screen(rows: Any) -> pd.DataFrame:
 
 def html(frame: pd.DataFrame) -> str:
     """An HTML table, everything in it escaped."""
+    table = _strings(frame).map(as_html)
+    table.columns = [as_html(str(name)) for name in table]
     with pd.option_context("display.max_colwidth", None):
-        return _strings(frame).to_html(index=False, border=0)
+        return table.to_html(index=False, border=0, escape=False)
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -10,15 +10,20 @@ import pandas as pd
 from scipy.stats import bootstrap
 
 from colqwen_lab.analysis.render import interval, span
-from colqwen_lab.analysis.table import Pair, Series, peak, rate
-from colqwen_lab.records import Cell
+from colqwen_lab.analysis.table import Pair, Series, peak, rate, value
+from colqwen_lab.records import Cell, alike
 
 #: Smaller differences in speed do not count, in percent: MLPerf's audit uses the same line.
 SAME_PERCENT = 2.0
+#: Above it a speed is said in times, not in percent.
+MANY_PERCENT = 300.0
 #: Fewer samples a side give no 95 % interval of a median.
 RESAMPLES, FEWEST_SAMPLES, SEED = 2000, 6, 0
-#: What both sides must share before a difference in speed is the variant's and not the machine's.
+MOST_SAMPLES = 10_000  # that are resampled
+#: What both sides must share before a difference in speed is the variant's: machine and workload.
 MACHINE = ("gpu", "driver", "cuda", "cpu", "threads", "power_limit_w", "torch")
+WORKLOAD = ("texts", "visual_tokens", "dtype")  # for pages, `texts` names the pages
+SAME_BATCH = ("tokens", "distinct")  # these depend on the batch size too
 
 
 class Speed(NamedTuple):
@@ -50,15 +55,19 @@ class Recommendation(NamedTuple):
 
 
 def speed_ratio(base: Cell, other: Cell) -> Speed:
-    """The speed of `other` against `base`, item by item; their batch sizes may differ.
+    """The Speed of `other`: its items/s over base's, less 1, in percent; batch sizes may differ.
 
-    No verdict where the machines differ or a cell was disturbed.
+    No verdict where machines or workloads differ, or a cell was disturbed.
     """
     percent = 100 * (rate(other) / rate(base) - 1)
-    machines = differences([base], [other])
-    low, high = (None, None) if machines else _interval(base, other)
+    differing = differences([base], [other])
+    for name in SAME_BATCH if base.batch_size == other.batch_size else ():
+        both = [getattr(cell.workload, name) for cell in (base, other)]
+        if None not in both and both[0] != both[1]:
+            differing.append(f"{name} ({both[0]} against {both[1]})")
+    low, high = (None, None) if differing else _interval(base, other)
     notes = "; ".join(dict.fromkeys([*base.disturbed, *other.disturbed]))
-    reason = "; ".join(machines) or (f"disturbed ({notes})" if notes else "")
+    reason = "; ".join(differing) or (f"disturbed ({notes})" if notes else "")
     one_sided = low is None or high is None or low * high > 0
     verdict: str = "inconclusive"
     if not reason and one_sided and abs(percent) >= SAME_PERCENT:
@@ -68,7 +77,7 @@ def speed_ratio(base: Cell, other: Cell) -> Speed:
 
 def _interval(base: Cell, other: Cell) -> tuple[float | None, float | None]:
     """The 95 % bootstrap interval in percent of the ratio of median step times."""
-    samples = (base.step_s, other.step_s)
+    samples = tuple(alike(cell.step_s, cell.workload.shapes) for cell in (base, other))
     if min(map(len, samples)) < FEWEST_SAMPLES:
         return None, None
 
@@ -76,6 +85,15 @@ def _interval(base: Cell, other: Cell) -> tuple[float | None, float | None]:
         steps = np.median(ours, axis=axis) / np.median(theirs, axis=axis)
         return 100 * (other.batch_size / base.batch_size * steps - 1)
 
+    if max(map(len, samples)) > MOST_SAMPLES:
+        # A resample would take gigabytes; the rank of its median has a beta distribution.
+        rng, halves = np.random.default_rng(SEED), [(len(each) + 1) / 2 for each in samples]
+        ours, theirs = (
+            np.quantile(each, rng.beta(half, half, RESAMPLES))[:, None]
+            for each, half in zip(samples, halves, strict=True)
+        )
+        low, high = np.percentile(percent(ours, theirs, axis=1), [2.5, 97.5])
+        return float(low), float(high)
     result = bootstrap(samples, percent, n_resamples=RESAMPLES, method="percentile", rng=SEED)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
@@ -98,10 +116,17 @@ def same_batch(pair: Pair, rows: Iterable[Speed]) -> pd.DataFrame:
 
 
 def differences(base: Iterable[Cell], other: Iterable[Cell]) -> list[str]:
-    """What differs in machine, versions or origin; empty if the speeds may be compared."""
-    sides = [[dict(c.environment) | {"origin": c.origin} for c in cells] for cells in (base, other)]
+    """What differs in origin, machine, versions or workload; empty if speeds may be compared."""
+    sides = [
+        [
+            dict(cell.environment) | {name: value(cell, name) for name in ("origin", *WORKLOAD)}
+            for cell in cells
+            if cell.status == "ok"  # another one may not know its dtype
+        ]
+        for cells in (base, other)
+    ]
     differing = []
-    for name in ("origin", *MACHINE):
+    for name in ("origin", *MACHINE, *WORKLOAD):
         values = [{str(row[name] or "not recorded") for row in side} for side in sides]
         if len(values[0] | values[1]) > 1:
             both = " against ".join(" and ".join(sorted(side)) for side in values)
@@ -121,16 +146,23 @@ def speed_sentences(base: str, other: str, rows: Iterable[Speed]) -> list[Recomm
 
 
 def recommend(rows: Sequence[Speed], base: str, other: str, where: str) -> Recommendation:
-    """What to use by speeds of one verdict; of a single speed with its interval."""
+    """One Recommendation for speeds of one verdict; a single speed is given with its interval."""
     first, percents = rows[0], [row.percent for row in rows]
     signed = f"({span(percents, 1, '+')} %)"
     if first.reason:
         return Recommendation("either", f"No verdict {where} {signed}: {first.reason}.")
     if first.verdict == "inconclusive":
         return Recommendation("either", f"No significant difference {where} {signed}.")
+    sizes = [abs(percent) for percent in percents]
+    digits = int(min(sizes) < 10)
     ends = [abs(end) for end in (first.low, first.high) if end is not None]
-    within = f" [{span(ends)}]" if ends and len(rows) == 1 else ""
-    what = f"{other} is {span(map(abs, percents))} % {first.verdict} than {base}"
+    if min(percents) < 0 and ends and max(first.low or 0, first.high or 0) > 0:
+        ends = []  # the interval holds zero
+    within = f" [{span(ends, digits)}]" if ends and len(rows) == 1 else ""
+    what = f"{other} is {span(sizes, digits)} % {first.verdict} than {base}"
+    if max(sizes) > MANY_PERCENT:
+        times = span((1 + percent / 100 for percent in percents), 1)
+        what, within = f"{other} is {times} times as fast as {base}", ""
     return Recommendation(
         "awq" if first.verdict == "faster" else "base", f"{what}{within} {where}."
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from itertools import chain, compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +16,8 @@ from colqwen_lab import analysis
 from colqwen_lab.analysis import render
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.hardware import gpu_of
-from colqwen_lab.records import (
-    Cell,
-    Environment,
-    Memory,
-    Work,
-    read_cells,
-    write_cells,
-    writing,
-)
-from colqwen_lab.settings import DATA
+from colqwen_lab.records import Cell, Environment, Memory, Work, read_cells, write_cells
+from colqwen_lab.settings import DATA, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,12 +28,13 @@ PATHS = COLUMNS["path"].dropna().to_dict()
 ROLES = COLUMNS.groupby("role").groups
 SETTINGS = [*ROLES["setting"]]  # cells of a series share them
 STATUSES = ("ok", "oom", "failed")
+MOST_SERIES = 200
 LABELS = {"visual_tokens": "{} visual tokens", "card": "{} cap"}
 
 
 def frame(cells: Iterable[Cell]) -> pd.DataFrame:
     """A tidy frame, one row a cell, in raw units; `data/columns.csv` describes its columns."""
-    rows = [{column: _value(cell, column) for column in PATHS} for cell in cells]
+    rows = [{column: value(cell, column) for column in PATHS} for cell in cells]
     table = pd.DataFrame(rows, columns=[*PATHS])
     figures = table.columns.intersection([*ROLES["figure"], *ROLES["page figure"]])
     table[figures] = table[figures].apply(pd.to_numeric)
@@ -54,21 +46,25 @@ def on_screen(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     columns = {}
     for name, header, factor in COLUMNS.loc[[*names], ["screen", "factor"]].itertuples():
         raw = table[name]
-        columns[header] = raw if pd.isna(factor) else (raw * factor).map(render.rounded)
+        if header.endswith("MiB"):
+            columns[header] = raw.astype(float).map(render.in_mib, "ignore")
+        else:
+            columns[header] = raw if pd.isna(factor) else (raw * factor).map(render.rounded)
     return render.screen(columns)
 
 
-def _value(cell: Cell, column: str) -> Any:
-    value: Any = cell
+def value(cell: Cell, column: str) -> Any:
+    """The value of a cell in a column of the tidy frame; lists and dicts as one text."""
+    item: Any = cell
     for name in PATHS[column].split("."):
-        value = getattr(value, name, None)
+        item = getattr(item, name, None)
     if column == "texts":
-        value = cell.workload.pages or value or "texts not recorded"
+        item = cell.workload.pages or item or "texts not recorded"
         # Without a tokenizer the ids are random; a cell that failed early does not say so.
-        return "report" if value.endswith("at the report's lengths") else value
-    if isinstance(value, dict):
-        value = [", ".join(f"{name} x {layers}" for name, layers in value.items())]
-    return ("; ".join(value) or None) if isinstance(value, list) else value
+        return "report" if item.endswith("at the report's lengths") else item
+    if isinstance(item, dict):
+        item = [", ".join(f"{name} x {layers}" for name, layers in item.items())]
+    return ("; ".join(item) or None) if isinstance(item, list) else item
 
 
 @dataclass(frozen=True)
@@ -80,10 +76,12 @@ class Series:
 
     @property
     def first(self) -> Cell:
+        """The cell of the smallest batch size."""
         return self.cells[0]
 
     @property
     def variant(self) -> str:
+        """The variant of all cells."""
         return self.first.variant
 
     @cached_property
@@ -114,12 +112,12 @@ class Series:
         """The series ready for JSON: its settings, kernels, batch sizes, and what failed."""
         return {
             "label": self.label,
-            **{name: _value(self.first, name) for name in SETTINGS},
+            **{name: value(self.first, name) for name in SETTINGS},
             "kernels_used": sorted({name for cell in self.cells for name in cell.backend.engaged}),
             "batch_sizes": [cell.batch_size for cell in self.cells],
-            "disturbed": [cell.batch_size for cell in self.cells if cell.interference],
+            "disturbed": [cell.batch_size for cell in self.cells if cell.disturbed],
             "not_ok": [
-                {name: _value(cell, name) for name in ("batch_size", "status", "reason")}
+                {name: value(cell, name) for name in ("batch_size", "status", "reason")}
                 for cell in self.failed
             ],
         }
@@ -169,22 +167,28 @@ class Results:
         cells = self.cells
         for name, wanted in criteria.items():
             one_of("criterion", name, [*SETTINGS, "status"])
-            values = [str(_value(cell, name)) for cell in self.cells]
+            values = [str(value(cell, name)) for cell in self.cells]
             one_of(name, str(wanted), STATUSES if name == "status" else dict.fromkeys(values))
-            cells = tuple(cell for cell in cells if str(_value(cell, name)) == str(wanted))
+            cells = tuple(cell for cell in cells if str(value(cell, name)) == str(wanted))
         return Results(cells)
 
     def series(self) -> tuple[Series, ...]:
         """The cells by settings; a label is the variant and the settings that tell it apart."""
-        rows = [{n: _value(cell, n) or "no" for n in SETTINGS} for cell in self.cells]
-        labels = pd.DataFrame(rows, columns=SETTINGS, dtype=object)
-        for name, form in LABELS.items():
-            labels[name] = labels[name].map(form.format)
+        groups = defaultdict[tuple[str, ...], list[Cell]](list)
+        variants = defaultdict[str, list[tuple[str, ...]]](list)
+        for cell in self.cells:
+            own = (LABELS.get(n, "{}").format(value(cell, n) or "no") for n in SETTINGS)
+            groups[tuple(own)].append(cell)
+        for settings in groups:
+            variants[settings[0]].append(settings)
+        varied = {
+            variant: [len({*column}) > 1 for column in zip(*rows, strict=True)]
+            for variant, rows in variants.items()
+        }
         series = []
-        for (variant, *own), group in labels.groupby(SETTINGS, sort=False):
-            varied = labels[labels["variant"] == variant].nunique()[1:] > 1
-            parts = ", ".join(compress(own, varied))
-            cells = sorted((self.cells[n] for n in group.index), key=lambda c: c.batch_size)
+        for settings, cells in groups.items():
+            variant, parts = settings[0], ", ".join(compress(settings, varied[settings[0]]))
+            cells.sort(key=lambda cell: cell.batch_size)
             series.append(Series(f"{variant} ({parts})" if parts else variant, tuple(cells)))
         return tuple(series)
 
@@ -192,11 +196,13 @@ class Results:
         """A tidy frame in raw units, one row a cell: see `frame`."""
         return frame(self.cells)
 
-    def to_csv(self, path: str | Path) -> Path:
-        """Write `to_frame()` as CSV; returns the path. Raises BadInput if it cannot be written."""
-        with writing(Path(path), BadInput, "name a file in a folder you can write"):
-            self.to_frame().to_csv(path, index=False)
-        return Path(path)
+    def to_csv(self, path: str | Path | None = None) -> Path | str:
+        """`to_frame()` as CSV text, or the path of the file it is written to.
+
+        Raises BadInput if it cannot be written.
+        """
+        text = self.to_frame().to_csv(index=False)
+        return text if path is None else write_file(path, text, f"{next(iter(PATHS))},")
 
     def table(self) -> pd.DataFrame:
         """One row a cell, rounded for the screen; a missing figure is "-" and has its reason."""
@@ -223,7 +229,15 @@ class Results:
         return f"{conditions(self.cells)}\n{render.text(self.table(), 100)}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{escape(conditions(self.cells))}</p>" + render.html(self.table())
+        return f"<p>{render.as_html(conditions(self.cells))}</p>" + render.html(self.table())
+
+
+def few(series: Sequence[Series]) -> Sequence[Series]:
+    """`series`; BadInput for more than a picture can hold, or than can be told apart in pairs."""
+    if len(series) > MOST_SERIES:
+        most = f"at most {MOST_SERIES} series are shown at once, got {len(series)}"
+        raise BadInput(f"{most}; narrow the records")
+    return series
 
 
 def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
@@ -233,7 +247,7 @@ def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
     matching = [series for series in every if series.variant in wanted]
     if len(matching) != 1:
         labels = "; ".join(series.label for series in every) or "no cell"
-        raise BadInput(f"{what} must hold one series, got {labels}; narrow it with .select(...)")
+        raise BadInput(f"{what} must hold one series, got {labels}; narrow the records to one")
     return matching[0]
 
 
@@ -241,7 +255,7 @@ def pick(results: Results, variants: str | Sequence[str], what: str) -> Series:
 
 
 def rate(cell: Cell) -> float:
-    """Items per second of a cell that has them."""
+    """The median items per second of a cell that has a rate, as a float."""
     assert cell.items_per_s is not None
     return cell.items_per_s.median
 
@@ -263,8 +277,8 @@ def unit(cell: Cell) -> str:
 
 
 def kernels(cell: Cell) -> str | None:
-    """The kernels used, each with its number of text linears; None if not recorded."""
-    return _value(cell, "kernels_used")
+    """One text such as `torch.nn.Linear x 252`: text linears by kernel; None if unknown."""
+    return value(cell, "kernels_used")
 
 
 def random_weights(cell: Cell) -> bool:

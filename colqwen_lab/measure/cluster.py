@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
+from colqwen_lab import signals
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement
 from colqwen_lab.measure import sweep
 from colqwen_lab.measure.environment import code_version
@@ -88,7 +89,7 @@ def items(
     lines: list[str] = []
     run, new = sweep.Run(options, lines.append, stopping), []
     try:
-        kept = run.on_file(known)
+        kept = run.kept(known)
         lines += [sweep.line_of(cell, "on file: ") for cell in kept]
         for planned in run.batches(kept):
             for cell in run.measure(planned):
@@ -145,9 +146,8 @@ class Driver:
             while self._take(0):
                 pass
             rows = sum(len(job.rows) for job in self.jobs)
-            raise sweep.Interrupted(
-                f"stopped; {rows} new cells on file, run again to resume"
-            ) from None
+            again = sweep.again(self.jobs[0].options)
+            raise sweep.Interrupted(f"stopped; {rows} new cells on file, {again}") from None
         cells = [cell for job in self.jobs for cell in job.cells]
         times = sweep.spent(start, [row for job in self.jobs for row in job.rows])
         return sweep.finish(self.file.path, cells, self.errors, len(self.jobs), times)
@@ -175,8 +175,9 @@ class Driver:
                 self.ray.kill(job.actor)  # which frees its GPU
                 continue
             if isinstance(item, Cell):
-                self.file.append([item])
-                job.rows.append(item)
+                with signals.deferred():
+                    self.file.append([item])
+                    job.rows.append(item)
                 item = sweep.line_of(item)
             self.progress(f"{job}: {item}")
             self.running[job.actor.next.remote()] = job

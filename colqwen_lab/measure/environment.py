@@ -26,7 +26,10 @@ from colqwen_lab.records import GIB, Environment, Memory
 from colqwen_lab.settings import PACKAGE
 
 # What a measured figure depends on.
-MEASURING = ("records.py", "model/*", "runtime/*", "measure/*", "data/*")
+MEASURING = [
+    *("records.py", "options.py", "model/*", "runtime/*", "measure/*"),
+    *("data/sizes.json", "data/synthetic.json", "data/*.txt", "data/tiny/*"),
+]
 # Other processes' share of all cores above which a cell says so.
 BUSY_SHARE = 0.1
 # Why a clock is below its highest: the bits of nvmlClocksThrottleReasons (nvml.h) from 0x2 on.
@@ -137,7 +140,7 @@ STATE: dict[str, Callable[[Any], Any]] = {
 
 
 def gpu_state(device: torch.device) -> dict[str, Any]:
-    """Driver, power, temperature, clocks and throttle reasons now, as far as the driver tells."""
+    """A dict of the driver, W, °C, clocks in MHz and throttle bits now; empty on a CPU."""
     values, handle = dict[str, Any](), gpu_handle(device)
     for name, read in STATE.items() if handle else ():
         with suppress(pynvml.NVMLError):
@@ -216,7 +219,7 @@ def others_share(own: Iterable[psutil.Process]) -> float:
 
 
 def spilled(memory: Memory | None, machine: Environment) -> list[str]:
-    """A line if torch holds more than the GPU has: Windows serves the rest from host memory."""
+    """A list of one line if torch holds more bytes than the GPU has, else an empty list."""
     reserved, total = (memory and memory.reserved_bytes) or 0, machine.gpu_memory_bytes
     if not total or reserved <= total:
         return []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from colqwen_lab.measure.environment import others_on, own_bytes
 from colqwen_lab.measure.timing import synchronise
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.records import Memory
-from colqwen_lab.runtime.eager import STEPS
+from colqwen_lab.runtime.eager import STEPS, Steps
 from colqwen_lab.runtime.tracking import MemoryTracker, resident
 
 # Runs near the edge fail later by fragmentation, so the reported batch is this share below it.
@@ -35,26 +35,24 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure(
-    loaded: Loaded, inputs: list[dict[str, Tensor]], step: Callable[[], None], alone: bool = True
-) -> Memory:
-    """Bytes of `loaded` at rest and at the peak of two steps, after a first step of the same shape.
+def measure(loaded: Loaded, batch: dict[str, Tensor], step: Steps, alone: bool = True) -> Memory:
+    """Bytes of `loaded` at rest and at the peak of two steps of `batch`, after a first one.
 
     CUDA statistics count everything in the process, so a process measures one model. `device_bytes`
     is the driver's figure for the process, or for the device if the process is `alone` on it.
     """
     device, weights = loaded.device, loaded.weights_bytes
     if device.type != "cuda":
-        tensors = (("inputs", tensor) for batch in inputs for tensor in batch.values())
+        tensors = (("inputs", tensor) for tensor in batch.values())
         with MemoryTracker([*resident(loaded.model), *tensors]) as tracker:
             for _ in range(STEPS):
-                step()
+                step(batch)
         figures = {"resident_bytes": weights, "peak_bytes": tracker.peak_bytes}
         breakdown = tracker.breakdown()
         return Memory(weights_bytes=weights, **figures, breakdown=breakdown, method="tracked")
     free(device)
     resident_bytes = torch.cuda.memory_allocated(device)
-    step()
+    step(batch)
     # Graphs captured in the first step are captured again, so that their memory counts.
     if fast := getattr(loaded.model, "fast", None):
         fast.forget()
@@ -62,7 +60,7 @@ def measure(
     torch.cuda.reset_peak_memory_stats(device)
     retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
     for _ in range(STEPS):
-        step()
+        step(batch)
     synchronise(device)
     unused, total = torch.cuda.mem_get_info(device)
     device_bytes = own_bytes(device)

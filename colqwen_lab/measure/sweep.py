@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from colqwen_lab import records
+from colqwen_lab import records, signals
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
 from colqwen_lab.hardware import Card
 from colqwen_lab.measure.environment import (
@@ -37,9 +37,11 @@ from colqwen_lab.model.quantize import checkpoint_of
 from colqwen_lab.options import TEXTS, WORKLOADS, SweepOptions
 from colqwen_lab.records import RESUME, Cell, Configuration, RecordsFile
 from colqwen_lab.runtime.batches import Batches, Pages, query_batches
-from colqwen_lab.settings import outputs_folder
+from colqwen_lab.settings import outputs_folder, regular_file, write_file
 
 Progress = Callable[[str], None]
+MARK = r'\{\s*"complete":'  # how the mark of a sweep that ended begins
+MOST_S = 1e8  # a record holds no infinity
 STOPPED = {"count": "step limit", "time": "time limit"}
 
 
@@ -53,7 +55,8 @@ class Interrupted(KeyboardInterrupt):
 
 def to_stderr(line: str) -> None:
     """Print a line of progress on stderr."""
-    print(shown(line), file=sys.stderr, flush=True)
+    with suppress(OSError):  # a full or closed stderr does not end a sweep
+        print(shown(line), file=sys.stderr, flush=True)
 
 
 def sweep(
@@ -79,7 +82,7 @@ def sweep(
     parts = {title(part): part for part in options.matrix()}
     path = path_of(options, "sweep", (resolve_size(part.size, cuda) for part in parts.values()))
     runs, errors = dict[str, Run](), dict[str, LabError]()
-    kept, new = list[Cell](), list[Cell]()
+    kept, new = dict[str, list[Cell]](), list[Cell]()
     try:
         for name, part in parts.items():
             try:
@@ -90,16 +93,17 @@ def sweep(
             return finish(path, [], errors, len(parts), {})
         with RecordsFile(path, Cell, progress=progress) as file:
             unmark(path)
+            rows = [] if options.fresh else to_keep(file.rows)
+            kept = {name: run.kept(rows) for name, run in runs.items()}
             for name, run in runs.items():
-                on_file = [] if options.fresh else run.on_file(to_keep(file.rows))
-                kept += on_file
-                for cell in on_file:
+                for cell in kept[name]:
                     progress(line_of(cell, "on file: "))
                 try:
-                    for planned in run.batches(on_file):
+                    for planned in run.batches(kept[name]):
                         for cell in run.measure(planned):
-                            file.append([cell])
-                            new.append(cell)
+                            with signals.deferred():
+                                file.append([cell])
+                                new.append(cell)
                             progress(line_of(cell))
                 except LabError as error:
                     errors[name] = error
@@ -113,11 +117,15 @@ def sweep(
     except OSError as error:
         raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None
     except KeyboardInterrupt:
-        count = f"{len(kept + new)} of {sum(len(run.planned) for run in runs.values())}"
-        raise Interrupted(f"stopped; {count} cells on file, run again to resume") from None
+        if not kept:
+            raise Interrupted("stopped before the first cell") from None
+        done = sum(map(len, kept.values())) + len(new)
+        count = f"{done} of {sum(len(run.planned) for run in runs.values())}"
+        raise Interrupted(f"stopped; {count} cells on file, {again(options)}") from None
     finally:
-        for run in runs.values():
-            run.end()
+        with signals.deferred():
+            for run in runs.values():
+                run.end()
 
 
 @dataclass
@@ -146,6 +154,8 @@ class Run:
             min_s=min(StoppingRule.min_s, options.max_s),
             max_s=options.max_s,
         )
+        rule = self.stopping
+        self.asked: dict[str, Any] = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
         self.workers: dict[Configuration, Remote | Worker] = {}
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
@@ -175,7 +185,7 @@ class Run:
         ]
 
     def on_file(self, rows: Iterable[Cell]) -> list[Cell]:
-        """The planned cells that are among `rows`: of the same weights, workload and machine."""
+        """The rows of planned cells, in their order: the same weights, workload and machine."""
         here = (self.environment.identity(), self.card and self.card.name)
         known = {
             _key(row): row
@@ -183,6 +193,21 @@ class Run:
             if (row.environment.identity(), row.card and row.card.name) == here
         }
         return [known[key] for key in map(_key, self.planned) if key in known]
+
+    def kept(self, rows: Iterable[Cell]) -> list[Cell]:
+        """The planned cells among `rows` that were timed as this run asks."""
+        return [cell for cell in self.on_file(rows) if not cell.timing or self._as_asked(cell)]
+
+    def _as_asked(self, cell: Cell) -> bool:
+        timing = cell.timing and cell.timing.model_dump(include=set(self.asked))
+        return timing == self.asked and bool(
+            cell.control_s or not self._controlled(cell.configuration)
+        )
+
+    def _controlled(self, c: Configuration) -> bool:
+        """Whether `c` is timed once more: an A/A control, which must come out as the same."""
+        first = next(iter(self.checkpoints))
+        return self.options.control and c.variant == first and not c.eight_bit
 
     def batches(self, done: Iterable[Cell]) -> Iterator[list[Cell]]:
         """The planned cells that are not `done`, those to `measure` together at a time.
@@ -250,16 +275,15 @@ class Run:
                     answer = {"memory": memory, "workload": batches.workload}
                 cells[c] = _updated(cells[c], answer)
             keys = [(c, False) for c in together if not cells[c].reason]
-            if self.options.control and together is rounds[0]:
-                # The first model once more: an A/A control, which must come out as the same.
-                first = next(iter(self.checkpoints))
-                keys += [(c, True) for c, _ in keys if c.variant == first and not c.eight_bit]
+            if together is rounds[0]:
+                keys += [(c, True) for c, _ in keys if self._controlled(c)]
             steps = {
                 (c, control): partial(self._worker(c).call, "step", c.protocol, control)
                 for c, control in keys
             }
             watched = watch(self.device, [worker.pid for worker in self.workers.values()])
-            samples = time_interleaved(steps, self.stopping)
+            shapes = next((cells[c].workload.shapes for c, _ in keys), [])
+            samples = time_interleaved(steps, self.stopping, shapes or [0])
             lines, states = interference(watched)
             backends = {model: worker.call("rest") for model, worker in self.workers.items()}
             for c in together:
@@ -267,7 +291,7 @@ class Run:
                 if failure and len(steps) > 1 and not failure.ended:
                     rounds.append([c])  # the others may have taken the memory, or the process
                     continue
-                times = {} if cells[c].reason else self._times(c, samples, batch)
+                times = {} if cells[c].reason else self._times(cells[c], samples)
                 cells[c] = _updated(
                     _updated(cells[c], times),
                     {
@@ -317,9 +341,10 @@ class Run:
         return worker
 
     def _times(
-        self, c: Configuration, samples: dict[tuple[Configuration, bool], Samples], batch: int
+        self, cell: Cell, samples: dict[tuple[Configuration, bool], Samples]
     ) -> dict[str, Any] | Failure:
-        """The times of `c`, and what passes of their own on the same batches measure."""
+        """The times of `cell`, and what passes of their own on the same batches measure."""
+        c, work = cell.configuration, cell.workload
         own, control = samples[c, False], samples.get((c, True), Samples())
         if own.failure:
             return own.failure
@@ -331,7 +356,7 @@ class Run:
             "status": "ok",
             "step_s": own.step_s,
             "control_s": control.step_s,
-            "items_per_s": records.rate_of(own.step_s, batch),
+            "items_per_s": records.rate_of(own.step_s, work.batch_size, work.shapes),
             "timing": records.Timing(
                 warmup_steps=len(own.warmup_s),
                 steady=own.steady,
@@ -339,6 +364,8 @@ class Run:
                 interleaved_with=list(dict.fromkeys(other.variant for other in others)),
                 interleaved_configurations=list(map(str, others)),
                 clock=CLOCK,
+                min_steps=self.asked["min_steps"],
+                max_s=self.asked["max_s"],
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
@@ -459,6 +486,11 @@ def path_of(options: SweepOptions, kind: str, sizes: Iterable[str]) -> Path:
     return outputs_folder() / f"{'-'.join(parts)}.jsonl"
 
 
+def again(options: SweepOptions) -> str:
+    """How to resume a sweep that was stopped."""
+    return f"run again{' without fresh' * options.fresh} to resume"
+
+
 def to_keep(rows: Iterable[Cell]) -> list[Cell]:
     """The rows without those to measure again on resume: failed, or disturbed."""
     return [cell for cell in rows if cell.status != "failed" and not cell.disturbed]
@@ -476,15 +508,15 @@ def line_of(cell: Cell, prefix: str = "") -> str:
 
 
 def spent(start: float, cells: Iterable[Cell]) -> dict[str, float]:
-    """Seconds since `start`, and seconds in the timed steps of `cells`."""
+    """A dict, in seconds: `wall_s` since `start`, and `timed_s` in the timed steps of `cells`."""
     timed_s = sum(sum(cell.step_s) + sum(cell.control_s) for cell in cells)
     return {"wall_s": round(time.perf_counter() - start, 1), "timed_s": round(timed_s, 1)}
 
 
 def unmark(path: Path) -> None:
     """Remove the mark of an earlier sweep that ended."""
-    with records.writing(path), suppress(FileNotFoundError, NotADirectoryError):
-        records.beside(path, "result.json").unlink()
+    with records.writing(path):
+        regular_file(records.beside(path, "result.json"), MARK).unlink(missing_ok=True)
 
 
 def finish(
@@ -499,9 +531,13 @@ def finish(
         failed = f"{len(errors)} of {parts} sweeps failed, the rows of the others are on file"
         error = MissingRequirement(f"{failed}: {reasons}")
         raise error if parts > 1 else next(iter(errors.values()))
+    rows = records.read_cells(path) if path.exists() else []
+    held = {(row.key(), row.environment.identity()) for row in rows}
+    if lost := sum((cell.key(), cell.environment.identity()) not in held for cell in cells):
+        raise MissingRequirement(
+            f"{lost} of {len(cells)} cells are no longer in {path}; run the same command again"
+        )
     counts = {s: sum(cell.status == s for cell in cells) for s in ("ok", "oom", "failed")}
     result = {"complete": True, "records": path.name, "cells": len(cells), **counts, **times}
-    mark = records.beside(path, "result.json")
-    with records.writing(mark):
-        mark.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_file(records.beside(path, "result.json"), json.dumps(result, indent=1) + "\n", MARK)
     return cells

@@ -1,8 +1,9 @@
 """Step times: warm up until steady, then interleave the models step by step and keep every sample.
 
-Each timed step follows an untimed step of the same batch. So the work right before a timed step is
-always the same model's, never a neighbour's that left the GPU cool or throttled. The timed part is
-the forward and the device sync; tokenisation, padding and the copy to the device come before it.
+Every batch of a cell is timed equally often, and by all models in the same round. Each timed step
+follows an untimed step of the same batch. So the work right before a timed step is always the same
+model's, never a neighbour's that left the GPU cool or throttled. The timed part is the forward and
+the device sync; tokenisation, padding and the copy to the device come before it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from statistics import median
 from typing import Any
 
@@ -21,6 +23,8 @@ CLOCK = "forward + device sync; an untimed forward of the same batch precedes it
 GEMM_SIDE = 8192
 COPIED_BYTES = 4 * GIB
 LIMIT_ROUNDS = 7
+# The median of fewer samples follows one outlier.
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class Failure:
         return self
 
 
-# Seconds of the next step; the argument says whether an untimed step of the same batch precedes it.
-TimedStep = Callable[[bool], float | Failure]
+# Seconds of a step of a batch by its number, and whether an untimed step of it precedes.
+TimedStep = Callable[[int, bool], float | Failure]
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,10 @@ class StoppingRule:
     """When warm-up and timing stop.
 
     Warm-up ends when the last three steps are at most `steady` faster than the three before, or
-    after `max_warmup` steps. Timing takes at least `min_steps` and `min_s` seconds. Then it stops
-    when the 95 % interval of every median is within `precision` on both sides (converged), at
-    `max_steps` (count) or at `max_s` (time).
+    after `max_warmup` steps. Timing takes at least `min_steps` and `min_s` seconds, and batches of
+    several shapes three times each. After a round of all batches it stops when the 95 % interval
+    of every median is within `precision` on both sides (converged), when another round would pass
+    `max_steps` (count), or at `max_s` (time).
     """
 
     max_warmup: int = 24
@@ -61,18 +66,22 @@ class StoppingRule:
     max_s: float = 3.0
     precision: float = 0.02
 
-    def reason_to_stop(self, all_times: Sequence[list[float]], elapsed_s: float) -> str:
+    def reason_to_stop(
+        self, all_times: Sequence[list[float]], elapsed_s: float, shapes: Sequence[int] = (0,)
+    ) -> str:
         """Why timing may stop now (converged, count or time), or an empty text."""
-        count = min(map(len, all_times))
-        enough = count >= self.min_steps and elapsed_s >= self.min_s
-        if enough and all(map(self._precise, all_times)):
+        steps, batches = min(map(len, all_times)), len(shapes)
+        enough = steps >= max(self.min_steps, ROUNDS * batches * (len(set(shapes)) > 1))
+        whole = steps % batches == 0
+        long_enough = enough and whole and elapsed_s >= self.min_s
+        if long_enough and all(self._precise(times, shapes) for times in all_times):
             return "converged"
-        if count >= self.max_steps:
+        if steps >= self.max_steps or (enough and whole and steps + batches > self.max_steps):
             return "count"
-        return "time" if enough and elapsed_s >= self.max_s else ""
+        return "time" if long_enough and elapsed_s >= self.max_s else ""
 
-    def _precise(self, times: list[float]) -> bool:
-        rate = rate_of(times, 1)
+    def _precise(self, times: list[float], shapes: Sequence[int]) -> bool:
+        rate = rate_of(times, 1, shapes)
         low, high = rate.low or 0, rate.high or float("inf")
         return max(high - rate.median, rate.median - low) <= self.precision * rate.median
 
@@ -102,29 +111,36 @@ def synchronise(device: torch.device) -> None:
 
 
 def time_interleaved(
-    steps: Mapping[Any, TimedStep], stopping: StoppingRule | None = None
+    steps: Mapping[Any, TimedStep],
+    stopping: StoppingRule | None = None,
+    shapes: Sequence[int] = (0,),
 ) -> dict[Any, Samples]:
-    """Samples of each step function.
+    """A dict, name to Samples (seconds of each step): step functions timed in turn, batch by batch.
 
-    Steps alternate and their order reverses every round, so that drift reaches all alike. A failure
-    ends the samples of one step function; the others go on.
+    Steps alternate on a batch, and their order reverses every round and for every batch, so that
+    drift reaches all alike. A failure ends the samples of one step function; the others go on.
     """
     stopping = stopping or StoppingRule()
     samples = {name: Samples() for name in steps}
     for name, own in samples.items():
         warm = own.warmup_s
         while len(warm) < stopping.max_warmup and not own.steady and not own.failure:
-            own.add(steps[name](False), warm)
+            own.add(steps[name](0, False), warm)
             own.steady = len(warm) >= 6 and (
                 median(warm[-3:]) >= (1 - stopping.steady) * median(warm[-6:-3])
             )
-    start, order = time.perf_counter(), list(steps)
-    while live := [name for name in order if not samples[name].failure]:
+    start = time.perf_counter()
+    for turn in count():
+        rounds, number = divmod(turn, len(shapes))
+        live = [name for name in steps if not samples[name].failure]
+        if not live:
+            break
+        if (turn + rounds * (len(shapes) % 2 == 0)) % 2:
+            live.reverse()
         for name in live:
-            samples[name].add(steps[name](True), samples[name].step_s)
-        order.reverse()
+            samples[name].add(steps[name](number, True), samples[name].step_s)
         times = [samples[name].step_s for name in live]
-        if stopped := stopping.reason_to_stop(times, time.perf_counter() - start):
+        if stopped := stopping.reason_to_stop(times, time.perf_counter() - start, shapes):
             for name in live:
                 samples[name].stopped = stopped
             break

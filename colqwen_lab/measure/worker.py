@@ -10,32 +10,40 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from multiprocessing import forkserver, resource_tracker
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
-from colqwen_lab.errors import LabError, scrubbed
+from colqwen_lab.errors import LabError, plain, scrubbed
 from colqwen_lab.hardware import Card
 from colqwen_lab.measure.memory import free, measure, set_cap
 from colqwen_lab.measure.timing import Failure, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
-from colqwen_lab.model.loading import load
+from colqwen_lab.model.loading import hold_unused_head, load
 from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
 from colqwen_lab.runtime.batches import Batches
-from colqwen_lab.runtime.eager import Steps
-from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast
+from colqwen_lab.runtime.eager import PROTOCOLS, Steps
+from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast, page_shapes
+from colqwen_lab.signals import STOPPING, listen
 
 # The longest wait for an answer: a large model loads from a slow disk, or a forward compiles.
 DEADLINE_S = 1800
 STAGE_STEPS = 3
+# The path of a socket has 107 bytes at most; its own name takes the rest.
+LONGEST_PLACE = 64
 
 
 def failure_of(error: Exception) -> Failure:
@@ -80,7 +88,7 @@ class Worker:
         free(self.device)
 
     def load(self, card: Card | None, batch_sizes: Sequence[int]) -> tuple[Any, Backend, Any]:
-        """`(cap, outside)` bytes under `card`, the model's kernels, and its unused tensors.
+        """Load the model: `((cap, outside) bytes under card, its kernels, its unused tensors)`.
 
         The kernel configs that `fast` tries at these batch sizes are compiled, all at once.
         """
@@ -92,34 +100,41 @@ class Worker:
         return cap, self.rest(), self.loaded.unused
 
     def measure(self, batch_size: int, protocol: str, alone: bool) -> tuple[Memory, Batches]:
-        """The memory of steps of these batches, which later calls use; their tensors stay here.
+        """`(memory, batches without tensors)`: bytes of the worst batch; tensors stay here.
 
-        The peak of the longest batch is the peak of a cycle through all batches.
+        A batch of each shape is measured: long rows, large pages or padding may make it the worst.
         """
         self.inputs, self.steps = [], {}
         batches = self._batches(batch_size)
         self.inputs = batches.inputs
-        longest = max(self.inputs, key=lambda batch: batch["input_ids"].shape[1])
-        memory = measure(self.loaded, [longest], self._steps([longest], protocol), alone)
-        return memory, replace(batches, inputs=[])
+        head = PROTOCOLS[protocol].unused_head
+        head_bytes = hold_unused_head(self.loaded, self.checkpoint, head)
+        figures = []
+        for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values():
+            steps = self._steps(protocol)
+            figures.append(measure(self.loaded, self._placed(batch), steps, alone))
+        worst = max(figures, key=lambda memory: memory.peak_bytes)
+        worst = worst.model_copy(update={"unused_head_bytes": head_bytes})
+        return worst, replace(batches, inputs=[])
 
-    def step(self, protocol: str, control: bool, warm: bool = False) -> float:
-        """Seconds of the next step and its sync; if `warm`, after an untimed one of its batch."""
+    def step(self, protocol: str, control: bool, number: int, warm: bool = False) -> float:
+        """Seconds of a step of batch `number` and its sync; if `warm`, after an untimed one."""
         if (protocol, control) not in self.steps:
-            self.steps[protocol, control] = self._steps(self.inputs, protocol)
-        step = self.steps[protocol, control]
+            self.steps[protocol, control] = self._steps(protocol)
+        step, batch = self.steps[protocol, control], self._placed(self.inputs[number])
         if warm:
-            step(warm_up=True)
+            step(batch)
         synchronise(self.device)
         start = time.perf_counter()
-        step()
+        step(batch)
         synchronise(self.device)
         return time.perf_counter() - start
 
     def stages(self, protocol: str) -> Stages:
-        """Seconds of a step in the vision encoder and in the rest: medians of three steps.
+        """Seconds of a step in the vision encoder and in the rest, as a mean over the batches.
 
-        A device sync before and after the encoder separates them; timed steps of a cell have none.
+        Of each batch the median of three steps counts. A device sync before and after the encoder
+        separates them; timed steps of a cell have none.
         """
         times: list[float] = []
 
@@ -127,26 +142,32 @@ class Worker:
             synchronise(self.device)
             times.append(time.perf_counter())
 
-        step, encoder = self._steps(self.inputs, protocol), self.loaded.model.vlm.model.visual
+        step, model = self._steps(protocol), self.loaded.model
+        encoder = model.fast.vision if hasattr(model, "fast") else model.vlm.model.visual
         with encoder.register_forward_pre_hook(note), encoder.register_forward_hook(note):
-            for _ in range(STAGE_STEPS):
-                note()
-                step()
-                note()
-        start, encoding, encoded, end = np.reshape(times, (-1, 4)).T
-        vision_s = float(np.median(encoded - encoding))
-        rest_s = float(np.median(end - encoded + encoding - start))
+            medians = []
+            for batch in map(self._placed, self.inputs):
+                steps = []
+                for _ in range(STAGE_STEPS):
+                    times.clear()
+                    note()
+                    step(batch)
+                    note()
+                    start, *encoding, end = times  # `fast` encodes images of unlike grids apart
+                    encoder_s = sum(encoding[1::2]) - sum(encoding[::2])
+                    steps.append((encoder_s, end - start - encoder_s))
+                medians.append(np.median(steps, axis=0))
+        vision_s, rest_s = np.mean(medians, axis=0).tolist()
         return Stages(vision_encoder_s=vision_s, language_model_s=rest_s)
 
     def embeddings(self, protocol: str) -> np.ndarray:
         """The token embeddings of the first batch, [real tokens, 320], in float32."""
-        inputs = self.inputs[0]
-        step = self._steps([inputs], protocol)
-        step()
-        return step.output.embeddings[inputs["attention_mask"].bool()].float().cpu().numpy()
+        batch, step = self._placed(self.inputs[0]), self._steps(protocol)
+        step(batch)
+        return step.output.embeddings[batch["attention_mask"].bool()].float().cpu().numpy()
 
     def rest(self) -> Backend:
-        """Release steps and their outputs. The kernels used at the longest of the batches.
+        """Release steps and outputs; the Backend: text linears on each kernel at the longest batch.
 
         Shorter batches have fewer rows (M), at which another kernel may be faster; the kernel
         configs are of all batches.
@@ -180,38 +201,55 @@ class Worker:
 
     def _batches(self, batch_size: int) -> Batches:
         values = {"config": self.loaded.model.config, "tokenizer": self.loaded.tokenizer}
-        return self.make_batches(**values, batch_size=batch_size, device=self.device)
+        return self.make_batches(**values, batch_size=batch_size, device=torch.device("cpu"))
 
-    def _steps(self, inputs: list[Any], protocol: str) -> Steps:
-        return Steps(self.loaded.model, inputs, self.configuration.execution, protocol)
+    def _placed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """`batch` on the device, where batches that wait would count in the peak."""
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _steps(self, protocol: str) -> Steps:
+        return Steps(self.loaded.model, self.configuration.execution, protocol)
 
 
 def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
     """The rows (M) at which `fast` computes these batches."""
-    shapes = {batch["input_ids"].shape for batch in inputs}
-    return {batch_size * bucket(tokens) for batch_size, tokens in shapes}
+    rows = set()
+    for batch in inputs:
+        if "pixel_values" in batch:
+            parts = (batch[n] for n in ("attention_mask", "mm_token_type_ids", "image_grid_thw"))
+            rows |= {(last - first) * shape.tokens for shape, first, last in page_shapes(*parts)}
+        else:
+            batch_size, tokens = batch["input_ids"].shape
+            rows.add(batch_size * bucket(tokens))
+    return rows
 
 
 class Remote:
     """A `Worker` in a child process. `call` gives a Failure where the process ends or hangs."""
 
     def __init__(self, *arguments: Any) -> None:
-        kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        kind = "forkserver" if hasattr(os, "O_PATH") else "spawn"
         context: Any = multiprocessing.get_context(kind)
-        if kind == "forkserver":
-            context.set_forkserver_preload(["colqwen_lab.measure.sweep"])
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, torch.get_num_threads(), *arguments)
-        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        # The child reads the rest from the pipe, where what goes wrong has a reason.
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
         # A caller's script without `if __name__ == "__main__"` must not run again in the child.
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
         try:
+            if kind == "forkserver":
+                _start_server(context)
+            self.log_start = os.fstat(_log()).st_size
             self.process.start()
+        except KeyboardInterrupt:
+            _stop_server()  # it may import libraries for seconds yet
+            raise
         finally:
             sys.modules["__main__"] = main
         theirs.close()
         self.alive, self.pid = True, self.process.pid
+        with contextlib.suppress(OSError):  # `call` says why it ended
+            self.connection.send((torch.get_num_threads(), *arguments))
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The answer of the worker's method `name`, or a Failure; its LabError is raised here."""
@@ -227,17 +265,74 @@ class Remote:
                 return answer
         except (EOFError, OSError):
             self.process.join(5)
-            reason = f"its process ended: {_ending(self.process.exitcode)}"
+            reason = f"its process ended: {_ending(self.process.exitcode)}{self._last_words()}"
         self.end()
         return Failure("failed", reason, ended=True)
 
     def end(self) -> None:
-        """Close the pipe, which ends an idle process; kill one that is in a long step."""
-        self.alive = False
+        """Close the pipe, which ends an idle process; kill one that is in a long step.
+
+        Processes that it started, such as compilers, end with it.
+        """
+        self.alive, own = False, []
+        with contextlib.suppress(psutil.Error):
+            own = psutil.Process(self.pid).children(recursive=True)
         self.connection.close()
         self.process.join(2)
         self.process.kill()
         self.process.join()
+        for process in own:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(own, timeout=2)
+
+    def _last_words(self) -> str:
+        """The line of an error that workers last wrote on stderr."""
+        text = os.pread(_log(), 100_000, max(self.log_start, os.fstat(_log()).st_size - 100_000))
+        lines = list(filter(str.strip, text.decode(errors="replace").splitlines()))
+        errors = [line for line in lines if re.search("error|what()|abort", line, re.IGNORECASE)]
+        return "".join(f": {scrubbed(plain(line))[:300]}" for line in (errors or lines)[-1:])
+
+
+@cache
+def _log() -> int:
+    """The descriptor of a file without a name, which takes what workers write on stderr."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _start_server(context: Any) -> None:
+    """Start the server that forks workers, once: deaf to signals, with a stderr of its own.
+
+    It imports the libraries for seconds, and what it prints names folders of this machine.
+    """
+    context.set_forkserver_preload(["colqwen_lab.measure.sweep"])
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    config: Any = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    places = (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm")
+    short = (place for place in places if len(os.fsencode(place)) <= LONGEST_PLACE)
+    place = next((place for place in short if os.access(place, os.W_OK | os.X_OK)), os.curdir)
+    before, stderr = config.get("tempdir"), os.dup(2)
+    try:
+        with tempfile.TemporaryDirectory(prefix="lab-", dir=place) as config["tempdir"]:
+            os.dup2(_log(), 2)
+            resource_tracker.ensure_running()  # unblocks signals
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # the server inherits it
+            forkserver.ensure_running()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if (path := server._forkserver_address) and not path.startswith("/proc/"):
+                # The socket stays reachable when its folder is gone.
+                server._forkserver_address = f"/proc/self/fd/{os.open(path, os.O_PATH)}"
+    finally:
+        config["tempdir"] = before
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def _stop_server() -> None:
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
 
 
 def _ending(code: int | None) -> str:
@@ -248,15 +343,17 @@ def _ending(code: int | None) -> str:
     return f"signal {-code} ({name}{why})"
 
 
-def serve(connection: Any, threads: int, *arguments: Any) -> None:
-    """The child's side: answers until the pipe closes. Ctrl-C is the parent's to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def serve(connection: Any) -> None:
+    """The child's side: answers until the pipe closes. Signals are the parent's to handle."""
+    listen(lambda *_: None)
+    os.dup2(2, 1)  # the parent's stdout is for results
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    worker = Worker(*arguments)
-    if worker.device.type == "cuda":
-        torch.cuda.set_device(worker.device)
     with contextlib.suppress(EOFError, OSError):  # the pipe is closed
+        threads, *arguments = connection.recv()
+        torch.set_num_threads(threads)
+        worker = Worker(*arguments)
+        if worker.device.type == "cuda":
+            torch.cuda.set_device(worker.device)
         while True:
             name, arguments = connection.recv()
             # Not by Worker.call: the stack from lab.sweep to the forward stays at ten frames.

@@ -6,7 +6,6 @@ never holds a second copy. Only safetensors and JSON are read; no code of a chec
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -14,29 +13,47 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from colqwen_lab.errors import LabError, MissingRequirement
-from colqwen_lab.model.config import SIZES, Repository, Variant, scheme_parts
-from colqwen_lab.model.inputs import TINY, TINY_TOKENIZER, read_tokenizer
-from colqwen_lab.model.network import UNUSED_TENSORS, ColQwen3, ColQwen3Config
+from colqwen_lab.model.config import FIXED, READ, SIZES, Repository, Variant, scheme_parts
+from colqwen_lab.model.inputs import (
+    SPECIAL_TOKENS,
+    TINY,
+    TINY_TOKENIZER,
+    check_tokens,
+    parse_tokenizer,
+    read_tokenizer,
+)
+from colqwen_lab.model.network import UNUSED_HEAD, ColQwen3, ColQwen3Config
+from colqwen_lab.model.scheme import GPTQ, Json, middle_words, read_scheme
 from colqwen_lab.options import WEIGHTS
 
 CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*config.json"]
 # Qwen's tokenizer has 11 MB. A JSON parser takes seventy times a file's bytes.
-TOKENIZER_BYTES, JSON_BYTES = 64 * 2**20, 2**20
+TOKENIZER_BYTES, JSON_BYTES = 24 * 2**20, 2**20
+DOCUMENTS = {"config.json": JSON_BYTES, "model.safetensors.index.json": JSON_BYTES}
+DOCUMENTS |= {"tokenizer.json": TOKENIZER_BYTES}
+SAMPLES = 1024  # of a file: all of it up to 4 MiB, and some of each linear of a larger one
+MOST_LAYERS = 512
 # The types that are read, by whether the network's tensor is floating-point.
 DTYPES = {True: ("BF16", "F16", "F32"), False: ("I32", "I64")}
-Json = dict[str, Any]
 Tensors = dict[str, Tensor]
+HUB_ERRORS: dict[type[Exception], str] = {
+    hub_errors.GatedRepoError: "its owner grants access; ask on its page, then `hf auth login`",
+    hub_errors.RepositoryNotFoundError: "there is none of this name, or it is private; check the "
+    "name, or run `hf auth login`",
+    hub_errors.RevisionNotFoundError: "there is no such revision; name one that its page lists",
+}
 
 
 class Checkpoint:
@@ -73,9 +90,9 @@ class RandomCheckpoint(Checkpoint):
         self.tokenizer = read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None
         if scheme:
             bits, group_size = scheme_parts(scheme)
-            codes = {"bits": bits, "group_size": group_size, "sym": True, "data_type": "int"}
-            packing = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
-            self.quantization = codes | packing
+            codes = {"bits": bits, "group_size": group_size, "sym": True}
+            packing = {"quant_method": "auto-round", "packing_format": GPTQ}
+            self.quantization = read_scheme(codes | packing)
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
         """Normal weights of deviation 0.02, norms of one, biases of zero."""
@@ -88,7 +105,8 @@ class RandomCheckpoint(Checkpoint):
         elif "norm" in layer:
             values.fill_(1)
         elif kind == "qzeros":
-            values.fill_(_zero_word(bits))
+            words = torch.tensor(middle_words(self.quantization or {}), dtype=like.dtype)
+            values.view(-1, len(words)).copy_(words)
         elif kind == "qweight":
             values.random_(-(2**31), 2**31 - 1, generator=generator)
         elif kind == "scales":
@@ -99,18 +117,6 @@ class RandomCheckpoint(Checkpoint):
         else:
             values.normal_(std=0.02, generator=generator)
         return values.to(device)
-
-
-def _zero_word(bits: int, stored_less: int = 1) -> int:
-    """An int32 of packed zero points 2^(bits-1), which the GPTQ packing stores less one."""
-    zero = 2 ** (bits - 1) - stored_less
-    word = sum(zero << shift for shift in range(0, 32 - 32 % bits, bits))
-    return word - 2**32 if word >= 2**31 else word
-
-
-def is_symmetric(quantization: Json) -> bool:
-    """Whether codes are symmetric: AutoRound writes `sym`, AutoAWQ the opposite `zero_point`."""
-    return bool(quantization.get("sym", not quantization.get("zero_point", False)))
 
 
 @contextmanager
@@ -124,32 +130,86 @@ def one_line_errors(message: str) -> Iterator[None]:
         raise MissingRequirement(f"{message}: {error!s:.200}") from None
 
 
+def _json(path: Path, document: bytes) -> Json:
+    """The object of a JSON file. Raises MissingRequirement, also where a number is not finite."""
+
+    def finite(text: str) -> float:
+        if math.isfinite(value := float(text)):
+            return value
+        raise ValueError(f"numbers must be finite, got {text}")
+
+    with one_line_errors(f"{path} cannot be read"):
+        values = json.loads(document, parse_float=finite, parse_constant=finite)
+        if not isinstance(values, dict):
+            raise ValueError("it must be a JSON object")
+    return values
+
+
+def read_config(values: Json) -> ColQwen3Config:
+    """The configuration, of the entries that the network reads. Raises ValueError on wrong ones."""
+    kept = {name: value for name, value in values.items() if name in SIZES["tiny"]}
+    for part, fixed in FIXED.items():
+        own = dict(values.get(part) or {})
+        for name, value in fixed.items():
+            if own.get(name, value) != value:
+                raise ValueError(f"{part}.{name} must be {value!r}, got {own[name]!r:.100}")
+        kept[part] = {name: value for name, value in own.items() if name in READ[part]}
+    kept["text_config"]["rope_parameters"] = _rotary(values.get("text_config") or {})
+    config = ColQwen3Config(**kept)
+    text = config.text_config
+    for name in SPECIAL_TOKENS.values():
+        if not 0 <= getattr(config, name) < text.vocab_size:
+            raise ValueError(f"{name} must be below {text.vocab_size}, got {getattr(config, name)}")
+    return config
+
+
+def _rotary(text: Json) -> Json:
+    """The rotary parameters, from either of their places. Raises ValueError on other kinds."""
+    values = {"rope_theta": text.get("rope_theta")} | (text.get("rope_scaling") or {})
+    values |= text.get("rope_parameters") or {}
+    theta, sections = values["rope_theta"], values.get("mrope_section")
+    kinds = {"rope_type": "default", "mrope_interleaved": True}
+    if (
+        any(values.get(name, kind) != kind for name, kind in kinds.items())
+        or values.get("type", "default") != "default"
+        or not (isinstance(theta, int | float) and theta > 0)
+        or not (isinstance(sections, list) and [*map(type, sections)] == [int] * 3)
+        or min(sections) < 0
+        or 2 * sum(sections) != text.get("head_dim", 128)
+    ):
+        needs = "rope_type default, mrope_interleaved, a positive rope_theta, and an mrope_section"
+        raise ValueError(f"text_config must have {needs} that fits head_dim, got {values!r:.100}")
+    return kinds | {"rope_theta": theta, "mrope_section": sections}
+
+
 class FolderCheckpoint(Checkpoint):
     """A folder in the hub's layout: config.json, safetensors files, tokenizer.json."""
 
-    def __init__(self, folder: Path, label: str | None = None) -> None:
-        self.folder, config = folder, folder / "config.json"
-        values = self._json(config)
+    def __init__(self, folder: Path, label: str | None = None, digest: str | None = None) -> None:
+        self.folder = folder
+        config, index, tokenizer = (folder / name for name in DOCUMENTS)
+        documents = self._documents()
+        if documents[config] is None:
+            raise MissingRequirement(f"{folder} is not a checkpoint folder: it has no config.json")
+        values = _json(config, documents[config] or b"")
         with one_line_errors(f"{config} is not the configuration of a ColQwen3"):
             if (model_type := values.get("model_type")) != ColQwen3Config.model_type:
                 raise ValueError(f"model_type must be 'colqwen3', got {model_type!r:.100}")
-            self.quantization = values.pop("quantization_config", None)
-            if not isinstance(self.quantization, dict | None):
-                raise ValueError("quantization_config must be an object")
-            # `auto_map` names code of the repository.
-            for key in ("auto_map", "dtype", "torch_dtype"):
-                values.pop(key, None)
-            self.files = self._open()
-            self.config = ColQwen3Config(**values)
+            self.quantization = read_scheme(values.get("quantization_config"))
+            self.config = read_config(values)
+            self.paths, self.files = self._open(index, documents[index])
             self._check_dimensions()
-        self.unused = tuple(sorted(UNUSED_TENSORS & self.files.keys()))
-        tokenizer = self._own(folder / "tokenizer.json", TOKENIZER_BYTES)
-        self.tokenizer = read_tokenizer(tokenizer) if tokenizer.exists() else None
+        self.unused = (UNUSED_HEAD,) if UNUSED_HEAD in self.files else ()
+        self.tokenizer = None
+        if (document := documents[tokenizer]) is not None:
+            self.tokenizer = parse_tokenizer(document, tokenizer)
+            check_tokens(self.tokenizer, self.config, tokenizer)
+        self.digest = digest or self._digest(documents)
         self.label = label or f"folder:{folder.resolve().name}#{self.digest}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the files again."""
-        return FolderCheckpoint, (self.folder, self.label)
+        """Another process opens the files again; its `check` refuses files that changed since."""
+        return FolderCheckpoint, (self.folder, self.label, self.digest)
 
     def _own(self, path: Path, most_bytes: float = math.inf) -> Path:
         """`path`, if it is a small enough file here or, by a link, among the hub's blobs."""
@@ -164,30 +224,31 @@ class FolderCheckpoint(Checkpoint):
                 raise MissingRequirement(f"{path} must have at most {most_bytes} bytes, got {size}")
         return path
 
-    def _json(self, path: Path) -> Json:
-        if not self._own(path, JSON_BYTES).exists():
-            raise MissingRequirement(
-                f"{self.folder} is not a checkpoint folder: it has no {path.name}"
-            )
-        with one_line_errors(f"{path} cannot be read"):
-            document = json.loads(path.read_bytes())
-            if not isinstance(document, dict):
-                raise ValueError("it must be a JSON object")
-        return document
+    def _documents(self) -> dict[Path, bytes | None]:
+        """The bytes of each JSON file, None where there is no such file."""
+        paths = [self._own(self.folder / name, most) for name, most in DOCUMENTS.items()]
+        with one_line_errors(f"{self.folder} cannot be read"):
+            return {path: path.read_bytes() if path.exists() else None for path in paths}
 
-    def _open(self) -> Json:
-        """The open safetensors file of each tensor."""
-        index, names = self.folder / "model.safetensors.index.json", ["model.safetensors"]
-        if index.exists():
+    def _open(self, index: Path, document: bytes | None) -> tuple[list[Path], Json]:
+        """The safetensors files, and the open one of each tensor: the one that the index names."""
+        single, places = self.folder / "model.safetensors", None
+        names = [single.name]
+        if document is not None:
             with one_line_errors(f"{index} has no weight_map"):
-                names = sorted({str(name) for name in self._json(index)["weight_map"].values()})
-        self.paths = [self.folder / name for name in names]
+                entries = _json(index, document)["weight_map"].items()
+                places = {tensor: str(name) for tensor, name in entries}
+                names = sorted(set(places.values()))
+            if single.name not in names and single.exists():
+                raise MissingRequirement(f"{index} does not name {single.name}; remove one of them")
         files: Json = {}
-        for path in self.paths:
+        for name in names:
+            path = self.folder / name
             with one_line_errors(f"{path!s:.150} is missing, truncated or not safetensors"):
                 file = safe_open(self._own(path), framework="pt")
-            files |= dict.fromkeys(file.keys(), file)
-        return files
+            own = file.keys()
+            files |= {key: file for key in own if places is None or places.get(key) == name}
+        return [self.folder / name for name in names], files
 
     def _check_dimensions(self) -> None:
         """Raise ValueError, before any allocation, if the files are too small for the network."""
@@ -197,7 +258,7 @@ class FolderCheckpoint(Checkpoint):
         # One layer of each kind is built, on the meta device.
         config.text_config.num_hidden_layers = config.vision_config.depth = 1
         tensors, held = len(self.files), sum(path.stat().st_size for path in self.paths)
-        plausible = min(layers, blocks) > 0 and layers + blocks <= tensors
+        plausible = min(layers, blocks) > 0 and layers + blocks <= min(tensors, MOST_LAYERS)
         if plausible and len(set(tapped)) == len(tapped) <= blocks:
             with torch.device("meta"):
                 weights = sum(tensor.numel() for tensor in ColQwen3(config).parameters())
@@ -206,21 +267,22 @@ class FolderCheckpoint(Checkpoint):
         network = f"a network of {layers} + {blocks} layers of these dimensions"
         raise ValueError(f"its files ({tensors} tensors, {held} bytes) do not hold {network}")
 
-    @cached_property
-    def digest(self) -> str:
-        """Twelve hex digits of each file's size, header and sixteen samples of 4 kB."""
-        state = hashlib.sha256()
+    def _digest(self, documents: dict[Path, bytes | None]) -> str:
+        """Twelve hex digits of the JSON files, and of 1,024 samples of 4 kB of each other file."""
+        state = sha256(b"".join(sha256(text or b"").digest() for text in documents.values()))
         for path in self.paths:
             size = path.stat().st_size
             with path.open("rb") as file:
                 header = int.from_bytes(file.read(8), "little")
                 state.update(size.to_bytes(8, "little") + file.read(header))
-                for part in range(16):
-                    file.seek(size * part // 16)
+                for part in range(SAMPLES):
+                    file.seek(size * part // SAMPLES)
                     state.update(file.read(4096))
         return state.hexdigest()[:12]
 
     def check(self, expected: Tensors) -> None:
+        if self._digest(self._documents()) != self.digest:
+            raise MissingRequirement(f"{self.folder} changed since it was opened; run again")
         problems = [f"missing {name}" for name in expected if name not in self.files]
         for name in self.files:
             problems += self._problems(name, expected.get(name))
@@ -230,14 +292,14 @@ class FolderCheckpoint(Checkpoint):
             raise MissingRequirement(f"{self.folder} does not fit the network: {listed}{more}")
 
     def _problems(self, name: str, like: Tensor | None) -> Iterator[str]:
-        file, quantization = self.files[name], self.quantization or {}
-        bits, group = quantization.get("bits"), quantization.get("group_size")
+        file, scheme = self.files[name], self.quantization
         shape, dtype = (view := file.get_slice(name)).get_shape(), view.get_dtype()
         if like is None:
             known = name in self.unused
-            if name.endswith(".g_idx") and isinstance(group, int) and group > 0:
+            if name.endswith(".g_idx") and scheme:
                 # A GPTQ group index in its plain order holds no information.
-                index = file.get_tensor(name).long()
+                index, group = file.get_tensor(name).long(), scheme["group_size"]
+                group = max(len(index), 1) if group == -1 and index.ndim else group
                 known = index.ndim == 1 and index.equal(torch.arange(len(index)) // group)
             if not known:
                 yield f"unexpected {name}"
@@ -245,31 +307,38 @@ class FolderCheckpoint(Checkpoint):
             yield f"{name} must have shape {list(like.shape)}, got {shape}"
         elif dtype not in (valid := DTYPES[like.is_floating_point()]):
             yield f"{name} must be one of {', '.join(valid)}, got {dtype}"
-        elif name.endswith(".qzeros") and bits in (2, 4, 8) and is_symmetric(quantization):
+        elif name.endswith(".qzeros") and scheme and scheme["sym"]:
             # Kernels for symmetric codes do not read zero points, and would run with the middle.
-            words = set(file.get_tensor(name).unique().tolist())
-            if not words <= {_zero_word(bits), _zero_word(bits, stored_less=0)}:
-                yield f"{name} holds zero points, but the codes are symmetric"
+            words = torch.tensor(middle_words(scheme))
+            if not (file.get_tensor(name).view(-1, len(words)) == words).all():
+                yield f"{name} holds zero points other than the middle, but the codes are symmetric"
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        return self.files[name].get_tensor(name).to(device, like.dtype)
+        value = self.files[name].get_tensor(name).to(device, like.dtype)
+        if value.is_floating_point() and value.numel() and not value.is_meta:
+            low, high = torch.stack(value.aminmax()).tolist()  # either is NaN if any value is
+            if not math.isfinite(low - high):
+                got = f"values from {low} to {high} in {like.dtype}"
+                raise MissingRequirement(f"{self.folder}: {name} must be finite, got {got}")
+        return value
 
 
 def hub_folder(repository: Repository) -> Path:
     """The local folder, named by the commit, of a hub repository; without a network its cache."""
     name, revision = repository
-    reason = ""
-    for cached in (False, True):
-        try:
-            options: Json = {"revision": revision, "local_files_only": cached}
-            return Path(snapshot_download(name, allow_patterns=CHECKPOINT_FILES, **options))
-        except Exception as error:  # the types depend on the HTTP client
-            reason = reason or type(error).__name__
-    pin = "" if revision == "main" else f" --revision {revision}"
-    raise MissingRequirement(
-        f"cannot get {name} from the hub ({reason}); run `hf download {name}{pin}` with a network, "
-        "or use `--weights random` to measure speed and memory"
-    )
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=CHECKPOINT_FILES))
+    except Exception as error:  # the types depend on the HTTP client
+        known = (why for kind, why in HUB_ERRORS.items() if isinstance(error, kind))
+        cause, pin = (
+            error.__cause__ or error,
+            "" if revision == "main" else f" --revision {revision}",
+        )
+        reason = next(known, None) or (
+            f"{type(cause).__name__}: {cause!s:.100}; run `hf download {name}{pin}` with a network "
+            "(finished files are kept), or use `--weights random` to measure speed and memory"
+        )
+    raise MissingRequirement(f"cannot get {name}, revision {revision}, from the hub: {reason}")
 
 
 def default_checkpoint(

@@ -13,11 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.errors import BadInput, ambiguous, one_of
 from colqwen_lab.settings import DATA
 
 EMBED_DIM = 320
 SIZES: dict[str, dict[str, Any]] = json.loads((DATA / "sizes.json").read_bytes())
+# What the network reads of a config.json by part, beside what it and the inputs cannot vary.
+READ = {
+    "text_config": {*SIZES["4b"]["text_config"], "rms_norm_eps", "rope_theta", "rope_scaling"},
+    "vision_config": {*SIZES["4b"]["vision_config"]},
+}
+FIXED: dict[str, dict[str, Any]] = {
+    "text_config": {"hidden_act": "silu", "attention_bias": False},
+    "vision_config": {"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "patch_size": 16}
+    | {"temporal_patch_size": 2, "spatial_merge_size": 2},
+}
 # The integer weight-only presets of AutoRound that its GPTQ packing holds.
 SCHEMES = tuple(f"W{bits}A16{group}" for bits in (2, 3, 4, 8) for group in ("", "G64", "G32"))
 
@@ -68,17 +78,33 @@ for _name, _values in json.loads((DATA / "variants.json").read_bytes()).items():
     VARIANTS[_name] = Variant(_name, hub=_hub, **_values)
 
 
-def resolve_variant(name: str) -> Variant:
-    """The variant `base`, `awq`, a scheme such as W8A16, a folder or a hub id. Raises BadInput."""
+def built_in(name: str) -> Variant | None:
+    """The variant `base` or `awq`, or of a scheme; None for another name."""
     scheme = name.upper()
-    if name.lower() in VARIANTS:
-        return VARIANTS[name.lower()]
     if scheme in SCHEMES:
         return Variant(scheme, f"AutoRound {scheme}, language model only", scheme)
+    return VARIANTS.get(name.lower())
+
+
+def resolve_variant(name: str) -> Variant:
+    """The variant `base`, `awq`, a scheme such as W8A16, a folder or a hub id. Raises BadInput."""
+    name = os.path.expanduser(name)
+    if variant := built_in(name):
+        if os.path.exists(os.path.join(name, "config.json")):
+            raise ambiguous(name, "a variant")
+        return variant
     if os.path.isdir(name):
-        return Variant(Path(name).resolve().name, "a checkpoint folder", folder=Path(name))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
-        return Variant(name, "a hub repository", hub={"any": Repository(name)})
+        own = Path(name).resolve().name
+        label = f"./{own}" if built_in(own) else own
+        return Variant(label, "a checkpoint folder", folder=Path(name))
+    repository = name.removeprefix("hub:")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repository) and not repository.startswith((".", "/")):
+        if repository == name and os.path.isdir(owner := name.split("/")[0]):
+            raise BadInput(
+                f"the folder {owner} here has no folder {name}; name one that it has, or write "
+                f"hub:{name} for the hub's repository"
+            )
+        return Variant(repository, "a hub repository", hub={"any": Repository(repository)})
     raise BadInput(
         f"model must be {', '.join(VARIANTS)}, a scheme ({SCHEMES[0]} to {SCHEMES[-1]}), "
         f"a checkpoint folder or a hub id OWNER/NAME, got {name!r}"

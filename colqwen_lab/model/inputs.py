@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
-import warnings
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from hashlib import sha256
+from contextlib import closing
+from hashlib import file_digest, sha256
+from os import fsencode
 from os.path import isdir, isfile
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pypdfium2
 import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
-from tokenizers import Tokenizer, normalizers
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
+from colqwen_lab.model.decode import OTHER_PICTURES, Decoder, check_regular
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.options import MOST_VISUAL_TOKENS, TEXTS, VISUAL_TOKENS
 from colqwen_lab.settings import DATA
 
 QUERY_SUFFIX_TOKENS = 10
 PAD = "<|endoftext|>"
+# The entry of a configuration that holds the id of a token.
+SPECIAL_TOKENS = {
+    "<|image_pad|>": "image_token_id",
+    "<|vision_start|>": "vision_start_token_id",
+    "<|vision_end|>": "vision_end_token_id",
+}
 # The default checkpoint of `tiny`, trained by `colqwen-lab train-tiny`.
 TINY = DATA / "tiny"
 TINY_TOKENIZER = TINY / "tokenizer.json"
@@ -35,29 +44,70 @@ CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").split
 PROMPT_START = "<|im_start|>user\n<|vision_start|>"
 PROMPT_END = "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QWEN_PAD_ID = 151643
-DPI = 150
-# The published processor enlarges an image below 64 visual tokens, and takes no image with one
-# side more than 200 times the other.
-MIN_VISUAL_TOKENS, MOST_TIMES = 64, 200
+# The published processor enlarges an image below 64 visual tokens.
+MIN_VISUAL_TOKENS = 64
+# A file is given up after this many bad pages, or seconds of them.
+MOST_BAD, MOST_LOST_S = 100, 60
 # Pixel values [patches, 3 * 2 * 16 * 16] in float32, and the grid (1, rows, columns).
 Patches = tuple[Tensor, tuple[int, int, int]]
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`; raises as `parse_tokenizer`."""
+    return parse_tokenizer(path.read_bytes(), path)
+
+
+def parse_tokenizer(document: bytes, path: Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, without its own padding or truncation.
 
-    Raises MissingRequirement without a pad token, or with a normalizer other than NFC.
+    Raises MissingRequirement without a pad token, or unless it splits texts as Qwen's does.
     """
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        values, qwen = map(_parts, (document, TINY_TOKENIZER.read_bytes()))
+        for name, part in values.items():
+            if part != qwen[name]:
+                raise ValueError(f"{name} must be as in Qwen's tokenizer, got {part!r:.100}")
+        tokenizer = Tokenizer.from_buffer(document)
     except Exception as error:  # the library raises bare Exception
-        raise MissingRequirement(f"{path} is not a tokenizer.json: {error}") from None
+        raise MissingRequirement(f"{path} is not Qwen's tokenizer.json: {error!s:.300}") from None
     pad_id(tokenizer)
-    if not isinstance(normalizer := tokenizer.normalizer, normalizers.NFC | None):
-        raise MissingRequirement(f"{path}: normalizer must be NFC or none, got {normalizer!r:.100}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _parts(document: bytes) -> dict[str, Any]:
+    """The parts that determine how texts are split, but for vocabulary, merges and added tokens.
+
+    The library panics or hangs at some others, so it must not see them.
+    """
+
+    templates: list[list[dict[str, Any]]] = []
+
+    def without_offsets(part: dict[str, Any]) -> dict[str, Any]:
+        templates.extend([part["single"]] if isinstance(part.get("single"), list) else [])
+        return {key: value for key, value in part.items() if key != "trim_offsets"}
+
+    values = json.loads(document, object_hook=without_offsets)
+    model, options = values["model"], ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    texts = [[part["Sequence"]["id"] for part in one if "Sequence" in part] for one in templates]
+    return {
+        "normalizer": (values.get("normalizer") or {}).get("type", "NFC"),
+        "pre_tokenizer": values["pre_tokenizer"],
+        "model": [model["type"], *(model.get(name) or None for name in options)],
+        "list of bytes without a token": sorted({*ByteLevel.alphabet()} - model["vocab"].keys()),
+        "list of templates without the text": [one for one in texts if one != ["A"]],
+    }
+
+
+def check_tokens(tokenizer: Tokenizer, config: ColQwen3Config, path: Path) -> None:
+    """Raise MissingRequirement unless the network of `config` knows the tokens."""
+    ids, most = tokenizer.get_vocab(), config.text_config.vocab_size
+    for token, name in SPECIAL_TOKENS.items():
+        if (own := ids.get(token)) != (wanted := getattr(config, name)):
+            raise MissingRequirement(f"{path}: id of {token} must be {name}, {wanted}, got {own}")
+    if max(ids.values()) >= most:
+        raise MissingRequirement(f"{path}: ids must be below {most}, got {max(ids.values())}")
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
@@ -68,13 +118,24 @@ def pad_id(tokenizer: Tokenizer) -> int:
 
 
 def _token_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
-    return [text.ids for text in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    texts = list(texts)
+    for text in texts:
+        if text.encode(errors="ignore").decode() != text:
+            raise BadInput(f"a text must be Unicode without lone surrogates, got {text!r:.100}")
+    return [text.ids for text in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def encode_queries(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
-    """The token ids of each query, with the ten suffix tokens."""
+def encode_queries(
+    tokenizer: Tokenizer, texts: Iterable[str], limit: int | None = None
+) -> list[list[int]]:
+    """The token ids of each query, with the ten suffix tokens.
+
+    A text of more than `limit` tokens, suffix included, loses its end. Raises BadInput for a text
+    with a lone surrogate.
+    """
     suffix = [pad_id(tokenizer)] * QUERY_SUFFIX_TOKENS
-    return [ids + suffix for ids in _token_ids(tokenizer, texts)]
+    room = limit and limit - QUERY_SUFFIX_TOKENS
+    return [ids[:room] + suffix for ids in _token_ids(tokenizer, texts)]
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +155,7 @@ def queries(texts: str, count: int) -> list[str]:
 
 
 def check_visual_tokens(visual_tokens: int) -> int:
-    """A budget of visual tokens per image, if it is valid. Raises BadInput."""
+    """`visual_tokens` as it is, if it is a valid budget per image. Raises BadInput."""
     if not 1 <= visual_tokens <= MOST_VISUAL_TOKENS:
         raise BadInput(f"visual_tokens must be 1 to {MOST_VISUAL_TOKENS}, got {visual_tokens}")
     return visual_tokens
@@ -125,7 +186,7 @@ def visual_tokens_of(
 def patches(
     image: Image.Image, config: ColQwen3Config, visual_tokens: int = VISUAL_TOKENS
 ) -> Patches:
-    """The patches of an RGB image. Raises BadInput for an invalid budget."""
+    """`(pixel values [patches, 1536] in float32, grid)` of an RGB image. Raises BadInput."""
     features = _processor(config, visual_tokens)(images=[image], return_tensors="pt")
     frames, rows, columns = features["image_grid_thw"][0].tolist()
     return features["pixel_values"], (frames, rows, columns)
@@ -181,15 +242,15 @@ def page_batch(
 def page_files(source: str | Path) -> list[Path]:
     """The images and PDFs of a folder, in the order of their names; or one file. Raises BadInput.
 
-    Links that lead nowhere count, so that `read_pages` reports them.
+    Every name with a picture's or a PDF's suffix counts, so that `read_pages` reports those that
+    are unreadable: links that lead nowhere, devices, formats that Pillow lacks.
     """
     path, expected = Path(source), "pages must be a folder of images, an image or a PDF"
     if not (isfile(path) or isdir(path)):
-        raise BadInput(f"{expected}, got {path}, which does not exist")
-    suffixes = {*Image.registered_extensions(), ".pdf"}
+        raise BadInput(f"{expected}, got {path}, which is no file and no folder")
+    suffixes = {*Image.registered_extensions(), *OTHER_PICTURES, ".pdf"}
     entries = sorted(path.iterdir()) if path.is_dir() else [path]
-    pages = [file for file in entries if file.suffix.lower() in suffixes]
-    if files := [file for file in pages if file.is_file() or not file.exists()]:
+    if files := [file for file in entries if file.suffix.lower() in suffixes and not isdir(file)]:
         return files
     raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
 
@@ -199,76 +260,43 @@ def digest(files: Iterable[Path]) -> str:
     total = sha256()
     for file in files:
         try:
-            total.update(file.name.encode() + sha256(file.read_bytes()).digest())
-        except OSError as error:  # `read_pages` skips the file
-            total.update(f"{file.name} {type(error).__name__}".encode())
+            check_regular(file)
+            with file.open("rb") as content:
+                total.update(fsencode(file.name) + file_digest(content, "sha256").digest())
+        except (OSError, ValueError) as error:  # `read_pages` skips the file
+            total.update(fsencode(f"{file.name} {type(error).__name__}"))
     return total.hexdigest()[:12]
 
 
 def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Image.Image]:
-    """Every page of the files as an RGB image: PDF pages at 150 dpi, all frames of a TIFF.
+    """Every page of the files as an RGB image: PDF pages at 150 dpi, all pages of a TIFF.
 
-    A page that is unreadable, too large or too narrow ends its file with one line to `skip`.
+    A page that cannot be read is one line to `skip`, as is a file; the others follow. A file is
+    given up after 100 such pages, or after 60 seconds of them.
     """
-    for file in files:
-        pages = _pages(file)
-        try:
-            while True:
-                with decoding(file.name):
-                    image = next(pages, None)
-                if image is None:
+    with closing(Decoder()) as decoder:
+        for file in files:
+            try:
+                count = decoder.count(str(file))
+            except ValueError as error:
+                skip(str(skipped(file.name, error)))
+                continue
+            bad, lost_s = 0, 0.0
+            for number in range(count):
+                page = file.name if count == 1 else f"{file.name} page {number + 1} of {count}"
+                if bad >= MOST_BAD or lost_s > MOST_LOST_S:
+                    skip(str(skipped(f"{page}, with all that follow,", f"{bad} pages are bad")))
                     break
+                started_s = time.monotonic()
+                try:
+                    image = decoder.page(str(file), number)
+                except ValueError as error:
+                    bad, lost_s = bad + 1, lost_s + time.monotonic() - started_s
+                    skip(str(skipped(page, error)))
+                    continue
                 yield image
-        except BadInput as error:
-            skip(str(error))
 
 
-@contextmanager
-def decoding(name: str) -> Iterator[None]:
-    """Turns every error inside, and Pillow's warning of huge images, into a one-line BadInput."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    except UnidentifiedImageError:
-        raise BadInput(f"{name} is skipped: not an image that Pillow reads") from None
-    except Exception as error:  # decoders raise anything
-        reason = str(error) or type(error).__name__
-        raise BadInput(f"{name} is skipped: {reason:.200}") from None
-
-
-def _pages(file: Path) -> Iterator[Image.Image]:
-    if file.suffix.lower() != ".pdf":
-        with Image.open(file) as image:
-            for frame in ImageSequence.Iterator(image) if image.format == "TIFF" else (image,):
-                yield to_rgb(frame)
-        return
-    with pypdfium2.PdfDocument(file) as document:
-        for page in document:
-            width, height = (size * DPI / 72 for size in page.get_size())
-            if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                pixels = f"{width:.0f} x {height:.0f} pixels at {DPI} dpi"
-                raise ValueError(f"a page of {pixels} is beyond Pillow's limit")
-            yield to_rgb(page.render(scale=DPI / 72).to_pil())
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any of Pillow's modes as upright RGB, on white where it is transparent.
-
-    16-bit grey is scaled to 8 bits; 32-bit grey counts as 8 or 16 bits, by its largest value.
-    Raises ValueError: grey values beyond 16 bits, or one side more than 200 times the other.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"grey values of mode {image.mode} are not 16-bit values")
-        eight_bit = image.mode == "I" and values.max() <= 255
-        image = Image.fromarray((values if eight_bit else values // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if max(image.size) > MOST_TIMES * min(image.size):
-        size = f"{image.width} x {image.height} pixels"
-        raise ValueError(f"{size}: one side is more than {MOST_TIMES} times the other")
-    return image.convert("RGB")
+def skipped(name: str, reason: object) -> BadInput:
+    """The one-line error of a page that cannot be read."""
+    return BadInput(f"{name} is skipped: {reason}")

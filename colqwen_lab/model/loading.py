@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -20,19 +20,15 @@ from transformers import AutoRoundConfig
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model import network
-from colqwen_lab.model.checkpoint import Checkpoint, Json, is_symmetric, one_line_errors
-from colqwen_lab.model.network import TEXT_LAYERS, ColQwen3
+from colqwen_lab.model.checkpoint import Checkpoint, Json, one_line_errors
+from colqwen_lab.model.network import TEXT_LAYERS, UNUSED_HEAD, ColQwen3
 from colqwen_lab.options import DTYPES as DTYPE_NAMES
 
-# AutoRound reads these keys as regular expressions. One with groups or many stars could hang.
-PATTERNS = ("extra_config", "dynamic", "modules_to_not_convert", "modules_in_block_to_quantize")
-LAYER_NAME = re.compile(r"(?:[-+]:)?\^?(?:\.\*)?(?:[\w.-]|\\\.)*(?:\.\*)?\$?")
-MOST_NAMES = 2000
-GPTQ, AWQ = "auto_round:auto_gptq", "auto_round:auto_awq"
-PACKINGS = {"auto": GPTQ, "auto_round:gptq": GPTQ, "auto_round:awq": AWQ}
-SCHEME_KEYS = ("bits", "group_size", "packing_format", "quant_method")
+SCHEME_KEYS = ("bits", "group_size", "sym", "packing_format")
 FAKE = "auto_round:fake"
 DENSE = "torch.nn.Linear"
+# These dequantise a weight of any shape. Their GEMM would leave a cuBLAS workspace of this stream.
+ANY_SHAPE = ("auto_round:torch", "auto_round:tritonv2", DENSE)
 PARTS = {
     "vlm.model.visual": "vision encoder",
     "embedding_proj_layer": "head",
@@ -118,8 +114,11 @@ def skeleton(
     device: torch.device,
     kernel: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
+    without: Sequence[str] = (),
 ) -> tuple[ColQwen3, list[str]]:
     """`(network, kernels)`: the network on the meta device with its quantised layers' modules.
+
+    AutoRound chooses a kernel for each shape, none of those in `without`.
 
     Raises BadInput without such a kernel on this device, MissingRequirement if none fits.
     """
@@ -139,41 +138,17 @@ def skeleton(
     scheme = ", ".join(f"{key} {quantization.get(key)!r:.40}" for key in SCHEME_KEYS)
     where = f"{device.type} (`colqwen-lab doctor` lists kernels, packings and packages)"
     with one_line_errors(f"kernel {kernel} cannot load {scheme} on {where}"):
-        model.config.quantization_config = _auto_round_config(quantization, kernel)
-        with quiet(), torch.device("meta"):
+        values = {"block_name_to_quantize": TEXT_LAYERS} | quantization | {"backend": kernel}
+        model.config.quantization_config = AutoRoundConfig.from_dict(values)
+        others = {name: info for name, info in infos if name not in without}
+        with quiet(), torch.device("meta"), patch.dict(backend.BackendInfos, others, clear=True):
             model, kernels = conversion.convert_hf_model(model, target_device=device.type)
         if not kernels:
             raise ValueError(f"block_name_to_quantize matches no layer, use {TEXT_LAYERS}")
         if FAKE in kernels:
             packing = model.config.quantization_config.packing_format
-            raise ValueError(f"no installed kernel runs packing {packing}")
+            raise ValueError(f"no installed kernel runs packing {packing} with these shapes")
     return model.requires_grad_(False), kernels
-
-
-def _auto_round_config(quantization: Json, kernel: str) -> Any:
-    """AutoRound's form of a quantization_config; gptq and awq checkpoints go through it too."""
-    if quantization.get("checkpoint_format") == "gptq_v2" or quantization.get("desc_act"):
-        raise ValueError("packings gptq_v2 and desc_act are not supported")
-    for key in PATTERNS:
-        names = list(_names(quantization.get(key)))
-        odd = [f"{name!r:.100}" for name in names if not LAYER_NAME.fullmatch(name)]
-        if odd or len(names) > MOST_NAMES:
-            value = odd[0] if odd else f"{len(names)} names"
-            raise ValueError(f"{key} must name up to {MOST_NAMES} layers, got {value}")
-    values = {name: value for name, value in quantization.items() if value is not None}
-    defaults = {"block_name_to_quantize": TEXT_LAYERS, "sym": is_symmetric(values)}
-    config = AutoRoundConfig.from_dict(defaults | values | {"backend": kernel})
-    config.packing_format = PACKINGS.get(config.packing_format, config.packing_format)
-    return config
-
-
-def _names(value: Any) -> Iterator[str]:
-    """All names in a name, nested lists of names, or an object by name. Raises TypeError."""
-    if isinstance(value, str):
-        yield value
-    elif value is not None:
-        for item in value:
-            yield from _names(item)
 
 
 def fill(model: ColQwen3, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -190,15 +165,22 @@ def fill(model: ColQwen3, checkpoint: Checkpoint, device: torch.device) -> None:
 
 
 def load(
-    checkpoint: Checkpoint, device: torch.device, kernel: str = "auto", dtype: str = "bfloat16"
+    checkpoint: Checkpoint,
+    device: torch.device,
+    kernel: str = "auto",
+    dtype: str = "bfloat16",
+    without: tuple[str, ...] = (),
 ) -> Loaded:
     """The complete model of a checkpoint on `device`, with a real kernel in every layer.
 
-    Raises BadInput: an unknown kernel or dtype; MissingRequirement: tensors or packing do not fit.
+    Kernel `auto` is the best that multiplies every shape, and none of those in `without`.
+
+    Raises BadInput: an unknown kernel or dtype; MissingRequirement: tensors or packing do not fit,
+    or the kernel cannot multiply a shape.
     """
     torch_dtype = DTYPES[one_of("dtype", dtype, DTYPES)]
     model, kernels = skeleton(
-        checkpoint.config, checkpoint.quantization, device, kernel, torch_dtype
+        checkpoint.config, checkpoint.quantization, device, kernel, torch_dtype, without
     )
     fill(model, checkpoint, device)
     nn.Module.to(model, device)  # the rotary tables, which no checkpoint holds
@@ -209,6 +191,12 @@ def load(
         }
         with quiet():
             _auto_round()[1].post_init(model, kernels)
+            unfit = _unfit(model, kernels, device)
+        if unfit and kernel == "auto":
+            del model
+            return load(checkpoint, device, kernel, dtype, (*without, unfit[0]))
+        if unfit:
+            raise MissingRequirement(f"{unfit[1]}; use kernel auto")
         for name, table in rotary.items():
             set_module_tensor_to_device(model, name, device, value=table, dtype=table.dtype)
     kept = Counter(
@@ -222,15 +210,65 @@ def load(
     return Loaded(model.eval().requires_grad_(False), *source, *counts, checkpoint.unused)
 
 
+def hold_unused_head(loaded: Loaded, checkpoint: Checkpoint, held: bool) -> int:
+    """The bytes of the untied language-model head, now in memory; 0 if tied, or not to be `held`.
+
+    Nothing calls it. A checkpoint without it gets the memory, as in the publisher's code.
+    """
+    parts = loaded.model.vlm
+    if "lm_head" in parts:
+        del parts["lm_head"]
+    if not held or (shape := network.unused_head_shape(loaded.model.config)) is None:
+        return 0
+    like = torch.empty(shape, dtype=loaded.model.dtype, device="meta")
+    if UNUSED_HEAD in checkpoint.unused:
+        weight = checkpoint.read(UNUSED_HEAD, like, loaded.device)
+    else:
+        weight = torch.empty_like(like, device=loaded.device)
+    parts["lm_head"] = nn.Module()
+    parts["lm_head"].weight = nn.Parameter(weight, requires_grad=False)
+    return weight.nbytes
+
+
+def _kernel_names(model: ColQwen3, kernels: list[str]) -> dict[type, str]:
+    """The kernel of each class of linear."""
+    if not kernels:
+        return {nn.Linear: DENSE}
+    backend, config = _auto_round()[0], model.config.quantization_config
+    scheme = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
+    importing = backend.dynamic_import_inference_linear
+    packed = {importing(name, scheme, config.packing_format): name for name in kernels}
+    return {nn.Linear: DENSE} | packed
+
+
+@torch.no_grad()
+def _unfit(model: ColQwen3, kernels: list[str], device: torch.device) -> tuple[str, str] | None:
+    """A kernel that cannot multiply a linear of its shape, and the reason.
+
+    Some kernels choose and compile their code at the first forward, and fail there at odd shapes.
+    """
+    names, tried = _kernel_names(model, kernels), set[Any]()
+    for name, layer in model.named_modules():
+        kernel = names.get(type(layer), DENSE)
+        if kernel.startswith(ANY_SHAPE) or not network.is_text_linear(name):
+            continue
+        ins = getattr(layer, "infeatures", None) or layer.in_features
+        shape = kernel, ins, getattr(layer, "outfeatures", None) or layer.out_features
+        if shape not in tried:
+            tried.add(shape)
+            try:
+                layer(torch.zeros(1, ins, dtype=model.dtype, device=device))
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:  # libraries raise many types
+                why = f"{type(error).__name__} {error!s:.200}".strip()
+                return kernel, f"kernel {kernel} cannot multiply {shape[1]} x {shape[2]}: {why}"
+    return None
+
+
 def kernels_used(model: ColQwen3, kernels: list[str]) -> dict[str, int]:
     """The number of text linears on each kernel, by their class. Raises on a fake kernel."""
-    names: dict[type, str] = {nn.Linear: DENSE}
-    if kernels:
-        backend, config = _auto_round()[0], model.config.quantization_config
-        scheme = {"bits": config.bits, "group_size": config.group_size, "sym": config.sym}
-        importing = backend.dynamic_import_inference_linear
-        names |= {importing(name, scheme, config.packing_format): name for name in kernels}
-    modules = model.named_modules()
+    names, modules = _kernel_names(model, kernels), model.named_modules()
     layers = [type(module) for name, module in modules if network.is_text_linear(name)]
     used = Counter(names.get(layer, f"{layer.__module__}.{layer.__qualname__}") for layer in layers)
     if fake := [kernel for kernel in used if "fake" in kernel.lower()]:

@@ -19,8 +19,9 @@ from transformers.utils import ModelOutput
 from colqwen_lab.model.config import EMBED_DIM, SIZES
 
 TEXT_LAYERS = "vlm.model.language_model.layers"
-# The 8B checkpoint holds a language-model head that the forward never calls.
-UNUSED_TENSORS = frozenset({"vlm.lm_head.weight"})
+# A language-model head that the forward never calls. The publisher's code loads it; it takes memory
+# where it is not tied to the embeddings, as in the 8B.
+UNUSED_HEAD = "vlm.lm_head.weight"
 
 
 class ColQwen3Config(Qwen3VLConfig):
@@ -31,6 +32,8 @@ class ColQwen3Config(Qwen3VLConfig):
     vision_config: Any = None
     embed_dim: int = EMBED_DIM
     padding_side: str = "left"
+    # The default of the transformers that wrote the published folders, which leave it out.
+    tie_word_embeddings: bool = True
 
     @classmethod
     def of_size(cls, size: str) -> ColQwen3Config:
@@ -98,6 +101,12 @@ def empty_network(config: ColQwen3Config, dtype: torch.dtype) -> ColQwen3:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
+
+
+def unused_head_shape(config: ColQwen3Config) -> tuple[int, int] | None:
+    """The shape of the language-model head; None if it is tied to the embeddings."""
+    text = config.text_config
+    return None if config.tie_word_embeddings else (text.vocab_size, text.hidden_size)
 
 
 def is_text_linear(name: str) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from colqwen_lab.errors import MissingRequirement
-from colqwen_lab.model.checkpoint import Checkpoint, Json, Tensors, is_symmetric
+from colqwen_lab.model.checkpoint import Checkpoint, Json, Tensors
+from colqwen_lab.model.scheme import AWQ, PLAIN
 
 # Where an AWQ word holds each of eight neighbouring outputs. Source: AutoAWQ's packing.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -33,16 +34,12 @@ class Repacked(Checkpoint):
     def __init__(self, checkpoint: Checkpoint, quantization: Json) -> None:
         self.checkpoint, self.label, self.unused = checkpoint, checkpoint.label, checkpoint.unused
         self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
-        if quantization.get("bits") != 4:
+        if (bits := quantization["bits"]) != 4:
             raise MissingRequirement(
-                f"the awq packing must hold 4 bits, got {quantization.get('bits')!r:.100}; "
+                f"the awq packing must hold 4 bits, got {bits}; "
                 "quantise into the packing auto_round or auto_gptq"
             )
-        keys = ("bits", "group_size", "block_name_to_quantize")
-        kept = {key: quantization[key] for key in keys if quantization.get(key)}
-        # AutoRound's name for zero points that are stored as they are.
-        packing = {"quant_method": "auto-round", "packing_format": "auto_round:gptqmodel"}
-        self.quantization = kept | packing | {"sym": is_symmetric(quantization)}
+        self.quantization = quantization | {"packing_format": PLAIN[1]}
 
     def check(self, expected: Tensors) -> None:
         self.checkpoint.check({name: _awq_like(name, like) for name, like in expected.items()})
@@ -64,6 +61,6 @@ def _awq_like(name: str, like: Tensor) -> Tensor:
 
 def gptq_packed(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint in the GPTQ packing: itself, or repacked on reading if it is AWQ-packed."""
-    quantization = checkpoint.quantization or {}
-    packing = f"{quantization.get('packing_format')} {quantization.get('quant_method')}"
-    return Repacked(checkpoint, quantization) if "awq" in packing else checkpoint
+    scheme = checkpoint.quantization
+    awq = scheme and scheme["packing_format"] == AWQ
+    return Repacked(checkpoint, scheme) if scheme and awq else checkpoint

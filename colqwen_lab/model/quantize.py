@@ -14,11 +14,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -37,9 +37,10 @@ from colqwen_lab.model.checkpoint import (
 from colqwen_lab.model.config import VARIANTS, Variant, scheme_parts
 from colqwen_lab.model.inputs import CALIBRATION_TEXTS, PAD, pad_id
 from colqwen_lab.model.network import is_text_linear
+from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.options import FORMATS
 from colqwen_lab.records import sync
-from colqwen_lab.settings import cache_folder, in_use, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, locked, regular_file, writable_folder
 
 RECORD = "colqwen_lab.json"
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def quantize(
     started, hidden = time.perf_counter(), f".{folder.name}."
     try:
         with (
-            FileLock(folder.with_name(f"{hidden}lock"), timeout=0),
+            locked(folder.with_name(f".{folder.name}"), partial(_in_use, folder)),
             tempfile.TemporaryDirectory(dir=folder.parent, prefix=hidden) as work,
         ):
             result = _run_auto_round(loaded, recipe, samples, Path(work))
@@ -115,13 +116,15 @@ def quantize(
                 shutil.rmtree(folder)
             os.replace(result, folder)
             sync(folder.parent)
-    except Timeout:
-        raise BadInput(f"{folder} is in use by another quantize; wait, or name another") from None
     except (OSError, SafetensorError) as error:
         raise MissingRequirement(
             f"cannot write {folder}: {error}; nothing is left there, run the same command again"
         ) from None
     return record
+
+
+def _in_use(folder: Path) -> None:
+    raise BadInput(f"{folder} is in use by another quantize; wait, or name another") from None
 
 
 def _check_free(folder: Path, replace: bool) -> None:
@@ -132,7 +135,7 @@ def _check_free(folder: Path, replace: bool) -> None:
 def calibration_file(path: str) -> list[str]:
     """The lines of a file of calibration texts. Raises BadInput if there are none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = regular_file(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise BadInput(f"calibration texts {path} cannot be read: {error}") from None
     if texts := [line for line in lines if line.strip()]:
@@ -206,8 +209,12 @@ def _restore_dtypes(folder: Path, before: Tensors) -> None:
 def _weight_errors(
     before: Tensors, result: FolderCheckpoint, device: torch.device
 ) -> dict[str, float]:
-    """The relative weight error of each text linear. Raises unless all else is unchanged."""
-    model, changed, errors = loading.load(result, device).model, [], {}
+    """The relative weight error of each text linear. Raises unless all else is unchanged.
+
+    Kernel torch dequantises weights of any shape, on any device.
+    """
+    model = loading.load(gptq_packed(result), device, kernel="torch").model
+    changed, errors = [], {}
     for name, tensor in before.items():
         layer = name.removesuffix(".weight")
         if name not in result.files:
@@ -237,11 +244,18 @@ def cached_checkpoint(
     # The folder's name depends on all that determines the result.
     inputs = [base.label, base.config.to_json_string(), asdict(recipe), CALIBRATION_TEXTS]
     digest = hashlib.sha256(json.dumps([*inputs, *versions]).encode()).hexdigest()[:12]
-    folder = writable_folder(cache_folder()) / f"{size}-{recipe.scheme}-{digest}"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / RECORD).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            quantize(base, folder, recipe, device)
+    folder = cache_folder() / f"{size}-{recipe.scheme}-{digest}"
+    if (folder / RECORD).exists():  # also in a cache of another user
+        return folder
+    try:
+        with locked(writable_folder(folder.parent) / folder.name):
+            if not (folder / RECORD).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                quantize(base, folder, recipe, device)
+    except OSError as error:
+        raise BadInput(
+            f"cannot lock {folder}: {error.strerror}; set COLQWEN_LAB_CACHE to a folder of your own"
+        ) from None
     return folder
 
 

@@ -130,8 +130,14 @@ class Trace:
     flops: int
     captured: tuple[int, int] = (0, 0)
 
+    def holding(self, size: int, label: str) -> Trace:
+        """The trace with a weight of `size` bytes more."""
+        log, loaded = [(len(self.labels), size), *self.log], self.loaded + 1
+        labels = [*self.labels, label]
+        return replace(self, log=log, labels=labels, loaded=loaded, before=self.before + 1)
+
     def at(self, more: int, following: Trace) -> Trace | None:
-        """The trace of `more` items more, on the line through this one and that of one item more.
+        """This trace for `more` items more, on the line to `following`, or None.
 
         None if the two differ in the order of their births and ends.
         """

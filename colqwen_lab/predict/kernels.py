@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
 from colqwen_lab.errors import one_of
-from colqwen_lab.model.network import ColQwen3, ColQwen3Output
+from colqwen_lab.model.network import ColQwen3
 from colqwen_lab.records import Cell, Quantization
 from colqwen_lab.runtime.fast import KINDS, SHORT_TOKENS, Fast, attended, bucket, heads_of
 from colqwen_lab.runtime.linears import (
@@ -30,16 +30,17 @@ from colqwen_lab.runtime.linears import (
 from colqwen_lab.runtime.tracking import MemoryTracker
 
 BUFFERS = "kernel buffers"
-# Earlier runs could dequantise a weight, then multiply it; their records name the GEMMs.
+# A key of earlier records: their runs could dequantise a weight, then multiply it.
 PREFETCHED = "dequantised ahead"
-FUSED = ("marlin", "humming", "exllama", "small-M GEMM", "few_rows", PREFETCHED)
+HUMMING = ("humming", "small-M GEMM", "few_rows", PREFETCHED)
 # The kernel model of a recorded kernel, by a part of its name; "" is 16-bit weights.
 RECORDED = {
     "torch.nn.Linear": "",
     "_linear_pointwise": "",
     "tritonv2": "tritonv2",
     "auto_round:torch": "torch",
-    **dict.fromkeys(FUSED, "fused"),
+    **dict.fromkeys(("marlin", "exllama"), "fused"),
+    **dict.fromkeys(HUMMING, "humming"),
     "_scaled_mm": "fp8",
     "_weight_int4pack_mm_for_cpu": "int4",
 }
@@ -59,7 +60,7 @@ def _fused_matmul(layer: Any, x: Tensor) -> Tensor:
 
 
 class FusedGemm(FusedLinear):
-    """Fused linears for a kernel such as humming: codes and scales, no buffer but the result.
+    """Fused linears for a kernel such as marlin: codes and scales, no buffer but the result.
 
     Codes of 8-bit activations are not counted: they are at most a quarter of the activations that
     stand in their place at the peak of the MLP.
@@ -73,6 +74,38 @@ class FusedGemm(FusedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ x.new_empty(1).expand(self.in_features, self.out_features)
+
+
+def repack(layer: Any, codes: Tensor, zeros: Tensor, scales: Tensor) -> None:
+    """Give `layer` humming's layout of packed weights.
+
+    Every tensor on the way is born and ends as in HummingLayer of humming-kernels 0.1.19: a weight
+    is unpacked to a word a code, and what is loaded later fills the holes.
+    """
+    ins, outs = features_of(layer)
+    locks = scales.new_empty(2048, dtype=torch.int32)
+    _loaded = [torch.empty_like(each) for each in (codes, scales, zeros)]
+    _order = scales.new_empty(ins, dtype=torch.int32)
+    scales.to(torch.bfloat16)
+    words, rows = codes.t().contiguous(), scales.t().contiguous()
+    if layer.sym:
+        for _ in range(2):
+            _has_zeros = (codes.new_empty(outs, ins) == 0).any()
+    _padded, rows = words.clone(), rows.clone()
+    layer.qweight = nn.Buffer(torch.empty_like(words))
+    layer.scales = nn.Buffer(torch.empty_like(rows.t().contiguous()))
+    layer.locks = nn.Buffer(locks)
+    layer.qzeros = None if layer.sym else nn.Buffer(zeros.clone())
+
+
+class HummingGemm(FusedGemm):
+    """Fused linears for humming and for the small-M GEMM, which reads the same weights."""
+
+    def __init__(self, fused: Sequence[Any]) -> None:
+        FusedLinear.__init__(self, fused)
+        self.infeatures, self.outfeatures = self.in_features, self.out_features
+        self.sym = fused[0].sym
+        repack(self, *gptq(fused))
 
 
 class Fp8Gemm(Fp8):
@@ -101,6 +134,7 @@ KERNELS = {
     "tritonv2": KernelModel((2, 4, 8, 16), forward=_dequantise_then_matmul),
     "torch": KernelModel((2, 3, 4, 8, 16)),
     "fused": KernelModel((2, 3, 4, 8, 16), FusedGemm, _fused_matmul),
+    "humming": KernelModel((2, 3, 4, 8, 16), HummingGemm, _fused_matmul),
     "int4": KernelModel((4, 16), Int4Cpu, eager=False),
     "fp8": KernelModel((16,), Fp8Gemm, eager=False),
 }
@@ -115,7 +149,7 @@ def check_kernel(kernel: str, quantization: Quantization | None, execution: str)
 
 
 def recorded_kernel(cell: Cell) -> str | None:
-    """The kernel model of a measured or published cell, "" for 16-bit weights; None if unknown."""
+    """The key in KERNELS of a cell's kernel; "" for 16-bit weights, None if unknown."""
     if cell.origin == "published":
         return "tritonv2"  # the report ran AutoRound's Triton fallback
     models = {
@@ -137,7 +171,7 @@ class FakeFast(Fast):
 
     Compiled functions and the lab's own attention leave only their results. A forward is captured
     once, from the graph's own pool; a replay copies the result. The run before the capture takes
-    and frees as much, so it is left out.
+    and frees as much, so it is skipped.
     """
 
     def __init__(self, model: ColQwen3, kernel: str, tracker: MemoryTracker) -> None:
@@ -151,12 +185,10 @@ class FakeFast(Fast):
         self.on_gpu, self.prefetched = on_gpu, prefetched
         self.captured, self.graph = (0, 0), tuple[Tensor, ...]()
 
-    def forward(
-        self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False
-    ) -> ColQwen3Output:
+    def texts(self, ids: Tensor, mask: Tensor) -> Tensor:
         if not self.on_gpu:
-            return super().forward(model, inputs, use_cache)
-        batch, tokens = inputs["input_ids"].shape
+            return super().texts(ids, mask)
+        batch, tokens = ids.shape
         if self.graph:
             self.tracker.flops *= 2  # the second of two steps
         else:
@@ -165,7 +197,7 @@ class FakeFast(Fast):
             first = len(self.tracker.labels)
             self.graph = ids, mask, self.embed(ids, mask)
             self.captured = first, len(self.tracker.labels)
-        return ColQwen3Output(embeddings=self.graph[-1][:, :tokens].clone())
+        return self.graph[-1][:, :tokens].clone()
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         gemms = [getattr(self.layers[0], kind) for kind in self.prefetched]
@@ -179,6 +211,9 @@ class FakeFast(Fast):
             return self.small(super().attention)(layer, qkv, cos, sin)
         heads = self.small(heads_of)(qkv, layer.sizes, *layer.head_norms, layer.eps, cos, sin)
         return self.small(attended)(*heads)
+
+    def plain(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.small(function)
 
     def small(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` with only its results in memory; a view of an argument stays a view."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from colqwen_lab.errors import BadInput, LabError, one_of
 from colqwen_lab.hardware import Card, Fit, fit_of, need_bytes
-from colqwen_lab.model.checkpoint import FolderCheckpoint, is_symmetric
-from colqwen_lab.model.config import SIZES, Variant, resolve_variant, scheme_parts
+from colqwen_lab.model.checkpoint import FolderCheckpoint
+from colqwen_lab.model.config import SIZES, Variant, built_in, resolve_variant, scheme_parts
 from colqwen_lab.model.network import is_text_linear
 from colqwen_lab.options import VISUAL_TOKENS, WORKLOADS, PlanOptions
 from colqwen_lab.predict.kernels import recorded_kernel, recorded_prefetch
@@ -87,11 +87,7 @@ def network_of(variant: Variant, size: str) -> tuple[str, Quantization | None]:
         return size, None
     if any(is_text_linear(file.removesuffix(".weight")) for file in checkpoint.files):
         raise BadInput(f"{name} keeps some text linears at 16 bits; plan cannot predict that")
-    try:
-        bits, group_size, sym = packing["bits"], packing["group_size"], is_symmetric(packing)
-        return size, Quantization(bits=bits, group_size=group_size, sym=sym)
-    except (KeyError, ValueError):
-        raise BadInput(f"quantization_config of {name} must hold bits and group_size") from None
+    return size, Quantization(**{key: packing[key] for key in ("bits", "group_size", "sym")})
 
 
 def _named(cell: Cell, variant: str, gpu: str | None, **changes: Any) -> Cell:
@@ -100,7 +96,7 @@ def _named(cell: Cell, variant: str, gpu: str | None, **changes: Any) -> Cell:
 
 
 def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
-    """The largest batch that surely fits `card`, and its memory; that of batch 1 if none fits."""
+    """The CardPlan of a variant: the largest batch that surely fits, its bytes; else of batch 1."""
     if card.gpu:
         setup = replace(setup, capability=card.gpu.compute_capability[0])
 
@@ -140,7 +136,7 @@ def largest_on(card: Card, setup: Setup, variant: str) -> CardPlan:
 
 
 def largest(headroom: Callable[[int], int], limit: int) -> int:
-    """The largest number up to `limit` with `headroom` of 0 or more, given that of 1 is.
+    """The largest batch size up to `limit` with 0 or more bytes of `headroom`, as batch 1 has.
 
     The reserved memory is not monotonic in the batch size, because of fragmentation. So some sizes
     up to a tenth below the edge are checked, and the search goes on below the first that fails.
@@ -186,7 +182,9 @@ def _prediction(cell: Cell) -> Cell | None:
     quantization = cell.quantization
     try:
         if quantization is None and kernel not in ("", "fp8"):  # an older record of packed weights
-            quantization = network_of(resolve_variant(cell.variant), cell.size)[1]
+            if (variant := built_in(cell.variant)) is None:
+                return None
+            quantization = network_of(variant, cell.size)[1]
         setup = Setup(
             size=cell.size,
             quantization=quantization,

@@ -25,14 +25,14 @@ from colqwen_lab.model.checkpoint import default_checkpoint
 from colqwen_lab.model.config import SIZES, VARIANTS
 from colqwen_lab.model.inputs import VISUAL_TOKENS, batch_of, prompt_ids, visual_tokens_of
 from colqwen_lab.model.loading import DTYPES, skeleton
-from colqwen_lab.model.network import is_text_linear
+from colqwen_lab.model.network import UNUSED_HEAD, is_text_linear, unused_head_shape
 from colqwen_lab.model.synthetic import HEIGHT, WIDTH
 from colqwen_lab.predict import kernels
 from colqwen_lab.predict.allocator import Trace, memory_on_gpu, workspace_bytes
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Quantization, Work, Workload
 from colqwen_lab.runtime.batches import INDEX_VALUE_BYTES, Pages, query_batches
-from colqwen_lab.runtime.eager import STEPS, Steps
-from colqwen_lab.runtime.tracking import ACTIVATIONS, MemoryTracker, breakdown_of, resident
+from colqwen_lab.runtime.eager import PROTOCOLS, STEPS, Steps
+from colqwen_lab.runtime.tracking import ACTIVATIONS, MemoryTracker, breakdown_of, part_of, resident
 
 CPU = torch.device("cpu")
 LARGEST_BATCH = 65536
@@ -91,7 +91,11 @@ def predict(setup: Setup, batch_size: int) -> Cell:
     workload = network.workload(setup, batch_size)
     padded = setup.padded or setup.tokens is None
     run = replace(setup, tokens=workload.tokens, padded=padded, capability=capability and 8)
-    trace = network.trace(batch_size, run)
+    trace, head = network.trace(batch_size, run), 0
+    shape = unused_head_shape(network.config)
+    if shape and PROTOCOLS[setup.protocol].unused_head:
+        head = math.prod(shape) * DTYPES[setup.dtype].itemsize
+        trace = trace.holding(head, part_of(UNUSED_HEAD))
     if capability is None:
         parts = breakdown_of(trace.log, trace.labels, trace.before)
         memory: dict[str, Any] = {"peak_bytes": sum(parts.values()), "breakdown": parts}
@@ -108,7 +112,12 @@ def predict(setup: Setup, batch_size: int) -> Cell:
         protocol=setup.protocol,
         backend=Backend(requested=setup.kernel if quantization else "auto", dtype=setup.dtype),
         status="ok",
-        memory=Memory(weights_bytes=sum(network.parts.values()), method="predicted", **memory),
+        memory=Memory(
+            weights_bytes=sum(network.parts.values()) + head,
+            unused_head_bytes=head,
+            method="predicted",
+            **memory,
+        ),
         work=Work(flops=trace.flops // STEPS, min_bytes=network.min_bytes(workload)),
         environment=Environment(cpu="any" if capability is None else None, torch=torch.__version__),
     )
@@ -120,8 +129,6 @@ def _check(setup: Setup, batch_size: int) -> None:
     kernels.check_kernel(setup.kernel, setup.quantization, setup.execution)
     if setup.execution == "fast" and setup.protocol != "lean":
         raise BadInput("execution fast keeps no KV cache; use protocol lean")
-    if setup.execution == "fast" and setup.workload == "pages":
-        raise BadInput("execution fast embeds queries only; use eager for workload pages")
     if setup.workload != "pages" and setup.visual_tokens != VISUAL_TOKENS:
         raise BadInput("visual_tokens is an option of workload pages")
     if not 1 <= batch_size <= LARGEST_BATCH:
@@ -187,15 +194,19 @@ class FakeNetwork:
             self._set_kernel(layers)
         self.tracker, self.fast = MemoryTracker(resident(self.model)), None
         self.loaded = len(self.tracker.log)
+        if setup.execution == "eager" and setup.kernel == "humming":
+            with self.mode, self.tracker:
+                for layer in layers:
+                    kernels.repack(layer, layer.qweight, layer.qzeros, layer.scales)
         if setup.execution == "fast":
             layers = []  # execution fast frees the linears that it takes over
             with self.mode, self.tracker:
                 self.fast = kernels.FakeFast(self.model, setup.kernel, self.tracker)
             self.model.add_module("fast", self.fast)
             layers = [gemm for gemm in self.fast.linears() if not isinstance(gemm, kernels.Dense)]
-            # In reverse: a storage keeps the first name that it has in a checkpoint.
-            for part, tensor in reversed(resident(self.model)):
-                self.tracker.label([tensor], part)
+        # In reverse: a storage keeps the first name that it has in a checkpoint.
+        for part, tensor in reversed(resident(self.model)):
+            self.tracker.label([tensor], part)
         for layer in layers:
             layer.forward = partial(_labelled, self.tracker, layer.forward)
         self.built = len(self.tracker.log), len(self.tracker.labels)
@@ -263,9 +274,9 @@ class FakeNetwork:
         with self.mode, tracker:
             tracker.see(("inputs", tensor) for tensor in inputs.values())
             before = len(tracker.log)
-            steps = Steps(self.model, [inputs], run.execution, run.protocol)
+            steps = Steps(self.model, run.execution, run.protocol)
             for _ in range(STEPS):
-                steps()
+                steps(inputs)
                 tracker.label([steps.output.embeddings], OUTPUT)
                 if (kept := steps.output.past_key_values) is not None:
                     pairs = ((layer.keys, layer.values) for layer in kept.layers)

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import pandas as pd
 from huggingface_hub import HfApi
 from huggingface_hub.utils import logging
 from PIL import Image
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.errors import BadInput, MissingRequirement, plain
 from colqwen_lab.model import synthetic
-from colqwen_lab.model.inputs import decoding, digest, to_rgb
+from colqwen_lab.model.decode import Decoder, Source, check_regular
+from colqwen_lab.model.inputs import digest, skipped
 
 GENERATED, VIDORE = "generated", "vidore:"
 #: Held-out pages with different facts; later pages repeat them.
@@ -33,7 +35,14 @@ COLUMNS = (
     "query), qrels (query-id, corpus-id, score)"
 )
 QRELS = ("query-id", "corpus-id", "score")
+# trec_eval, behind ir-measures, takes 8 bytes for each score up to the largest.
+MOST_SCORE = 10_000
+AN_ID = "a text without control characters and needless blanks"
+A_JUDGEMENT = f"QUERY-ID, CORPUS-ID (each {AN_ID}) and a whole SCORE up to {MOST_SCORE}"
+# Characters of a line, and bad lines of a file that are named.
+LINE, MOST_NAMED = 2**24, 5
 Page = Image.Image | str
+Progress = Callable[[str], object]
 T = TypeVar("T")
 
 
@@ -55,13 +64,17 @@ class Corpus:
 
 
 class _Source(NamedTuple):
-    """All of a data set: `queries` are texts by id, `qrels` has the columns QRELS."""
+    """All of a data set: `queries` are texts by id, `qrels` has the columns QRELS.
+
+    `skipped` counts pages that are not among `page_ids`.
+    """
 
     label: str
     page_ids: list[str]
     page: Callable[[str], Page]
     queries: pd.Series[str]
     qrels: pd.DataFrame
+    skipped: int = 0
 
 
 def load(
@@ -69,7 +82,7 @@ def load(
     queries: int = 0,
     pages: int = 0,
     width: int = synthetic.WIDTH,
-    progress: Callable[[str], object] = warnings.warn,
+    progress: Progress = warnings.warn,
 ) -> Corpus:
     """The data set named `source`, without unreadable pages and unanswered queries.
 
@@ -80,25 +93,26 @@ def load(
     unusable data set, MissingRequirement if the package `datasets` or the hub is needed.
     """
     if source == GENERATED:
-        return _generated(queries or HELD_OUT, pages or HELD_OUT, width)
+        return _generated(queries or HELD_OUT, pages or HELD_OUT, width, progress)
     if source.startswith(VIDORE) and source != VIDORE:
-        everything = _vidore(source.removeprefix(VIDORE))
+        everything = _vidore(source.removeprefix(VIDORE), progress)
     elif os.path.isdir(source):
-        everything = _folder(Path(source))
+        everything = _folder(Path(source), progress)
     else:
         raise BadInput(f"data must be {GENERATED}, {VIDORE}NAME or a BEIR folder, got {source!r}")
     return _usable(everything, queries, pages, progress)
 
 
-def _usable(source: _Source, queries: int, pages: int, progress: Callable[[str], object]) -> Corpus:
+def _usable(source: _Source, queries: int, pages: int, progress: Progress) -> Corpus:
     """The first pages that can be read, and the first queries that they answer."""
-    label, page_ids, page, texts, qrels = source
+    label, page_ids, page, texts, qrels, bad = source
     for kind, ids in (("page", pd.Index(page_ids)), ("query", texts.index)):
         if not ids.is_unique:
             raise BadInput(f"{label}: duplicate {kind} id {ids[ids.duplicated()][0]!r}")
     for query, text in texts.items():
         if not isinstance(text, str):
             raise BadInput(f"{label}: query {query!r} must be a text, got {text!r}")
+    qrels = _judged(label, page_ids, texts, qrels, progress)
     page_ids, kept = page_ids[: pages or None], []
     for page_id in page_ids:
         try:
@@ -106,24 +120,59 @@ def _usable(source: _Source, queries: int, pages: int, progress: Callable[[str],
             kept.append(page_id)
         except BadInput as error:
             progress(str(error))
-    if skipped := len(page_ids) - len(kept):
-        progress(f"{label}: {skipped} of {len(page_ids)} pages skipped")
+    if bad := bad + len(page_ids) - len(kept):
+        progress(f"{label}: {bad} of {bad + len(kept)} pages skipped")
     qrels = qrels[qrels["corpus-id"].isin(kept)]
     answered = texts.index.isin(qrels["query-id"][qrels["score"] > 0])
-    texts = texts[answered][: queries or None]
-    if texts.empty:
+    if texts[answered].empty:
         raise BadInput(f"{label}: none of {len(kept)} pages answers a query")
+    _say_dropped(label, texts.index[~answered], progress)
+    texts = texts[answered][: queries or None]
     scores = qrels.set_index("corpus-id").groupby("query-id")["score"]
     relevance = {query: scores.get_group(query).to_dict() for query in texts.index}
-    return Corpus(label, kept, page, [*texts.index], [*texts], relevance, skipped)
+    return Corpus(label, kept, page, [*texts.index], [*texts], relevance, bad)
 
 
-def _generated(queries: int, pages: int, width: int) -> Corpus:
+def _judged(
+    label: str,
+    page_ids: list[str],
+    texts: pd.Series[str],
+    qrels: pd.DataFrame,
+    progress: Progress,
+) -> pd.DataFrame:
+    """Each judgement of a known query and page, once. Raises BadInput where two disagree."""
+    pair = list(QRELS[:2])
+    once = qrels.drop_duplicates()
+    if repeated := len(qrels) - len(once):
+        progress(f"{label}: {repeated} of {len(qrels)} judgements repeat another")
+    if (twice := once[once.duplicated(pair)]).size:
+        query, page = twice[pair].iloc[0]
+        raise BadInput(f"{label}: query {query!r} and page {page!r} have two different scores")
+    known = once["query-id"].isin(texts.index) & once["corpus-id"].isin(page_ids)
+    if not known.all():
+        query, page = once[~known][pair].iloc[0]
+        progress(
+            f"{label}: {(~known).sum()} of {len(once)} judgements name an unknown query or page, "
+            f"such as query {query!r}, page {page!r}"
+        )
+    return once[known]
+
+
+def _say_dropped(label: str, ids: Sequence[str], progress: Progress) -> None:
+    if len(ids):
+        progress(
+            f"{label}: queries dropped, as no page answers them: {len(ids)}, such as {ids[0]!r}"
+        )
+
+
+def _generated(queries: int, pages: int, width: int, progress: Progress) -> Corpus:
     split = "held-out"
+    label = f"generated, held out, {width} px"
     relevance = synthetic.relevance(queries, pages, split)
     answered = [query for query, answers in relevance.items() if answers]
+    _say_dropped(label, [query for query in relevance if query not in answered], progress)
     return Corpus(
-        f"generated, held out, {width} px",
+        label,
         [f"p{number}" for number in range(pages)],
         lambda page_id: synthetic.page(int(page_id[1:]), split, width),
         answered,
@@ -132,20 +181,43 @@ def _generated(queries: int, pages: int, width: int) -> Corpus:
     )
 
 
+def _check_id(value: object) -> Any:
+    if not isinstance(value, str) or not value or value != plain(value):
+        raise ValueError
+    return value
+
+
+def _image(decoder: Decoder, name: str, source: Source | None) -> Image.Image:
+    """The one page of an image. Raises BadInput with `name` if it cannot be read."""
+    try:
+        if source is None:
+            raise ValueError("its image is null")
+        if (count := decoder.count(source)) > 1:
+            raise ValueError(f"its image holds {count} pages")
+        return decoder.page(source)
+    except ValueError as error:
+        raise skipped(name, error) from None
+
+
 def _folder_label(folder: Path, files: Iterable[Path]) -> str:
-    return f"folder {folder.resolve().name} #{digest(files)}"
+    return f"folder {plain(folder.resolve().name)} #{digest(files)}"
 
 
 # ---------------------------------------------------------------- a folder in BEIR layout
 
 
-class _Query(BaseModel, coerce_numbers_to_str=True):
-    id: str = Field(alias="_id")
+_Id = Annotated[str, AfterValidator(_check_id)]
+
+
+class _Row(BaseModel, coerce_numbers_to_str=True):
+    id: _Id = Field(alias="_id")
+
+
+class _Query(_Row):
     text: str
 
 
-class _Page(BaseModel, coerce_numbers_to_str=True):
-    id: str = Field(alias="_id")
+class _Page(_Row):
     title: str | None = None
     text: str | None = None
     image: str | None = None
@@ -159,54 +231,81 @@ class _Page(BaseModel, coerce_numbers_to_str=True):
         return self
 
 
-def _judgement(line: str) -> tuple[str, str, int]:
-    query, page, score = line.split("\t")
-    return query, page, 0 if score == "score" else int(score)  # 0: the header
+class _Judgement(BaseModel, coerce_numbers_to_str=True):
+    query: _Id
+    page: _Id
+    score: int = Field(ge=-MOST_SCORE, le=MOST_SCORE)
 
 
-def _folder(folder: Path) -> _Source:
+def _judgement(line: str) -> _Judgement | None:
+    query, page, score = line.rstrip("\r\n").split("\t")
+    if score == "score":  # the header
+        return None
+    return _Judgement.model_validate({"query": query, "page": page, "score": score})
+
+
+def _folder(folder: Path, progress: Progress) -> _Source:
     files = [folder / name for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")]
-    valid = "a JSON object with _id and a text, or the path of an image within the folder"
-    rows = _rows(files[0], _Page.model_validate_json, valid)
-    by_id = {row.id: row for row in rows}
-    queries = _rows(files[1], _Query.model_validate_json, "a JSON object with _id, text")
-    judgements = _rows(files[2], _judgement, "QUERY-ID, CORPUS-ID and a whole SCORE, by tabs")
+    valid = f"a JSON object with _id, {AN_ID}, and "
+    rows, bad = _rows(
+        files[0],
+        _Page.model_validate_json,
+        f"{valid}a text, or the path of an image within the folder",
+        progress,
+    )
+    queries, _ = _rows(files[1], _Query.model_validate_json, f"{valid}text", progress)
+    judgements, _ = _rows(files[2], _judgement, f"{A_JUDGEMENT}, by tabs", progress)
+    by_id, decoder = {row.id: row for row in rows}, Decoder()
 
     def page(page_id: str) -> Page:
         row = by_id[page_id]
         if not row.image:
             return " ".join(filter(None, (row.title, row.text)))
-        with decoding(f"page {row.id}, {row.image},"), Image.open(folder / row.image) as image:
-            return to_rgb(image)
+        return _image(decoder, f"page {row.id}, {row.image},", str(folder / row.image))
 
+    images = dict.fromkeys(folder / row.image for row in rows if row.image)
     return _Source(
-        _folder_label(folder, [*files, *(folder / row.image for row in rows if row.image)]),
+        _folder_label(folder, [*files, *images]),
         [row.id for row in rows],
         page,
-        pd.Series([row.text for row in queries], [row.id for row in queries]),
-        pd.DataFrame(judgements, columns=QRELS),
+        pd.Series([row.text for row in queries], [row.id for row in queries], dtype=object),
+        pd.DataFrame([(row.query, row.page, row.score) for row in judgements], columns=QRELS),
+        bad,
     )
 
 
-def _rows(path: Path, parse: Callable[[str], T], valid: str) -> list[T]:
-    """Every line that is not blank, parsed; raises BadInput where it is not `valid`."""
+def _rows(
+    path: Path, parse: Callable[[str], T | None], valid: str, progress: Progress
+) -> tuple[list[T], int]:
+    """The parsed lines, and how many are skipped with a word, as they are not `valid`.
+
+    Raises BadInput if no line is valid. Blank lines do not count.
+    """
+    rows, bad = [], []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        check_regular(path)
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            # A longer line comes in parts, none of which is valid.
+            for number, line in enumerate(iter(partial(file.readline, LINE), ""), 1):
+                try:
+                    rows += [row] if line.strip() and (row := parse(line)) else []
+                except ValueError:
+                    bad.append(f"{path} line {number} must be {valid}, got {line[:80].strip()!r}")
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read: {error}; a BEIR folder must hold it") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [parse(line)] if line.strip() else []
-        except ValueError:
-            raise BadInput(f"{path} line {number} must be {valid}, got {line!r:.100}") from None
-    return rows
+    if bad and not rows:
+        raise BadInput(bad[0])
+    for text in bad[:MOST_NAMED]:
+        progress(f"{text}; it is skipped")
+    if bad[MOST_NAMED:]:
+        progress(f"{path}: {len(bad)} lines are skipped")
+    return rows, len(bad)
 
 
 # ---------------------------------------------------------------- ViDoRe
 
 
-def _vidore(name: str) -> _Source:
+def _vidore(name: str, progress: Progress) -> _Source:
     """A ViDoRe data set in either layout.
 
     Version 1 has one subset with a question and its page in a row. Later versions have the subsets
@@ -226,13 +325,19 @@ def _vidore(name: str) -> _Source:
         with suppress(Exception):  # without a network the cached copy serves
             revision = HfApi().dataset_info(repository, timeout=20).sha
         label = f"{repository}@{revision or 'cached'}"
-    subset = partial(datasets.load_dataset, repository, split="test", revision=revision)
+
+    def subset(config: str) -> Any:
+        rows = datasets.load_dataset(repository, config, split="test", revision=revision)
+        if "image" not in rows.column_names:
+            return rows
+        return rows.cast_column("image", datasets.Image(decode=False))  # `Decoder` decodes
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # hides a line for each retry
     try:
         configs = datasets.get_dataset_config_names(repository, revision=revision)
         if len(configs) == 1:
-            return _questions(label, subset(configs[0]))
+            return _questions(label, subset(configs[0]), progress)
         if set(SUBSETS) <= set(configs):
             return _subsets(label, *map(subset, SUBSETS))
     except BadInput:
@@ -256,39 +361,68 @@ def _columns(rows: Any, *columns: str) -> Any:
     return rows
 
 
-def _images(rows: Any, ids: list[str]) -> Callable[[str], Page]:
+def _images(rows: Any, numbers: dict[str, int]) -> Callable[[str], Page]:
+    """Reads a page by its id; `numbers` holds the row of each."""
+    decoder = Decoder()
+
     def page(page_id: str) -> Page:
-        with decoding(f"page {page_id}"):
-            if (image := rows[ids.index(page_id)]["image"]) is None:
-                raise ValueError("its image is null")
-            return to_rgb(image)
+        return _image(decoder, f"page {page_id}", _source(rows[numbers[page_id]]["image"]))
 
     return page
 
 
+def _source(image: dict[str, Any] | None) -> Source | None:
+    return (image["bytes"] or image["path"]) if image else None
+
+
+def _ids(label: str, kind: str, values: Iterable[Any]) -> list[str]:
+    try:
+        return [_check_id(value := str(v) if isinstance(v, int) else v) for v in values]
+    except ValueError:
+        raise BadInput(f"{label}: a {kind} id must be {AN_ID}, got {value!r}") from None
+
+
 def _subsets(label: str, corpus: Any, queries: Any, qrels: Any) -> _Source:
     corpus = _columns(corpus, "corpus-id", "image")
-    pages = list(map(str, corpus["corpus-id"]))
+    pages = _ids(label, "page", corpus["corpus-id"])
     queries = _columns(queries, "query-id", "query")
-    texts = pd.Series(list(queries["query"]), map(str, queries["query-id"]), dtype=object)
-    types = {"query-id": str, "corpus-id": str, "score": int}
-    judged = _columns(qrels, *QRELS).to_pandas().astype(types)
-    return _Source(label, pages, _images(corpus, pages), texts, judged)
+    texts = pd.Series(
+        list(queries["query"]), _ids(label, "query", queries["query-id"]), dtype=object
+    )
+    qrels = _columns(qrels, *QRELS)
+    judged = []
+    for values in zip(*(qrels[name] for name in QRELS), strict=True):
+        try:
+            row = _Judgement(**dict(zip(("query", "page", "score"), values, strict=True)))
+        except ValueError:
+            raise BadInput(f"{label}: a judgement must be {A_JUDGEMENT}, got {values!r}") from None
+        judged.append((row.query, row.page, row.score))
+    numbers = {page_id: number for number, page_id in enumerate(pages)}
+    return _Source(
+        label, pages, _images(corpus, numbers), texts, pd.DataFrame(judged, columns=QRELS)
+    )
 
 
-def _questions(label: str, rows: Any) -> _Source:
-    """A page has a row for each of its questions, with one file name; rows may lack a question."""
+def _questions(label: str, rows: Any, progress: Progress) -> _Source:
+    """A row holds a page and a question, or none; rows with the same image are one page."""
     rows = _columns(rows, "query", "image")
-    frame = rows.remove_columns("image").to_pandas()
-    names = frame.get("image_filename", frame.index.to_series()).astype(str)
-    pages, questions = names.drop_duplicates(), frame["query"].replace("", None).dropna()
+    first: dict[object, int] = {}
+    numbers = []
+    for number, image in enumerate(rows["image"]):
+        source = _source(image)
+        content = sha256(source).digest() if isinstance(source, bytes) else source
+        numbers.append(first.setdefault(content or number, number))
+    if repeated := len(numbers) - len(first):
+        progress(f"{label}: {repeated} of {len(numbers)} rows repeat an image, which is one page")
+    ids = pd.Series([f"p{number}" for number in numbers])
+    questions = pd.Series(list(rows["query"]), dtype=object).replace("", None).dropna()
     codes, texts = pd.factorize(questions)
-    ids = [f"q{code}" for code in codes]
-    qrels = pd.DataFrame({"query-id": ids, "corpus-id": names[questions.index], "score": 1})
+    queries = [f"q{code}" for code in codes]
+    qrels = pd.DataFrame({"query-id": queries, "corpus-id": ids[questions.index], "score": 1})
     return _Source(
         label,
-        list(pages),
-        _images(rows.select(pages.index), list(pages)),
-        pd.Series(texts, list(dict.fromkeys(ids))),
-        qrels,
+        list(dict.fromkeys(ids)),
+        _images(rows, {f"p{number}": number for number in first.values()}),
+        pd.Series(texts, list(dict.fromkeys(queries)), dtype=object),
+        qrels.drop_duplicates(),
     )

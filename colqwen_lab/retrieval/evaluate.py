@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,8 @@ from colqwen_lab.retrieval.record import Cosines, Fidelity
 from colqwen_lab.settings import outputs_folder
 
 MAX_ITERS = 1000
-TEXT_TOKENS = 2048  # a longer text is cut
+# A longer text loses its end; characters beyond these are not tokenised.
+TEXT_TOKENS, TEXT_CHARACTERS = 2048, 2**16
 QUERY_BATCH, PAGE_BATCH = 32, 8
 TOP_PAGES, DIGITS = 10, 6  # of a query and of a value, in a record
 QUANTILES = {"least": 0, "q01": 0.01, "q05": 0.05, "q25": 0.25, "median": 0.5}
@@ -86,6 +87,8 @@ def evaluate(
             records.append(record)
             ndcg = f"nDCG@5 {np.mean(record.values['nDCG@5']):.4f}"
             progress(f"{record.label} {size}: {ndcg} on {corpus.label}, {record.weights}")
+            if record.cut:
+                progress(f"{record.label} {size}: texts cut to {TEXT_TOKENS} tokens: {record.cut}")
             gc.collect()  # frees this model before the next is loaded
     return records, corpus
 
@@ -136,10 +139,11 @@ def record_of(
     on_device = [query.to(loaded.device) for query in queries]
     pages: list[Tensor] = []
     cosines: list[Tensor] = []
-    blocks, steps = [], []
+    blocks, steps, cut = [], [], _cut(loaded, corpus.queries)
     for start in range(0, len(corpus.page_ids), PAGE_BATCH):
         batch = list(map(corpus.page, corpus.page_ids[start : start + PAGE_BATCH]))
         embedded, seconds = embed(loaded, batch, visual_tokens)
+        cut += _cut(loaded, batch)
         blocks.append(metrics.maxsim(on_device, embedded).cpu())
         cosines += map(_cosine, embedded, base.pages[start:] if base else embedded)
         pages += [] if base else embedded
@@ -161,6 +165,7 @@ def record_of(
         data=corpus.label,
         pages=len(corpus.page_ids),
         skipped=corpus.skipped,
+        cut=cut,
         visual_tokens=visual_tokens,
         backend=Backend(
             requested=loaded.requested_kernel,
@@ -196,9 +201,21 @@ def query_inputs(loaded: Loaded, texts: Sequence[str]) -> dict[str, Tensor]:
     """The inputs of a forward over queries; raises MissingRequirement without a tokenizer."""
     if loaded.tokenizer is None:
         raise MissingRequirement(f"{loaded.weights} has no tokenizer; name weights that have one")
-    rows = [row[-TEXT_TOKENS:] for row in encode_queries(loaded.tokenizer, texts)]
+    rows = encode_queries(loaded.tokenizer, _beginnings(texts), TEXT_TOKENS)
     ids, mask = left_padded(rows, pad_id(loaded.tokenizer))
     return {"input_ids": ids.to(loaded.device), "attention_mask": mask.to(loaded.device)}
+
+
+def _beginnings(texts: Iterable[str]) -> list[str]:
+    return [text[:TEXT_CHARACTERS] for text in texts]
+
+
+def _cut(loaded: Loaded, items: Iterable[Page]) -> int:
+    """The number of texts that are cut."""
+    texts = [item for item in items if isinstance(item, str)]
+    rows = encode_queries(loaded.tokenizer, _beginnings(texts)) if loaded.tokenizer else []
+    lengths = zip(map(len, rows), map(len, texts), strict=False)
+    return sum(row > TEXT_TOKENS or text > TEXT_CHARACTERS for row, text in lengths)
 
 
 @torch.no_grad()
@@ -223,6 +240,8 @@ def embed(loaded: Loaded, items: Sequence[Page], visual_tokens: int) -> tuple[li
         padded = loaded.model(**inputs).embeddings
         synchronise(loaded.device)
         elapsed_s += time.perf_counter() - started_s
+        if not padded.isfinite().all():
+            raise MissingRequirement(f"{loaded.weights} gives embeddings that are not finite")
         rows = metrics.unpadded(padded, inputs["attention_mask"])
         embeddings |= {number: row.cpu() for number, row in zip(batch, rows, strict=True)}
     return [embeddings[number] for number in sorted(embeddings)], elapsed_s

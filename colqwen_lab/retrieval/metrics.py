@@ -64,7 +64,7 @@ def ranking(scores: Scores) -> Ranking:
 def retrieval(
     query_ids: Sequence[str], top: Sequence[Sequence[str]], relevance: dict[str, dict[str, int]]
 ) -> dict[str, list[float]]:
-    """nDCG and recall of each query, from the ids of its ten best pages, by ir-measures.
+    """A dict, metric to one value (0 to 1) a query, from the ids of its ten best pages.
 
     Every query must have a relevant page.
     """
@@ -79,7 +79,7 @@ def retrieval(
 
 
 def overlap(ranked: Ranking, base: Ranking, k: int) -> list[float]:
-    """The share of BASE's best k pages (or of all, if fewer) among the best k of `ranked`."""
+    """One share (0 to 1) a query: BASE's best k pages, or all, among the best k of `ranked`."""
     return [float(np.isin(*pair).mean()) for pair in zip(ranked[:, :k], base[:, :k], strict=True)]
 
 
@@ -97,6 +97,6 @@ def kendall(scores: Scores, base: Scores) -> list[float]:
 
 
 def score_error(scores: Scores, base: Scores) -> list[float]:
-    """The mean over pages of |score - BASE's| / |BASE's|; infinite and zero scores do not count."""
+    """One mean a query of |score - BASE's| / |BASE's|; infinite and zero scores do not count."""
     ours, theirs = np.ma.masked_invalid(scores), np.ma.masked_invalid(base)
     return (abs(ours - theirs) / abs(theirs)).mean(axis=1).filled(0).tolist()

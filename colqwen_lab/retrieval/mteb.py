@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from colqwen_lab.errors import BadInput
 from colqwen_lab.measure.environment import pick_device
 from colqwen_lab.model.config import EMBED_DIM, resolve_size, resolve_variant
-from colqwen_lab.model.inputs import decoding, to_rgb
+from colqwen_lab.model.decode import to_rgb
 from colqwen_lab.model.loading import load
 from colqwen_lab.model.quantize import checkpoint_of
 from colqwen_lab.options import VISUAL_TOKENS
@@ -90,8 +90,10 @@ def _page(row: Sequence[Any]) -> Page:
     content = next((part for part in row if part is not None), None)
     if content is None:
         raise BadInput("an item must have a text or an image, got neither")
-    with decoding("an image"):
+    try:
         return content if isinstance(content, str) else to_rgb(content)
+    except Exception as error:  # decoders raise anything
+        raise BadInput(f"an image cannot be read: {error!s:.200}") from None
 
 
 def _ragged(embeddings: Any) -> list[Tensor]:

@@ -18,6 +18,7 @@ from colqwen_lab.records import (
     Positive,
     Rate,
     Row,
+    Text,
     Value,
     rate_of,
     read_rows,
@@ -48,18 +49,20 @@ class Fidelity(Row):
 
     `values` holds one figure per query for each metric, in the order of `query_ids`. `top` holds
     the best page ids of each query. `iters` are the tuning steps of a variant quantised for this
-    run. `skipped` counts unreadable pages. `page_step_s` are the times of forwards over
-    `page_batch` pages, without the first; variants are not interleaved.
+    run. `skipped` counts unreadable pages. `cut` counts texts of more than 2048 tokens, which lost
+    their end; in an earlier record it is None, and they lost their beginning. `page_step_s` are the
+    times of forwards over `page_batch` pages, without the first; variants are not interleaved.
     """
 
     kind: Literal["fidelity"] = "fidelity"
-    variant: str
-    size: str
-    weights: str
+    variant: Text
+    size: Text
+    weights: Text
     iters: int | None = None
-    data: str
+    data: Text
     pages: Positive
     skipped: Count = renamed(0, "skipped", "refused")
+    cut: Count | None = None
     visual_tokens: int
     backend: Backend
     weights_bytes: Positive
@@ -104,4 +107,4 @@ class Fidelity(Row):
 
 def read(path: str | Path) -> list[Fidelity]:
     """The newest record of each variant, inputs and machine. Raises BadInput if there is none."""
-    return read_rows(Path(path), Fidelity, "fidelity")
+    return read_rows(path, Fidelity, "fidelity")

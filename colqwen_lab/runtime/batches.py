@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import re
 import statistics
 import time
@@ -16,10 +18,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colqwen_lab.errors import BadInput, MissingRequirement, one_of
+from colqwen_lab.errors import BadInput, MissingRequirement, ambiguous, one_of
 from colqwen_lab.model import synthetic
+from colqwen_lab.model.decode import MOST_TIMES
 from colqwen_lab.model.inputs import (
-    MOST_TIMES,
     QUERY_SUFFIX_TOKENS,
     QWEN_PAD_ID,
     batch_of,
@@ -35,7 +37,7 @@ from colqwen_lab.model.inputs import (
 )
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.options import TEXTS, VISUAL_TOKENS
-from colqwen_lab.records import Workload
+from colqwen_lab.records import RANDOM_TEXTS, Workload
 
 QUERIES = 64
 # Pages kept as patches, 31 MB each at 1,280 visual tokens.
@@ -65,7 +67,7 @@ def query_batches(
     samples: int,
     device: torch.device,
 ) -> Batches:
-    """Batches of max(`samples` or 64, 2 x batch) distinct queries, left-padded as in the report.
+    """Left-padded batches that together hold max(`samples` or 64, 2 x batch) distinct queries.
 
     Without a tokenizer (random weights at 4b and 8b) ids are random, at the lengths of the report's
     queries.
@@ -87,18 +89,29 @@ def query_batches(
     for start in range(0, count - batch_size + 1, batch_size):
         ids, mask = left_padded(rows[start : start + batch_size], pad)
         inputs.append({"input_ids": ids.to(device), "attention_mask": mask.to(device)})
-    # Records and the reader of records know this text.
-    used = texts if tokenizer is not None else "drawn at the report's lengths"
+    used = texts if tokenizer is not None else RANDOM_TEXTS
     return Batches(
         inputs, Workload(kind="queries", batch_size=batch_size, texts=used, **_lengths(inputs))
     )
 
 
 def _lengths(inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """The longest batch's tokens, and the share of all tokens that is padding."""
+    """The longest batch's tokens, the share of all tokens that is padding, and the shapes."""
     masks = [batch["attention_mask"] for batch in inputs]
     padded = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    return {"tokens": max(mask.shape[1] for mask in masks), "padded_share": round(padded, 6)}
+    numbers: dict[Any, int] = {}
+    return {
+        "tokens": max(mask.shape[1] for mask in masks),
+        "padded_share": round(padded, 6),
+        "shapes": [numbers.setdefault(_shape(batch), len(numbers)) for batch in inputs],
+    }
+
+
+def _shape(batch: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What the cost of a batch depends on: rows, tokens, whether any is padding, the images."""
+    images = batch["image_grid_thw"].tolist() if "image_grid_thw" in batch else []
+    padded = not batch["attention_mask"].all()
+    return (batch["input_ids"].shape, padded, *map(tuple, images))
 
 
 def _random_queries(vocabulary: int, count: int) -> list[list[int]]:
@@ -120,7 +133,9 @@ class Pages:
 
     def __init__(self, source: str = "", visual_tokens: int = VISUAL_TOKENS) -> None:
         self.visual_tokens = check_visual_tokens(visual_tokens)
-        match = re.fullmatch(r"(\d{1,9})x(\d{1,9})", source)
+        match = re.fullmatch(r"(\d{1,9}) ?x ?(\d{1,9})", source)
+        if match and os.path.exists(source):
+            raise ambiguous(source, "a size in pixels")
         sides = match.groups() if match else (synthetic.WIDTH, synthetic.HEIGHT)
         self.size = width, height = int(sides[0]), int(sides[1])
         short, long = sorted(self.size)
@@ -132,7 +147,7 @@ class Pages:
         self.files = page_files(source) if source and not match else []
         self.skipped: list[str] = []
         files = f"{len(self.files)} files {digest(self.files)}"
-        self.label = files if self.files else f"drawn, {width} x {height} pixels"
+        self.label = files if self.files else f"synthetic, {width} x {height} pixels"
         self._patches: list[tuple[Tensor, tuple[int, int, int]]] = []
         self._seconds: list[float] = []
 
@@ -168,7 +183,8 @@ class Pages:
     ) -> Batches:
         """Full, left-padded batches of all files, or of max(`samples`, 2 x batch) synthetic pages.
 
-        At most 64 pages are distinct. They repeat to fill the last batch, and at least two batches.
+        At most 64 pages are distinct. They repeat to fill the last batch, and at least two batches;
+        of few files each is embedded equally often.
 
         Raises:
             BadInput: no file could be read.
@@ -177,10 +193,13 @@ class Pages:
         wanted = MAX_DISTINCT if self.files else min(count, MAX_DISTINCT)
         self._prepare(wanted, config)
         distinct = self._patches[:wanted]
-        pages = itertools.cycle(distinct)
+        pages, whole = itertools.cycle(distinct), math.lcm(len(distinct), batch_size)
+        if not self.files or whole > MAX_DISTINCT:
+            whole = batch_size
+        count = math.ceil(max(count, len(distinct)) / whole) * whole
         inputs = [
             batch_of(list(itertools.islice(pages, batch_size)), tokenizer, config, device)
-            for _ in range(0, max(count, len(distinct)), batch_size)
+            for _ in range(0, count, batch_size)
         ]
         tokens = [int(mask.sum()) for batch in inputs for mask in batch["attention_mask"]]
         page_tokens = statistics.fmean(tokens[: len(distinct)])
@@ -192,7 +211,7 @@ class Pages:
             distinct=len(distinct),
             skipped=len(self.skipped),
             index_bytes=round(page_tokens * config.embed_dim * INDEX_VALUE_BYTES),
-            preprocess_s=statistics.median(self._seconds[1:] or self._seconds),
+            preprocess_s=statistics.fmean(self._seconds[1:] or self._seconds),
             **_lengths(inputs),
         )
         return Batches(inputs, workload, tuple(self.skipped))

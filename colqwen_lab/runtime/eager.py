@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,22 +17,25 @@ Forward = Callable[[ColQwen3, dict[str, Tensor], bool], ColQwen3Output]
 
 
 class Protocol(NamedTuple):
-    """Whether the forward keeps a KV cache, and the last output is kept during the next step."""
+    """Whether the forward keeps a KV cache, the last output is kept during the next step, and the
+    untied language-model head, which nothing calls, is in memory.
+    """
 
     use_cache: bool
     keep_output: bool
+    unused_head: bool
 
 
-PROTOCOLS = {"lean": Protocol(False, False), "published": Protocol(True, True)}
+PROTOCOLS = {"lean": Protocol(False, False, False), "published": Protocol(True, True, True)}
 
 
 def eager(model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
-    """The forward of transformers."""
+    """One forward of transformers: embeddings [batch, tokens, 320]."""
     return model(**inputs, use_cache=use_cache)
 
 
 def fast(model: Any, inputs: dict[str, Tensor], use_cache: bool) -> ColQwen3Output:
-    """The forward of `fast.py`, of a model from `load_fast`."""
+    """One forward of `fast.py`, of a model from `load_fast`: embeddings [batch, tokens, 320]."""
     return model.fast(model, inputs, use_cache)
 
 
@@ -40,27 +43,15 @@ EXECUTIONS: dict[str, Forward] = {"eager": eager, "fast": fast}
 
 
 class Steps:
-    """Each call embeds the next of `inputs`, cyclically. `output` is kept as the protocol says.
+    """Each call embeds a batch. `output` is kept as the protocol says."""
 
-    A call with `warm_up` leaves the batch in place: the next call embeds it again.
-    """
-
-    def __init__(
-        self,
-        model: ColQwen3,
-        inputs: Sequence[dict[str, Tensor]],
-        execution: str = "eager",
-        protocol: str = "lean",
-    ) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: ColQwen3, execution: str = "eager", protocol: str = "lean") -> None:
+        self.model = model
         self.forward, self.protocol = EXECUTIONS[execution], PROTOCOLS[protocol]
-        self.count = 0
         self.output: Any = None
 
     @torch.no_grad()
-    def __call__(self, warm_up: bool = False) -> None:
+    def __call__(self, batch: dict[str, Tensor]) -> None:
         if not self.protocol.keep_output:
             self.output = None
-        batch = self.inputs[self.count % len(self.inputs)]
-        self.count += not warm_up
         self.output = self.forward(self.model, batch, self.protocol.use_cache)

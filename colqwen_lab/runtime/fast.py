@@ -1,4 +1,4 @@
-"""Execution `fast`: the forward for queries, in the order in which it runs.
+"""Execution `fast`: the forward, in the order in which it runs.
 
 1. Padding moves to the right, whichever side it was on. Attention is causal, so no real token sees
    padding, and no mask is needed.
@@ -8,15 +8,17 @@
 4. On a GPU the forward of a bucket is captured once as a CUDA graph and replayed: one launch, no
    Python, no synchronisation. All graphs share one memory pool. A CPU runs the same functions.
 
-There is no KV cache.
+Pages of one grid have equal lengths and positions: they need no padding, and their visual tokens
+stand at the same places. They run without a graph. There is no KV cache.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ from colqwen_lab.runtime.linears import (
     is_small_m,
 )
 from colqwen_lab.runtime.tune import Paths
+from colqwen_lab.runtime.vision import Vision
 
 __all__ = ["KINDS", "SHORT_TOKENS", "Fast", "bucket", "capture_stream", "load_fast"]
 
@@ -130,6 +133,56 @@ def real_first(mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), real - 1, real[:, -1:] + (1 - mask).cumsum(1) - 1)
 
 
+class PageShape(NamedTuple):
+    """What pages of one batch must share: their real tokens, and the place and grid of the image.
+
+    `padding` stands on the left; `before` tokens precede the `image` tokens, of a grid of
+    `rows` x `columns` patches. A page of text has no image.
+    """
+
+    padding: int
+    tokens: int
+    before: int
+    image: int
+    rows: int
+    columns: int
+
+
+def page_shapes(
+    mask: Tensor, images: Tensor, grids: Tensor
+) -> Iterator[tuple[PageShape, int, int]]:
+    """`(shape, first, last)` of each run of neighbouring pages of one shape."""
+    counts = mask.argmax(1), mask.sum(1), images.argmax(1), images.sum(1)
+    every, grid = torch.stack([each.long() for each in counts], 1).tolist(), iter(grids.tolist())
+    shapes = []
+    for padding, tokens, place, image in every:
+        _, rows, columns = next(grid) if image else (1, 0, 0)
+        before = place - padding if image else 0
+        shapes.append(PageShape(padding, tokens, before, image, rows, columns))
+    first = 0
+    for shape, run in groupby(shapes):
+        last = first + len(list(run))
+        yield shape, first, last
+        first = last
+
+
+def page_positions(shape: PageShape, merge: int) -> Tensor:
+    """The rotary positions [3, 1, tokens]: time, row and column of each token of a page.
+
+    Text after the image continues behind the longer side of its grid.
+    """
+    rows, columns = shape.rows // merge, shape.columns // merge
+    grid = torch.zeros(rows, columns, dtype=torch.long)
+    row, column = torch.arange(rows)[:, None], torch.arange(columns)
+    image = shape.before + torch.stack(
+        [each.flatten() for each in (grid, grid + row, grid + column)]
+    )
+    after = torch.arange(shape.tokens - shape.before - shape.image)
+    start = torch.arange(shape.before).expand(3, -1)
+    end = (shape.before + max(rows, columns) + after).expand(3, -1)
+    return torch.cat([start, image, end], 1).unsqueeze(1)
+
+
 class Layer(nn.Module):
     """The four fused linears of a decoder layer, and its norms."""
 
@@ -158,7 +211,7 @@ class Layer(nn.Module):
 
 
 class Fast(nn.Module):
-    """The forward of a ColQwen3 for queries. It takes over the model's linears, so the model's own
+    """The forward of a ColQwen3. It takes over the model's linears, so the model's own
     forward must not be called again.
 
     The linears of a kind share their kernel configs.
@@ -174,6 +227,8 @@ class Fast(nn.Module):
             linears = self.of_kind(kind)
             for linear in linears:
                 linear.configs = linears[0].configs
+        self.vision = Vision(model.vlm.model.visual, self.small, self.plain)
+        self.merge = model.config.vision_config.spatial_merge_size
         self.paths = Paths()
         self.graphs: dict[tuple[int, int], tuple[Any, torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -205,24 +260,53 @@ class Fast(nn.Module):
     def forward(
         self, model: ColQwen3, inputs: dict[str, Tensor], use_cache: bool = False
     ) -> ColQwen3Output:
-        """Unit vectors [batch, tokens, 320] of `input_ids` and `attention_mask`, zero at padding.
+        """Unit vectors [batch, tokens, 320] of a batch of queries or pages, zero at padding.
 
         Raises:
-            MissingRequirement: pages, or a KV cache.
+            MissingRequirement: a KV cache.
         """
-        if use_cache or "pixel_values" in inputs:
-            raise MissingRequirement(
-                "execution fast embeds queries without a KV cache; valid otherwise: eager"
-            )
+        if use_cache:
+            raise MissingRequirement("execution fast keeps no KV cache; valid otherwise: eager")
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
+        if "pixel_values" in inputs:
+            return ColQwen3Output(embeddings=self.pages(inputs, ids, mask))
+        return ColQwen3Output(embeddings=self.texts(ids, mask))
+
+    def texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """The embeddings [batch, tokens, 320] of queries, or of pages of text."""
         tokens = ids.shape[1]
         length = bucket(tokens)
         if ids.device.type == "cuda":
-            return ColQwen3Output(embeddings=self.replay(ids, mask, length))
+            return self.replay(ids, mask, length)
         ids, mask = (functional.pad(each, (0, length - tokens)) for each in (ids, mask))
-        return ColQwen3Output(embeddings=self.embed(ids, mask)[:, :tokens])
+        return self.embed(ids, mask)[:, :tokens]
+
+    def pages(self, inputs: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        """The embeddings [batch, tokens, 320] of pages with at most one image each.
+
+        Neighbours of one shape run as one batch.
+        """
+        pixels, images = inputs["pixel_values"], inputs["mm_token_type_ids"]
+        head, start = self.parts[3], 0
+        result = head.weight.new_zeros(*ids.shape, head.out_features)
+        for shape, first, last in page_shapes(mask, images, inputs["image_grid_thw"]):
+            real = slice(first, last), slice(shape.padding, shape.padding + shape.tokens)
+            if shape.image:
+                end = start + (last - first) * shape.rows * shape.columns
+                if ids.device.type == "cuda":
+                    self.tune(ids[real].numel())
+                places = page_positions(shape, self.merge).to(ids.device)
+                at = slice(shape.before, shape.before + shape.image)
+                # Named here, the features would stay in memory during the layers.
+                result[real] = self.decode(
+                    ids[real], places, self.vision(pixels[start:end], shape.rows, shape.columns), at
+                )
+                start = end
+            else:
+                result[real] = self.texts(ids[real], mask[real])
+        return result
 
     def replay(self, ids: Tensor, mask: Tensor, length: int) -> Tensor:
         """The embeddings [batch, tokens, 320] by a captured forward of `length` tokens."""
@@ -244,27 +328,46 @@ class Fast(nn.Module):
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The forward at a bucket's length, [batch, length, 320]; a GPU captures it as a graph."""
-        embed_tokens, rotary, norm, head = self.parts
         position = real_first(mask)
-        x = embed_tokens(torch.zeros_like(ids).scatter(1, position, ids)).flatten(0, 1)
         places = torch.arange(ids.shape[1], device=ids.device).view(1, 1, -1).expand(3, 1, -1)
+        vectors = self.decode(torch.zeros_like(ids).scatter(1, position, ids), places)
+        back = vectors.gather(1, position.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
+        return back * mask.unsqueeze(-1)
+
+    def decode(
+        self, ids: Tensor, places: Tensor, features: Sequence[Tensor] = (), at: slice = slice(0)
+    ) -> Tensor:
+        """Unit vectors [batch, tokens, 320] of ids at the rotary positions `places` [3, 1, tokens].
+
+        `features` are those of the vision encoder for the tokens `at`: the first stand in place of
+        word embeddings, the others are added after the first layers. Each is freed when used.
+        """
+        embed_tokens, rotary, norm, head = self.parts
+        shape = ids.shape
+        left = [each.unflatten(0, (len(ids), -1)) for each in features]
+        x = embed_tokens(ids)
+        del ids, features
+        if left:
+            x[:, at] = left.pop(0)
+        x = x.flatten(0, 1)
         cos, sin = (part[0].unsqueeze(1) for part in rotary(x, places))
         y = self.small(normed)(x, self.layers[0].norms[0], self.layers[0].eps)
         next_norms = [*[layer.norms[0] for layer in self.layers][1:], norm.weight]
         add_then_norm = self.small(add_normed)
         for layer, next_norm in zip(self.layers, next_norms, strict=True):
             qkv = layer.qkv(y)
-            attention = self.attention(layer, qkv.unflatten(0, ids.shape), cos, sin).flatten(0, 1)
+            attention = self.attention(layer, qkv.unflatten(0, shape), cos, sin).flatten(0, 1)
             x, y = add_then_norm(x, layer.o(attention), layer.norms[1], layer.eps)
-            mlp = self.gemm(layer.gate_up, y)
-            x, y = add_then_norm(x, layer.down(mlp), next_norm, layer.eps)
-            del mlp
-        vectors = functional.normalize(head(y), dim=-1).unflatten(0, ids.shape)
-        back = vectors.gather(1, position.unsqueeze(-1).expand(-1, -1, vectors.shape[-1]))
-        return back * mask.unsqueeze(-1)
+            gate_up = self.gemm(layer.gate_up, y)
+            mlp = layer.down(gate_up)
+            if left:
+                mlp.unflatten(0, shape)[:, at] += left.pop(0)
+            x, y = add_then_norm(x, mlp, next_norm, layer.eps)
+            del gate_up, mlp
+        return functional.normalize(head(y), dim=-1).unflatten(0, shape)
 
     def gemm(self, linear: FusedLinear, x: Tensor) -> Tensor:
-        """A GEMM, and SiLU-and-mul after gate/up where no kernel applies it."""
+        """The result [M, out] of a GEMM; of gate/up after SiLU-and-mul, [M, out / 2]."""
         result = linear(x)
         if not linear.gated or result.shape[1] < linear.out_features:
             return result
@@ -274,8 +377,12 @@ class Fast(nn.Module):
         """One of the small functions as this device runs it: fused on a GPU."""
         return compiled(function, self.parts[0].weight.device.type == "cuda")
 
+    def plain(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as it is: a library's kernel, which torch.compile would not improve."""
+        return function
+
     def attention(self, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """From the QKV GEMM to the input of O, [batch, tokens, heads x size]."""
+        """Causal attention [batch, tokens, heads x size] of the output of the QKV GEMM."""
         short = self.paths.short_attention and qkv.shape[1] <= SHORT_TOKENS
         if qkv.device.type == "cuda" and short:
             from colqwen_lab.runtime.triton_kernels import attend_short
@@ -308,7 +415,7 @@ def load_fast(
     """The model of `checkpoint` ready for `fast`: fused linears, in the kernel's weight layout.
 
     `kernel` is auto, one of `kernels.KERNELS`, or a kernel of AutoRound, whose modules run as they
-    are.
+    are. So does `auto` where its best kernel cannot multiply a shape.
 
     Raises:
         BadInput: an unknown kernel.
@@ -329,7 +436,13 @@ def load_fast(
     for module in loaded.model.modules():
         if hasattr(module, "qweight"):
             module.sym = loaded.model.config.quantization_config.sym
-    fast = Fast(loaded.model, dense, packed)
+    try:
+        fast = Fast(loaded.model, dense, packed)
+    except MissingRequirement:
+        if kernel != "auto":
+            raise
+        del loaded
+        return load_fast(checkpoint, device, "modules", dtype)
     for linear in fast.linears():
         if isinstance(linear, AsLoaded):
             linear.kernel = " + ".join(loaded.engaged)

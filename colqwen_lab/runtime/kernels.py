@@ -61,7 +61,7 @@ KERNELS = {
 
 
 def pick(name: str, device: torch.device, scheme: Scheme, dtype: str = "bfloat16") -> Build:
-    """The kernel of this name, or for `auto` the best that runs here on weights of `scheme`.
+    """The builder of this kernel, or for `auto` of the best that runs here on weights of `scheme`.
 
     Raises:
         BadInput: no such kernel.

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from colqwen_lab.model.loading import storage_of
-from colqwen_lab.model.network import ColQwen3, is_text_linear
+from colqwen_lab.model.network import UNUSED_HEAD, ColQwen3, is_text_linear
 
 ACTIVATIONS = "activations"
 # Parts of a text linear by the last word of a tensor's name, and other parts by any text in it.
@@ -31,6 +31,7 @@ PARTS = {
     "merger": "mergers",
     ".visual.": "vision encoder",
     "embedding_proj_layer": "head",
+    UNUSED_HEAD: "unused lm_head",
     "": "text norms and rotary tables",
 }
 

@@ -25,6 +25,7 @@ from humming.schema.autoround import AutoRoundWeightSchema
 from humming.tune import get_heuristics_config
 from torch import Tensor
 
+from colqwen_lab.errors import MissingRequirement
 from colqwen_lab.runtime.linears import SMALL_M, FusedLinear, gptq, is_small_m, zero_offset
 
 SOURCE = (Path(__file__).parent / "w4.cu").read_text(encoding="utf-8")
@@ -69,6 +70,13 @@ class Humming(FusedLinear):
             {"qweight": qweight, "qzeros": qzeros, "scales": scales.to(torch.bfloat16)}
         )
         self.layer.transform()
+        try:  # at every M: on Hopper humming has no config for a width of 64
+            if not activations:
+                get_heuristics_config(self.layer.humming_config, device=qweight.device)
+        except Exception as error:  # humming raises several types
+            shape = f"{self.in_features} x {self.out_features}"
+            why = f"{type(error).__name__} {error}".strip()
+            raise MissingRequirement(f"kernel humming cannot multiply {shape}: {why}") from None
         # The small-M GEMM reads unsigned symmetric codes, groups of 128 and full tiles, on Hopper.
         scheme = self.layer.humming_config
         symmetric = str(scheme.b_dtype) == "uint4" and first.sym and first.group_size == 128
@@ -191,7 +199,7 @@ def shared_bytes(m: int, ins: int, warps: int, split: int, gated: bool, **others
 
 
 def small_m_configs(ins: int, outs: int, m: int, gated: bool) -> Iterator[str]:
-    """The small-M GEMMs of this shape, by how warps and blocks share the work."""
+    """Kernel configs (JSON texts) of the small-M GEMM for this shape; none above MAX_SMALL_M."""
     tiles = -(-m // 8)
     for warps, split in product((2, 4, 8), (1, 2, 4, 8)):
         steps, rest = divmod(ins // 16, warps * split)

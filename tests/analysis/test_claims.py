@@ -77,12 +77,12 @@ def decided(comparison: Comparison) -> dict[str, Any]:
         (
             "use the quantised model when GPU memory is limited (4-16 GB)",
             False,
-            "No significant difference with 9.8 GiB or more free, each at its largest batch (-1.6",
+            "No significant difference with 9.79 GiB or more free, each at its largest batch (-1.6",
         ),
         (
             "use BASE when the GPU has ample memory (24 GB and more)",
             False,
-            "awq is 6 to 398 % faster than base with 9.0 to 9.8 GiB free",
+            "awq is 1.1 to 5.0 times as fast as base with 8.98 to 9.79 GiB free",
         ),
         ("use BASE when batches are small", True, "-50.8 % at batch 8"),
         ("use BASE when the latency of a sample is critical", True, "-50.8 % at batch 8"),

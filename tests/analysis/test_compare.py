@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colqwen_lab.analysis import ablation, speed
 from colqwen_lab.analysis.budget import card_fits
 from colqwen_lab.analysis.compare import Comparison, compare
 from colqwen_lab.analysis.table import Results
@@ -20,9 +22,11 @@ from colqwen_lab.hardware import fit_of, need_bytes, usable
 from colqwen_lab.records import (
     GIB,
     MIB,
+    Backend,
     Cell,
     Environment,
     Memory,
+    Quantization,
     Rate,
     Timing,
     Workload,
@@ -126,15 +130,15 @@ def test_published_sentences(published: Comparison) -> None:
     each = "each at its largest batch"
     assert [tuple(row) for row in published.recommendations] == [
         ("awq", "awq saves 50 to 59 % of base's peak memory at batch 8, 16, 32, 64, 128 and 256."),
-        ("awq", "With 4.0 to 9.0 GiB free, only awq fits."),
-        ("awq", f"awq is 6 to 398 % faster than base with 9.0 to 9.8 GiB free, {each}."),
+        ("awq", "With 4.03 to 8.98 GiB free, only awq fits."),
+        ("awq", f"awq is 1.1 to 5.0 times as fast as base with 8.98 to 9.79 GiB free, {each}."),
         (
             "either",
-            f"No significant difference with 9.8 GiB or more free, {each} (-1.6 to +0.4 %).",
+            f"No significant difference with 9.79 GiB or more free, {each} (-1.6 to +0.4 %).",
         ),
-        ("base", "awq is 4 to 59 % slower than base at batch 8, 16, 32, 64 and 128."),
+        ("base", "awq is 4.0 to 59.4 % slower than base at batch 8, 16, 32, 64 and 128."),
         ("either", "No significant difference at batch 256 (+0.3 %)."),
-        ("base", "A step of 8 takes 41.9 ms with base, 85.1 ms with awq."),
+        ("base", "A batch of 8 queries takes 41.9 ms with base, 85.1 ms with awq."),
     ]
     assert published.verdict().endswith(
         f"The median rate of base is at least that of awq with 10.6 GiB or more free, {each}."
@@ -159,7 +163,7 @@ def test_published_document(published: Comparison) -> None:
     assert place["base"]["device"] == "NVIDIA A100-SXM4-40GB"
     assert place["same_batch"][0]["low"] is None
     assert "These figures come from the report; they were not measured here." in place["caveats"]
-    assert any(caveat.startswith("Some rows have no error bars") for caveat in place["caveats"])
+    assert any(caveat.startswith("Some rates have no interval") for caveat in place["caveats"])
 
 
 def test_published_on_the_screen(published: Comparison) -> None:
@@ -168,7 +172,7 @@ def test_published_on_the_screen(published: Comparison) -> None:
     assert list(table["memory saved, %"]) == [59.4, 59.1, 58.3, 57.1, 54.6, 50.0]
     cards = published.card_table()
     assert list(cards["batch"]) == ["-", 512, 256, 512, 256, 512, 256, 512]
-    assert list(cards["headroom MiB"][:2]) == ["-", 291.1]
+    assert list(cards["headroom MiB"][:2]) == ["-", 291]
     assert list(cards["note"][:2]) == ["batch 8: 8,527 MiB", "-"]
     assert list(cards["GB"][:2]) == [8, 8]
     assert "<table" in published._repr_html_()
@@ -306,6 +310,110 @@ def test_without_a_significant_difference_no_sentence_names_a_faster_side(swappe
     assert crossover in comparison.verdict()
 
 
+LIKE = {"kind": "queries", "batch_size": 8, "texts": "report", "tokens": 18}
+PAGES = {"kind": "pages", "batch_size": 8, "pages": "3 files ab", "visual_tokens": 1280}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"workload": Workload(**LIKE | {"texts": "natural"})}, "texts (report against natural)"),
+        ({"workload": Workload(**LIKE | {"tokens": 20})}, "tokens (18 against 20)"),
+        (
+            {"backend": Backend(requested="auto", dtype="float32")},
+            "dtype (float16 against float32)",
+        ),
+    ],
+)
+def test_unequal_workloads_give_no_verdict(changes: dict[str, Any], reason: str) -> None:
+    base = timed("base", 8, 0.05, workload=Workload(**LIKE))
+    awq = timed("awq", 8, 0.1, **{"workload": base.workload} | changes)
+    comparison = versus([base], [awq])
+    (row,) = comparison.speeds
+    assert (row.verdict, row.low, row.reason) == ("inconclusive", None, reason)
+    assert f"No verdict at batch 8 (-50.0 %): {reason}." in comparison.verdict()
+    assert "slower" not in comparison.text(100)
+    if not reason.startswith("tokens"):
+        assert comparison.no_budgets == "the two sides were not measured under the same conditions"
+        assert list(comparison.cards["ratio"].dropna()) == []
+
+
+def test_a_failed_cell_that_knows_no_dtype_is_no_difference() -> None:
+    lost = failed("awq", 16).model_copy(update={"backend": Backend(requested="auto")})
+    comparison = versus([timed("base", 8, 0.05)], [timed("awq", 8, 0.1), lost])
+    assert (comparison.no_budgets, comparison.speeds[0].verdict) == ("", "slower")
+
+
+@pytest.mark.parametrize("other", [{"pages": "4 files cd"}, {"visual_tokens": 640}])
+def test_other_pages_or_budgets_are_not_compared(other: dict[str, Any]) -> None:
+    sides = [[timed("base", 8, 0.05, workload=Workload(**PAGES))]]
+    sides += [[timed("awq", 8, 0.1, workload=Workload(**PAGES | other))]]
+    with pytest.raises(BadInput, match="must share their settings"):
+        versus(*sides)
+
+
+def test_a_quantised_folder_named_base_is_not_base(tmp_path: Path) -> None:
+    base = timed("base", 8, 0.05)
+    bits = Quantization(bits=4, group_size=128, sym=True)
+    packed = timed("base", 8, 0.1, quantization=bits, weights="folder:base#1")
+    (tmp_path / "rows.jsonl").write_text(packed.to_line() + base.to_line())
+    rows = Results.load(tmp_path / "rows.jsonl")
+    comparison = compare(rows, rows)
+    assert (comparison.base.variant, comparison.awq.variant) == ("base", "./base")
+    assert comparison.verdict().startswith("./base is 50 % slower than base")
+
+
+def test_a_million_samples_are_compared() -> None:
+    """By the law of the median's rank, which resampling follows too."""
+    draw = random.Random(0)
+    few = [0.05 * draw.gauss(1, 0.05) for _ in range(2000)]
+    sides = [cell("base", 8, step_s=few), cell("awq", 8, step_s=[0.9 * step for step in few])]
+    exact = speed.speed_ratio(*sides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "MOST_SAMPLES", 1000)
+        fast = speed.speed_ratio(*sides)
+    for one, other in ((exact.low, fast.low), (exact.high, fast.high)):
+        assert one == pytest.approx(other, abs=0.1)
+    many = [few[n % 2000] for n in range(10**6)]
+    row = speed.speed_ratio(sides[0], sides[1].model_copy(update={"step_s": many}))
+    assert row.low is not None
+    assert row.high is not None
+    assert row.high - row.low < 1
+
+
+def test_thousands_of_series_take_moments_and_say_what_is_left(tmp_path: Path) -> None:
+    cells = [
+        cell(variant, batch, size=f"size {number}")
+        for number in range(1000)
+        for variant in ("base", "awq")
+        for batch in (8, 16)
+    ]
+    results = Results(tuple(cells))
+    start = time.process_time()
+    assert [len(series.cells) for series in results.series()] == [2] * 2000
+    comparison = compare(results, results)
+    assert time.process_time() - start < 3
+    assert len(comparison.places) == 50
+    assert comparison.skipped == ("950 of 1000 places are not compared; narrow the records.",)
+    with pytest.raises(BadInput, match="at most 200 series are shown at once, got 2000"):
+        results.plot()
+    with pytest.raises(BadInput, match="at most 200 series are shown at once, got 2000"):
+        ablation.load(str(results.save(tmp_path / "rows.jsonl")))
+
+
+def test_unlike_batches_are_compared_by_the_time_of_the_whole_set() -> None:
+    """awq takes half the time on two small batches and twice the time on the large one."""
+    work = Workload(kind="pages", batch_size=1, shapes=[0, 0, 1])
+    cells = [
+        cell(variant, 1, workload=work, step_s=steps, items_per_s=rate_of(steps, 1, work.shapes))
+        for variant, steps in (("base", [1.0, 1.01, 10.0] * 6), ("awq", [0.5, 0.51, 20.0] * 6))
+    ]
+    (row,) = versus(*([one] for one in cells)).speeds
+    assert row.percent == pytest.approx(100 * (12.01 / 21.01 - 1), abs=0.1)
+    assert row.low <= row.percent <= row.high
+    assert row.verdict == "slower"
+
+
 @pytest.mark.parametrize("side", ["base", "awq"])
 def test_a_disturbed_cell_gives_no_verdict(side: str) -> None:
     note = "other processes took 40% of the CPU"
@@ -437,7 +545,7 @@ def test_caveats_say_what_the_figures_cannot() -> None:
         "Peaks come from tracked tensors and from the CUDA allocator.",
         "Random weights: the embeddings mean nothing.",
         "The two were not interleaved",
-        "The cells differ in texts or dtype.",
+        "No verdict on speed: the two sides differ in texts (report against natural).",
     ):
         assert any(caveat.startswith(start) for caveat in caveats), (start, caveats)
 
@@ -549,9 +657,7 @@ def test_budgets_say_nothing_of_models_that_every_card_holds() -> None:
 def test_base_that_is_always_overtaken_has_no_crossover() -> None:
     comparison = versus([cell("base", 8, 100)], [cell("awq", 8, 200)])
     assert comparison.crossover == {}
-    assert (
-        "No crossover: awq has the higher median rate where every row fits." in comparison.verdict()
-    )
+    assert "No crossover: awq is faster where every row fits." in comparison.verdict()
 
 
 # ---------------------------------------------------------------- several devices

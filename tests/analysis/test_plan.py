@@ -95,8 +95,17 @@ def test_tables_on_the_screen() -> None:
 
 def test_rates_are_of_the_plan_s_own_gpus_or_of_names() -> None:
     made = plan("8 GB", "RTX 4070", "H200")
-    assert list(made.rates().columns) == ["variant", "batch", "RTX 4070", "H200"]
-    assert list(made.rates("rtx 4090").columns) == ["variant", "batch", "RTX 4090"]
+    assert list(made.rates().columns) == [
+        "variant",
+        "batch",
+        "RTX 4070, queries/s at most",
+        "H200, queries/s at most",
+    ]
+    assert list(made.rates("rtx 4090").columns) == [
+        "variant",
+        "batch",
+        "RTX 4090, queries/s at most",
+    ]
     assert plan("8 GB").rates().empty
     assert "RTX 4070" in repr(made)
     with pytest.raises(BadInput, match="card must be memory in GB"):
@@ -109,7 +118,7 @@ def test_a_rate_is_limited_by_bandwidth_and_then_by_compute() -> None:
     by_bandwidth = predicted(batch=1, work=Work(flops=flops, min_bytes=least))
     by_compute = predicted(batch=1, work=Work(flops=100 * flops, min_bytes=least))
     rates = Plan(Results((by_bandwidth, by_compute)), ()).rates("A100 40GB")
-    assert list(rates["A100 40GB"]) == pytest.approx([100, 10])
+    assert list(rates["A100 40GB, queries/s at most"]) == pytest.approx([100, 10])
 
 
 def test_breakdown_adds_up_to_the_peak() -> None:

@@ -48,7 +48,7 @@ def test_sections_stand_in_the_reports_order(text: str) -> None:
         "| base | 8 | published | 191 | - | - | 8,527 | ok | no interval: under 6 samples | - |",
         "| awq | 512 | published | 951 | - | - | 6,963 | ok | no interval: under 6 samples | - |",
         "| 8 | base | does not fit | - | - | - | - | batch 8: 8,527 MiB |",
-        "| 8 | awq | fits | 512 | 951 | 6,963 | 291.1 | - |",
+        "| 8 | awq | fits | 512 | 951 | 6,963 | 291 | - |",
         "| 16 | 374 | 152 | -59.4 | slower | 59.1 |",
         "| overhead -51 % at batch 8 | -50.8 % | yes |",
         "| gpu | NVIDIA A100-SXM4-40GB | NVIDIA A100-SXM4-40GB |",
@@ -98,7 +98,7 @@ def test_missing_values_are_a_dash_and_zero_is_kept() -> None:
     ]
     assert "NaN" not in render.html(frame) + render.text(frame, 80)
     assert render.screen(frame)["a"].tolist() == ["-", 0, "-"]
-    assert escape("a\\|b") == r"a\\\|b"
+    assert escape("a\\|b") == r"a<span>&#92;</span>\|b"
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
@@ -133,7 +133,8 @@ def test_text_fits_its_width_and_names_constant_columns_once(width: int) -> None
 )
 def test_figures_for_the_screen(value: float, sentence: str, cell: float) -> None:
     assert render.short(value) == sentence
-    assert render.rounded(value) == render.in_mib(value * MIB) == cell
+    assert render.rounded(value) == cell
+    assert render.in_mib(value * MIB) == round(value, 0 if value >= 10 else 1)
     assert render.mib(value * MIB) == f"{sentence} MiB"
 
 
@@ -165,14 +166,17 @@ def test_intervals() -> None:
             "> quote",
             "-0.4 %",
             "$x$ | y",
+            r"\(x\) \[y\] $$z$$ \$v\$ \begin{equation}w\end{equation}",
+            "mail eve@evil.com or mailto:eve@evil.co.uk",
         ),
     ],
 )
 def test_escaped_text_is_shown_as_it_is(text: str) -> None:
-    shown = markdown2html(escape(text)).strip()
+    shown = re.sub(r"<span>([$\\])</span>", r"\1", markdown2html(escape(text)).strip())
     assert re.fullmatch(r"<p>[^<]*</p>", shown)
     assert html.unescape(shown)[3:-4] == text
-    assert not re.search(r"(?<!\\)://|www\.|(?<!\\)\]\(", escape(text))
+    assert not re.search(r"(?<!\\)://|www\.|(?<!\\)\]\(|[$]|\\[(\[b]|\w@", escape(text))
+    assert not re.search(r"[$\\](?!</span>)", html.unescape(render.as_html(text)))
 
 
 def test_control_characters_are_dropped_and_the_lab_s_own_words_are_left() -> None:
@@ -180,6 +184,42 @@ def test_control_characters_are_dropped_and_the_lab_s_own_words_are_left() -> No
     plain = "W4A16 at batch 8 (-0.000 [-0.005 to +0.004]), 94 % of base's pages; "
     plain += "auto_round:torch_zp x 28: hub:a/b@c1"
     assert escape(plain) == plain
+
+
+HOSTILE = "\x1b[2J\u202e$x$ \\(y\\) [a](https://evil.com) www.evil.com eve@evil.com <b>z</b>\u061c"
+
+
+def test_what_a_record_says_stays_text_in_every_output(tmp_path: Path) -> None:
+    """No formula, link, element, control or bidirectional character."""
+    lines = []
+    for cell in published_cells():
+        row = json.loads(cell.to_line())
+        for part in (row, row["environment"], row["backend"], row["workload"]):
+            free = part.keys() & {"variant", "weights", "gpu", "cuda", "dtype", "texts", "source"}
+            part |= {name: f"{part[name]}{HOSTILE}" for name in free}
+        row |= {"interference": [HOSTILE], "reason": HOSTILE}
+        row["backend"]["engaged"] = {HOSTILE: 3}
+        lines.append(json.dumps(row))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    results = Results.load(tmp_path / "rows.jsonl")
+    first, second = results.variants
+    comparison = compare(results[first], results[second])
+    tables = [results.table(), results.to_frame(), comparison.speed_table()]
+    tables += [comparison.card_table(), comparison.place_table()]
+    texts = [repr(results), repr(comparison), comparison.markdown(), comparison.verdict()]
+    texts += [results._repr_html_(), comparison._repr_html_(), *map(str, tables)]
+    for text in [*texts, json.dumps(comparison.to_dict(), ensure_ascii=False)]:
+        assert not {one for one in text if not (one.isprintable() or one == "\n")}
+    pages = [results._repr_html_(), comparison._repr_html_(), markdown2html(comparison.markdown())]
+    for page in pages:
+        page = re.sub(r'<a class="anchor-link"[^>]*>', "", page)  # of a heading to itself
+        assert not re.search(r"<(a|b)[ >]", page)
+        assert "evil" in page
+        shown = html.unescape(re.sub(r"<(/?\w+)[^>]*>", r"<\1>", page))
+        assert not re.search(r"[$\\](?!</span>)", shown)
+    for table in tables:
+        assert "mathjax_ignore" in table._repr_html_()
+        assert "<a " not in table._repr_html_()
 
 
 def test_notebooks_escape_what_a_record_says() -> None:

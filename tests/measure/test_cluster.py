@@ -312,6 +312,7 @@ def nodes() -> Iterator[Any]:
         yield cluster
 
 
+@pytest.mark.exhaustive
 def test_a_node_killed_in_the_middle(
     nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from colqwen_lab.errors import BadInput
+from colqwen_lab.measure import worker
+from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.records import Cell, read_cells
 from tests.measure import sweeps
 
@@ -76,3 +78,53 @@ def test_texts_are_of_queries_and_pages_of_pages(path: Path) -> None:
         ("queries", "natural", None),
         ("pages", None, 64),
     ]
+
+
+def scans(folder: Path, *sizes: tuple[int, int]) -> str:
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
+    return str(folder)
+
+
+def test_the_rate_of_unlike_pages_is_their_number_over_their_time(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three small pages and a large one; a step takes a second for each of its patches."""
+    calls: list[tuple[str, bool, int]] = []
+
+    def step(self: worker.Worker, protocol: str, control: bool, number: int, warm: bool) -> float:
+        calls.append((self.configuration.variant, control, number))
+        return float(len(self.inputs[number]["pixel_values"]))
+
+    monkeypatch.setattr(worker.Worker, "step", step)
+    folder = scans(tmp_path / "scans", (64, 64), (64, 64), (64, 64), (512, 512))
+    stopping = StoppingRule(min_steps=2, max_steps=100, min_s=0, max_s=0, max_warmup=0)
+    options = {"pages": folder, "visual_tokens": 256, "kernel": "torch", "control": True}
+    cells = run(path, "base,awq", stopping=stopping, **options)
+    for cell in cells:
+        assert cell.workload.shapes == [0, 0, 0, 1]
+        assert cell.items_per_s.median == pytest.approx(4 / (3 * 256 + 1024))
+    rounds = [calls[first : first + 3] for first in range(0, len(calls), 3)]
+    assert [{number for _, _, number in each} for each in rounds] == [{0}, {1}, {2}, {3}] * 3
+    timed = {(variant, control) for variant, control, _ in calls}
+    assert timed == {("base", False), ("awq", False), ("base", True)}
+
+
+def test_the_peak_is_that_of_the_costliest_batch_which_is_not_the_longest(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks: list[tuple[int, int]] = []
+    measure = worker.measure
+
+    def noted(loaded: Any, batch: Any, *others: Any) -> Any:
+        memory = measure(loaded, batch, *others)
+        peaks.append((batch["input_ids"].shape[1], memory.peak_bytes))
+        return memory
+
+    monkeypatch.setattr(worker, "measure", noted)
+    folder = scans(tmp_path / "scans", (512, 512), (64, 64), (448, 448), (448, 448))
+    (cell,) = run(path, batches="2", pages=folder, visual_tokens=256)
+    (longest, its_peak), (shorter, worst) = peaks
+    assert longest > shorter
+    assert cell.memory.peak_bytes == worst > its_peak

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import time
 import weakref
 from collections import Counter
@@ -303,6 +304,22 @@ def test_other_settings_are_other_cells(path: Path, other: dict[str, str]) -> No
     assert run(path, batches="2") == first
 
 
+@pytest.mark.parametrize("other", [{"min_steps": 3}, {"max_s": 0.3}, {"control": True}])
+def test_rows_that_were_timed_otherwise_are_measured_again(
+    path: Path, other: dict[str, Any], failing: dict[int, Exception]
+) -> None:
+    failing[2] = torch.OutOfMemoryError("simulated")
+    before = {"stopping": None, "min_steps": 2, "max_s": 0.2}
+    first = run(path, "base,awq", "4,2", **before)
+    second = run(path, "base,awq", "4,2", **before | other)
+    changed = [old != new for old, new in zip(first, second, strict=True)]
+    only_base = "control" in other
+    assert changed == [True, not only_base, False, False]
+    assert len(second[0].step_s) >= other.get("min_steps", 2)
+    assert bool(second[0].control_s) == only_base
+    assert run(path, "base,awq", "4,2", **before | other) == second == read_cells(path)
+
+
 @pytest.mark.parametrize(
     "change", [{"torch": "1.0"}, {"gpu": "NVIDIA T4"}, {"code": "000000000000"}]
 )
@@ -323,6 +340,19 @@ def test_other_weights_are_other_cells(path: Path, base_folder: Path) -> None:
     second = run(path, weights=str(base_folder))
     assert rows_of(path) == [*first, *second]
     assert second[0].weights.startswith("folder:checkpoint#")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_another_file_in_the_folder_is_other_cells(
+    name: str, path: Path, base_folder: Path, edited: Any
+) -> None:
+    folder = edited(base_folder)
+    first = run(path, str(folder), "1", weights="auto")
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    second = run(path, str(folder), "1", weights="auto")
+    assert second[0].weights != first[0].weights
+    assert run(path, str(folder), "1", weights="auto") == second
+    assert rows_of(path) == [*first, *second]
 
 
 def undisturbed_run(path: Path, batches: str) -> None:
@@ -544,6 +574,37 @@ def test_interrupted_it_says_how_to_resume(path: Path) -> None:
     assert len(read_cells(path)) == 2
     assert not path.with_suffix(".result.json").exists()
     assert len(run(path, "base,awq", kernel="torch")) == 6
+    said = "stopped; 2 of 6 cells on file, run again without fresh to resume"
+    with pytest.raises(Interrupted, match=said):
+        run(path, "base,awq", progress=stop, kernel="torch", fresh=True)
+
+
+def test_interrupted_before_it_measures_it_says_so(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_checkpoints", stop)
+    with pytest.raises(Interrupted, match=r"^stopped before the first cell$"):
+        run(path)
+    assert not path.parent.exists()
+
+
+def test_a_row_and_its_count_are_not_torn_apart_by_a_signal(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = RecordsFile.append
+
+    def interrupted(self: Any, rows: Any) -> None:
+        append(self, rows)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RecordsFile, "append", interrupted)
+    with pytest.raises(Interrupted, match="stopped; 1 of 3 cells on file"):
+        run(path)
+    assert len(read_cells(path)) == 1
+    assert [file.name for file in path.parent.iterdir()] == ["sweep.jsonl"]
 
 
 def test_a_notebook_shows_one_line_for_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:

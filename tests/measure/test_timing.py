@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -16,14 +17,16 @@ class FakeTime:
         self.now = 0.0
         self.calls: list[str] = []
         self.warm: list[bool] = []
+        self.batches: list[int] = []
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     def stepper(self, name: str, durations: Iterable[float | Failure]) -> TimedStep:
         times = iter(durations)
 
-        def step(warm: bool) -> float | Failure:
+        def step(batch: int, warm: bool) -> float | Failure:
             self.calls.append(name)
             self.warm.append(warm)
+            self.batches.append(batch)
             answer = next(times)
             self.now += 0 if isinstance(answer, Failure) else answer
             return answer
@@ -119,3 +122,35 @@ def test_no_steppers() -> None:
 def test_each_timed_step_is_warm(fake: FakeTime) -> None:
     time_interleaved({name: fake.stepper(name, itertools.repeat(0.1)) for name in "ab"})
     assert fake.warm == [False] * 12 + [True] * 20
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_models_share_the_batch_of_a_round_and_all_batches_are_timed_equally_often(
+    fake: FakeTime, count: int
+) -> None:
+    steps = {name: fake.stepper(name, itertools.repeat(0.1)) for name in "ab"}
+    stopping = StoppingRule(max_warmup=1, min_steps=4, min_s=0)
+    samples = time_interleaved(steps, stopping, list(range(count)))
+    rounds = list(zip(fake.batches[2::2], fake.batches[3::2], strict=True))
+    assert rounds == [(number, number) for number in range(count)] * 3
+    assert len(samples["b"].step_s) == 3 * count
+    first = set(zip(fake.batches[2::2], fake.calls[2::2], strict=True))
+    assert len(first) == 2 * count, "each model is the first on each batch"
+
+
+@pytest.mark.parametrize(
+    ("batches", "rule", "steps"),
+    [
+        (64, {}, 192),  # a fourth round would pass 200 steps
+        (8, {"min_steps": 10, "max_steps": 10}, 10),  # a number of steps that was asked for
+        (5, {"max_s": 0.0}, 15),
+        (5, {"max_s": 0.0, "min_steps": 17}, 20),
+    ],
+)
+def test_timing_stops_after_a_round_of_all_batches(
+    fake: FakeTime, batches: int, rule: dict[str, Any], steps: int
+) -> None:
+    noisy = {"a": fake.stepper("a", itertools.cycle([0.01, 0.02, 0.05, 0.07, 0.09, 0.13, 0.3]))}
+    stopping = StoppingRule(max_warmup=1, **{"max_s": 1e9, "min_s": 0} | rule)
+    samples = time_interleaved(noisy, stopping, list(range(batches)))["a"]
+    assert len(samples.step_s) == steps

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from colqwen_lab.errors import MissingRequirement
 from colqwen_lab.measure import worker
+from colqwen_lab.measure.timing import Failure
 from colqwen_lab.measure.worker import Remote, Worker, failure_of
-from colqwen_lab.records import Cell, Configuration, read_cells
+from colqwen_lab.records import Cell, Configuration, Memory, Stages, Workload, read_cells
+from colqwen_lab.runtime.batches import Batches
 from tests.measure import sweeps
 
 
@@ -68,10 +75,10 @@ def test_the_same_rows_as_in_one_process(tmp_path: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.gpu  # libraries on a GPU keep memory of their own
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("configuration", ["fast", "eager/lean/auto"])
 def test_a_peak_does_not_depend_on_earlier_cells(configuration: str, tmp_path: Path) -> None:
+    """Libraries on a GPU keep memory of their own."""
     (alone,) = run(
         tmp_path / "alone.jsonl", "base", "2", configuration=configuration, kernel="auto"
     )
@@ -168,6 +175,7 @@ def test_interrupted_it_ends_its_processes_and_keeps_the_rows(
     assert [cell.batch_size for cell in read_cells(tmp_path / "rows.jsonl")] == [1, 1]
 
 
+@pytest.mark.exhaustive
 def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -200,15 +208,133 @@ def test_an_untimed_step_of_the_same_batch_precedes_each_timed_step(
     """A neighbour leaves a GPU cool or throttled, which must not reach the samples."""
     now = [0.0]
     monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
-    calls: list[bool] = []
+    calls: list[int] = []
 
-    def step(warm_up: bool = False) -> None:
-        calls.append(warm_up)
+    def step(batch: dict[str, Any]) -> None:
+        calls.append(int(batch["input_ids"]))
         now[0] += 1.0
 
-    one = Worker(None, torch.device("cpu"), Configuration(variant="base"), str)  # type: ignore[arg-type]
+    one = worker_of()
+    one.inputs = [{"input_ids": torch.tensor(number)} for number in range(2)]
     one.steps = {("lean", False): step}  # type: ignore[dict-item]
-    assert one.step("lean", False, True) == 1.0
-    assert calls == [True, False]
-    assert one.step("lean", False) == 1.0
-    assert calls == [True, False, False]
+    assert one.step("lean", False, 1, True) == 1.0
+    assert calls == [1, 1]
+    assert one.step("lean", False, 0) == 1.0
+    assert calls == [1, 1, 0]
+
+
+def worker_of(device: str = "cpu", make: Any = str) -> Worker:
+    return Worker(None, torch.device(device), Configuration(variant="base"), make)  # type: ignore[arg-type]
+
+
+def test_batches_that_wait_take_no_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(**options: Any) -> Batches:
+        inputs = [{"input_ids": torch.zeros(1, n, device=options["device"])} for n in (1, 2)]
+        workload = Workload(kind="queries", batch_size=1, shapes=[0, 1])
+        return Batches(inputs, workload)
+
+    one, devices = worker_of("meta", make), list[list[str]]()
+    one.loaded = SimpleNamespace(model=SimpleNamespace(config=None, vlm={}), tokenizer=None)
+
+    def measure(loaded: Any, batch: dict[str, torch.Tensor], *_: Any) -> Memory:
+        waiting = [inputs["input_ids"].device.type for inputs in one.inputs]
+        devices.append([batch["input_ids"].device.type, *waiting])
+        return Memory(peak_bytes=batch["input_ids"].shape[1], method="tracked")
+
+    monkeypatch.setattr(worker, "measure", measure)
+    memory, batches = one.measure(1, "lean", True)
+    assert devices == [["meta", "cpu", "cpu"]] * 2
+    assert (memory.peak_bytes, batches.inputs) == (2, [])
+
+
+def test_the_stages_of_unlike_batches_are_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+
+    class Encoder(torch.nn.Module):
+        def forward(self, seconds: torch.Tensor) -> None:
+            now[0] += float(seconds)
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        for _ in range(2):  # images of two grids
+            encoder(batch["pixels"] / 2)
+        now[0] += 2 * float(batch["pixels"])
+
+    encoder, one = Encoder(), worker_of()
+    vlm = SimpleNamespace(model=SimpleNamespace(visual=encoder))
+    one.loaded = SimpleNamespace(model=SimpleNamespace(vlm=vlm))
+    one.inputs = [{"pixels": torch.tensor(seconds)} for seconds in (1.0, 1.0, 10.0)]
+    monkeypatch.setattr(one, "_steps", lambda protocol: step)
+    assert one.stages("lean") == Stages(vision_encoder_s=4.0, language_model_s=8.0)
+
+
+class Hostile:
+    """Calls `act` where a worker reads its arguments."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act = act
+
+    def __reduce__(self) -> Any:
+        return self.act, ()
+
+
+def raises() -> None:
+    raise ModuleNotFoundError(f"no library in {Path.home()}/x or /home/anna/y")
+
+
+def aborts() -> None:
+    os.write(2, b"terminate called\n  what():  CUDA error in /home/anna/y\nframe 1\n")
+    os.abort()
+
+
+def spawns() -> int:
+    return subprocess.Popen(["sleep", "60"]).pid
+
+
+def remote(act: Callable[[], Any]) -> Remote:
+    return Remote(None, torch.device("cpu"), Configuration(variant="base"), Hostile(act))
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (raises, "exit code 1: ModuleNotFoundError: no library in ~/x or ~/y"),
+        (aborts, "signal 6 (SIGABRT): what(): CUDA error in ~/y"),
+    ],
+)
+def test_a_worker_that_dies_says_why_and_prints_nothing(
+    act: Callable[[], Any], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    failure = remote(act).call("load", None, [1])
+    assert failure == Failure("failed", f"its process ended: {reason}", ended=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_worker_started_ends_with_it() -> None:
+    one = remote(spawns)
+    assert isinstance(one.call("rest"), Failure)  # it has no model, and lives
+    (child,) = psutil.Process(one.pid).children()
+    one.end()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_server_s_socket_has_a_short_path_that_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setattr(worker.forkserver._forkserver, "_forkserver_address", None)
+    folders: list[Path] = []
+
+    def ensure_running() -> None:
+        folders.append(Path(multiprocessing.util.get_temp_dir()))
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folders[0]}/listener-{'x' * 8}")
+
+    monkeypatch.setattr(worker.forkserver, "ensure_running", ensure_running)
+    worker._start_server(multiprocessing.get_context("forkserver"))
+    assert not folders[0].exists()
+    assert not list(long.iterdir())
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

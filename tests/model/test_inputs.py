@@ -4,6 +4,7 @@ import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,11 +19,13 @@ from colqwen_lab.model.inputs import (
     PAD,
     QUERY_SUFFIX_TOKENS,
     TINY_TOKENIZER,
+    check_tokens,
     encode_queries,
     left_padded,
     queries,
     read_tokenizer,
 )
+from colqwen_lab.model.network import ColQwen3Config
 
 MARKS = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 SPECIAL_TOKENS = (PAD, *(f"<|{mark}|>" for mark in MARKS))
@@ -113,10 +116,96 @@ def test_texts_are_many_and_distinct() -> None:
         queries("own", 1)
 
 
+ISOLATED = {"type": "Split", "behavior": "Isolated", "invert": False}
+SPECIAL_ONLY = {"single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "pair": []}
+TEMPLATE = {"type": "TemplateProcessing", "special_tokens": {}} | SPECIAL_ONLY
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "pre_tokenizer must be as in Q"),
+        (
+            {"pre_tokenizer": ISOLATED | {"pattern": {"Regex": "(a|a)*(a|aa)+$"}}},
+            "pre_tokenizer must be as in Qwen's tokenizer, got {'type': 'Split'",
+        ),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "normalizer mus"),
+        ({"model": {"continuing_subword_prefix": "##"}}, r"model must .*'BPE', None, '##', None"),
+        ({"model": {"dropout": 0.5}}, r"model must be as .* got \['BPE', 0.5"),
+        ({"model": {"type": "WordLevel", "unk_token": "x"}}, r"model must be as .*'WordLevel'"),
+        ({"model": {"vocab": {"<|endoftext|>": 0}, "merges": []}}, "list of bytes without a token"),
+        ({"post_processor": TEMPLATE}, "list of templates without the text"),
+        (
+            {"post_processor": {"type": "Sequence", "processors": [TEMPLATE]}},
+            "list of templates without the text",
+        ),
+        ({"model": "x"}, "is not Qwen's tokenizer.json"),
+        ({"pre_tokenizer": None}, "pre_tokenizer must be as in Qwen's tokenizer, got None"),
+    ],
+)
+def test_a_foreign_tokenizer_is_one_line(
+    change: dict[str, Any], says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library panics at some of these, or embeds other tokens than the checkpoint's."""
+    values = json.loads(TINY_TOKENIZER.read_text())
+    if isinstance(change.get("model"), dict):
+        change = {"model": values["model"] | change["model"]}
+    bad = tmp_path / "tokenizer.json"
+    bad.write_text(json.dumps(values | change))
+    with pytest.raises(MissingRequirement, match=says):
+        read_tokenizer(bad)
+    assert capfd.readouterr().err == ""
+
+
+def test_templates_that_add_special_tokens_are_read(tmp_path: Path) -> None:
+    """Such as those of Qwen's embedding models. Queries and pages are encoded without them."""
+    values = json.loads(TINY_TOKENIZER.read_text())
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    ids = {"x": {"id": "x", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    single = {"single": [text, *SPECIAL_ONLY["single"]], "special_tokens": ids}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(values | {"post_processor": TEMPLATE | single | {"pair": [text]}}))
+    texts = ["where is the tree?"]
+    assert encode_queries(read_tokenizer(path), texts) == encode_queries(TOKENIZER, texts)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"image_token_id": 7}, r"id of <\|image_pad\|> must be image_token_id, 7, got 5"),
+        ({"vision_start_token_id": 4}, r"id of <\|vision_start\|> must be .*, 4, got 3"),
+        ({"text_config": {"vocab_size": 1000}}, "ids must be below 1000, got 1535"),
+    ],
+)
+def test_a_tokenizer_and_the_network_have_the_same_tokens(
+    change: dict[str, Any], says: str
+) -> None:
+    config = ColQwen3Config.of_size("tiny")
+    for name, value in change.items():
+        if isinstance(value, dict):
+            config.text_config.vocab_size = value["vocab_size"]
+        else:
+            setattr(config, name, value)
+    with pytest.raises(MissingRequirement, match=says):
+        check_tokens(TOKENIZER, config, TINY_TOKENIZER)
+
+
+def test_a_long_text_loses_its_end_and_keeps_the_suffix() -> None:
+    (whole,) = encode_queries(TOKENIZER, ["wheat prices rose in June and July"])
+    (cut,) = encode_queries(TOKENIZER, ["wheat prices rose in June and July"], 15)
+    assert cut == whole[:5] + whole[-QUERY_SUFFIX_TOKENS:]
+    assert encode_queries(TOKENIZER, ["wheat"], 2048) == encode_queries(TOKENIZER, ["wheat"])
+
+
+def test_a_lone_surrogate_is_one_line() -> None:
+    with pytest.raises(BadInput, match=r"without lone surrogates, got 'a\\ud800'"):
+        encode_queries(TOKENIZER, ["fine", "a\ud800"])
+
+
 def test_a_foreign_tokenizer_is_an_error(tmp_path: Path) -> None:
     bad = tmp_path / "tokenizer.json"
     bad.write_text("{}")
-    with pytest.raises(MissingRequirement, match=r"not a tokenizer\.json"):
+    with pytest.raises(MissingRequirement, match=r"not Qwen's tokenizer\.json"):
         read_tokenizer(bad)
     bad.write_text(TINY_TOKENIZER.read_text().replace("<|endoftext|>", "<eos>"))
     with pytest.raises(MissingRequirement, match="endoftext"):

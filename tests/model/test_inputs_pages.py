@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from colqwen_lab.errors import BadInput
+from colqwen_lab.model import inputs
+from colqwen_lab.model.decode import to_rgb
 from colqwen_lab.model.inputs import (
     TINY_TOKENIZER,
     digest,
@@ -23,7 +24,6 @@ from colqwen_lab.model.inputs import (
     prompt_ids,
     read_pages,
     read_tokenizer,
-    to_rgb,
     visual_tokens_of,
 )
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
@@ -123,7 +123,6 @@ def test_modes_of_an_image() -> None:
     deep = to_rgb(Image.fromarray(grey.astype(np.uint16) * 257))
     assert np.array_equal(np.asarray(deep), plain)
     assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey.astype(np.int32) * 257))), plain)
-    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(grey.astype(np.int32)))), plain)
     clear = to_rgb(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (8, 8), 0)
@@ -133,21 +132,20 @@ def test_modes_of_an_image() -> None:
     turned = Image.new("RGB", (8, 4))
     turned.getexif()[0x0112] = 6
     assert to_rgb(turned).size == (4, 8)
-    with pytest.raises(ValueError, match="not 16-bit"):
-        to_rgb(Image.new("F", (8, 8)))
+    for unknown in (Image.new("F", (8, 8)), Image.fromarray(grey.astype(np.int32))):
+        with pytest.raises(ValueError, match="the value of white is unknown"):
+            to_rgb(unknown)
 
 
-def test_a_folder_goes_on_past_what_it_cannot_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "a-dot.png")
     (tmp_path / "b-broken.png").write_bytes(b"\x89PNG no")
     document = pypdfium2.PdfDocument.new()
-    document.new_page(72, 144), document.new_page(72, 72)
+    document.new_page(72, 144), document.new_page(9, 72 * 200), document.new_page(72, 72)
     document.save(tmp_path / "c.pdf")
     Image.new("RGB", (20_000, 300)).save(tmp_path / "e-panorama.png")
     Image.new("RGB", (20_000, 10)).save(tmp_path / "f-line.png")
-    Image.new("RGB", (3000, 3000)).save(tmp_path / "g-bomb.png")
+    Image.new("1", (10_000, 9000)).save(tmp_path / "g-bomb.png")
     frames = [Image.new("L", (40, 30)), Image.new("L", (30, 40))]
     frames[0].save(tmp_path / "h.tiff", save_all=True, append_images=frames[1:])
     (tmp_path / "notes.txt").write_text("no page")
@@ -155,22 +153,46 @@ def test_a_folder_goes_on_past_what_it_cannot_read(
     (tmp_path / "i-gone.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "j.png").mkdir()
     os.mkfifo(tmp_path / "k.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7_000_000)
+    (tmp_path / "l.HEIC").touch()
+    (tmp_path / "m.jxl").touch()
+    names = ("b-broken.png", "c.pdf page 2 of 3", "d-encrypted.pdf", "f-line.png", "g-bomb.png")
     skipped: list[str] = []
     sizes = [image.size for image in read_pages(page_files(tmp_path), skipped.append)]
     assert sizes == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
-    names = ["b-broken.png", "d-encrypted.pdf", "f-line.png", "g-bomb.png", "i-gone.png"]
-    assert [line.split(" is skipped: ")[0] for line in skipped] == names
+    lines = [line.split(" is skipped: ")[0] for line in skipped]
+    assert lines == [*names, "i-gone.png", "k.png", "l.HEIC", "m.jxl"]
     assert all("\n" not in line for line in skipped)
-    assert "password" in skipped[1].lower()
+    assert "password" in skipped[2].lower()
 
 
-def test_the_reader_s_filter_of_warnings_is_not_its_caller_s(tmp_path: Path) -> None:
-    frames = [Image.new("L", (8, 8)) for _ in range(2)]
-    frames[0].save(tmp_path / "two.tiff", save_all=True, append_images=frames[1:])
-    before = warnings.filters[:]
-    for _ in read_pages(page_files(tmp_path), pytest.fail):
-        assert warnings.filters == before
+def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
+    for name in (b"broken\xe9.png", b"caf\xe9.pdf", b"caf\xe9.png"):
+        Path(os.fsdecode(bytes(tmp_path / "x")[:-1] + name)).touch()
+    broken, pdf, png = page_files(tmp_path)
+    Image.new("RGB", (3, 3)).save(tmp_path / "x.gif")
+    (tmp_path / "x.gif").rename(png)
+    document = pypdfium2.PdfDocument.new()
+    document.new_page(72, 72)
+    document.save(tmp_path / "x.pdf")
+    (tmp_path / "x.pdf").rename(pdf)
+    skipped: list[str] = []
+    pages = list(read_pages(page_files(tmp_path), skipped.append))
+    assert [image.size for image in pages] == [(150, 150), (3, 3)]
+    assert [line[:21] for line in skipped] == ["broken.png is skipped"]
+    assert digest([broken, png]) != digest([png])
+
+
+def test_a_file_of_bad_pages_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = pypdfium2.PdfDocument.new()
+    for _ in range(5):
+        document.new_page(9, 72 * 200)
+    document.save(tmp_path / "a.pdf")
+    Image.new("RGB", (1, 1)).save(tmp_path / "b.png")
+    monkeypatch.setattr(inputs, "MOST_BAD", 3)
+    skipped: list[str] = []
+    assert len(list(read_pages(page_files(tmp_path), skipped.append))) == 1
+    assert [line[:17] for line in skipped[:3]] == [f"a.pdf page {n} of 5" for n in (1, 2, 3)]
+    assert skipped[3:] == ["a.pdf page 4 of 5, with all that follow, is skipped: 3 pages are bad"]
 
 
 def encrypted(path: Path) -> None:
@@ -208,7 +230,7 @@ def test_a_digest_is_of_names_and_contents(tmp_path: Path) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(
-        BadInput, match=r"pages must be a folder of images, an image or a PDF, got .*not exist"
+        BadInput, match=r"pages must be a folder of images, an image or a PDF, got .*no file and no"
     ):
         page_files(tmp_path / "nowhere")
     with pytest.raises(BadInput, match="holds no image and no PDF"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.model import checkpoint as checkpoints
-from colqwen_lab.model import loading
+from colqwen_lab.model import loading, quantize
 from colqwen_lab.model.checkpoint import FolderCheckpoint, default_checkpoint
 from colqwen_lab.model.config import SIZES, VARIANTS, resolve_variant
 from colqwen_lab.model.inputs import encode_queries, read_tokenizer
@@ -50,7 +51,9 @@ def test_base_folder_loads_as_it_is(base_folder: Path, tiny: loading.Loaded) -> 
     torch.testing.assert_close(rotary, expected)
 
 
-def test_sharded_folder_loads(base_folder: Path, tmp_path: Path, tiny: loading.Loaded) -> None:
+@pytest.fixture
+def sharded(base_folder: Path, tmp_path: Path) -> Path:
+    """The folder in two shards; each holds a stale copy, of zeros, of a tensor of the other."""
     folder = tmp_path / "sharded"
     shutil.copytree(base_folder, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -58,14 +61,98 @@ def test_sharded_folder_loads(base_folder: Path, tmp_path: Path, tiny: loading.L
     names = sorted(tensors)
     shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for file, part in shards.items():
-        save_file({name: tensors[name] for name in part}, folder / file)
+        stale = next(name for name in names if name not in part)
+        save_file(
+            {name: tensors[name] for name in part} | {stale: torch.zeros_like(tensors[stale])},
+            folder / file,
+        )
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    torch.testing.assert_close(embed(load(folder)), embed(tiny), rtol=0, atol=0)
-    index["weight_map"][names[0]] = "../base/model.safetensors"
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_the_index_says_which_shard_holds_a_tensor(sharded: Path, tiny: loading.Loaded) -> None:
+    torch.testing.assert_close(embed(load(sharded)), embed(tiny), rtol=0, atol=0)
+
+
+def reindexed(folder: Path, name: str, file: str) -> Path:
+    """The folder with `file` as the shard of the tensor `name` in its index."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][name] = file
+    path.write_text(json.dumps(index))
+    return folder
+
+
+def test_a_tensor_is_read_from_no_other_shard(sharded: Path) -> None:
+    names = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    (other,) = set(names.values()) - {names[f"{LAYER}.weight"]}
+    with pytest.raises(MissingRequirement, match=f"missing {LAYER}.weight$"):
+        load(reindexed(sharded, f"{LAYER}.weight", other))
+
+
+def test_an_index_that_does_not_name_the_single_file(sharded: Path, base_folder: Path) -> None:
+    shutil.copy(base_folder / "model.safetensors", sharded)
+    with pytest.raises(
+        MissingRequirement, match=r"index.json does not name model.safetensors; remove one of them"
+    ):
+        load(sharded)
+
+
+def test_an_index_names_files_of_the_folder(sharded: Path) -> None:
     with pytest.raises(MissingRequirement, match="points outside its folder"):
+        load(reindexed(sharded, f"{LAYER}.weight", "../base/model.safetensors"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("format", ["base", "auto_round", "auto_awq"])
+def test_a_value_that_is_not_finite_is_named(
+    format: str, value: float, base_folder: Path, packed: Callable[[str], Path], edited: Edit
+) -> None:
+    tensor = f"{LAYER}.weight" if format == "base" else f"{LAYER}.scales"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[tensor][-1, -1] = value
+
+    folder = edited(base_folder if format == "base" else packed(format), tensors=spoil)
+    with pytest.raises(MissingRequirement, match=rf"edited: {tensor} must be finite, got values"):
         load(folder)
+
+
+def test_a_value_beyond_the_dtype_is_named(base_folder: Path, edited: Edit) -> None:
+    """It would become infinite in the cast."""
+    folder = edited(base_folder, tensors=lambda t: t[f"{LAYER}.weight"].fill_(1e6))
+    assert load(folder).dtype == "bfloat16"
+    with pytest.raises(MissingRequirement, match=r"must be finite, got values .* in torch.float16"):
+        load(folder, dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda text: text.replace(b"1e-06", b"1e-05")),
+        ("tokenizer.json", lambda text: text + b"\n"),
+        ("tokenizer.json", None),
+        ("model.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1])),
+    ],
+)
+def test_another_file_in_the_folder_is_another_model(
+    name: str, change: Callable[[bytes], bytes] | None, base_folder: Path, edited: Edit
+) -> None:
+    """Rows kept by a resumed sweep are those of the same weights, by this label."""
+    folder = edited(base_folder)
+    first = FolderCheckpoint(folder)
+    copy = shutil.copytree(folder, folder.parent / "elsewhere" / folder.name)
+    assert FolderCheckpoint(copy).label == first.label
+    text = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if change:
+        assert change(text) != text
+        (folder / name).write_bytes(change(text))
+    assert FolderCheckpoint(folder).label != first.label
+    for stale in (first, pickle.loads(pickle.dumps(first))):  # here, and in a worker
+        with pytest.raises(MissingRequirement, match="edited changed since it was opened"):
+            loading.load(stale, CPU)
 
 
 def test_half_precision_checkpoint_is_cast(
@@ -286,7 +373,9 @@ def test_a_tokenizer_neither_pads_nor_cuts_nor_rewrites(
             plain, ["where is the tree?"]
         )
     else:
-        with pytest.raises(MissingRequirement, match=r"normalizer must be NFC or none, got"):
+        with pytest.raises(
+            MissingRequirement, match=r"normalizer must be as in Qwen's tokenizer, got"
+        ):
             load(folder)
 
 
@@ -316,13 +405,21 @@ def test_pickled_weights_are_never_read(base_folder: Path, edited: Edit) -> None
             lambda c: c["vision_config"].update(deepstack_visual_indexes=list(range(80_000))),
             r"its files .* do not hold a network",
         ),
+        (lambda c: c["text_config"].update(hidden_act="gelu"), "hidden_act must be 'silu', got 'g"),
+        (lambda c: c["text_config"].update(attention_bias=True), "attention_bias must be False"),
+        (lambda c: c["vision_config"].update(patch_size=14), "patch_size must be 16, got 14"),
+        (lambda c: c["text_config"].update(rms_norm_eps=float("nan")), "numbers must be finite"),
+        (lambda c: c["text_config"].update(rope_theta=-1), "a positive rope_theta"),
+        (lambda c: c["text_config"]["rope_scaling"].update(rope_type="yarn"), "rope_type default"),
+        (lambda c: c["text_config"]["rope_scaling"].update(mrope_section=[6, 5]), "mrope_section"),
+        (lambda c: c.update(image_token_id=10**9), "image_token_id must be below 1536, got 10"),
         (
             lambda c: c["text_config"].update(hidden_size="wide"),
             "not the configuration of a ColQwen3",
         ),
         (
             lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "bits": 4}),
-            "kernel auto cannot load bits 4, .*'bitsandbytes' on cpu.*Only `gptqv1`, `awq`",
+            r'quantization_config.quant_method must be "auto-round", "gptq" or "awq", got \'bits',
         ),
     ],
 )
@@ -353,22 +450,11 @@ def test_blocks_that_match_nothing_are_an_error(
         load(folder)
 
 
-def test_a_packing_that_no_kernel_serves_is_an_error(
-    packed: Callable[[str], Path], edited: Edit
-) -> None:
+def test_a_packing_that_no_kernel_serves_is_an_error(packed: Callable[[str], Path]) -> None:
     """AutoRound would choose its fake kernel, or end the process."""
-    folder = edited(
-        packed("auto_round"),
-        config=lambda c: c["quantization_config"].update(packing_format="auto_round:nowhere"),
-    )
     with pytest.raises(
         MissingRequirement,
-        match="kernel auto cannot load bits 4, group_size 128, packing_format 'auto_round:nowhere'",
-    ):
-        load(folder)
-    with pytest.raises(
-        MissingRequirement,
-        match=r"kernel torch cannot load bits 4.*'awq' on cpu.*no installed .* auto_round:auto_awq",
+        match=r"kernel torch cannot load bits 4, .* on cpu.*no installed .* auto_round:auto_awq",
     ):
         load(packed("auto_awq"), kernel="torch")
 
@@ -388,14 +474,29 @@ def zeros(word: int) -> Callable[[dict[str, torch.Tensor]], Any]:
     return lambda t: [value.fill_(word) for name, value in t.items() if name.endswith("qzeros")]
 
 
+@pytest.mark.parametrize(
+    ("format", "other"),
+    [("auto_round", 0x88888888), ("auto_gptq", 0x77777776), ("auto_awq", 0x77777777)],
+)
 def test_zero_points_of_symmetric_codes_must_be_the_middle(
-    packed: Callable[[str], Path], edited: Edit
+    format: str, other: int, packed: Callable[[str], Path], edited: Edit
 ) -> None:
-    """Kernels for symmetric codes do not read zero points: such a checkpoint would load wrongly."""
-    with pytest.raises(
-        MissingRequirement, match=r"qzeros holds zero points, but the codes are symmetric"
-    ):
-        load(edited(packed("auto_round"), tensors=zeros(0x33333333)), kernel="torch")
+    """The middle is 8; GPTQ's packing stores 7 for it, AWQ's 8.
+
+    Kernels for symmetric codes do not read zero points: such a checkpoint would load wrongly.
+    """
+    word = other - 2**32 if other >= 2**31 else other
+    with pytest.raises(MissingRequirement, match=r"qzeros holds zero points other than the middle"):
+        load(edited(packed(format), tensors=zeros(word)))
+
+
+def test_zero_points_of_three_bits_cross_words(tmp_path: Path, edited: Edit) -> None:
+    source = default_checkpoint(VARIANTS["base"], "tiny", "auto", CPU)
+    recipe = quantize.Recipe("W3A16", iters=0, samples=4, seqlen=16)
+    quantize.quantize(source, tmp_path / "w3", recipe)
+    assert load(tmp_path / "w3").engaged == {"auto_round:torch_zp": 28}
+    with pytest.raises(MissingRequirement, match=r"qzeros holds zero points other than the middle"):
+        load(edited(tmp_path / "w3", tensors=zeros(0x1B6DB6DB)))
 
 
 def test_autoawq_s_zero_point_is_asymmetric(packed: Callable[[str], Path], edited: Edit) -> None:
@@ -473,6 +574,99 @@ def test_quantization_config_must_be_an_object(packed: Callable[[str], Path], ed
         load(edited(packed("auto_gptq"), config=lambda c: c.update(quantization_config="x")))
 
 
+@pytest.mark.parametrize(
+    ("format", "changes", "says"),
+    [
+        ("auto_gptq", {"bits": "4"}, "bits must be 2, 3, 4 or 8, got '4'"),
+        ("auto_gptq", {"bits": None}, "bits must be 2, 3, 4 or 8, got None"),
+        ("auto_gptq", {"group_size": "128"}, "group_size must be -1, 16, .* or 2048, got '128'"),
+        ("auto_gptq", {"group_size": 100}, "group_size must be -1, 16, .* or 2048, got 100"),
+        ("auto_gptq", {"sym": "false"}, "sym must be absent, true or false, got 'false'"),
+        ("auto_gptq", {"desc_act": True}, "desc_act must be absent or false, got True"),
+        ("auto_gptq", {"checkpoint_format": "gptq_v2"}, 'must be absent or "gptq", got .gptq_v2'),
+        ("auto_gptq", {"act_bits": 8}, "act_bits must be absent, 16 or 32, got 8"),
+        ("auto_awq", {"version": "GEMV"}, 'version must be absent, "gemm" or "GEMM", got .GEMV'),
+        ("auto_round", {"packing_format": "x"}, 'packing_format must be absent, "auto", .*got .x'),
+        ("auto_round", {"rotation_config": {}}, "rotation_config must be absent, got {}"),
+        ("auto_round", {"extra_config": {LAYER: {"bits": 8}}}, "keep layers at 16 bits or in the"),
+        ("auto_round", {"extra_config": {LAYER: {"sym": False}}}, "keep layers at 16 bits or in"),
+    ],
+)
+def test_a_quantization_config_says_what_its_fields_may_hold(
+    format: str, changes: Any, says: str, packed: Callable[[str], Path], edited: Edit
+) -> None:
+    folder = edited(packed(format), config=lambda c: c["quantization_config"].update(changes))
+    with pytest.raises(MissingRequirement, match=rf"config\.json .*quantization_config\..*{says}"):
+        FolderCheckpoint(folder)
+
+
+def test_usual_spellings_of_a_quantization_config_are_read(
+    packed: Callable[[str], Path], edited: Edit
+) -> None:
+    changes = {"version": "GEMM", "bits": 4.0, "provider": "x", "sym": None}
+    folder = edited(packed("auto_awq"), config=lambda c: c["quantization_config"].update(changes))
+    assert load(folder).engaged == load(packed("auto_awq")).engaged
+    assert (
+        FolderCheckpoint(folder).quantization == FolderCheckpoint(packed("auto_awq")).quantization
+    )
+
+
+def test_group_size_minus_one_is_one_group_of_all_inputs(
+    packed: Callable[[str], Path], edited: Edit
+) -> None:
+    """Layers of 128 inputs have one group as it is; those of 256 keep 16 bits here."""
+    wide = [f"vlm.model.language_model.layers.{layer}.mlp.down_proj" for layer in range(4)]
+
+    def keep(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in wide:
+            for part in ("qweight", "scales", "qzeros"):
+                del tensors[f"{layer}.{part}"]
+            tensors[f"{layer}.weight"] = torch.zeros(128, 256)
+
+    def config(values: dict[str, Any]) -> None:
+        kept = {"extra_config": {layer: {"bits": 16} for layer in wide}}
+        values["quantization_config"].update(kept)
+
+    grouped = edited(packed("auto_round"), tensors=keep, config=config)
+    expected = embed(load(grouped, kernel="torch"))
+    values = json.loads((grouped / "config.json").read_text())
+    values["quantization_config"]["group_size"] = -1
+    (grouped / "config.json").write_text(json.dumps(values))
+    torch.testing.assert_close(embed(load(grouped, kernel="torch")), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("", "num_labels", 10**9),
+        ("text_config", "num_labels", 10**9),
+        ("vision_config", "num_labels", 10**9),
+        ("", "attn_implementation", "eager"),
+        ("text_config", "attn_implementation", "eager"),
+        ("vision_config", "_attn_implementation", "eager"),
+        ("", "output_hidden_states", True),
+        ("", "return_dict", False),
+        ("quantization_config", "quant_block_list", ["(a+)+$"]),
+        ("quantization_config", "to_quant_block_names", ["(a+)+$"]),
+    ],
+)
+def test_an_entry_that_the_network_does_not_have_is_not_read(
+    part: str, key: str, value: Any, packed: Callable[[str], Path], edited: Edit
+) -> None:
+    """A count makes a list of labels; another attention would run than the row says."""
+
+    def change(config: dict[str, Any]) -> None:
+        (config[part] if part else config)[key] = value
+
+    loaded = load(edited(packed("auto_round"), config=change), kernel="torch")
+    for config in (loaded.model.config, loaded.model.config.text_config):
+        assert config._attn_implementation == "sdpa"
+    assert loaded.model.config.num_labels == 2
+    torch.testing.assert_close(
+        embed(loaded), embed(load(packed("auto_round"), kernel="torch")), rtol=0, atol=0
+    )
+
+
 def test_the_checkpoint_s_configuration_stays_its_own(packed: Callable[[str], Path]) -> None:
     checkpoint = FolderCheckpoint(packed("auto_round"))
     loading.load(checkpoint, CPU, "torch")
@@ -508,6 +702,28 @@ def test_engaged_is_read_off_the_modules(packed: Callable[[str], Path]) -> None:
     }
 
 
+def test_a_kernel_that_cannot_multiply_a_shape_is_not_chosen(
+    packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As humming on Hopper, which takes no width of 64; asked for, it is one line."""
+    ark = pytest.importorskip("auto_round_kernel.qlinear").QuantLinearGPTQ
+    forward = ark.forward
+
+    def narrow(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        if layer.outfeatures == 64:
+            raise AssertionError("block_shape_n is too small")
+        return forward(layer, x)
+
+    monkeypatch.setattr(ark, "forward", narrow)
+    assert load(packed("auto_round")).engaged == {"auto_round:torch_zp": 28}
+    with pytest.raises(
+        MissingRequirement,
+        match=r"^kernel auto_round_kernel_zp cannot multiply 128 x 64: AssertionError block_shape"
+        "_n is too small; use kernel auto$",
+    ):
+        load(packed("auto_round"), kernel="ark")
+
+
 def test_a_reordered_group_index_is_not_ignored(
     packed: Callable[[str], Path], edited: Edit
 ) -> None:
@@ -536,7 +752,7 @@ def test_an_odd_group_index_is_unexpected(
         tensors=lambda t: t.update({f"{LAYER}.g_idx": index}),
         config=lambda c: c["quantization_config"].update(config),
     )
-    with pytest.raises(MissingRequirement, match=r"unexpected .*g_idx|cannot load"):
+    with pytest.raises(MissingRequirement, match=r"unexpected .*g_idx|group_size must be -1, 16"):
         load(folder)
 
 
@@ -575,7 +791,7 @@ def test_random_weights_run_and_depend_on_the_seed_alone(scheme: str | None) -> 
     ("scheme", "expected"),
     [
         ("W4A16", "8a244d846dc4954e"),
-        ("W3A16G32", "f7cfb4fab3600157"),
+        ("W3A16G32", "a1ca69c8332eec44"),
         ("W2A16G64", "90f031b0037729fb"),
         ("W8A16", "b86080afae88f461"),
     ],
@@ -599,15 +815,13 @@ def test_random_codes_are_the_recorded_ones(scheme: str, expected: str) -> None:
     )
 
 
-@pytest.mark.parametrize("scheme", ["W2A16", "W4A16", "W8A16"])
+@pytest.mark.parametrize("scheme", ["W2A16", "W3A16", "W4A16", "W8A16"])
 def test_random_codes_dequantise_to_the_spread_of_random_weights(scheme: str) -> None:
     """And to their mean, zero: else a deep network turns every token the same way."""
-    from colqwen_lab.model.quantize import dequantized
-
     loaded = loading.load(
         default_checkpoint(resolve_variant(scheme), "tiny", "random", CPU), CPU, kernel="torch"
     )
-    weight = dequantized(loaded.model.get_submodule(LAYER), 128, CPU).float()
+    weight = quantize.dequantized(loaded.model.get_submodule(LAYER), 128, CPU).float()
     assert weight.shape == (256, 128)
     assert weight.std() == pytest.approx(0.02, rel=0.03)
     assert abs(weight.mean()) < 0.02 * 4 / weight.numel() ** 0.5

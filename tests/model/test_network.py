@@ -5,7 +5,13 @@ import torch
 from transformers import Qwen3VLModel
 
 from colqwen_lab.model.config import SIZES, resolve_size
-from colqwen_lab.model.network import ColQwen3, ColQwen3Config, empty_network, is_text_linear
+from colqwen_lab.model.network import (
+    ColQwen3,
+    ColQwen3Config,
+    empty_network,
+    is_text_linear,
+    unused_head_shape,
+)
 
 MIB = 2**20
 
@@ -151,3 +157,12 @@ def test_resolve_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLQWEN_LAB_SIZE", "5b")
     with pytest.raises(ValueError, match=r"size.*auto, tiny, mid, 4b, 8b"):
         resolve_size("auto", cuda=False)
+
+
+def test_only_the_8b_has_an_untied_head() -> None:
+    """Published folders leave out what their transformers took as the default: tied."""
+    configs = {size: ColQwen3Config.of_size(size) for size in SIZES}
+    heads = {size: unused_head_shape(config) for size, config in configs.items()}
+    assert heads == dict.fromkeys(SIZES) | {"8b": (151936, 4096)}
+    values = {name: value for name, value in SIZES["4b"].items() if name != "tie_word_embeddings"}
+    assert unused_head_shape(ColQwen3Config(**values)) is None

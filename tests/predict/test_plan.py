@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colqwen_lab.errors import BadInput
+from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.hardware import find_card, need_bytes
 from colqwen_lab.options import PlanOptions
 from colqwen_lab.predict.plan import largest, largest_on, plan, predictions
@@ -137,7 +137,7 @@ def test_a_folder_that_is_not_modelled(
         del config["quantization_config"]["bits"]
 
     folder = edited(packed("auto_round"), config=unquantised)
-    with pytest.raises(BadInput, match="must hold bits and group_size"):
+    with pytest.raises(MissingRequirement, match=r"quantization_config.bits must be 2, 3, 4 or 8"):
         plan(options(model=str(folder)))
     shutil.rmtree(folder)
 
@@ -229,7 +229,7 @@ def test_what_is_not_modelled_has_no_prediction() -> None:
 def test_a_measured_cell_of_pages_beside_its_prediction() -> None:
     pages = Setup("tiny", kernel="torch", workload="pages", tokens=81, capability=None)
     cell = predict(pages, 2)
-    workload = cell.workload.model_copy(update={"pages": "drawn, 64 x 64 pixels"})
+    workload = cell.workload.model_copy(update={"pages": "synthetic, 64 x 64 pixels"})
     seen = cell.model_copy(
         update={
             "origin": "measured",

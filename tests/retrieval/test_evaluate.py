@@ -13,8 +13,9 @@ import torch
 from colqwen_lab.analysis.fidelity import Fidelities, loss
 from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.model import synthetic
+from colqwen_lab.model.checkpoint import FolderCheckpoint
 from colqwen_lab.model.config import VARIANTS
-from colqwen_lab.model.loading import Loaded
+from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.options import FidelityOptions
 from colqwen_lab.retrieval import evaluate
 from colqwen_lab.retrieval.data import Corpus
@@ -97,7 +98,8 @@ def test_the_default_file_is_named_after_models_size_and_data(
     assert path.name == f"fidelity-{folder.name}-tiny-..-{texts.parent.name}-beir.jsonl"
     assert read(path) == records
     assert corpus.query_ids == ["q0"]
-    assert lines[0].startswith("base tiny: nDCG@5 ")
+    assert lines[0].endswith("queries dropped, as no page answers them: 10, such as 'q2'")
+    assert lines[1].startswith("base tiny: nDCG@5 ")
 
 
 def test_values_compare_the_scores_with_base_s(
@@ -136,6 +138,27 @@ def test_texts_and_images_of_a_batch_keep_their_order(tiny: Loaded) -> None:
     assert len(embeddings) == 4
     for ours, theirs in zip(embeddings, alone, strict=True):
         torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0)
+
+
+def test_a_long_text_loses_its_end_and_is_counted(
+    tiny: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = (
+        "wheat prices rose",
+        "wheat prices rose in the month of June, and in July they fell",
+    )
+    corpus = Corpus("texts", [short, long], str, ["q"], [long], {"q": {short: 1}})
+    assert record_of(tiny, corpus, 64, None, variant="base", size="tiny")[0].cut == 0
+    monkeypatch.setattr(evaluate, "TEXT_TOKENS", 20)
+    record, base = record_of(tiny, corpus, 64, None, variant="base", size="tiny")
+    assert record.cut == 2, "a page and a query"
+    assert Fidelity.model_validate_json(record.to_line()) == record
+    assert len(base.pages[1]) == len(base.queries[0]) == 20
+    ids, suffix = evaluate.query_inputs(tiny, [long])["input_ids"][0].tolist(), [0] * 10
+    monkeypatch.setattr(evaluate, "TEXT_TOKENS", 2048)
+    assert ids == evaluate.query_inputs(tiny, [long])["input_ids"][0].tolist()[:10] + suffix
+    monkeypatch.setattr(evaluate, "TEXT_CHARACTERS", 20)
+    assert record_of(tiny, corpus, 64, None, variant="base", size="tiny")[0].cut == 2
 
 
 def test_images_among_texts_and_a_broken_image(texts: Path, tmp_path: Path, packed: Any) -> None:
@@ -233,6 +256,14 @@ def test_schemes_quantised_here_come_plain_too() -> None:
     assert chosen("4b", model="awq") == [("base", None), ("awq", None)]
 
 
+def test_a_folder_named_base_is_compared_with_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    base, other = evaluate.subjects(options(model=str(tmp_path / "base")), "tiny")
+    assert (base[0].name, base[0].folder) == ("base", None)
+    assert (other[0].name, other[0].folder) == ("./base", tmp_path / "base")
+
+
+@pytest.mark.exhaustive
 def test_two_bits_are_worse_than_four_and_eight_equal_base(tmp_path: Path) -> None:
     """Plain rounding of the trained tiny model, on all held-out pages and queries."""
     records = run(tmp_path / "rows.jsonl", model="W8A16,W4A16,W2A16", iters=0)
@@ -250,3 +281,12 @@ def test_two_bits_are_worse_than_four_and_eight_equal_base(tmp_path: Path) -> No
         assert row.high < 0
     fidelities = Fidelities(tuple(records))
     assert fidelities.query("worst", two.label) != fidelities.query("best", two.label)
+
+
+def test_embeddings_that_are_not_finite_are_named(base_folder: Path, edited: Any) -> None:
+    """Finite weights may overflow in the forward."""
+    head = "embedding_proj_layer.weight"
+    folder = edited(base_folder, tensors=lambda tensors: tensors[head].fill_(3e38))
+    loaded = load(FolderCheckpoint(folder), torch.device("cpu"))
+    with pytest.raises(MissingRequirement, match=r"edited#.* gives embeddings that are not finite"):
+        embed(loaded, ["wheat"], 1280)

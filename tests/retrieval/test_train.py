@@ -39,6 +39,7 @@ def test_batches_hold_alike_training_pages() -> None:
         assert len(set(batch[start : start + 8])) == 8
 
 
+@pytest.mark.exhaustive
 def test_a_short_training_learns_and_depends_on_the_seed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.model.decode import Decoder
 from colqwen_lab.model.inputs import TINY_TOKENIZER, read_tokenizer
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.model.network import ColQwen3Config
@@ -59,7 +61,7 @@ def test_without_a_tokenizer_lengths_equal_the_report(tiny: Loaded) -> None:
     known = make(tiny, 100)
     assert drawn.workload.tokens == known.workload.tokens
     assert drawn.workload.padded_share == known.workload.padded_share
-    assert drawn.workload.texts == "drawn at the report's lengths"
+    assert drawn.workload.texts == "random ids at the report's lengths"
     assert drawn.inputs[0]["input_ids"].max() < config.text_config.vocab_size
     with pytest.raises(MissingRequirement, match="valid without: report"):
         query_batches(config, None, 8, "natural", 64, CPU)
@@ -85,13 +87,17 @@ def pages_of(source: Pages, batch: int, samples: int = 0) -> Batches:
 def test_every_batch_size_embeds_all_files(tmp_path: Path) -> None:
     (scans(tmp_path, 5) / "z.png").write_bytes(b"no image")
     pages = Pages(str(tmp_path), visual_tokens=64)
-    for batch, count in ((1, 5), (2, 3), (4, 2)):
+    for batch, count in ((1, 5), (2, 5), (4, 5), (15, 2)):
         made = pages_of(pages, batch)
         assert len(made.inputs) == count
         assert {len(one["input_ids"]) for one in made.inputs} == {batch}
         assert (made.workload.distinct, made.workload.skipped) == (5, 1)
-        shades = torch.cat([one["pixel_values"] for one in made.inputs]).unique()
+        shades: Counter[float] = Counter()
+        for one in made.inputs:
+            pages_of_one = one["pixel_values"].split(one["image_grid_thw"].prod(1).tolist())
+            shades.update(float(values[0, 0]) for values in pages_of_one)
         assert len(shades) == 5
+        assert len(set(shades.values())) == 1, "each page counts the same"
         assert made.workload.index_bytes == pages_of(pages, 5).workload.index_bytes
         assert [line[:6] for line in made.messages] == ["z.png "]
 
@@ -132,7 +138,7 @@ def test_reading_and_processing_is_timed_and_drawing_is_not(
     patches = module.patches
     monkeypatch.setattr(module, "patches", first_is_cold)
     monkeypatch.setattr(module.synthetic, "page", slow(module.synthetic.page, 1000))
-    monkeypatch.setattr(Image, "open", slow(Image.open, 100))
+    monkeypatch.setattr(Decoder, "page", slow(Decoder.page, 100))
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     mine, drawn = Pages(str(scans(tmp_path, 2)), 64), Pages("64x64", 64)
     assert pages_of(mine, 1).workload.preprocess_s == 101
@@ -154,3 +160,11 @@ def test_sizes_that_cannot_be_drawn(size: str) -> None:
 def test_the_smallest_and_the_narrowest_that_are_drawn() -> None:
     for size in ("32x32", "32x6400"):
         assert pages_of(Pages(size, visual_tokens=64), 1).workload.distinct == 2
+
+
+def test_batches_of_one_shape_have_one_number(tiny: Loaded, tmp_path: Path) -> None:
+    """Queries of 17 and 18 tokens, with and without padding; pages by their images."""
+    assert make(tiny, 8, samples=32).workload.shapes == [0, 1, 2, 2]
+    for number, size in enumerate([(64, 64), (64, 64), (128, 32), (32, 128), (64, 96)]):
+        Image.new("L", size).save(tmp_path / f"{number}.png")
+    assert pages_of(Pages(str(tmp_path), 64), 1).workload.shapes == [0, 0, 1, 2, 3]

@@ -11,14 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.model import synthetic
 from colqwen_lab.model.checkpoint import Checkpoint, FolderCheckpoint, default_checkpoint
 from colqwen_lab.model.config import resolve_variant
+from colqwen_lab.model.inputs import page_batch
 from colqwen_lab.model.loading import load
 from colqwen_lab.runtime.fast import bucket, load_fast, real_first
-from colqwen_lab.runtime.kernels import dense_linear
-from colqwen_lab.runtime.linears import Dense
+from colqwen_lab.runtime.kernels import KERNELS, dense_linear
+from colqwen_lab.runtime.linears import Dense, Int4Cpu
 
 CPU = torch.device("cpu")
 # Batches of queries by their real lengths: mixed, one alone, one token, very long.
@@ -95,6 +98,67 @@ def test_same_as_eager_in_float32(
         ).abs().max() < within
 
 
+# Batches of pages by their sides in pixels, and the budget of visual tokens: one page, several
+# sizes, pages that fill the budget, and images of one token.
+PAGES = [
+    ([(300, 400)], 280),
+    ([(300, 400), (512, 512), (512, 512), (64, 900)], 280),
+    ([(1240, 1754)] * 2, 64),
+    ([(32, 32)] * 2, 1),
+]
+
+
+def page_inputs(source: Checkpoint, sides: list[tuple[int, int]], budget: int) -> dict[str, Tensor]:
+    images = [synthetic.page(number).resize(side) for number, side in enumerate(sides)]
+    return page_batch(images, source.tokenizer, source.config, budget)
+
+
+@pytest.mark.parametrize("variant", ["base", "awq", "W8A16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_pages_are_the_same_as_in_eager(
+    variant: str, dtype: str, packed: Callable[[str], Path]
+) -> None:
+    source = FolderCheckpoint(packed("auto_round")) if variant == "awq" else random_source(variant)
+    kernel = "auto" if variant == "base" else "torch"
+    eager = load(source, CPU, kernel, dtype).model
+    fast = load_fast(source, CPU, kernel, dtype).model
+    for sides, budget in PAGES:
+        inputs = page_inputs(source, sides, budget)
+        expected = real_rows(eager, inputs, fast=False)
+        vectors = real_rows(fast, inputs, fast=True)
+        if dtype == "bfloat16":
+            assert least_cosine(vectors, expected) > 0.9995
+        else:  # AutoRound's own module multiplies packed weights in FP16
+            within = 1e-4 if variant == "base" else 1e-3
+            assert (vectors - expected).abs().max() < within
+
+
+def test_pages_of_text_among_images() -> None:
+    """Each page has the vectors that it has alone."""
+    source = random_source("base")
+    fast = load_fast(source, CPU, "auto", "float32").model
+    images = page_inputs(source, [(300, 400), (512, 512)], 280)
+    text, longest = torch.arange(10, 40), images["input_ids"].shape[1]
+    texts = {"input_ids": text[None], "attention_mask": torch.ones_like(text)[None]}
+    row = functional.pad(text, (longest - len(text), 0))
+    ids, mask, image = (
+        torch.stack([images[name][0], of_text, images[name][1]])
+        for name, of_text in [
+            ("input_ids", row),
+            ("attention_mask", (row > 0).long()),
+            ("mm_token_type_ids", torch.zeros_like(row, dtype=torch.int32)),
+        ]
+    )
+    together = images | {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": image}
+    counts = images["attention_mask"].sum(1).tolist()
+    first, between, second = real_rows(fast, together, fast=True).split(
+        [counts[0], len(text), counts[1]]
+    )
+    apart = real_rows(fast, images, fast=True)
+    assert (torch.cat([first, second]) - apart).abs().max() < 1e-6
+    assert (between - real_rows(fast, texts, fast=True)).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("packing", ["auto_round", "auto_gptq", "auto_awq"])
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
 def test_every_packing(packing: str, kernel: str, packed: Callable[[str], Path]) -> None:
@@ -112,6 +176,23 @@ def test_every_packing(packing: str, kernel: str, packed: Callable[[str], Path])
     loaded = load_fast(source, CPU, kernel)
     assert sum(loaded.engaged.values()) == 28
     assert least_cosine(real_rows(loaded.model, inputs, fast=True), expected) > 0.9995
+
+
+def test_auto_leaves_a_kernel_that_cannot_multiply_a_shape(
+    packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Narrow(Int4Cpu):
+        def __init__(self, linears: Any) -> None:
+            super().__init__(linears)
+            if len(linears) == 3:
+                raise MissingRequirement("kernel int4 cannot multiply 128 x 256")
+
+    monkeypatch.setitem(KERNELS, "int4", KERNELS["int4"]._replace(build=Narrow))
+    source = FolderCheckpoint(packed("auto_round"))
+    modules = load(source, CPU).engaged
+    assert load_fast(source, CPU).engaged == modules
+    with pytest.raises(MissingRequirement, match="kernel int4 cannot multiply 128 x 256"):
+        load_fast(source, CPU, "int4")
 
 
 def test_weights_are_there_once() -> None:
@@ -139,9 +220,7 @@ def test_real_tokens_come_first_in_their_order(rows: list[list[int]]) -> None:
 def test_what_it_does_not_do() -> None:
     loaded = load_fast(random_source("base"), CPU)
     ids = torch.zeros((1, 2), dtype=torch.int64)
-    with pytest.raises(
-        MissingRequirement, match="embeds queries without a KV cache; valid otherwise: eager"
-    ):
+    with pytest.raises(MissingRequirement, match="keeps no KV cache; valid otherwise: eager"):
         loaded.model.fast(loaded.model, {"input_ids": ids}, use_cache=True)
     with pytest.raises(
         MissingRequirement, match="kernel modules multiplies packed weights; valid here: auto"
