@@ -487,6 +487,9 @@ class FidelityOptions(Options):
     weights: Weights = option("auto", "BASE's weights: auto, hub, or a checkpoint folder")
     iters: int = option(50, "tuning steps a layer of schemes quantised here; 0: rounding alone")
     plain: bool = option(False, "also measure each scheme rounded without tuning")
+    formats: Several = option(
+        "", "index formats to add: int8, binary, hamming, float16, poolN, dimsN, or joined by -"
+    )
     margin: Annotated[float, Field(gt=0, lt=1)] = option(
         0.01, "the smallest difference that counts, in each metric's unit"
     )

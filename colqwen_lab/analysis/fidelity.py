@@ -102,7 +102,7 @@ class Fidelities:
     corpus: Corpus | None = None
 
     def __post_init__(self) -> None:
-        if self.base.variant != "base":
+        if not self.base.is_base:
             raise BadInput(f"the first record must be of base, got {self.base.label}; run base too")
         for record in self.records:
             self.loss(record, NAMES[0])  # raises if the inputs differ
@@ -114,10 +114,10 @@ class Fidelities:
         for row in sorted(read(source), key=lambda row: row.environment.started_at or ""):
             shared = f"{row.inputs} {row.environment.identity()}"
             newest = sets.setdefault(shared, {})
-            if row.variant == "base" and newest.get("base", row).weights != row.weights:
+            if row.is_base and newest.get("base", row).weights != row.weights:
                 newest.clear()
             newest[row.label] = row
-        return cls(tuple(sorted(newest.values(), key=lambda row: row.variant != "base")))
+        return cls(tuple(sorted(newest.values(), key=lambda row: not row.is_base)))
 
     @property
     def base(self) -> Fidelity:
@@ -147,6 +147,8 @@ class Fidelities:
             speed = record.pages_per_s
             closeness = {name: np.mean(record.values[name]) for name in CLOSENESS}
             row = {"variant": record.label, "weights MiB": render.in_mib(record.weights_bytes)}
+            if record.page_bytes and any(other.index_format for other in self.records):
+                row |= {"index kB a page": render.rounded(record.page_bytes / 1000)}
             row |= self.ndcg(record) | closeness
             row |= {
                 "page cosine, median": record.page_cosine.median,
@@ -180,18 +182,29 @@ class Fidelities:
         ]
         return render.screen(pd.DataFrame(rows).round(4))
 
-    def frontier(self, metric: str = "nDCG@5") -> list[Fidelity]:
-        """The records that no record with fewer bytes matches in the mean of `metric`, by bytes."""
+    def frontier(self, metric: str = "nDCG@5", index: bool = False) -> list[Fidelity]:
+        """The records that none with fewer bytes matches in the mean of `metric`, by bytes.
+
+        The bytes are those of the weights, or with `index` those of a stored page.
+        """
         sign = -1 if one_of("metric", metric, NAMES) in LOWER_IS_BETTER else 1
         score = {record.label: sign * np.mean(record.values[metric]) for record in self.records}
+        sizes = {
+            record.label: record.page_bytes or 0 if index else record.weights_bytes
+            for record in self.records
+            if index or not record.index_format
+        }
+        records = [record for record in self.records if record.label in sizes]
         frontier: list[Fidelity] = []
-        for record in sorted(self.records, key=lambda r: (r.weights_bytes, -score[r.label])):
+        for record in sorted(records, key=lambda r: (sizes[r.label], -score[r.label])):
             if not frontier or score[record.label] > score[frontier[-1].label]:
                 frontier.append(record)
         return frontier
 
     def plot(self, kind: str = "frontier", **options: Any) -> Figure:
-        """A figure: frontier (loss by bytes; `metric="nDCG@5"`) or metrics (all; `label="awq"`)."""
+        """A figure: frontier (loss by weights), index (by a page's bytes; both `metric="nDCG@5"`),
+        or metrics (all of one variant; `label="awq"`).
+        """
         kinds = analysis.fidelity_plots.KINDS
         return kinds[one_of("plot", kind, kinds)](self, **options)
 
@@ -237,12 +250,18 @@ class Fidelities:
                 case verdict:
                     finds = f"finds pages {verdict} than base"
             means = f"nDCG@5 {ndcg.variant:.4f} against {ndcg.base:.4f}"
-            saved = 100 - 100 * record.weights_bytes / self.base.weights_bytes
+            saved, what = (
+                100 - 100 * record.weights_bytes / self.base.weights_bytes,
+                "its weights are",
+            )
+            if record.index_format and record.page_bytes and self.base.page_bytes:
+                saved = 100 - 100 * record.page_bytes / self.base.page_bytes
+                what = "its index is"
             sentences += [
                 f"{record.label} {finds}: {means}, difference {difference}.",
                 ndcg.reason,
-                f"It keeps {100 * overlap.variant:.0f} % of base's first five pages; its weights "
-                f"are {abs(saved):.0f} % {'smaller' if saved >= 0 else 'larger'}.",
+                f"It keeps {100 * overlap.variant:.0f} % of base's first five pages; {what} "
+                f"{abs(saved):.0f} % {'smaller' if saved >= 0 else 'larger'}.",
             ]
         return " ".join(filter(None, sentences))
 
@@ -273,7 +292,8 @@ def side_by_side(results: Results, fidelities: Fidelities) -> pd.DataFrame:
 
     `weights` says whether both measurements used the same weights.
     """
-    records = {(record.variant, record.size): record for record in reversed(fidelities.records)}
+    plain = [record for record in reversed(fidelities.records) if not record.index_format]
+    records = {(record.variant, record.size): record for record in plain}
     rows = []
     for series in results.series():
         cell = max((cell for cell in series.rated.values() if cell.memory), key=rate, default=None)

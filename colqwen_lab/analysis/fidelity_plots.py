@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from colqwen_lab.analysis.fidelity import Fidelities
-from colqwen_lab.analysis.plots import FIXED, FREE, Plot, band, difference_line, framed, legend
+from colqwen_lab.analysis.plots import (
+    FIXED,
+    FREE,
+    Plot,
+    band,
+    difference_line,
+    framed,
+    intervals,
+    legend,
+)
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import MIB
 
@@ -32,7 +42,7 @@ def frontier(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
     label = "frontier: nothing smaller is as good"
     axes.plot([*best], heights, "--", color="0.5", linewidth=1, label=label)
     named = []
-    for record in fidelities.records:
+    for record in (each for each in fidelities.records if not each.index_format):
         row, x = fidelities.loss(record, metric), record.weights_bytes / MIB
         number = 0 if record is fidelities.base else 2 if record.iters == 0 else 1
         label, look = [*KINDS_OF_WEIGHTS.items()][number]
@@ -67,7 +77,30 @@ def metrics(fidelities: Fidelities, label: str = "") -> Figure:
     return legend(figure, axes)
 
 
-KINDS: dict[str, Callable[..., Figure]] = {"frontier": frontier, "metrics": metrics}
+def index(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
+    """A figure of `metric` by the bytes of a stored page: a colour a variant, a label a format."""
+    figure, axes = framed(f"{metric} by the size of the index", fidelities.conditions(), 5.2)
+    sizes = {r.label: r.page_bytes / 1000 for r in fidelities.records if r.page_bytes}
+    records = [record for record in fidelities.records if record.label in sizes]
+    variants = dict.fromkeys(record.variant for record in records)
+    looks = dict(zip(variants, chain(FIXED.values(), cycle(FREE)), strict=False))
+    for record in records:
+        row, (colour, marker) = fidelities.loss(record, metric), looks[record.variant]
+        ends = [None if end is None else row.base + end for end in (row.low, row.high)]
+        style = {"color": colour, "marker": marker, "linestyle": "", "label": record.variant}
+        intervals(axes, [sizes[record.label]], [(row.variant, *ends)], **style)
+        at = sizes[record.label], row.variant
+        name = record.index_format or "16 bits"
+        axes.annotate(name, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
+    best = [r for r in fidelities.frontier(metric, index=True) if r.label in sizes]
+    points = [(sizes[record.label], np.mean(record.values[metric])) for record in best]
+    label = "frontier: nothing smaller is as good"
+    axes.plot(*zip(*points, strict=True), "--", color="0.5", linewidth=1, label=label)
+    axes.set(xscale="log", xlabel="index, kB a page", ylabel=metric)
+    return legend(figure, axes)
+
+
+KINDS: dict[str, Callable[..., Figure]] = {"frontier": frontier, "index": index, "metrics": metrics}
 
 
 def pictures(fidelities: Fidelities, which: str = "worst", label: str = "") -> Figure:

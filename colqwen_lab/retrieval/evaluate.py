@@ -26,10 +26,11 @@ from colqwen_lab.model.inputs import encode_queries, left_padded, pad_id, page_b
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.quantize import Recipe, checkpoint_of
 from colqwen_lab.model.synthetic import SMALL_WIDTH, WIDTH
-from colqwen_lab.options import VISUAL_TOKENS, FidelityOptions
+from colqwen_lab.options import VISUAL_TOKENS, FidelityOptions, listed
 from colqwen_lab.records import Backend, RecordsFile
 from colqwen_lab.retrieval import data, metrics
 from colqwen_lab.retrieval.data import Corpus, Page
+from colqwen_lab.retrieval.index import Format, Index
 from colqwen_lab.retrieval.record import Cosines, Fidelity
 from colqwen_lab.settings import outputs_folder
 
@@ -58,6 +59,7 @@ def evaluate(
     options that do not fit, MissingRequirement without weights, kernel or tokenizer.
     """
     device = pick_device()
+    formats = [Format.parse(name) for name in listed(options.formats)]
     size = resolve_size(options.size, device.type == "cuda")
     chosen = subjects(options, size)
     width = SMALL_WIDTH if size == "tiny" else WIDTH
@@ -82,9 +84,11 @@ def evaluate(
                     f"size must be {checkpoint.size} for {checkpoint.label}, got {size}"
                 )
             about = {"variant": variant.name, "size": size, "iters": recipe and recipe.iters}
-            record, base = record_of(load(checkpoint, device), corpus, budget, base, **about)
-            file.append([record])
-            records.append(record)
+            model = load(checkpoint, device)
+            (record, *others), base = records_of(model, corpus, budget, base, formats, **about)
+            del model
+            file.append([record, *others])
+            records += [record, *others]
             ndcg = f"nDCG@5 {np.mean(record.values['nDCG@5']):.4f}"
             progress(f"{record.label} {size}: {ndcg} on {corpus.label}, {record.weights}")
             if record.cut:
@@ -125,12 +129,18 @@ def subjects(options: FidelityOptions, size: str) -> list[tuple[Variant, Recipe 
     return chosen
 
 
-def record_of(
-    loaded: Loaded, corpus: Corpus, visual_tokens: int, base: Embedded | None, **about: Any
-) -> tuple[Fidelity, Embedded]:
-    """A model's record, and the embeddings of BASE: `base`, or the model's own if that is None.
+def records_of(
+    loaded: Loaded,
+    corpus: Corpus,
+    visual_tokens: int,
+    base: Embedded | None,
+    formats: Sequence[Format] = (),
+    **about: Any,
+) -> tuple[list[Fidelity], Embedded]:
+    """A model's records, and the embeddings of BASE: `base`, or the model's own if that is None.
 
-    `about` holds the record's variant, size and tuning steps.
+    The first record is of pages as the model gives them, the others of each format, from the same
+    embeddings. `about` holds the record's variant, size and tuning steps.
     """
     queries: list[Tensor] = []
     for start in range(0, len(corpus.queries), QUERY_BATCH):
@@ -139,51 +149,74 @@ def record_of(
     on_device = [query.to(loaded.device) for query in queries]
     pages: list[Tensor] = []
     cosines: list[Tensor] = []
-    blocks, steps, cut = [], [], _cut(loaded, corpus.queries)
+    blocks: dict[str, list[Tensor]] = {"": [], **{form.name: [] for form in formats}}
+    page_bytes = dict.fromkeys(blocks, 0.0)
+    steps, cut = [], _cut(loaded, corpus.queries)
     for start in range(0, len(corpus.page_ids), PAGE_BATCH):
-        batch = list(map(corpus.page, corpus.page_ids[start : start + PAGE_BATCH]))
+        ids = corpus.page_ids[start : start + PAGE_BATCH]
+        batch = list(map(corpus.page, ids))
         embedded, seconds = embed(loaded, batch, visual_tokens)
         cut += _cut(loaded, batch)
-        blocks.append(metrics.maxsim(on_device, embedded).cpu())
+        blocks[""].append(metrics.maxsim(on_device, embedded).cpu())
+        for name, form in [("", Format()), *((form.name, form) for form in formats)]:
+            index = Index.build(form, embedded, ids)
+            page_bytes[name] += index.page_bytes * len(ids) / len(corpus.page_ids)
+            if name:
+                blocks[name].append(index.to(loaded.device).scores(on_device).cpu())
         cosines += map(_cosine, embedded, base.pages[start:] if base else embedded)
         pages += [] if base else embedded
         steps += [seconds] if len(batch) == PAGE_BATCH else []
-    scores = torch.cat(blocks, dim=1).numpy()
-    base = base or Embedded(queries, pages, scores)
+    scores = {name: torch.cat(parts, dim=1).numpy() for name, parts in blocks.items()}
+    base = base or Embedded(queries, pages, scores[""])
     query_cosines = list(map(_cosine, queries, base.queries))
-    ranked, base_ranked = metrics.ranking(scores), metrics.ranking(base.scores)
-    top = [[corpus.page_ids[page] for page in row[:TOP_PAGES]] for row in ranked]
-    values = metrics.retrieval(corpus.query_ids, top, corpus.relevance) | {
-        **{f"overlap@{k}": metrics.overlap(ranked, base_ranked, k) for k in (5, 10)},
-        "Kendall's tau": metrics.kendall(scores, base.scores),
-        "score error": metrics.score_error(scores, base.scores),
-        "query cosine": [float(cosine.mean()) for cosine in query_cosines],
-    }
-    record = Fidelity(
-        **about,
-        weights=loaded.weights,
-        data=corpus.label,
-        pages=len(corpus.page_ids),
-        skipped=corpus.skipped,
-        cut=cut,
-        visual_tokens=visual_tokens,
-        backend=Backend(
+    about |= {
+        "weights": loaded.weights,
+        "data": corpus.label,
+        "pages": len(corpus.page_ids),
+        "skipped": corpus.skipped,
+        "cut": cut,
+        "visual_tokens": visual_tokens,
+        "backend": Backend(
             requested=loaded.requested_kernel,
             engaged=loaded.engaged,
             dtype=loaded.dtype,
             kept_16bit=loaded.kept_16bit,
         ),
-        weights_bytes=loaded.weights_bytes,
-        query_cosine=_summary(query_cosines),
-        page_cosine=_summary(cosines),
-        page_batch=PAGE_BATCH,
-        page_step_s=steps[1:],
-        query_ids=corpus.query_ids,
-        values={name: [round(value, DIGITS) for value in row] for name, row in values.items()},
-        top=top,
-        environment=environment(loaded.device),
-    )
-    return record, base
+        "weights_bytes": loaded.weights_bytes,
+        "query_cosine": _summary(query_cosines),
+        "page_cosine": _summary(cosines),
+        "page_batch": PAGE_BATCH,
+        "page_step_s": steps[1:],
+        "query_ids": corpus.query_ids,
+        "environment": environment(loaded.device),
+    }
+    cosine = [float(each.mean()) for each in query_cosines]
+    records = [
+        Fidelity(
+            index_format=name,
+            page_bytes=round(page_bytes[name], 1),
+            **_ranked(corpus, own, base.scores, cosine),
+            **about,
+        )
+        for name, own in scores.items()
+    ]
+    return records, base
+
+
+def _ranked(
+    corpus: Corpus, scores: np.ndarray, base: np.ndarray, cosine: list[float]
+) -> dict[str, Any]:
+    """`values` and `top` of a record, from scores [queries, pages] and BASE's."""
+    ranked, base_ranked = metrics.ranking(scores), metrics.ranking(base)
+    top = [[corpus.page_ids[page] for page in row[:TOP_PAGES]] for row in ranked]
+    values = metrics.retrieval(corpus.query_ids, top, corpus.relevance) | {
+        **{f"overlap@{k}": metrics.overlap(ranked, base_ranked, k) for k in (5, 10)},
+        "Kendall's tau": metrics.kendall(scores, base),
+        "score error": metrics.score_error(scores, base),
+        "query cosine": cosine,
+    }
+    rounded = {name: [round(value, DIGITS) for value in row] for name, row in values.items()}
+    return {"values": rounded, "top": top}
 
 
 def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -168,8 +168,13 @@ class Index:
 
     @property
     def page_bytes(self) -> float:
-        """What a page takes in a file, ids, scales and header included."""
-        return len(self.to_bytes()) / len(self.page_ids)
+        """What a page takes in a file, with its id, its length and its scales.
+
+        A file also has a header, of less than 600 bytes.
+        """
+        tensors = [self.vectors, self.lengths, *([] if self.scales is None else [self.scales])]
+        ids = len(json.dumps(self.page_ids))
+        return (sum(tensor.nbytes for tensor in tensors) + ids) / len(self.page_ids)
 
     def to(self, device: torch.device | str) -> Index:
         """The index with its vectors on a device."""

@@ -49,9 +49,11 @@ class Fidelity(Row):
 
     `values` holds one figure per query for each metric, in the order of `query_ids`. `top` holds
     the best page ids of each query. `iters` are the tuning steps of a variant quantised for this
-    run. `skipped` counts unreadable pages. `cut` counts texts of more than 2048 tokens, which lost
-    their end; in an earlier record it is None, and they lost their beginning. `page_step_s` are the
-    times of forwards over `page_batch` pages, without the first; variants are not interleaved.
+    run. `index_format` names how pages are stored, "" as the model gives them, in 16 bits;
+    `page_bytes` is what a stored page takes. `skipped` counts unreadable pages. `cut` counts texts
+    of more than 2048 tokens, which lost their end; in an earlier record it is None, and they lost
+    their beginning. `page_step_s` are the times of forwards over `page_batch` pages, without the
+    first; variants are not interleaved.
     """
 
     kind: Literal["fidelity"] = "fidelity"
@@ -59,6 +61,8 @@ class Fidelity(Row):
     size: Text
     weights: Text
     iters: int | None = None
+    index_format: Text = ""
+    page_bytes: float | None = None
     data: Text
     pages: Positive
     skipped: Count = renamed(0, "skipped", "refused")
@@ -96,8 +100,14 @@ class Fidelity(Row):
 
     @property
     def label(self) -> str:
-        """The variant's name, with `plain` where it was rounded without tuning."""
-        return f"{self.variant} plain" if self.iters == 0 else self.variant
+        """The variant's name, `plain` where it was rounded without tuning, and the index format."""
+        plain = "plain" if self.iters == 0 else ""
+        return " ".join(filter(None, (self.variant, plain, self.index_format)))
+
+    @property
+    def is_base(self) -> bool:
+        """Whether others are compared with it: BASE, and pages as it gives them."""
+        return self.label == "base"
 
     @property
     def pages_per_s(self) -> Rate | None:

@@ -30,7 +30,7 @@ from colqwen_lab.model.network import ColQwen3, ColQwen3Config
 from colqwen_lab.model.quantize import RECORD
 from colqwen_lab.options import VISUAL_TOKENS
 from colqwen_lab.retrieval import data, metrics
-from colqwen_lab.retrieval.evaluate import query_inputs, record_of
+from colqwen_lab.retrieval.evaluate import query_inputs, records_of
 from colqwen_lab.settings import in_use, writable_folder
 
 # Page width in pixels, steps, and how many pages in a row of a batch agree in kind and colour.
@@ -135,7 +135,7 @@ def held_out(loaded: Loaded) -> tuple[float, float]:
     The control judges another query's ranking by each query's answers: what chance reaches.
     """
     corpus = data.load(data.GENERATED, width=synthetic.SMALL_WIDTH)
-    record, _ = record_of(loaded, corpus, VISUAL_TOKENS, None, variant="base", size="tiny")
+    (record, *_), _ = records_of(loaded, corpus, VISUAL_TOKENS, None, variant="base", size="tiny")
     top, half = record.top, len(record.top) // 2
     control = metrics.retrieval(corpus.query_ids, top[half:] + top[:half], corpus.relevance)
     return fmean(record.values["nDCG@5"]), fmean(control["nDCG@5"])

@@ -310,7 +310,7 @@ def test_plots(fidelities: Fidelities) -> None:
     assert frontier.get_xlabel() == "weights, MiB"
     metrics = fidelities.plot("metrics", label="W4A16").axes[0]
     assert [label.get_text() for label in metrics.get_xticklabels()] == list(NAMES)
-    with pytest.raises(BadInput, match="valid: frontier, metrics"):
+    with pytest.raises(BadInput, match="valid: frontier, index, metrics"):
         fidelities.plot("lines")
     with pytest.raises(BadInput, match="unknown metric 'MRR'"):
         fidelities.plot(metric="MRR")

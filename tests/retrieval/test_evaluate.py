@@ -19,7 +19,8 @@ from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.options import FidelityOptions
 from colqwen_lab.retrieval import evaluate
 from colqwen_lab.retrieval.data import Corpus
-from colqwen_lab.retrieval.evaluate import Embedded, embed, record_of
+from colqwen_lab.retrieval.evaluate import Embedded, embed, records_of
+from colqwen_lab.retrieval.index import Format
 from colqwen_lab.retrieval.record import Fidelity, read
 
 
@@ -115,7 +116,7 @@ def test_values_compare_the_scores_with_base_s(
     monkeypatch.setattr(evaluate.metrics, "maxsim", lambda *_: scores)
     turned = torch.tensor([[3**0.5, 1.0], [0, 1]]) / torch.tensor([[2.0], [1.0]])
     reference = Embedded([unit, turned], [unit] * 6, base)
-    record, _ = record_of(tiny, corpus, 64, reference, variant="awq", size="tiny")
+    (record, *_), _ = records_of(tiny, corpus, 64, reference, variant="awq", size="tiny")
     values = record.values
     assert values["recall@5"] == [0, 1]
     assert values["overlap@5"] == [0.8, 1]
@@ -148,9 +149,9 @@ def test_a_long_text_loses_its_end_and_is_counted(
         "wheat prices rose in the month of June, and in July they fell",
     )
     corpus = Corpus("texts", [short, long], str, ["q"], [long], {"q": {short: 1}})
-    assert record_of(tiny, corpus, 64, None, variant="base", size="tiny")[0].cut == 0
+    assert records_of(tiny, corpus, 64, None, variant="base", size="tiny")[0][0].cut == 0
     monkeypatch.setattr(evaluate, "TEXT_TOKENS", 20)
-    record, base = record_of(tiny, corpus, 64, None, variant="base", size="tiny")
+    (record, *_), base = records_of(tiny, corpus, 64, None, variant="base", size="tiny")
     assert record.cut == 2, "a page and a query"
     assert Fidelity.model_validate_json(record.to_line()) == record
     assert len(base.pages[1]) == len(base.queries[0]) == 20
@@ -158,7 +159,7 @@ def test_a_long_text_loses_its_end_and_is_counted(
     monkeypatch.setattr(evaluate, "TEXT_TOKENS", 2048)
     assert ids == evaluate.query_inputs(tiny, [long])["input_ids"][0].tolist()[:10] + suffix
     monkeypatch.setattr(evaluate, "TEXT_CHARACTERS", 20)
-    assert record_of(tiny, corpus, 64, None, variant="base", size="tiny")[0].cut == 2
+    assert records_of(tiny, corpus, 64, None, variant="base", size="tiny")[0][0].cut == 2
 
 
 def test_images_among_texts_and_a_broken_image(texts: Path, tmp_path: Path, packed: Any) -> None:
@@ -240,7 +241,7 @@ def test_wrong_values(
     packed_folder = str(packed("auto_round"))
     folders = {"DIR": str(base_folder), "TEXTS": str(texts), "PACKED": packed_folder}
     changed = {name: folders.get(value, value) for name, value in changed.items()}
-    monkeypatch.setattr(evaluate, "record_of", lambda *_, **__: pytest.fail("must not embed"))
+    monkeypatch.setattr(evaluate, "records_of", lambda *_, **__: pytest.fail("must not embed"))
     with pytest.raises(error, match=message):
         run(tmp_path / "rows.jsonl", **{"size": "tiny", "pages": 2} | changed)
 
@@ -290,3 +291,51 @@ def test_embeddings_that_are_not_finite_are_named(base_folder: Path, edited: Any
     loaded = load(FolderCheckpoint(folder), torch.device("cpu"))
     with pytest.raises(MissingRequirement, match=r"edited#.* gives embeddings that are not finite"):
         embed(loaded, ["wheat"], 1280)
+
+
+def test_index_formats_share_the_embeddings(tiny: Loaded, tmp_path: Path) -> None:
+    """One forward a batch; the first record is of pages as they are, and each has its bytes."""
+    pages = ["wheat prices rose", "glaciers melt in summer", "a bridge of steel"]
+    relevance = {"q": {pages[0]: 1}}
+    corpus = Corpus("texts", pages, str, ["q"], ["prices of wheat"], relevance)
+    formats = [Format.parse(name) for name in ("int8", "binary", "pool2")]
+    records, base = records_of(
+        tiny, corpus, 64, None, formats, variant="base", size="tiny", iters=None
+    )
+    (alone, *_), _ = records_of(tiny, corpus, 64, None, variant="base", size="tiny")
+    assert [r.label for r in records] == ["base", "base int8", "base binary", "base pool2"]
+    assert records[0].values == alone.values
+    lengths = [len(page) for page in base.pages]
+    for record, vector_bytes in zip(records[:3], (640, 322, 40), strict=True):
+        assert record.page_bytes is not None
+        assert 0 < record.page_bytes - vector_bytes * sum(lengths) / 3 < 64
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(record.to_line() for record in records))
+    fidelities = Fidelities.load(path)
+    assert [r.label for r in fidelities.records] == [r.label for r in records]
+    assert "index kB a page" in fidelities.table()
+    smallest = min(records, key=lambda r: r.page_bytes or 0)
+    assert fidelities.frontier(index=True)[0].label == smallest.label
+    assert fidelities.frontier() == [fidelities.base]
+    assert len(fidelities.plot("index").axes) == 1
+
+
+@pytest.mark.exhaustive
+def test_what_a_small_index_costs_on_the_held_out_set() -> None:
+    """768 queries: fewer leave the intervals of binary and pooled vectors too wide."""
+    names = "int8,binary,hamming,pool8"
+    chosen = FidelityOptions.of({"model": "awq", "size": "tiny", "queries": 768, "formats": names})
+    records, _ = evaluate.evaluate(chosen, lambda line: None)
+    fidelities = Fidelities(tuple(record for record in records if record.variant == "base"))
+    losses = {record.label: fidelities.loss(record, "nDCG@5") for record in fidelities.others}
+    assert losses["base int8"].verdict == "same"
+    assert losses["base hamming"].verdict == losses["base pool8"].verdict == "worse"
+    high = losses["base binary"].high
+    assert high is not None
+    assert high < 0
+
+
+def test_a_wrong_format_is_one_line_before_anything_runs() -> None:
+    chosen = FidelityOptions.of({"model": "awq", "size": "tiny", "formats": "int4"})
+    with pytest.raises(BadInput, match="format must be bfloat16, float16, int8"):
+        evaluate.evaluate(chosen, lambda line: pytest.fail("must not start"))

@@ -100,6 +100,13 @@ def test_bytes_of_a_page() -> None:
     assert Index.build(Format(pool=3), [page], ["page"]).page_bytes - 420 * 640 < 600
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_its_pages_and_a_header(name: str, tmp_path: Path) -> None:
+    built = Index.build(Format.parse(name), PAGES, IDS)
+    header = append(tmp_path, built).stat().st_size - built.page_bytes * len(PAGES)
+    assert 0 < header < 600
+
+
 # ---------------------------------------------------------------- pooling and bits
 
 
