@@ -20,6 +20,7 @@ from colqwen_lab.analysis.plots import (
     framed,
     intervals,
     legend,
+    plain_ticks,
 )
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import MIB
@@ -97,6 +98,8 @@ def index(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
     label = "frontier: nothing smaller is as good"
     axes.plot(*zip(*points, strict=True), "--", color="0.5", linewidth=1, label=label)
     axes.set(xscale="log", xlabel="index, kB a page", ylabel=metric)
+    plain_ticks(axes.xaxis)
+    axes.margins(x=0.12)
     return legend(figure, axes)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
@@ -169,9 +170,14 @@ def roofline(series: Sequence[Series]) -> Figure:
         heights = [limit or np.nan for limit, _ in roof.values()]
         axes.plot([*roof], heights, label=f"limit of {line.variant}", **wide)
     axes.set_yscale("log")
-    ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_formatter": NullFormatter()}
-    axes.yaxis.set(major_formatter=THOUSANDS, **ticks)
+    plain_ticks(axes.yaxis)
     return legend(figure, axes)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, as plain numbers."""
+    ticks = {"major_locator": LogLocator(subs=(1, 2, 5)), "minor_formatter": NullFormatter()}
+    axis.set(major_formatter=THOUSANDS, **ticks)
 
 
 def breakdown(cells: Sequence[Cell]) -> Figure:
