@@ -202,6 +202,14 @@ class Memory(Value):
     breakdown: dict[Text, Whole] | None = renamed(None, "breakdown", "ledger")
     method: Literal["cuda", "tracked", "published", "predicted"]
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        sizes = self.weights_bytes, self.resident_bytes, self.peak_bytes, self.reserved_bytes
+        known = [size for size in sizes if size is not None]
+        if known != sorted(known):
+            raise ValueError("weights, resident, peak and reserved bytes must not fall")
+        return self
+
 
 class Work(Value):
     """What one step computes, and the fewest bytes it can move."""

@@ -635,3 +635,12 @@ def test_earlier_records_call_synthetic_pages_drawn() -> None:
     assert Workload(**work).pages == "synthetic, 64 x 64 pixels"
     texts = {"kind": "queries", "batch_size": 1, "texts": "drawn at the report's lengths"}
     assert Workload(**texts).texts == "random ids at the report's lengths"
+
+
+@pytest.mark.parametrize("field", ["weights_bytes", "resident_bytes"])
+def test_a_peak_below_what_always_lives_is_refused(tmp_path: Path, field: str) -> None:
+    row = json.loads(measured().to_line())
+    row["memory"] |= {field: row["memory"]["peak_bytes"] + 1}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(BadInput, match="peak and reserved bytes must not fall"):
+        read_cells(tmp_path / "rows.jsonl")

@@ -164,10 +164,10 @@ class Comparison:
 
     def side_by_side(self) -> pd.DataFrame:
         """One row a batch, a column a place: the speed vs base in percent, with its verdict."""
-        columns = {
-            where: {row.batch_size: f"{row.percent:+.1f} % {row.verdict}" for row in place.speeds}
-            for where, place in self.places.items()
-        }
+        columns: dict[str, dict[int, str]] = {}
+        for where, place in self.places.items():
+            rows = [(row, "no verdict" if row.reason else row.verdict) for row in place.speeds]
+            columns[where] = {row.batch_size: f"{row.percent:+.1f} % {says}" for row, says in rows}
         return render.screen(pd.DataFrame(columns).sort_index().rename_axis("batch"))
 
     def place_table(self) -> pd.DataFrame:
@@ -271,6 +271,13 @@ class Comparison:
             ),
             (any(map(random_weights, cells)), "Random weights: the embeddings mean nothing."),
         ]
+        largest = [max(series.sized, default=0) for series in self.pair]
+        ends = " and ".join(
+            f"{series.label} up to batch {most}"
+            for series, most in zip(self.pair, largest, strict=True)
+        )
+        uneven = largest[0] != largest[1] and f"Measured were {ends}: largest batches are of these."
+        sentences.append((uneven, str(uneven)))
         failed = [
             f"{series.label} batch {c.batch_size}: {c.status}, {c.reason or 'no reason recorded'}."
             for series in self.pair

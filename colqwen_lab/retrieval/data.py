@@ -112,6 +112,11 @@ def _usable(source: _Source, queries: int, pages: int, progress: Progress) -> Co
     for query, text in texts.items():
         if not isinstance(text, str):
             raise BadInput(f"{label}: query {query!r} must be a text, got {text!r}")
+    if (blank := texts.map(lambda text: not text.strip())).any():
+        progress(
+            f"{label}: {blank.sum()} queries are blank, such as {texts.index[blank][0]!r}; skipped"
+        )
+        texts = texts[~blank]
     qrels = _judged(label, page_ids, texts, qrels, progress)
     page_ids, kept = page_ids[: pages or None], []
     for page_id in page_ids:

@@ -146,6 +146,11 @@ def records_of(
     for start in range(0, len(corpus.queries), QUERY_BATCH):
         texts = corpus.queries[start : start + QUERY_BATCH]
         queries += embed(loaded, texts, visual_tokens)[0]
+    if base and list(map(len, queries)) != list(map(len, base.queries)):
+        raise BadInput(
+            f"{loaded.weights} splits the queries otherwise than base: its tokenizer differs; use "
+            "the tokenizer.json of the model it was quantised from"
+        )
     on_device = [query.to(loaded.device) for query in queries]
     pages: list[Tensor] = []
     cosines: list[Tensor] = []

@@ -773,3 +773,10 @@ def test_the_figures_of_one_place_and_of_several() -> None:
             assert comparison.plot(kind).axes
     with pytest.raises(BadInput, match="valid: speed, throughput"):
         one.plot("overhead")
+
+
+def test_models_measured_up_to_unlike_batches_are_said() -> None:
+    cells = [timed("base", 8, 0.05), timed("base", 64, 0.3)], [timed("awq", 8, 0.1)]
+    said = "Measured were base up to batch 64 and awq up to batch 8: largest batches are of these."
+    assert said in versus(*cells).caveats
+    assert not [c for c in versus(*(side[:1] for side in cells)).caveats if "Measured were" in c]

@@ -436,3 +436,15 @@ def encoded(image: int | Image.Image) -> dict[str, Any]:
     file = BytesIO()
     (picture(image) if isinstance(image, int) else image).save(file, format="png")
     return {"bytes": file.getvalue(), "path": None}
+
+
+def test_a_blank_query_is_said_and_skipped(beir: Path) -> None:
+    whole = data.load(str(beir))
+    with (beir / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "blank", "text": "   "}\n')
+    with (beir / "qrels" / "test.tsv").open("a") as file:
+        file.write(f"blank\t{whole.page_ids[0]}\t1\n")
+    lines: list[str] = []
+    corpus = data.load(str(beir), progress=lines.append)
+    assert corpus.queries == whole.queries
+    assert any("1 queries are blank, such as 'blank'; skipped" in line for line in lines)

@@ -339,3 +339,11 @@ def test_a_wrong_format_is_one_line_before_anything_runs() -> None:
     chosen = FidelityOptions.of({"model": "awq", "size": "tiny", "formats": "int4"})
     with pytest.raises(BadInput, match="format must be bfloat16, float16, int8"):
         evaluate.evaluate(chosen, lambda line: pytest.fail("must not start"))
+
+
+def test_another_tokenizer_is_one_line(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = Corpus("texts", ["a b"], str, ["q"], ["wheat prices rose"], {"q": {"a b": 1}})
+    _, base = records_of(tiny, corpus, 64, None, variant="base", size="tiny")
+    longer = Embedded([torch.cat([base.queries[0]] * 2)], base.pages, base.scores)
+    with pytest.raises(BadInput, match="splits the queries otherwise than base"):
+        records_of(tiny, corpus, 64, longer, variant="awq", size="tiny")
