@@ -77,9 +77,15 @@ def one_of(what: str, value: str, valid: Iterable[str]) -> str:
     names = list(valid)
     if isinstance(value, str) and value in names:
         return value
+    raise unknown(what, value, names)
+
+
+def unknown(what: str, value: object, valid: Iterable[str]) -> BadInput:
+    """The error for a value that is none of `valid`: these, and the nearest of them."""
+    names = list(valid)
     near = difflib.get_close_matches(str(value).lower(), names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise BadInput(f"unknown {what} {value!r}{hint}; valid: {', '.join(names)}")
+    return BadInput(f"unknown {what} {value!r}{hint}; valid: {', '.join(names)}")
 
 
 def ambiguous(word: str, meaning: str) -> BadInput:

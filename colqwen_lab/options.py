@@ -7,7 +7,7 @@ notebooks derive from these models. papermill passes texts: "false" and "8,16" a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import Parameter, Signature
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from colqwen_lab.errors import BadInput, ambiguous, one_of
+from colqwen_lab.errors import BadInput, ambiguous, one_of, unknown
 from colqwen_lab.hardware import Card, find_card
 from colqwen_lab.model.config import SIZES
 from colqwen_lab.records import EIGHT_BIT_KERNELS, Configuration
@@ -170,19 +170,13 @@ def _message(options: type[Options], error: ErrorDetails) -> str:
     name = str(error["loc"][0]) if error["loc"] else ""
     cause = error.get("ctx", {}).get("error")
     if error["type"] == "extra_forbidden":
-        one_of_message = ", ".join(options.model_fields)
-        try:
-            one_of("option", name, options.model_fields)
-        except BadInput as unknown:
-            return str(unknown)
-        return f"unknown option {name!r}; valid: {one_of_message}"
+        return str(unknown("option", name, options.model_fields))
     if isinstance(cause, BadInput):
         text = str(cause).replace("unknown value", f"unknown {name}", 1)
         return f"{name} {text}" if text.startswith("must be") else text
     kind = next((text for key, text in EXPECTED.items() if error["type"].startswith(key)), "")
-    bounds = [f"{word} {limit}" for word, limit in _bounds(options.model_fields[name])]
     if error["type"].startswith(("greater", "less")):
-        kind = " and ".join(bounds)
+        kind = " and ".join(_bounds(options.model_fields[name]))
     expected = kind or error["msg"].removeprefix("Input should be ")
     default = options.model_fields[name].default
     hint = RAW if kind == "a text" else ""
@@ -192,12 +186,14 @@ def _message(options: type[Options], error: ErrorDetails) -> str:
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def _bounds(field: FieldInfo) -> Iterator[tuple[str, float]]:
-    """Each bound of a number in words, with its limit."""
-    for part in field.metadata:
-        for name, words in BOUNDS.items():
-            if hasattr(part, name):
-                yield words, getattr(part, name)
+def _bounds(field: FieldInfo) -> list[str]:
+    """Each bound of a number, such as `at least 1`."""
+    return [
+        f"{words} {getattr(part, name)}"
+        for part in field.metadata
+        for name, words in BOUNDS.items()
+        if hasattr(part, name)
+    ]
 
 
 Checked = TypeVar("Checked", bound=Options)

@@ -255,7 +255,7 @@ class CardRun(Value):
 class Timing(Value):
     """How the samples were taken: warm-up steps, why timing stopped, and what was interleaved.
 
-    `min_steps` and `max_s` are what the run asked for. Step times go round the batches in order.
+    `min_steps` and `max_s` are the run's options. Step times repeat the batches in their order.
     """
 
     warmup_steps: Count
@@ -314,6 +314,10 @@ class Row(Value):
     def key(self) -> tuple[str, ...]:
         """What identifies the row within one environment."""
         raise NotImplementedError
+
+    def identity(self) -> tuple[object, ...]:
+        """What identifies the row in a file: its key, and its environment's identity."""
+        return self.key(), self.environment.identity()
 
 
 class Cell(Row):
@@ -404,9 +408,10 @@ class Cell(Row):
 def alike(step_s: Sequence[float], shapes: Sequence[int]) -> list[float]:
     """Step times as if every batch were an average one: their median is the rate of the whole set.
 
-    `shapes` numbers the shape of each batch in turn. The time of a shape is its median; steps that
-    deviate from its mean show the noise. A few large batches that take most of the time count as
-    fewer samples (Kish's effective sample size). With one sample a shape only the mean is left.
+    `shapes` numbers the shape of each batch, in their order. The time of a shape is its median;
+    steps that deviate from its mean show the noise. A few large batches that take most of the time
+    count as fewer samples (Kish's effective sample size). With one sample a shape only the mean is
+    left.
     """
     if len(set(shapes)) < 2:
         return list(step_s)
@@ -502,7 +507,7 @@ def newest(rows: Iterable[R]) -> list[R]:
     """
     kept: dict[Any, R] = {}
     for row in rows:
-        key = row.key(), row.environment.identity()
+        key = row.identity()
         if getattr(row, "status", "ok") == "ok" or getattr(kept.get(key), "status", "") != "ok":
             kept[key] = row
     return list(kept.values())

@@ -233,7 +233,7 @@ class Results:
 
 
 def few(series: Sequence[Series]) -> Sequence[Series]:
-    """`series`; BadInput for more than a picture can hold, or than can be told apart in pairs."""
+    """`series`; BadInput for more than a figure can show, or a comparison can pair."""
     if len(series) > MOST_SERIES:
         most = f"at most {MOST_SERIES} series are shown at once, got {len(series)}"
         raise BadInput(f"{most}; narrow the records")

@@ -532,8 +532,8 @@ def finish(
         error = MissingRequirement(f"{failed}: {reasons}")
         raise error if parts > 1 else next(iter(errors.values()))
     rows = records.read_cells(path) if path.exists() else []
-    held = {(row.key(), row.environment.identity()) for row in rows}
-    if lost := sum((cell.key(), cell.environment.identity()) not in held for cell in cells):
+    held = {row.identity() for row in rows}
+    if lost := sum(cell.identity() not in held for cell in cells):
         raise MissingRequirement(
             f"{lost} of {len(cells)} cells are no longer in {path}; run the same command again"
         )

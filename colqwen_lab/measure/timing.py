@@ -115,7 +115,7 @@ def time_interleaved(
     stopping: StoppingRule | None = None,
     shapes: Sequence[int] = (0,),
 ) -> dict[Any, Samples]:
-    """A dict, name to Samples (seconds of each step): step functions timed in turn, batch by batch.
+    """A dict, name to Samples (seconds of each step): step functions, interleaved by batch.
 
     Steps alternate on a batch, and their order reverses every round and for every batch, so that
     drift reaches all alike. A failure ends the samples of one step function; the others go on.

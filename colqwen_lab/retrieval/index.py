@@ -8,7 +8,6 @@ value. Scores are MaxSim over the stored values; query vectors stay in 16 bits, 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.records import writing
 from colqwen_lab.retrieval.metrics import maxsim
+from colqwen_lab.settings import writable_folder, write_file
 
 VALUES = ("bfloat16", "float16", "int8", "binary", "hamming")
 PARTS = re.compile(
@@ -38,6 +37,7 @@ KIND = "colqwen-lab index"
 # Vectors that are decoded at once: 320 values of 4 bytes each.
 CHUNK = 2**18
 SHARD = "shard-{:05}.safetensors"
+NEW = r"\Z"  # an empty file, or none: a shard replaces no other
 
 
 @dataclass(frozen=True)
@@ -243,15 +243,8 @@ def append(folder: Path, index: Index) -> Path:
         if repeated := {*index.page_ids} & {*shard.page_ids}:
             raise BadInput(f"{folder} already holds page {min(repeated)}")
     path = folder / SHARD.format(len(shards))
-    with writing(path, BadInput, "name a folder you can write"):
-        folder.mkdir(parents=True, exist_ok=True)
-        torn = path.with_suffix(".part")
-        with torn.open("wb") as file:
-            file.write(index.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        torn.replace(path)
-    return path
+    writable_folder(folder)
+    return write_file(path, index.to_bytes(), NEW)
 
 
 def read(folder: Path) -> list[Index]:

@@ -197,7 +197,7 @@ def test_a_torn_or_foreign_file_is_one_line(tmp_path: Path) -> None:
 def test_killed_while_it_writes_nothing_is_lost(tmp_path: Path) -> None:
     append(tmp_path, Index.build(Format(), PAGES[:2], IDS[:2]))
     if (child := os.fork()) == 0:
-        module.os.fsync = lambda _: os.kill(os.getpid(), 9)  # type: ignore[assignment]
+        os.fsync = lambda _: os.kill(os.getpid(), 9)  # type: ignore[assignment]
         append(tmp_path, Index.build(Format(), PAGES[2:], IDS[2:]))
     assert os.waitpid(child, 0)[1] == 9
     assert [shard.page_ids for shard in read(tmp_path)] == [("a", "b")]
