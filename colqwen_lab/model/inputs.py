@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model.decode import OTHER_PICTURES, Decoder, check_regular
 from colqwen_lab.model.network import ColQwen3Config
-from colqwen_lab.options import MOST_VISUAL_TOKENS, TEXTS, VISUAL_TOKENS
+from colqwen_lab.model.preprocess import Patches, patches
+from colqwen_lab.options import TEXTS, VISUAL_TOKENS
 from colqwen_lab.settings import DATA
 
 QUERY_SUFFIX_TOKENS = 10
@@ -44,12 +44,8 @@ CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").split
 PROMPT_START = "<|im_start|>user\n<|vision_start|>"
 PROMPT_END = "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QWEN_PAD_ID = 151643
-# The published processor enlarges an image below 64 visual tokens.
-MIN_VISUAL_TOKENS = 64
 # A file is given up after this many bad pages, or seconds of them.
 MOST_BAD, MOST_LOST_S = 100, 60
-# Pixel values [patches, 3 * 2 * 16 * 16] in float32, and the grid (1, rows, columns).
-Patches = tuple[Tensor, tuple[int, int, int]]
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -152,44 +148,6 @@ def queries(texts: str, count: int) -> list[str]:
     rounds = range(2, 2 + count // len(NATURAL_QUERIES))
     suffixes = ["", *(f" ({number})" for number in rounds)]
     return [text + suffix for suffix in suffixes for text in NATURAL_QUERIES][:count]
-
-
-def check_visual_tokens(visual_tokens: int) -> int:
-    """`visual_tokens` as it is, if it is a valid budget per image. Raises BadInput."""
-    if not 1 <= visual_tokens <= MOST_VISUAL_TOKENS:
-        raise BadInput(f"visual_tokens must be 1 to {MOST_VISUAL_TOKENS}, got {visual_tokens}")
-    return visual_tokens
-
-
-def _processor(config: ColQwen3Config, visual_tokens: int) -> Qwen2VLImageProcessorPil:
-    """transformers' processor with Qwen3-VL's settings and this budget."""
-    vision, most = config.vision_config, check_visual_tokens(visual_tokens)
-    area, half = (vision.patch_size * vision.spatial_merge_size) ** 2, [0.5] * 3
-    return Qwen2VLImageProcessorPil(
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.spatial_merge_size,
-        image_mean=half,
-        image_std=half,
-        size={"shortest_edge": min(MIN_VISUAL_TOKENS, most) * area, "longest_edge": most * area},
-    )
-
-
-def visual_tokens_of(
-    width: int, height: int, config: ColQwen3Config, visual_tokens: int = VISUAL_TOKENS
-) -> int:
-    """The visual tokens of an image of this size in pixels, within a budget. Raises BadInput."""
-    processor = _processor(config, visual_tokens)
-    return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
-
-
-def patches(
-    image: Image.Image, config: ColQwen3Config, visual_tokens: int = VISUAL_TOKENS
-) -> Patches:
-    """`(pixel values [patches, 1536] in float32, grid)` of an RGB image. Raises BadInput."""
-    features = _processor(config, visual_tokens)(images=[image], return_tensors="pt")
-    frames, rows, columns = features["image_grid_thw"][0].tolist()
-    return features["pixel_values"], (frames, rows, columns)
 
 
 def prompt_ids(tokenizer: Tokenizer | None, config: ColQwen3Config, image_tokens: int) -> list[int]:

@@ -25,17 +25,16 @@ from colqwen_lab.model.inputs import (
     QUERY_SUFFIX_TOKENS,
     QWEN_PAD_ID,
     batch_of,
-    check_visual_tokens,
     digest,
     encode_queries,
     left_padded,
     pad_id,
     page_files,
-    patches,
     queries,
     read_pages,
 )
 from colqwen_lab.model.network import ColQwen3Config
+from colqwen_lab.model.preprocess import check_visual_tokens, patches
 from colqwen_lab.options import TEXTS, VISUAL_TOKENS
 from colqwen_lab.records import RANDOM_TEXTS, Workload
 

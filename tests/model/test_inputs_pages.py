@@ -10,7 +10,6 @@ import pypdfium2
 import pytest
 import torch
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.model import inputs
@@ -20,13 +19,12 @@ from colqwen_lab.model.inputs import (
     digest,
     page_batch,
     page_files,
-    patches,
     prompt_ids,
     read_pages,
     read_tokenizer,
-    visual_tokens_of,
 )
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
+from colqwen_lab.model.preprocess import patches, visual_tokens_of
 from colqwen_lab.model.synthetic import page
 
 CONFIG = ColQwen3Config.of_size("tiny")
@@ -79,24 +77,6 @@ def test_the_image_s_tokens_are_marked() -> None:
     types, grids = batch["mm_token_type_ids"], batch["image_grid_thw"]
     assert types.sum(1).tolist() == (grids.prod(1) // 4).tolist()
     assert types.tolist() == (batch["input_ids"] == CONFIG.image_token_id).int().tolist()
-
-
-@pytest.mark.parametrize("size", [(620, 877), (1, 1), (900, 60)])
-def test_equals_transformers_processor(size: tuple[int, int]) -> None:
-    image = page(3).resize(size)
-    # preprocessor_config.json of Qwen3-VL, with the budget as the area of 32 x 32 pixels each.
-    theirs = Qwen2VLImageProcessorPil(
-        patch_size=16,
-        temporal_patch_size=2,
-        merge_size=2,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-        size={"longest_edge": 100 * 32 * 32, "shortest_edge": 65536},
-    )(images=[image], return_tensors="pt")
-    pixels, grid = patches(image, CONFIG, 100)
-    assert torch.equal(pixels, theirs["pixel_values"])
-    assert [list(grid)] == theirs["image_grid_thw"].tolist()
-    assert pixels.shape[0] // 4 <= 100
 
 
 def test_a_batch_of_several_sizes_equals_each_page_alone() -> None:
