@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from hashlib import file_digest, sha256
 from os import fsencode
 from os.path import isdir, isfile
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -44,6 +47,7 @@ CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").split
 PROMPT_START = "<|im_start|>user\n<|vision_start|>"
 PROMPT_END = "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QWEN_PAD_ID = 151643
+Item = TypeVar("Item")
 # A file is given up after this many bad pages, or seconds of them.
 MOST_BAD, MOST_LOST_S = 100, 60
 
@@ -226,33 +230,92 @@ def digest(files: Iterable[Path]) -> str:
     return total.hexdigest()[:12]
 
 
-def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Image.Image]:
+def read_pages(
+    files: Iterable[Path], skip: Callable[[str], None], loaders: int = 1
+) -> Iterator[Image.Image]:
     """Every page of the files as an RGB image: PDF pages at 150 dpi, all pages of a TIFF.
 
-    A page that cannot be read is one line to `skip`, as is a file; the others follow. A file is
-    given up after 100 such pages, or after 60 seconds of them.
+    `loaders` processes decode pages ahead; the order is that of the files. A page that cannot be
+    read is one line to `skip`, as is a file; the others follow. A file is given up after 100 such
+    pages, or after 60 seconds of them.
     """
-    with closing(Decoder()) as decoder:
-        for file in files:
-            try:
-                count = decoder.count(str(file))
-            except ValueError as error:
-                skip(str(skipped(file.name, error)))
+    reader, lost_s, told = Reader(loaders), defaultdict[Path, list[float]](list), set[Path]()
+    with closing(reader):
+        for file, name, future in ahead(reader.pages(files, lost_s), 2 * loaders):
+            answer, seconds = future.result()
+            if given_up(lost_s[file]):
+                if file not in told:
+                    reason = f"{len(lost_s[file])} pages are bad"
+                    skip(str(skipped(f"{name}, with all that follow,", reason)))
+                told.add(file)
+            elif isinstance(answer, ValueError):
+                lost_s[file].append(seconds)
+                skip(str(skipped(name, answer)))
+            else:
+                yield answer
+
+
+def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, each asked for when `count` others before it are still to come."""
+    asked = deque[Item]()
+    for item in items:
+        asked.append(item)
+        if len(asked) > count:
+            yield asked.popleft()
+    yield from asked
+
+
+class Coming(NamedTuple):
+    """A page that is being decoded: `answer` is its image or a ValueError, and the seconds."""
+
+    file: Path
+    name: str
+    answer: Future[tuple[Any, float]]
+
+
+def given_up(lost_s: list[float]) -> bool:
+    """Whether a file is given up, by the seconds that each bad page of it took."""
+    return len(lost_s) >= MOST_BAD or sum(lost_s) > MOST_LOST_S
+
+
+class Reader:
+    """Processes that decode pages."""
+
+    def __init__(self, loaders: int) -> None:
+        self.decoders = [Decoder() for _ in range(loaders)]
+        self.idle = SimpleQueue[Decoder]()
+        for decoder in self.decoders:
+            self.idle.put(decoder)
+        self.pool = ThreadPoolExecutor(loaders)  # each thread waits for a process
+
+    def pages(self, files: Iterable[Path], lost_s: Mapping[Path, list[float]]) -> Iterator[Coming]:
+        """Every page of the files, in their order; none after those by which a file is given up."""
+        counts = ((file, self.pool.submit(self._ask, "count", str(file))) for file in files)
+        for file, counted in ahead(counts, 2 * len(self.decoders)):
+            count, _ = counted.result()
+            if isinstance(count, ValueError):
+                yield Coming(file, file.name, counted)
                 continue
-            bad, lost_s = 0, 0.0
             for number in range(count):
-                page = file.name if count == 1 else f"{file.name} page {number + 1} of {count}"
-                if bad >= MOST_BAD or lost_s > MOST_LOST_S:
-                    skip(str(skipped(f"{page}, with all that follow,", f"{bad} pages are bad")))
+                if given_up(lost_s.get(file, [])):
                     break
-                started_s = time.monotonic()
-                try:
-                    image = decoder.page(str(file), number)
-                except ValueError as error:
-                    bad, lost_s = bad + 1, lost_s + time.monotonic() - started_s
-                    skip(str(skipped(page, error)))
-                    continue
-                yield image
+                name = file.name if count == 1 else f"{file.name} page {number + 1} of {count}"
+                yield Coming(file, name, self.pool.submit(self._ask, "page", str(file), number))
+
+    def close(self) -> None:
+        """End the processes."""
+        for decoder in self.decoders:
+            decoder.close()
+        self.pool.shutdown(cancel_futures=True)
+
+    def _ask(self, method: str, *question: Any) -> tuple[Any, float]:
+        decoder, start = self.idle.get(), time.monotonic()
+        try:
+            return getattr(decoder, method)(*question), time.monotonic() - start
+        except ValueError as error:
+            return error, time.monotonic() - start
+        finally:
+            self.idle.put(decoder)
 
 
 def skipped(name: str, reason: object) -> BadInput:

@@ -117,7 +117,8 @@ def test_modes_of_an_image() -> None:
             to_rgb(unknown)
 
 
-def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loaders", [1, 3])
+def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path, loaders: int) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "a-dot.png")
     (tmp_path / "b-broken.png").write_bytes(b"\x89PNG no")
     document = pypdfium2.PdfDocument.new()
@@ -137,7 +138,7 @@ def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "m.jxl").touch()
     names = ("b-broken.png", "c.pdf page 2 of 3", "d-encrypted.pdf", "f-line.png", "g-bomb.png")
     skipped: list[str] = []
-    sizes = [image.size for image in read_pages(page_files(tmp_path), skipped.append)]
+    sizes = [image.size for image in read_pages(page_files(tmp_path), skipped.append, loaders)]
     assert sizes == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
     lines = [line.split(" is skipped: ")[0] for line in skipped]
     assert lines == [*names, "i-gone.png", "k.png", "l.HEIC", "m.jxl"]
@@ -162,7 +163,10 @@ def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
     assert digest([broken, png]) != digest([png])
 
 
-def test_a_file_of_bad_pages_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loaders", [1, 3])
+def test_a_file_of_bad_pages_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaders: int
+) -> None:
     document = pypdfium2.PdfDocument.new()
     for _ in range(5):
         document.new_page(9, 72 * 200)
@@ -170,7 +174,7 @@ def test_a_file_of_bad_pages_is_given_up(tmp_path: Path, monkeypatch: pytest.Mon
     Image.new("RGB", (1, 1)).save(tmp_path / "b.png")
     monkeypatch.setattr(inputs, "MOST_BAD", 3)
     skipped: list[str] = []
-    assert len(list(read_pages(page_files(tmp_path), skipped.append))) == 1
+    assert len(list(read_pages(page_files(tmp_path), skipped.append, loaders))) == 1
     assert [line[:17] for line in skipped[:3]] == [f"a.pdf page {n} of 5" for n in (1, 2, 3)]
     assert skipped[3:] == ["a.pdf page 4 of 5, with all that follow, is skipped: 3 pages are bad"]
 
