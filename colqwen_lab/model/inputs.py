@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from hashlib import file_digest, sha256
@@ -14,7 +15,7 @@ from os import fsencode
 from os.path import isdir, isfile
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -47,7 +48,7 @@ CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").split
 PROMPT_START = "<|im_start|>user\n<|vision_start|>"
 PROMPT_END = "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QWEN_PAD_ID = 151643
-Item = TypeVar("Item")
+Item, Read = TypeVar("Item"), TypeVar("Read")
 # A file is given up after this many bad pages, or seconds of them.
 MOST_BAD, MOST_LOST_S = 100, 60
 
@@ -230,29 +231,87 @@ def digest(files: Iterable[Path]) -> str:
     return total.hexdigest()[:12]
 
 
-def read_pages(
-    files: Iterable[Path], skip: Callable[[str], None], loaders: int = 1
-) -> Iterator[Image.Image]:
-    """Every page of the files as an RGB image: PDF pages at 150 dpi, all pages of a TIFF.
+def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Image.Image]:
+    """Every page of the files as an RGB image, as `Reader.pages` reads them."""
+    with closing(Reader(1)) as reader:
+        yield from reader.pages(files, skip)
 
-    `loaders` processes decode pages ahead; the order is that of the files. A page that cannot be
-    read is one line to `skip`, as is a file; the others follow. A file is given up after 100 such
-    pages, or after 60 seconds of them.
+
+class Reader(Generic[Read]):
+    """`loaders` processes that decode pages ahead, and `prepare` each in a thread.
+
+    A file is given up after 100 pages that cannot be read, or after 60 seconds of them.
     """
-    reader, lost_s, told = Reader(loaders), defaultdict[Path, list[float]](list), set[Path]()
-    with closing(reader):
-        for file, name, future in ahead(reader.pages(files, lost_s), 2 * loaders):
-            answer, seconds = future.result()
-            if given_up(lost_s[file]):
+
+    def __init__(
+        self, loaders: int, prepare: Callable[[Image.Image], Read] = lambda image: image
+    ) -> None:
+        self.prepare, self.decoders = prepare, [Decoder() for _ in range(loaders)]
+        self.idle = SimpleQueue[Decoder]()
+        for decoder in self.decoders:
+            self.idle.put(decoder)
+        self.pool = ThreadPoolExecutor(loaders)  # each thread waits for a process
+        self.lost_s: defaultdict[Path, list[float]] = defaultdict(list)  # by each bad page
+
+    def start(self) -> None:
+        """Start the processes, which takes a second."""
+        list(self.pool.map(self._ask, ["count"] * len(self.decoders), [os.curdir]))
+
+    def pages(self, files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Read]:
+        """Every page of the files in their order: PDF pages at 150 dpi, all pages of a TIFF.
+
+        A page that cannot be read is one line to `skip`, as is a file; the others follow.
+        """
+        told = set[Path]()
+        for file, name, answer in ahead(self._coming(files), 2 * len(self.decoders)):
+            page, seconds = answer.result()
+            if self._given_up(file):
                 if file not in told:
-                    reason = f"{len(lost_s[file])} pages are bad"
+                    reason = f"{len(self.lost_s[file])} pages are bad"
                     skip(str(skipped(f"{name}, with all that follow,", reason)))
                 told.add(file)
-            elif isinstance(answer, ValueError):
-                lost_s[file].append(seconds)
-                skip(str(skipped(name, answer)))
+            elif isinstance(page, ValueError):
+                self.lost_s[file].append(seconds)
+                skip(str(skipped(name, page)))
             else:
-                yield answer
+                yield page
+
+    def close(self) -> None:
+        """End the processes."""
+        for decoder in self.decoders:
+            decoder.close()
+        self.pool.shutdown(cancel_futures=True)
+
+    def _coming(
+        self, files: Iterable[Path]
+    ) -> Iterator[tuple[Path, str, Future[tuple[Any, float]]]]:
+        """The file, the name and the answer to come of every page."""
+        counts = ((file, self.pool.submit(self._ask, "count", str(file))) for file in files)
+        for file, counted in ahead(counts, 2 * len(self.decoders)):
+            count, _ = counted.result()
+            if isinstance(count, ValueError):
+                yield file, file.name, counted
+                continue
+            for number in range(count):
+                if self._given_up(file):
+                    break
+                name = file.name if count == 1 else f"{file.name} page {number + 1} of {count}"
+                yield file, name, self.pool.submit(self._ask, "page", str(file), number)
+
+    def _given_up(self, file: Path) -> bool:
+        return len(self.lost_s[file]) >= MOST_BAD or sum(self.lost_s[file]) > MOST_LOST_S
+
+    def _ask(self, method: str, *question: Any) -> tuple[Any, float]:
+        """An answer of a process, prepared if it is a page, or a ValueError; and the seconds."""
+        decoder, start = self.idle.get(), time.monotonic()
+        try:
+            answer = getattr(decoder, method)(*question)
+        except ValueError as error:
+            answer = error
+        finally:
+            self.idle.put(decoder)
+        seconds = time.monotonic() - start
+        return self.prepare(answer) if isinstance(answer, Image.Image) else answer, seconds
 
 
 def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
@@ -263,59 +322,6 @@ def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
         if len(asked) > count:
             yield asked.popleft()
     yield from asked
-
-
-class Coming(NamedTuple):
-    """A page that is being decoded: `answer` is its image or a ValueError, and the seconds."""
-
-    file: Path
-    name: str
-    answer: Future[tuple[Any, float]]
-
-
-def given_up(lost_s: list[float]) -> bool:
-    """Whether a file is given up, by the seconds that each bad page of it took."""
-    return len(lost_s) >= MOST_BAD or sum(lost_s) > MOST_LOST_S
-
-
-class Reader:
-    """Processes that decode pages."""
-
-    def __init__(self, loaders: int) -> None:
-        self.decoders = [Decoder() for _ in range(loaders)]
-        self.idle = SimpleQueue[Decoder]()
-        for decoder in self.decoders:
-            self.idle.put(decoder)
-        self.pool = ThreadPoolExecutor(loaders)  # each thread waits for a process
-
-    def pages(self, files: Iterable[Path], lost_s: Mapping[Path, list[float]]) -> Iterator[Coming]:
-        """Every page of the files, in their order; none after those by which a file is given up."""
-        counts = ((file, self.pool.submit(self._ask, "count", str(file))) for file in files)
-        for file, counted in ahead(counts, 2 * len(self.decoders)):
-            count, _ = counted.result()
-            if isinstance(count, ValueError):
-                yield Coming(file, file.name, counted)
-                continue
-            for number in range(count):
-                if given_up(lost_s.get(file, [])):
-                    break
-                name = file.name if count == 1 else f"{file.name} page {number + 1} of {count}"
-                yield Coming(file, name, self.pool.submit(self._ask, "page", str(file), number))
-
-    def close(self) -> None:
-        """End the processes."""
-        for decoder in self.decoders:
-            decoder.close()
-        self.pool.shutdown(cancel_futures=True)
-
-    def _ask(self, method: str, *question: Any) -> tuple[Any, float]:
-        decoder, start = self.idle.get(), time.monotonic()
-        try:
-            return getattr(decoder, method)(*question), time.monotonic() - start
-        except ValueError as error:
-            return error, time.monotonic() - start
-        finally:
-            self.idle.put(decoder)
 
 
 def skipped(name: str, reason: object) -> BadInput:

@@ -16,6 +16,7 @@ from colqwen_lab.model import inputs
 from colqwen_lab.model.decode import to_rgb
 from colqwen_lab.model.inputs import (
     TINY_TOKENIZER,
+    Reader,
     digest,
     page_batch,
     page_files,
@@ -138,7 +139,7 @@ def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path, loaders: int)
     (tmp_path / "m.jxl").touch()
     names = ("b-broken.png", "c.pdf page 2 of 3", "d-encrypted.pdf", "f-line.png", "g-bomb.png")
     skipped: list[str] = []
-    sizes = [image.size for image in read_pages(page_files(tmp_path), skipped.append, loaders)]
+    sizes = [image.size for image in Reader(loaders).pages(page_files(tmp_path), skipped.append)]
     assert sizes == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
     lines = [line.split(" is skipped: ")[0] for line in skipped]
     assert lines == [*names, "i-gone.png", "k.png", "l.HEIC", "m.jxl"]
@@ -174,7 +175,7 @@ def test_a_file_of_bad_pages_is_given_up(
     Image.new("RGB", (1, 1)).save(tmp_path / "b.png")
     monkeypatch.setattr(inputs, "MOST_BAD", 3)
     skipped: list[str] = []
-    assert len(list(read_pages(page_files(tmp_path), skipped.append, loaders))) == 1
+    assert len(list(Reader(loaders).pages(page_files(tmp_path), skipped.append))) == 1
     assert [line[:17] for line in skipped[:3]] == [f"a.pdf page {n} of 5" for n in (1, 2, 3)]
     assert skipped[3:] == ["a.pdf page 4 of 5, with all that follow, is skipped: 3 pages are bad"]
 
