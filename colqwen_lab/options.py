@@ -91,6 +91,11 @@ def batch_sizes_of(value: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def loaders_of(value: Any) -> tuple[int, ...]:
+    """Numbers of loaders from "1,8", 8 or [1, 8]; none from "". Raises as `batch_sizes_of`."""
+    return () if value in ("", 0, "0") else batch_sizes_of(value)
+
+
 def _each_of(*valid: str) -> Callable[[str], str]:
     def check(value: str) -> str:
         return ",".join(dict.fromkeys(one_of("value", part, valid) for part in value.split(",")))
@@ -111,6 +116,7 @@ Cards = Annotated[
 ]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 BatchSizes = Annotated[tuple[int, ...], BeforeValidator(batch_sizes_of)]
+Loaders = Annotated[tuple[int, ...], BeforeValidator(loaders_of)]
 Size = Annotated[str, AfterValidator(lambda value: one_of("size", value.lower(), ["auto", *SIZES]))]
 
 
@@ -261,6 +267,9 @@ class SweepOptions(Options):
     pages: PathText = option(
         "", "pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"
     )
+    loaders: Loaders = option(
+        (), "pages: time them from disk to disk too, read by so many processes, such as 1,8"
+    )
     weights: Weights = option(
         "auto", "auto (tiny: built in, else the hub), hub, random, or a folder"
     )
@@ -307,8 +316,9 @@ class SweepOptions(Options):
             one_of("size", size.lower(), ["auto", *SIZES])
         if not names or len(set(names)) < len(names):
             raise BadInput(f"model must be one or more different models, got {self.model!r}")
-        if "pages" not in workloads and (self.pages or self.visual_tokens != VISUAL_TOKENS):
-            raise BadInput("pages and visual_tokens are options of workload pages")
+        own = self.pages or self.loaders or self.visual_tokens != VISUAL_TOKENS
+        if "pages" not in workloads and own:
+            raise BadInput("pages, loaders and visual_tokens are options of workload pages")
         if "queries" not in workloads and self.texts != "report":
             raise BadInput("texts is an option of workload queries")
         if self.weights not in WEIGHTS and len(names) > 1:
@@ -354,7 +364,7 @@ class SweepOptions(Options):
     def matrix(self) -> list[SweepOptions]:
         """One copy for each size x workload x execution, without the options of other workloads."""
         own: dict[str, dict[str, Any]] = {
-            "queries": {"pages": "", "visual_tokens": VISUAL_TOKENS},
+            "queries": {"pages": "", "loaders": (), "visual_tokens": VISUAL_TOKENS},
             "pages": {"texts": "report"},
         }
         return [

@@ -232,6 +232,50 @@ class Stages(Value):
     language_model_s: Figure = Field(validation_alias=AliasChoices("language_model_s", "decoder_s"))
 
 
+class EndToEnd(Value):
+    """Pages from files on disk to vectors on disk, in `seconds`, with `loaders` processes reading.
+
+    The other times are seconds a page of a stage alone: `read_s` (read and decode) and `prepare_s`
+    (resize, unless `on_device`) in one loader, `preprocess_s` and `embed_s` on the device,
+    `store_s` (copy back and write).
+    """
+
+    loaders: Positive
+    pages: Positive
+    seconds: Measured
+    on_device: bool
+    read_s: Figure
+    prepare_s: Figure
+    preprocess_s: Figure
+    embed_s: Figure
+    store_s: Figure
+
+    @property
+    def items_per_s(self) -> float:
+        """Pages a second, from the first file to the last vector."""
+        return self.pages / self.seconds
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """The pages a second of each stage alone, all loaders together."""
+        return {
+            "reading": self.loaders / (self.read_s + self.prepare_s),
+            "model": 1 / (self.preprocess_s + self.embed_s),
+            "storing": 1 / self.store_s,
+        }
+
+    @property
+    def bottleneck(self) -> str:
+        """The slowest stage: reading, model or storing."""
+        return min(self.stages, key=lambda name: self.stages[name])
+
+    @property
+    def loaders_needed(self) -> int:
+        """The loaders that read as many pages as the slower of the other stages takes."""
+        rates = self.stages
+        return math.ceil(min(rates["model"], rates["storing"]) * (self.read_s + self.prepare_s))
+
+
 class Difference(Value):
     """Cosine of token embeddings to those with 16-bit activations, on one batch."""
 
@@ -347,6 +391,7 @@ class Cell(Row):
     limits: Limits | None = None
     difference: Difference | None = None
     stages: Stages | None = renamed(None, "stages", "towers")
+    end_to_end: list[EndToEnd] = []
     card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[Text, dict[Text, Any]] | None = None

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ from colqwen_lab.settings import outputs_folder, regular_file, write_file
 Progress = Callable[[str], None]
 MARK = r'\{\s*"complete":'  # how the mark of a sweep that ended begins
 MOST_S = 1e8  # a record holds no infinity
+# Synthetic pages on disk, where pages are timed from disk to disk.
+GPU_FILES, CPU_FILES = 256, 16
 STOPPED = {"count": "step limit", "time": "time limit"}
 
 
@@ -125,7 +128,7 @@ def sweep(
     finally:
         with signals.deferred():
             for run in runs.values():
-                run.end()
+                run.close()
 
 
 @dataclass
@@ -158,12 +161,14 @@ class Run:
         self.asked: dict[str, Any] = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
         self.workers: dict[Configuration, Remote | Worker] = {}
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
+        self.folder: TemporaryDirectory[str] | None = None
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
         work: dict[str, Any] = {"kind": options.workload, "texts": options.texts}
         if options.workload == "pages":
             pages = Pages(options.pages, options.visual_tokens)
             make = pages.batches
             work = {"kind": "pages", "pages": pages.label, "visual_tokens": pages.visual_tokens}
+            self.on_disk = pages.on_disk
         self.make_batches = partial(make, samples=self.samples)
         self.checkpoints = checkpoints = _checkpoints(options, self.device)
         self.planned = [
@@ -312,6 +317,12 @@ class Run:
             if worker := self.workers.pop(key, None):
                 worker.end()
 
+    def close(self) -> None:
+        """End all workers, and remove the files of synthetic pages."""
+        self.end()
+        if self.folder:
+            self.folder.cleanup()
+
     def _worker(self, c: Configuration) -> Remote | Worker | Failure:
         """The worker that has the model of `c` loaded; where that fails, the failure answers."""
         model, checkpoint = _model(c), self.checkpoints[c.variant]
@@ -352,6 +363,12 @@ class Run:
         others = [other for other in timed if other != c]
         parents = [other for other in others if other.variant == c.variant and not other.eight_bit]
         paged = self.options.workload == "pages"
+        runs: Any = []
+        if paged and (loaders := self.options.loaders):
+            question = (self._files, work.visual_tokens, c.protocol, loaders)
+            runs = self._worker(c).call("end_to_end", *question)
+            if isinstance(runs, Failure):
+                self.progress(f"{c}, from disk to disk: {runs.reason}")
         return {
             "status": "ok",
             "step_s": own.step_s,
@@ -368,6 +385,7 @@ class Run:
                 max_s=self.asked["max_s"],
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
+            "end_to_end": runs,
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
         }
 
@@ -380,6 +398,13 @@ class Run:
         cosine = cosine_similarity(own, theirs, dim=-1)
         mean, least = cosine.mean().item(), cosine.min().item()
         return records.Difference(against=str(parent), cosine_mean=mean, cosine_min=least)
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        """The files of the pages; synthetic ones are written for this run."""
+        self.folder = TemporaryDirectory(prefix="lab-pages-")
+        count = GPU_FILES if self.device.type == "cuda" else CPU_FILES
+        return self.on_disk(Path(self.folder.name), count)
 
     @cached_property
     def _limits(self) -> records.Limits | Failure | None:

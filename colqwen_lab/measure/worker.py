@@ -16,10 +16,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -33,10 +34,12 @@ from colqwen_lab.measure.memory import free, measure, set_cap
 from colqwen_lab.measure.timing import Failure, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
 from colqwen_lab.model.loading import hold_unused_head, load
-from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
+from colqwen_lab.records import Backend, Configuration, EndToEnd, Limits, Memory, Stages
+from colqwen_lab.retrieval.index import Format, Index, append
 from colqwen_lab.runtime.batches import Batches
 from colqwen_lab.runtime.eager import PROTOCOLS, Steps
 from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast, page_shapes
+from colqwen_lab.runtime.pipeline import Pipeline
 from colqwen_lab.signals import STOPPING, listen
 
 # The longest wait for an answer: a large model loads from a slow disk, or a forward compiles.
@@ -160,6 +163,23 @@ class Worker:
         vision_s, rest_s = np.mean(medians, axis=0).tolist()
         return Stages(vision_encoder_s=vision_s, language_model_s=rest_s)
 
+    def end_to_end(
+        self, files: Sequence[Path], visual_tokens: int, protocol: str, loaders: Sequence[int]
+    ) -> list[EndToEnd]:
+        """Every page of the files embedded and stored, once for each number of loaders."""
+        batch_size, steps = len(self.inputs[0]["input_ids"]), self._steps(protocol)
+        pipeline = Pipeline(self.loaded, steps, self.device, batch_size, visual_tokens)
+        with stored() as store:
+            stages = pipeline.stages(files, store)
+        runs = []
+        for count in loaders:
+            with stored() as store:
+                pages, seconds = pipeline.run(files, count, store)
+            on_device = self.device.type == "cuda"
+            about: dict[str, Any] = {"loaders": count, "pages": pages, "on_device": on_device}
+            runs.append(EndToEnd(seconds=seconds, **about, **stages))
+        return runs
+
     def embeddings(self, protocol: str) -> np.ndarray:
         """The token embeddings of the first batch, [real tokens, 320], in float32."""
         batch, step = self._placed(self.inputs[0]), self._steps(protocol)
@@ -209,6 +229,15 @@ class Worker:
 
     def _steps(self, protocol: str) -> Steps:
         return Steps(self.loaded.model, self.configuration.execution, protocol)
+
+
+@contextlib.contextmanager
+def stored() -> Iterator[Callable[[Sequence[int], Sequence[torch.Tensor]], Any]]:
+    """A function that appends the vectors of pages to an index in a folder that is removed."""
+    with tempfile.TemporaryDirectory(prefix="lab-index-") as folder:
+        yield lambda numbers, vectors: append(
+            Path(folder), Index.build(Format(), vectors, list(map(str, numbers)))
+        )
 
 
 def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:

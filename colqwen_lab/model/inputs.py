@@ -251,7 +251,9 @@ class Reader(Generic[Read]):
         for decoder in self.decoders:
             self.idle.put(decoder)
         self.pool = ThreadPoolExecutor(loaders)  # each thread waits for a process
-        self.lost_s: defaultdict[Path, list[float]] = defaultdict(list)  # by each bad page
+        # Seconds of each page, in a process and in its thread; of each bad page.
+        self.read_s, self.prepare_s = list[float](), list[float]()
+        self.lost_s: defaultdict[Path, list[float]] = defaultdict(list)
 
     def start(self) -> None:
         """Start the processes, which takes a second."""
@@ -311,7 +313,12 @@ class Reader(Generic[Read]):
         finally:
             self.idle.put(decoder)
         seconds = time.monotonic() - start
-        return self.prepare(answer) if isinstance(answer, Image.Image) else answer, seconds
+        if isinstance(answer, Image.Image):
+            self.read_s.append(seconds)
+            start = time.monotonic()
+            answer = self.prepare(answer)
+            self.prepare_s.append(time.monotonic() - start)
+        return answer, seconds
 
 
 def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
