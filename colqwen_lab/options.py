@@ -92,8 +92,8 @@ def batch_sizes_of(value: Any) -> tuple[int, ...]:
 
 
 def loaders_of(value: Any) -> tuple[int, ...]:
-    """Numbers of loaders from "1,8", 8 or [1, 8]; none from "". Raises as `batch_sizes_of`."""
-    return () if value in ("", 0, "0") else batch_sizes_of(value)
+    """Numbers of loaders from "1,8", 8 or [1, 8]; () from "none". Raises as `batch_sizes_of`."""
+    return () if value in ("none", "", ()) else batch_sizes_of(value)
 
 
 def _each_of(*valid: str) -> Callable[[str], str]:
@@ -268,7 +268,9 @@ class SweepOptions(Options):
         "", "pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"
     )
     loaders: Loaders = option(
-        (), "pages: time them from disk to disk too, read by so many processes, such as 1,8"
+        (),
+        "pages: time them from disk to disk too, read by so many processes, such as 1,8",
+        shown="none",
     )
     weights: Weights = option(
         "auto", "auto (tiny: built in, else the hub), hub, random, or a folder"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -43,6 +43,8 @@ from colqwen_lab.errors import (
 from colqwen_lab.settings import DATA, locked, regular_file
 
 MIB = 2**20
+# The fewest samples that give a 99th percentile.
+LATENCY_STEPS = 200
 GIB = 2**30
 RANDOM_TEXTS, DRAWN_TEXTS = (f"{kind} at the report's lengths" for kind in ("random ids", "drawn"))
 PUBLISHED = "published"
@@ -276,6 +278,32 @@ class EndToEnd(Value):
         return math.ceil(min(rates["model"], rates["storing"]) * (self.read_s + self.prepare_s))
 
 
+class Energy(Value):
+    """Joules an item by the driver's counter, over `seconds` of steps without a pause.
+
+    `idle_w` is the power in watts of the GPU with the model loaded and no work.
+    """
+
+    joules_per_item: Measured
+    seconds: Measured
+    idle_w: Figure
+
+
+class Loading(Value):
+    """Seconds until the model is on the device with its kernels, and those of the first step."""
+
+    load_s: Measured
+    first_step_s: Measured
+
+
+class Latency(NamedTuple):
+    """Percentiles of the time of a step in seconds."""
+
+    p50_s: float
+    p95_s: float
+    p99_s: float
+
+
 class Difference(Value):
     """Cosine of token embeddings to those with 16-bit activations, on one batch."""
 
@@ -392,6 +420,8 @@ class Cell(Row):
     difference: Difference | None = None
     stages: Stages | None = renamed(None, "stages", "towers")
     end_to_end: list[EndToEnd] = []
+    energy: Energy | None = None
+    loading: Loading | None = None
     card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[Text, dict[Text, Any]] | None = None
@@ -413,6 +443,14 @@ class Cell(Row):
     @property
     def batch_size(self) -> int:
         return self.workload.batch_size
+
+    @property
+    def latency(self) -> Latency | None:
+        """Percentiles of the time of a single item; None with fewer than 200 samples."""
+        if self.batch_size > 1 or len(self.step_s) < LATENCY_STEPS:
+            return None
+        parts = statistics.quantiles(self.step_s, n=100, method="inclusive")
+        return Latency(parts[49], parts[94], parts[98])
 
     @property
     def disturbed(self) -> list[str]:

@@ -386,6 +386,8 @@ class Run:
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
             "end_to_end": runs,
+            "energy": self._worker(c).call("energy", c.protocol),
+            "loading": self._worker(c).call("loading"),
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
         }
 

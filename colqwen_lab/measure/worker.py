@@ -30,11 +30,21 @@ import torch
 
 from colqwen_lab.errors import LabError, plain, scrubbed
 from colqwen_lab.hardware import Card
+from colqwen_lab.measure.environment import energy_j
 from colqwen_lab.measure.memory import free, measure, set_cap
 from colqwen_lab.measure.timing import Failure, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
 from colqwen_lab.model.loading import hold_unused_head, load
-from colqwen_lab.records import Backend, Configuration, EndToEnd, Limits, Memory, Stages
+from colqwen_lab.records import (
+    Backend,
+    Configuration,
+    EndToEnd,
+    Energy,
+    Limits,
+    Loading,
+    Memory,
+    Stages,
+)
 from colqwen_lab.retrieval.index import Format, Index, append
 from colqwen_lab.runtime.batches import Batches
 from colqwen_lab.runtime.eager import PROTOCOLS, Steps
@@ -44,6 +54,9 @@ from colqwen_lab.signals import STOPPING, listen
 
 # The longest wait for an answer: a large model loads from a slow disk, or a forward compiles.
 DEADLINE_S = 1800
+# Seconds of the energy pass without and with work, and the most batches that it repeats; the
+# driver updates its counter ten times a second.
+IDLE_S, ENERGY_S, ENERGY_BATCHES = 0.5, 1.5, 8
 STAGE_STEPS = 3
 # The path of a socket has 107 bytes at most; its own name takes the rest.
 LONGEST_PLACE = 64
@@ -71,6 +84,8 @@ class Worker:
     loaded: Any = None
     inputs: list[Any] = field(default_factory=list)
     steps: dict[tuple[str, bool], Steps] = field(default_factory=dict)
+    load_s: float = 0.0
+    first_step_s: float = 0.0
     alive: bool = True
     pid: int | None = None  # this process
 
@@ -95,11 +110,13 @@ class Worker:
 
         The kernel configs that `fast` tries at these batch sizes are compiled, all at once.
         """
+        start = time.perf_counter()
         cap, c = set_cap(card, self.device) if card else (0, 0), self.configuration
         loader = load_fast if c.execution == "fast" else load
         self.loaded = loader(self.checkpoint, self.device, c.kernel, c.dtype or "bfloat16")
         if (fast := getattr(self.loaded.model, "fast", None)) and not card:
             fast.compile({m for size in batch_sizes for m in _rows(self._batches(size).inputs)})
+        self.load_s = time.perf_counter() - start
         return cap, self.rest(), self.loaded.unused
 
     def measure(self, batch_size: int, protocol: str, alone: bool) -> tuple[Memory, Batches]:
@@ -112,6 +129,9 @@ class Worker:
         self.inputs = batches.inputs
         head = PROTOCOLS[protocol].unused_head
         head_bytes = hold_unused_head(self.loaded, self.checkpoint, head)
+        if not self.first_step_s:
+            self.first_step_s = self._timed(self._steps(protocol), self._placed(self.inputs[0]))
+            free(self.device)
         figures = []
         for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values():
             steps = self._steps(protocol)
@@ -127,11 +147,19 @@ class Worker:
         step, batch = self.steps[protocol, control], self._placed(self.inputs[number])
         if warm:
             step(batch)
+        return self._timed(step, batch)
+
+    def _timed(self, step: Steps, batch: dict[str, Any]) -> float:
+        """Seconds of a step and its sync."""
         synchronise(self.device)
         start = time.perf_counter()
         step(batch)
         synchronise(self.device)
         return time.perf_counter() - start
+
+    def loading(self) -> Loading:
+        """Seconds from weights to the first result."""
+        return Loading(load_s=self.load_s, first_step_s=self.first_step_s)
 
     def stages(self, protocol: str) -> Stages:
         """Seconds of a step in the vision encoder and in the rest, as a mean over the batches.
@@ -179,6 +207,24 @@ class Worker:
             about: dict[str, Any] = {"loaders": count, "pages": pages, "on_device": on_device}
             runs.append(EndToEnd(seconds=seconds, **about, **stages))
         return runs
+
+    def energy(self, protocol: str) -> Energy | None:
+        """Joules an item over a second of steps; None where the driver has no counter."""
+        if (start_j := energy_j(self.device)) is None:
+            return None
+        self.steps, step = {}, self._steps(protocol)
+        batches = [self._placed(batch) for batch in self.inputs[:ENERGY_BATCHES]]
+        synchronise(self.device)
+        time.sleep(IDLE_S)
+        loaded_j, start, items = energy_j(self.device) or 0.0, time.perf_counter(), 0
+        while time.perf_counter() - start < ENERGY_S:
+            for batch in batches:
+                step(batch)
+                items += len(batch["input_ids"])
+            synchronise(self.device)
+        seconds, joules = time.perf_counter() - start, (energy_j(self.device) or 0.0) - loaded_j
+        idle_w = (loaded_j - start_j) / IDLE_S
+        return Energy(joules_per_item=joules / items, seconds=seconds, idle_w=idle_w)
 
     def embeddings(self, protocol: str) -> np.ndarray:
         """The token embeddings of the first batch, [real tokens, 320], in float32."""
