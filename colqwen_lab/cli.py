@@ -33,6 +33,15 @@ from colqwen_lab.options import (
 INTERRUPTED = 130
 KEYWORD = Parameter.KEYWORD_ONLY
 METAVARS = {int: "INT", float: "FLOAT"}
+# Options with a short flag, one with another name, and the positional ones.
+FLAGS = {
+    "model": ("-m", "--model"),
+    "batch_sizes": ("-b", "--batch-sizes"),
+    "configuration": ("-c", "--configuration"),
+    "output": ("-o", "--output"),
+    "cards": ("--card",),
+}
+POSITIONAL = ("base", "awq")
 
 app = typer.Typer(
     help="What a quantised ColQwen3 costs and buys on your GPU.",
@@ -48,25 +57,19 @@ def _parameter(name: str, field: Any) -> Parameter:
 
     Values stay texts until the model checks them, so that one place words the errors.
     """
-    extra = field.json_schema_extra
-    default = extra["shown"] or field.default
-    hidden = default in ("", False)
-    flag = isinstance(default, bool)
-    several = any(getattr(part, "func", None) is joined for part in field.metadata)
-    if extra["argument"]:
-        kind: Any = typer.Argument(help=field.description, show_default=not hidden)
-    else:
-        flags = [*extra["flags"], f"--{extra['long'] or name.replace('_', '-')}"]
-        metavar = None if flag else METAVARS.get(field.annotation, "TEXT")
-        kind = typer.Option(
-            *flags, help=field.description, metavar=metavar, show_default=not hidden
+    default, flag = field.default, isinstance(field.default, bool)
+    about = {"help": field.description, "show_default": default not in ("", False)}
+    if name in POSITIONAL:
+        return Parameter(
+            name, KEYWORD, default=default, annotation=Annotated[str, typer.Argument(**about)]
         )
-    if flag:
-        return Parameter(name, KEYWORD, default=default, annotation=Annotated[bool, kind])
-    if several and not extra["argument"]:
-        values = [default] if default else []
-        return Parameter(name, KEYWORD, default=values, annotation=Annotated[list[str], kind])
-    return Parameter(name, KEYWORD, default=str(default), annotation=Annotated[str, kind])
+    flags = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
+    metavar = None if flag else METAVARS.get(field.annotation, "TEXT")
+    kind, value = (bool, default) if flag else (str, str(default))
+    if any(getattr(part, "func", None) is joined for part in field.metadata):
+        kind, value = list[str], [default] if default else []
+    annotation = Annotated[kind, typer.Option(*flags, metavar=metavar, **about)]
+    return Parameter(name, KEYWORD, default=value, annotation=annotation)
 
 
 def command(options: type[Options], *examples: str, **own: Any) -> Callable[..., Any]:

@@ -5,58 +5,42 @@ A run resumes its file: what is wanted minus what is on file is what gets measur
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cosine_similarity
 
 from colqwen_lab import records, signals
-from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement
 from colqwen_lab.hardware import Card
-from colqwen_lab.measure.environment import (
-    environment,
-    interference,
-    pick_device,
-    spilled,
-    watch,
-)
+from colqwen_lab.measure.environment import environment, interference, pick_device, spilled, watch
 from colqwen_lab.measure.memory import METHOD, VERIFIED_RUNS, batch_search
+from colqwen_lab.measure.sweep_file import (
+    Interrupted,
+    Progress,
+    failure,
+    line_of,
+    opened,
+    path_of,
+    stopped,
+    title,
+    to_stderr,
+)
 from colqwen_lab.measure.timing import CLOCK, Failure, Samples, StoppingRule, time_interleaved
 from colqwen_lab.measure.worker import Remote, Worker, failure_of
 from colqwen_lab.model.checkpoint import Checkpoint
 from colqwen_lab.model.config import resolve_size, resolve_variant
 from colqwen_lab.model.quantize import checkpoint_of
 from colqwen_lab.options import TEXTS, WORKLOADS, SweepOptions
-from colqwen_lab.records import RESUME, Cell, Configuration, RecordsFile
+from colqwen_lab.records import RESUME, Cell, Configuration
 from colqwen_lab.runtime.batches import Batches, Pages, query_batches
-from colqwen_lab.settings import outputs_folder, regular_file, write_file
 
-Progress = Callable[[str], None]
-MARK = r'\{\s*"complete":'  # how the mark of a sweep that ended begins
 MOST_S = 1e8  # a record holds no infinity
-STOPPED = {"count": "step limit", "time": "time limit"}
-
-
-class Interrupted(KeyboardInterrupt):
-    """A sweep that a person stopped. The message is one line."""
-
-    def _render_traceback_(self) -> list[str]:
-        """IPython's hook: a notebook shows the line, not a traceback."""
-        return [str(self)]
-
-
-def to_stderr(line: str) -> None:
-    """Print a line of progress on stderr."""
-    with suppress(OSError):  # a full or closed stderr does not end a sweep
-        print(shown(line), file=sys.stderr, flush=True)
 
 
 def sweep(
@@ -90,10 +74,9 @@ def sweep(
             except LabError as error:
                 errors[name] = error
         if not runs:
-            return finish(path, [], errors, len(parts), {})
-        with RecordsFile(path, Cell, progress=progress) as file:
-            unmark(path)
-            rows = [] if options.fresh else to_keep(file.rows)
+            raise failure(errors, len(parts))
+        with opened(path, options, progress, start) as file:
+            rows, new = file.kept(), file.new
             kept = {name: run.kept(rows) for name, run in runs.items()}
             for name, run in runs.items():
                 for cell in kept[name]:
@@ -101,27 +84,21 @@ def sweep(
                 try:
                     for planned in run.batches(kept[name]):
                         for cell in run.measure(planned):
-                            with signals.deferred():
-                                file.append([cell])
-                                new.append(cell)
+                            file.add(cell)
                             progress(line_of(cell))
                 except LabError as error:
                     errors[name] = error
                 run.end()
-            times = spent(start, new)
-            if new or not errors:
-                wall_s, timed_s = times["wall_s"], times["timed_s"]
-                progress(f"took {wall_s} s, of which {timed_s} s in timed steps")
-            cells = [cell for run in runs.values() for cell in run.on_file(file.rows)]
-            return finish(path, cells, errors, len(parts), times)
+            cells = [cell for run in runs.values() for cell in run.on_file(file.file.rows)]
+            return file.finish(cells, errors, len(parts))
     except OSError as error:
         raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None
     except KeyboardInterrupt:
         if not kept:
             raise Interrupted("stopped before the first cell") from None
         done = sum(map(len, kept.values())) + len(new)
-        count = f"{done} of {sum(len(run.planned) for run in runs.values())}"
-        raise Interrupted(f"stopped; {count} cells on file, {again(options)}") from None
+        planned_cells = sum(len(run.planned) for run in runs.values())
+        raise stopped(f"{done} of {planned_cells}", options) from None
     finally:
         with signals.deferred():
             for run in runs.values():
@@ -234,11 +211,13 @@ class Run:
                 self.end()
             own = [cell for cell in cells if _model(cell.configuration) in group]
             for batch in dict.fromkeys(cell.batch_size for cell in own):
+                self.progress(f"measuring batch {batch}")
                 yield [cell for cell in own if cell.batch_size == batch]
 
     def _largest(self, cell: Cell, card: Card) -> Cell:
         """`cell` at the largest batch size that runs under the card's memory."""
         self.end()
+        self.progress(f"searching the largest batch of {cell.configuration} on {card.name}")
         c, outcomes = cell.configuration, list[tuple[int, str]]()
         for batch in batch_search(outcomes):
             answer = self._worker(c).call("measure", batch, c.protocol, True)
@@ -320,6 +299,7 @@ class Run:
         if model in self.workers and self.workers[model].alive:
             return self.workers[model]
         self.end(model)
+        self.progress(f"loading {c.variant} {c.execution}/{c.kernel}")
         try:
             kind = Remote if self.isolated else Worker
             worker = kind(checkpoint, self.device, c, self.make_batches)
@@ -364,8 +344,7 @@ class Run:
                 interleaved_with=list(dict.fromkeys(other.variant for other in others)),
                 interleaved_configurations=list(map(str, others)),
                 clock=CLOCK,
-                min_steps=self.asked["min_steps"],
-                max_s=self.asked["max_s"],
+                **self.asked,
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
@@ -466,78 +445,3 @@ def _quantization(config: dict[str, Any] | None) -> records.Quantization | None:
     with suppress(KeyError, ValueError):
         return records.Quantization(bits=config["bits"], group_size=config["group_size"], sym=sym)
     return None
-
-
-# ---------------------------------------------------------------- files and lines
-
-
-def title(part: SweepOptions) -> str:
-    """Size, workload and configurations of one sweep of a matrix."""
-    label = part.configuration or f"{part.execution}/{part.protocol}/{part.kernel}"
-    return f"{part.size} {part.workload} {label}"
-
-
-def path_of(options: SweepOptions, kind: str, sizes: Iterable[str]) -> Path:
-    """The records file: `output`, or one under `outputs/` named by models, sizes, workloads."""
-    if options.output:
-        return Path(options.output)
-    models = (resolve_variant(name).name.replace("/", "-") for name in options.models)
-    parts = [kind, *models, *dict.fromkeys(sizes), *options.workload.split(",")]
-    return outputs_folder() / f"{'-'.join(parts)}.jsonl"
-
-
-def again(options: SweepOptions) -> str:
-    """How to resume a sweep that was stopped."""
-    return f"run again{' without fresh' * options.fresh} to resume"
-
-
-def to_keep(rows: Iterable[Cell]) -> list[Cell]:
-    """The rows without those to measure again on resume: failed, or disturbed."""
-    return [cell for cell in rows if cell.status != "failed" and not cell.disturbed]
-
-
-def line_of(cell: Cell, prefix: str = "") -> str:
-    """One line of progress, readable in a headless log."""
-    head = f"{prefix}{cell.configuration} batch {cell.batch_size}"
-    if cell.items_per_s is None or cell.memory is None or cell.timing is None:
-        return f"{head}: {'out of memory' if cell.status == 'oom' else cell.status}: {cell.reason}"
-    stopped = STOPPED.get(cell.timing.stopped, cell.timing.stopped)
-    rate = f"{cell.items_per_s.median:,.1f} {cell.workload.kind}/s"
-    facts = "; ".join([f"{len(cell.step_s)} steps, {stopped}", *cell.interference])
-    return f"{head}: {rate}, peak {cell.memory.peak_bytes / records.MIB:,.0f} MiB ({facts})"
-
-
-def spent(start: float, cells: Iterable[Cell]) -> dict[str, float]:
-    """A dict, in seconds: `wall_s` since `start`, and `timed_s` in the timed steps of `cells`."""
-    timed_s = sum(sum(cell.step_s) + sum(cell.control_s) for cell in cells)
-    return {"wall_s": round(time.perf_counter() - start, 1), "timed_s": round(timed_s, 1)}
-
-
-def unmark(path: Path) -> None:
-    """Remove the mark of an earlier sweep that ended."""
-    with records.writing(path):
-        regular_file(records.beside(path, "result.json"), MARK).unlink(missing_ok=True)
-
-
-def finish(
-    path: Path, cells: list[Cell], errors: dict[str, LabError], parts: int, times: dict[str, float]
-) -> list[Cell]:
-    """`cells`, after the mark of a sweep that ended is written beside the records.
-
-    Raises the error of the only sweep, or MissingRequirement if some sweeps of a matrix failed.
-    """
-    if errors:
-        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
-        failed = f"{len(errors)} of {parts} sweeps failed, the rows of the others are on file"
-        error = MissingRequirement(f"{failed}: {reasons}")
-        raise error if parts > 1 else next(iter(errors.values()))
-    rows = records.read_cells(path) if path.exists() else []
-    held = {row.identity() for row in rows}
-    if lost := sum(cell.identity() not in held for cell in cells):
-        raise MissingRequirement(
-            f"{lost} of {len(cells)} cells are no longer in {path}; run the same command again"
-        )
-    counts = {s: sum(cell.status == s for cell in cells) for s in ("ok", "oom", "failed")}
-    result = {"complete": True, "records": path.name, "cells": len(cells), **counts, **times}
-    write_file(records.beside(path, "result.json"), json.dumps(result, indent=1) + "\n", MARK)
-    return cells
