@@ -82,7 +82,7 @@ def command(options: type[Options], *examples: str, **own: Any) -> Callable[...,
             try:
                 function(texts, **extra)
             except KeyboardInterrupt as stop:
-                _end(str(stop) or "stopped", signals.exit_code())
+                _end(str(stop) or "stopped")
 
         parameters = [_parameter(name, field) for name, field in options.model_fields.items()]
         parameters += [
@@ -266,12 +266,10 @@ def main() -> None:
             hint = f"commands: {', '.join(group.commands)}"
         _end(f"{' '.join(error.format_message().split())}; {hint}", 2)
     if code == INTERRUPTED:  # typer turns Ctrl-C into a return value
-        _end("stopped", signals.exit_code())
+        _end("stopped")
     signals.listen(signal.SIG_IGN)
     sys.exit(code)
 
 
-def _end(line: str, code: int) -> NoReturn:
-    signals.listen(signal.SIG_IGN)  # the program is about to end
-    print(f"colqwen-lab: {line}", file=sys.stderr)
-    sys.exit(code)
+def _end(line: str, code: int = 0) -> NoReturn:
+    signals.end(f"colqwen-lab: {line}", code)
