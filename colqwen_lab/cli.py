@@ -185,12 +185,7 @@ def compare(options: dict[str, Any], markdown: str, as_json: bool) -> None:
         _show(comparison.text())
 
 
-@command(
-    FidelityOptions,
-    "fidelity -m awq",
-    "fidelity -m W8A16,W4A16 --plain --json",
-    as_json=JSON,
-)
+@command(FidelityOptions, "fidelity -m awq", "fidelity -m W8A16,W4A16 --plain --json", as_json=JSON)
 def fidelity(options: dict[str, Any], as_json: bool) -> None:
     """Measure what quantising does to retrieval, against BASE, with intervals."""
     result = lab.fidelity(**options)
@@ -200,11 +195,7 @@ def fidelity(options: dict[str, Any], as_json: bool) -> None:
         _show(f"{_tables(result.table())}\n\n{result.verdict()}")
 
 
-@command(
-    QuantizeOptions,
-    "quantize --scheme W8A16 -o my-w8",
-    "quantize --size tiny --iters 0",
-)
+@command(QuantizeOptions, "quantize --scheme W8A16 -o my-w8", "quantize --size tiny --iters 0")
 def quantize(options: dict[str, Any]) -> None:
     """Quantise the language model with AutoRound into a complete checkpoint folder."""
     result = lab.quantize(**options)

@@ -271,8 +271,7 @@ class SweepOptions(Options):
         "lean", "lean (no KV cache, last output released) or published (as the report was made)"
     )
     configuration: Several = option(
-        "",
-        "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL",
+        "", "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL"
     )
     control: bool = option(False, "A/A control: time the first model twice; both must be the same")
     dtype: Dtype = option("bfloat16", "bfloat16, float16 or float32")

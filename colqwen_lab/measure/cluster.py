@@ -41,10 +41,7 @@ TYPE = "accelerator_type:"  # Ray's resource name of a GPU type
 
 
 def sweep_on_ray(
-    options: SweepOptions,
-    progress: Progress = to_stderr,
-    *,
-    stopping: StoppingRule | None = None,
+    options: SweepOptions, progress: Progress = to_stderr, *, stopping: StoppingRule | None = None
 ) -> list[Cell]:
     """The cells of `options`, measured over a Ray cluster; rows on file are kept.
 
