@@ -27,6 +27,7 @@ from colqwen_lab.options import (
     PlanOptions,
     QuantizeOptions,
     SweepOptions,
+    cards_of,
     joined,
 )
 
@@ -66,7 +67,7 @@ def _parameter(name: str, field: Any) -> Parameter:
     flags = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
     metavar = None if flag else METAVARS.get(field.annotation, "TEXT")
     kind, value = (bool, default) if flag else (str, str(default))
-    if any(getattr(part, "func", None) is joined for part in field.metadata):
+    if any(getattr(part, "func", None) in (joined, cards_of) for part in field.metadata):
         kind, value = list[str], [default] if default else []
     annotation = Annotated[kind, typer.Option(*flags, metavar=metavar, **about)]
     return Parameter(name, KEYWORD, default=value, annotation=annotation)
@@ -157,9 +158,7 @@ def sweep(options: dict[str, Any]) -> None:
 def plan(options: dict[str, Any], as_json: bool) -> None:
     """Predict peak memory, and the largest batch a card holds. Needs no GPU, weights or network."""
     result = lab.plan(**options)
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
-    else:
+    if not _printed(result, as_json):
         _show(_tables(result.table(), result.card_table(), result.rates()))
 
 
@@ -179,9 +178,7 @@ def compare(options: dict[str, Any], markdown: str, as_json: bool) -> None:
         _show(comparison.markdown())
     elif markdown:
         typer.echo(f"wrote {comparison.save(Path(markdown).expanduser())}", err=True)
-    if as_json:
-        typer.echo(json.dumps(comparison.to_dict(), indent=1))
-    elif not markdown:
+    if not _printed(comparison, as_json) and not markdown:
         _show(comparison.text())
 
 
@@ -189,9 +186,7 @@ def compare(options: dict[str, Any], markdown: str, as_json: bool) -> None:
 def fidelity(options: dict[str, Any], as_json: bool) -> None:
     """Measure what quantising does to retrieval, against BASE, with intervals."""
     result = lab.fidelity(**options)
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
-    else:
+    if not _printed(result, as_json):
         _show(f"{_tables(result.table())}\n\n{result.verdict()}")
 
 
@@ -214,6 +209,13 @@ def train_tiny(
 
     record = train.train_tiny(Path(output), seed, progress=lambda line: typer.echo(line, err=True))
     typer.echo(json.dumps(record, indent=1))
+
+
+def _printed(result: Any, as_json: bool) -> bool:
+    """Print the result as one JSON document, if that is asked for."""
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=1))
+    return as_json
 
 
 def _tables(*frames: Any) -> str:

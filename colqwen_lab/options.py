@@ -100,14 +100,12 @@ def _each(check: Callable[[str], str]) -> AfterValidator:
     return AfterValidator(lambda value: ",".join(dict.fromkeys(map(check, value.split(",")))))
 
 
-def _card_names(value: Any) -> Any:
-    return [str(part) if type(part) in (int, float) else part for part in listed(value)]
-
-
-def _cards(value: str) -> str:
-    for name in listed(value):
+def cards_of(value: Any) -> str:
+    """Checked cards as one text, "8,RTX 4070", from texts and numbers."""
+    parts = [str(part) if type(part) in (int, float) else part for part in listed(value)]
+    for name in listed(names := joined(parts)):
         find_card(name)
-    return value
+    return names
 
 
 def _weights(value: str) -> str:
@@ -129,7 +127,7 @@ PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 BatchSizes = Annotated[
     tuple[int, ...], BeforeValidator(batch_sizes_of), Field(validate_default=True)
 ]
-Cards = Annotated[Several, BeforeValidator(_card_names), AfterValidator(_cards)]
+Cards = Annotated[str, BeforeValidator(cards_of)]
 Weights = Annotated[PathText, AfterValidator(_weights)]
 Size = Annotated[str, AfterValidator(check_size)]
 Protocol = Annotated[str, _choice(*PROTOCOLS)]

@@ -622,7 +622,8 @@ class RecordsFile(Generic[R]):
         command: str = "sweep",
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        self.path, self.kind, self.command = regular_file(path), kind, command
+        self.path = regular_file(path)
+        self._read = partial(_rows, self.path, kind, command)
         self.newest: dict[Any, R] = {}
         if self.path.name.endswith((".result.json", ".lock", ".tmp")):
             raise BadInput(f"{path} is the name of a side file; name a file such as rows.jsonl")
@@ -630,7 +631,7 @@ class RecordsFile(Generic[R]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(self.path, partial(_wait_for, self.path, progress)))
             if self.path.exists():
-                rows, whole = _rows(self.path, kind, command, progress)
+                rows, whole = self._read(progress)
                 newest(rows, self.newest)
                 _end_last_line(self.path, whole)
             self.path.touch()
@@ -656,8 +657,7 @@ class RecordsFile(Generic[R]):
 
     def lost(self, rows: Iterable[R]) -> int:
         """How many of `rows` the file on disk no longer holds."""
-        exists = self.path.exists()
-        held = newest(_rows(self.path, self.kind, self.command)[0]) if exists else {}
+        held = newest(self._read()[0] if self.path.exists() else ())
         return sum(row.identity() not in held for row in rows)
 
 
