@@ -179,14 +179,15 @@ def parameters(names: dict[str, Any], function: Any, *own: str) -> dict[str, Any
         if not isinstance(value := names.get(name, ""), str):
             raise BadInput(f"{name} must be a text, got {value!r}{RAW}")
     options = function.options.model_fields
-    valid = [*options, *own, "In", "Out"]  # the last two are IPython's
+    valid = [*options, *own]
+    known = {*valid, "In", "Out"}  # the last two are IPython's
     plain = (str, int, float, bool, list, tuple, dict, type(None))
     others = (
-        n for n, v in names.items() if n not in valid and n[0] != "_" and isinstance(v, plain)
+        n for n, v in names.items() if n not in known and n[0] != "_" and isinstance(v, plain)
     )
     unknown = min(others, default="")
     if unknown and not names.get("_parameters_checked"):
-        raise BadInput(f"unknown parameter {unknown!r}; valid: {', '.join(valid[:-2])}")
+        raise BadInput(f"unknown parameter {unknown!r}; valid: {', '.join(valid)}")
     names["_parameters_checked"] = True
     return {name: names[name] for name in options if name in names}
 

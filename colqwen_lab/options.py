@@ -323,11 +323,10 @@ class SweepOptions(Options):
         """The card whose memory caps the run, if any."""
         return find_card(self.card) if self.card else None
 
-    def configurations(self, device: str) -> list[Configuration]:
-        """Every model in every configuration, on `device` (cuda or cpu).
+    def configurations(self, device: str, models: Iterable[str] = ()) -> list[Configuration]:
+        """Every model, or these, in every configuration, on `device` (cuda or cpu).
 
-        Raises:
-            BadInput: a configuration that does not exist.
+        Raises BadInput for a configuration that does not exist.
         """
         texts = listed(self.configuration) or [
             f"{execution}/{self.protocol}/{self.kernel}" for execution in self.execution.split(",")
@@ -335,7 +334,7 @@ class SweepOptions(Options):
         return [
             _configuration(text, variant, self.dtype, device)
             for text in texts
-            for variant in self.models
+            for variant in models or self.models
         ]
 
     def matrix(self) -> list[SweepOptions]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
@@ -16,10 +15,11 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from colqwen_lab import records, signals
-from colqwen_lab.errors import BadInput, LabError, MissingRequirement
+from colqwen_lab.errors import LabError, MissingRequirement
 from colqwen_lab.hardware import Card
 from colqwen_lab.measure.environment import environment, interference, pick_device, spilled, watch
 from colqwen_lab.measure.memory import METHOD, VERIFIED_RUNS, batch_search
+from colqwen_lab.measure.planned import checkpoints_of, configurations_of, planned_cell
 from colqwen_lab.measure.sweep_file import (
     Interrupted,
     Progress,
@@ -33,9 +33,7 @@ from colqwen_lab.measure.sweep_file import (
 )
 from colqwen_lab.measure.timing import CLOCK, Failure, Samples, StoppingRule, time_interleaved
 from colqwen_lab.measure.worker import Remote, Worker, failure_of
-from colqwen_lab.model.checkpoint import Checkpoint
-from colqwen_lab.model.config import resolve_size, resolve_variant
-from colqwen_lab.model.quantize import checkpoint_of
+from colqwen_lab.model.config import resolve_size
 from colqwen_lab.options import TEXTS, WORKLOADS, SweepOptions
 from colqwen_lab.records import RESUME, Cell, Configuration
 from colqwen_lab.runtime.batches import Batches, Pages, query_batches
@@ -122,7 +120,7 @@ class Run:
     def __post_init__(self) -> None:
         options, self.device = self.options, pick_device()
         self.card, self.cap = options.memory_budget, (0, 0)
-        self.environment = environment(self.device)
+        self.environment = here = environment(self.device)
         self.progress_once = cache(self.progress)
         steps = options.min_steps or WORKLOADS[options.workload].min_steps
         self.stopping = self.stopping or StoppingRule(
@@ -142,23 +140,12 @@ class Run:
             make = pages.batches
             work = {"kind": "pages", "pages": pages.label, "visual_tokens": pages.visual_tokens}
         self.make_batches = partial(make, samples=self.samples)
-        self.checkpoints = checkpoints = _checkpoints(options, self.device)
+        self.checkpoints = checkpoints_of(options, self.device)
+        configurations = configurations_of(options, self.checkpoints, self.device)
         self.planned = [
-            Cell(
-                origin="measured",
-                variant=c.variant,
-                size=checkpoints[c.variant].size,
-                weights=checkpoints[c.variant].label,
-                quantization=_quantization(checkpoints[c.variant].quantization),
-                workload=records.Workload(batch_size=batch, **work),
-                execution=c.execution,
-                protocol=c.protocol,
-                backend=records.Backend(requested=c.kernel, requested_dtype=c.dtype),
-                status="failed",
-                environment=self.environment,
-            )
+            planned_cell(c, self.checkpoints[c.variant], {"batch_size": batch} | work, here)
             for batch in ([1] if self.card else options.batches)
-            for c in _configurations(options, checkpoints, self.device)
+            for c in configurations
         ]
 
     def on_file(self, rows: Iterable[Cell]) -> list[Cell]:
@@ -176,10 +163,9 @@ class Run:
         return [cell for cell in self.on_file(rows) if not cell.timing or self._as_asked(cell)]
 
     def _as_asked(self, cell: Cell) -> bool:
-        timing = cell.timing and cell.timing.model_dump(include=set(self.asked))
-        return timing == self.asked and bool(
-            cell.control_s or not self._controlled(cell.configuration)
-        )
+        if not cell.control_s and self._controlled(cell.configuration):
+            return False
+        return self.asked.items() <= dict(cell.timing or ()).items()
 
     def _controlled(self, c: Configuration) -> bool:
         """Whether `c` is timed once more: an A/A control, which must come out as the same."""
@@ -363,9 +349,9 @@ class Run:
     @cached_property
     def _limits(self) -> records.Limits | Failure | None:
         """What the GPU reaches in this run; not under a card's memory."""
-        usable = self.device.type == "cuda" and not self.card
-        workers = list(self.workers.values()) if usable else []
-        return next((worker.call("limits") for worker in workers), None)
+        if self.device.type != "cuda" or self.card or not self.workers:
+            return None
+        return next(iter(self.workers.values())).call("limits")
 
 
 def _updated(cell: Cell, answer: dict[str, Any] | Failure) -> Cell:
@@ -392,56 +378,3 @@ def _key(cell: Cell) -> tuple[str, ...]:
 def _model(c: Configuration) -> Configuration:
     """What identifies a loaded model: configurations that differ in the protocol alone share it."""
     return c.model_copy(update={"protocol": "lean"})
-
-
-def _checkpoints(options: SweepOptions, device: torch.device) -> dict[str, Checkpoint]:
-    """The checkpoint of each variant by name, in the order of the models."""
-    variants = {variant.name: variant for variant in map(resolve_variant, options.models)}
-    if len(variants) < len(options.models):
-        raise BadInput(f"model must be one or more different models, got {options.model!r}")
-    size, checkpoints = resolve_size(options.size, device.type == "cuda"), {}
-    for name, variant in variants.items():
-        named = not variant.folder and "any" not in variant.hub
-        if not named and options.weights != "auto":
-            raise BadInput("weights go with a named model; a folder or a hub id holds its own")
-        checkpoints[name] = one = checkpoint_of(variant, size, options.weights, device)
-        if named and bool(variant.scheme) != bool(one.quantization):
-            kind = "quantised" if one.quantization else "16-bit"
-            raise MissingRequirement(
-                f"{one.label} holds {kind} weights, which is not {name}; name it as a model instead"
-            )
-        if options.size not in ("auto", one.size):
-            raise BadInput(
-                f"{one.label} is of size {one.size}, not {options.size}; use auto or that size"
-            )
-    return checkpoints
-
-
-def _configurations(
-    options: SweepOptions, checkpoints: dict[str, Checkpoint], device: torch.device
-) -> list[Configuration]:
-    """Every variant in every configuration that its weights can run."""
-    names = dict(zip(options.models, checkpoints, strict=True))
-    packed = {name: one.quantization is not None for name, one in checkpoints.items()}
-    configurations = []
-    for c in options.configurations(device.type):
-        name, for_packed = names[c.variant], c.kernel != "fp8"
-        if c.kernel not in ("auto", "torch") and for_packed not in packed.values():
-            weights = "packed" if for_packed else "16-bit"
-            valid = "torch, or fp8 in execution fast" if for_packed else "w4-fp8, w4-int8"
-            raise BadInput(
-                f"kernel {c.kernel} multiplies {weights} weights; valid here: auto, {valid}"
-            )
-        if not c.eight_bit or for_packed == packed[name]:
-            kernel = c.kernel if packed[name] or c.eight_bit else "auto"
-            configurations.append(c.model_copy(update={"variant": name, "kernel": kernel}))
-    return list(dict.fromkeys(configurations))
-
-
-def _quantization(config: dict[str, Any] | None) -> records.Quantization | None:
-    """Bits, group size and symmetry from a checkpoint's quantization_config."""
-    config = config or {}
-    sym = config.get("sym", not config.get("zero_point", False))  # AutoAWQ names zero_point
-    with suppress(KeyError, ValueError):
-        return records.Quantization(bits=config["bits"], group_size=config["group_size"], sym=sym)
-    return None

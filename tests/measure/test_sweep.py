@@ -587,7 +587,7 @@ def test_interrupted_before_it_measures_it_says_so(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_checkpoints", stop)
+    monkeypatch.setattr(module, "checkpoints_of", stop)
     with pytest.raises(Interrupted, match=r"^stopped before the first cell$"):
         run(path)
     assert not path.parent.exists()
