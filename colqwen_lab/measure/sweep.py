@@ -136,6 +136,7 @@ class Run:
         rule = self.stopping
         self.asked: dict[str, Any] = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
         self.workers: dict[Configuration, Remote | Worker] = {}
+        self.loading: set[Configuration] = set()  # workers that have not answered yet
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
         self.folder: TemporaryDirectory[str] | None = None
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
@@ -189,6 +190,8 @@ class Run:
             yield from ([self._largest(cell, self.card)] for cell in cells)
             return
         models = list(dict.fromkeys(_model(cell.configuration) for cell in cells))
+        if self.isolated:
+            self._load(models)
         groups = [models]
         for model in models:
             failure = self._worker(model)
@@ -280,6 +283,7 @@ class Run:
     def end(self, model: Configuration | None = None) -> None:
         """End the worker of `model`, or all."""
         for key in [model] if model else list(self.workers):
+            self.loading.discard(key)
             if worker := self.workers.pop(key, None):
                 worker.end()
 
@@ -289,23 +293,42 @@ class Run:
         if self.folder:
             self.folder.cleanup()
 
-    def _worker(self, c: Configuration) -> Remote | Worker | Failure:
-        """The worker that has the model of `c` loaded; where that fails, the failure answers."""
-        model, checkpoint = _model(c), self.checkpoints[c.variant]
-        if model in self.failures:
-            return self.failures[model]
-        if model in self.workers and self.workers[model].alive:
-            return self.workers[model]
+    def _load(self, models: Iterable[Configuration]) -> None:
+        """Load the models at the same time."""
+        for model in models:
+            self._start(model)
+        for model in models:
+            self._worker(model)
+        # To load takes more memory than a model: what found too little is loaded again, alone.
+        self.failures = {c: one for c, one in self.failures.items() if one.status != "oom"}
+
+    def _start(self, c: Configuration) -> Remote | Worker | Failure:
+        """A worker that is loading the model of `c`."""
+        model = _model(c)
         self.end(model)
         self.progress(f"loading {c.variant} {c.execution}/{c.kernel}")
         try:
             kind = Remote if self.isolated else Worker
-            worker = kind(checkpoint, self.device, c, self.make_batches)
+            worker = kind(self.checkpoints[c.variant], self.device, c, self.make_batches)
         except OSError as error:  # the system starts no more processes
             return failure_of(error)
         self.workers[model] = worker
-        sizes = sorted({cell.batch_size for cell in self.planned})
-        answer = worker.call("load", self.card, sizes)
+        self.loading.add(model)
+        worker.ask("load", self.card, sorted({cell.batch_size for cell in self.planned}))
+        return worker
+
+    def _worker(self, c: Configuration) -> Remote | Worker | Failure:
+        """The worker that has the model of `c` loaded; where that fails, the failure answers."""
+        model = _model(c)
+        if model in self.failures:
+            return self.failures[model]
+        worker = self.workers.get(model)
+        if worker is None or not (worker.alive or model in self.loading):
+            worker = self._start(model)
+        if isinstance(worker, Failure) or model not in self.loading:
+            return worker
+        self.loading.remove(model)
+        answer = worker.answer()
         if isinstance(answer, Failure):
             self.end(model)
             if not answer.ended:
@@ -313,7 +336,8 @@ class Run:
             return answer
         self.cap, backend, unused = answer
         kernels = ", ".join(f"{kernel} x {count}" for kernel, count in backend.engaged.items())
-        line = f"{c.variant} {c.execution}/{c.kernel}: {checkpoint.label}; {backend.dtype}"
+        label = self.checkpoints[c.variant].label
+        line = f"{c.variant} {c.execution}/{c.kernel}: {label}; {backend.dtype}"
         tensors = f"; unused tensors: {', '.join(unused)}" if unused else ""
         self.progress(f"{line}; text linears on {kernels}; {self.environment.device}{tensors}")
         return worker

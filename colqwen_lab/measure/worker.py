@@ -86,6 +86,7 @@ class Worker:
     steps: dict[tuple[str, bool], Steps] = field(default_factory=dict)
     load_s: float = 0.0
     first_step_s: float = 0.0
+    asked: tuple[Any, ...] = ()
     alive: bool = True
     pid: int | None = None  # this process
 
@@ -99,6 +100,14 @@ class Worker:
             failure = failure_of(error)
         free(self.device)  # after the exception has released its frames and their tensors
         return failure
+
+    def ask(self, name: str, *arguments: Any) -> None:
+        """Keep a question; `answer` runs it."""
+        self.asked = name, *arguments
+
+    def answer(self) -> Any:
+        """The answer to what was asked, as `call` gives it."""
+        return self.call(*self.asked)
 
     def end(self) -> None:
         """Release the model and everything it computed."""
@@ -130,7 +139,8 @@ class Worker:
         head = PROTOCOLS[protocol].unused_head
         head_bytes = hold_unused_head(self.loaded, self.checkpoint, head)
         if not self.first_step_s:
-            self.first_step_s = self._timed(self._steps(protocol), self._placed(self.inputs[0]))
+            self.first_step_s = self.step(protocol, False, 0)
+            self.steps = {}
             free(self.device)
         figures = []
         for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values():
@@ -147,10 +157,6 @@ class Worker:
         step, batch = self.steps[protocol, control], self._placed(self.inputs[number])
         if warm:
             step(batch)
-        return self._timed(step, batch)
-
-    def _timed(self, step: Steps, batch: dict[str, Any]) -> float:
-        """Seconds of a step and its sync."""
         synchronise(self.device)
         start = time.perf_counter()
         step(batch)
@@ -322,17 +328,27 @@ class Remote:
         finally:
             sys.modules["__main__"] = main
         theirs.close()
-        self.alive, self.pid = True, self.process.pid
-        with contextlib.suppress(OSError):  # `call` says why it ended
+        self.alive, self.pid, self.asked = True, self.process.pid, ""
+        with contextlib.suppress(OSError):  # `answer` says why it ended
             self.connection.send((torch.get_num_threads(), *arguments))
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The answer of the worker's method `name`, or a Failure; its LabError is raised here."""
+        self.ask(name, *arguments)
+        return self.answer()
+
+    def ask(self, name: str, *arguments: Any) -> None:
+        """Have the worker's method `name` run; `answer` waits for it."""
+        self.asked = name
+        with contextlib.suppress(OSError):  # `answer` says why the process ended
+            self.connection.send((name, arguments))
+
+    def answer(self) -> Any:
+        """The answer to what was asked, as `call` gives it."""
         if not self.alive:
             return Failure("failed", "its process had ended")
-        reason = f"no answer to {name!r} within {DEADLINE_S} s; its process was ended"
+        reason = f"no answer to {self.asked!r} within {DEADLINE_S} s; its process was ended"
         try:
-            self.connection.send((name, arguments))
             if self.connection.poll(DEADLINE_S):
                 answer = self.connection.recv()
                 if isinstance(answer, LabError):
