@@ -7,6 +7,10 @@ positions.
 
 `fp8_rows_fused`: FP8 codes of rows, with SiLU-and-mul. It reads each row once; the kernels of
 torch.compile read it at least twice.
+
+`best_products`: MaxSim of an index, up to the sum over query tokens. It reads each stored vector
+once and writes a number for each page and query token. Libraries' kernels take padded 16-bit pages,
+read them once for each query, and pad 320 values to 512.
 """
 
 from __future__ import annotations
@@ -144,3 +148,100 @@ def fp8_rows_fused(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     sizes = LARGEST_FP8, width, x.shape[1] == 2 * width, block
     _quantise[(m,)](x.contiguous(), codes, scales, *sizes, num_warps=max(4, block // 1024))
     return codes, scales
+
+
+# Query tokens and vectors of a program, and stages of its pipeline; the first that fits runs.
+MAXSIM_TILES = ((128, 64, 3), (64, 64, 3), (32, 64, 3), (32, 32, 2), (16, 16, 2))
+
+
+@triton.jit
+def _codes(at, column, there, BITS: tl.constexpr, KIND: tl.constexpr):
+    """Stored values of the vectors that start `at` [rows, 1], in 16 bits; bits are -1 and 1."""
+    if BITS:
+        byte = tl.load(at + column // 8, mask=there, other=0).to(tl.int32)
+        return ((byte >> (7 - column % 8) & 1) * 2 - 1).to(KIND)
+    return tl.load(at + column, mask=there, other=0).to(KIND)
+
+
+@triton.jit
+def _best(
+    vectors,
+    scales,
+    starts,
+    queries,
+    out,
+    tokens,
+    DIMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program: a page, TOKENS query tokens. A vector is multiplied in two parts, LEFT first."""
+    blocks = tl.cdiv(tokens, TOKENS)
+    page = (tl.program_id(0) // blocks).to(tl.int64)
+    token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
+    left, right = tl.arange(0, LEFT), LEFT + tl.arange(0, RIGHT)
+    asked, kind = (token < tokens)[None, :], queries.dtype.element_ty
+    q_at = queries + token[None, :] * DIMS
+    q_left = tl.load(q_at + left[:, None], mask=asked & (left < DIMS)[:, None], other=0.0)
+    q_right = tl.load(q_at + right[:, None], mask=asked & (right < DIMS)[:, None], other=0.0)
+    first = tl.load(starts + page)
+    count = (tl.load(starts + page + 1) - first).to(tl.int32)
+    base = vectors + first * WIDTH
+    best = tl.full([ROWS, TOKENS], float("-inf"), tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        real = (row < count)[:, None]
+        at = base + row[:, None] * WIDTH
+        # Where a query is zero behind its last value, a product ignores the vector's value.
+        codes = _codes(at, left[None, :], real & (left < DIMS)[None, :], BITS, kind)
+        products = tl.dot(codes, q_left)
+        codes = _codes(at, right[None, :], real & (right < DIMS)[None, :], BITS, kind)
+        products = tl.dot(codes, q_right, products)
+        if SCALED:
+            scale = tl.load(scales + first + row, mask=row < count, other=0.0)
+            products = products * scale.to(tl.float32)[:, None]
+        best = tl.maximum(best, tl.where(real, products, float("-inf")))
+    tl.store(out + page * tokens + token, tl.max(best, 0), mask=token < tokens)
+
+
+def best_products(
+    vectors: Tensor, scales: Tensor | None, starts: Tensor, queries: Tensor, bits: bool
+) -> Tensor:
+    """The largest product [pages, tokens] of each query token with a page's vectors, in float32.
+
+    `vectors` [vectors, values or bytes] are the stored ones of all pages, `starts` [pages + 1] the
+    first of each page, `scales` [vectors, 1] of int8. `queries` [tokens, dims] are of 16 bits.
+    """
+    (tokens, dims), pages = queries.shape, len(starts) - 1
+    left = max(16, 1 << (dims - 1).bit_length() - 1)
+    right = max(16, triton.next_power_of_2(dims - left))
+    limit = 2**62
+    if vectors.is_cuda:
+        limit = torch.cuda.get_device_properties(vectors.device).shared_memory_per_block_optin
+    most = max(16, triton.next_power_of_2(tokens))
+    row_bytes = (left + right) * vectors.element_size()
+    tile, rows, stages = next(
+        (tile, rows, stages)
+        for tile, rows, stages in MAXSIM_TILES
+        if tile <= most and tile * (left + right) * 2 + rows * row_bytes * stages <= limit
+    )
+    out = queries.new_empty(pages, tokens, dtype=torch.float32)
+    _best[(pages * triton.cdiv(tokens, tile),)](
+        *(
+            vectors,
+            vectors if scales is None else scales,
+            starts,
+            queries.contiguous(),
+            out,
+            tokens,
+        ),
+        *(dims, vectors.shape[1], bits, scales is not None, left, right, tile, rows),
+        num_warps=4,
+        num_stages=stages,
+    )
+    return out
