@@ -155,12 +155,25 @@ MAXSIM_TILES = ((128, 64, 3), (64, 64, 3), (32, 64, 3), (32, 32, 2), (16, 16, 2)
 
 
 @triton.jit
-def _codes(at, column, there, BITS: tl.constexpr, KIND: tl.constexpr):
-    """Stored values of the vectors that start `at` [rows, 1], in 16 bits; bits are -1 and 1."""
+def _codes(
+    at,
+    real,
+    DIMS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """SIZE values from FIRST on of the vectors that start `at` [rows, 1], in 16 bits."""
     if BITS:
-        byte = tl.load(at + column // 8, mask=there, other=0).to(tl.int32)
-        return ((byte >> (7 - column % 8) & 1) * 2 - 1).to(KIND)
-    return tl.load(at + column, mask=there, other=0).to(KIND)
+        byte = FIRST // 8 + tl.arange(0, SIZE // 8)[None, :]
+        signs = tl.load(at + byte, mask=real & (byte < (DIMS + 7) // 8), other=0).to(tl.int16)
+        # The sign bit of -1 and 1 in bfloat16; the highest bit of a byte comes first.
+        signs = signs[:, :, None] << (8 + tl.arange(0, 8))[None, None, :].to(tl.int16)
+        ones = (signs & -0x8000) ^ -0x4080
+        return tl.reshape(ones, (at.shape[0], SIZE)).to(tl.bfloat16, bitcast=True)
+    column = FIRST + tl.arange(0, SIZE)[None, :]
+    return tl.load(at + column, mask=real & (column < DIMS), other=0).to(KIND)
 
 
 @triton.jit
@@ -185,7 +198,8 @@ def _best(
     page = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
     left, right = tl.arange(0, LEFT), LEFT + tl.arange(0, RIGHT)
-    asked, kind = (token < tokens)[None, :], queries.dtype.element_ty
+    asked = (token < tokens)[None, :]
+    kind = queries.dtype.element_ty
     q_at = queries + token[None, :] * DIMS
     q_left = tl.load(q_at + left[:, None], mask=asked & (left < DIMS)[:, None], other=0.0)
     q_right = tl.load(q_at + right[:, None], mask=asked & (right < DIMS)[:, None], other=0.0)
@@ -198,10 +212,8 @@ def _best(
         real = (row < count)[:, None]
         at = base + row[:, None] * WIDTH
         # Where a query is zero behind its last value, a product ignores the vector's value.
-        codes = _codes(at, left[None, :], real & (left < DIMS)[None, :], BITS, kind)
-        products = tl.dot(codes, q_left)
-        codes = _codes(at, right[None, :], real & (right < DIMS)[None, :], BITS, kind)
-        products = tl.dot(codes, q_right, products)
+        products = tl.dot(_codes(at, real, DIMS, 0, LEFT, BITS, kind), q_left)
+        products = tl.dot(_codes(at, real, DIMS, LEFT, RIGHT, BITS, kind), q_right, products)
         if SCALED:
             scale = tl.load(scales + first + row, mask=row < count, other=0.0)
             products = products * scale.to(tl.float32)[:, None]
