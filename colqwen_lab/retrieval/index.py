@@ -35,8 +35,8 @@ PARTS = re.compile(
 BITS = 8  # signs in a stored byte
 INT8_MAX = 127
 KIND = "colqwen-lab index"
-# Similarities that are in memory at once: the cache of a large GPU holds them.
-CHUNK_BYTES = 2**25
+# Products in memory at once: about what the cache of a large GPU holds.
+CHUNK_BYTES = 2**26
 SHARD = "shard-{:05}.safetensors"
 NEW = r"\Z"  # an empty file, or none: a shard replaces no other
 

@@ -150,8 +150,8 @@ def fp8_rows_fused(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-# Query tokens and vectors of a program, and stages of its pipeline; the first that fits runs.
-MAXSIM_TILES = ((128, 64, 3), (64, 64, 3), (32, 64, 3), (32, 32, 2), (16, 16, 2))
+# Query tokens and vectors of a program, stages of its pipeline, warps; the first that fits runs.
+MAXSIM_TILES = ((128, 64, 3, 4), (64, 64, 3, 4), (32, 64, 3, 4), (32, 32, 2, 4), (16, 16, 2, 1))
 
 
 @triton.jit
@@ -237,9 +237,9 @@ def best_products(
         limit = torch.cuda.get_device_properties(vectors.device).shared_memory_per_block_optin
     most = max(16, triton.next_power_of_2(tokens))
     row_bytes = (left + right) * vectors.element_size()
-    tile, rows, stages = next(
-        (tile, rows, stages)
-        for tile, rows, stages in MAXSIM_TILES
+    tile, rows, stages, warps = next(
+        (tile, rows, stages, warps)
+        for tile, rows, stages, warps in MAXSIM_TILES
         if tile <= most and tile * (left + right) * 2 + rows * row_bytes * stages <= limit
     )
     out = queries.new_empty(pages, tokens, dtype=torch.float32)
@@ -253,7 +253,7 @@ def best_products(
             tokens,
         ),
         *(dims, vectors.shape[1], bits, scales is not None, left, right, tile, rows),
-        num_warps=4,
+        num_warps=warps,
         num_stages=stages,
     )
     return out

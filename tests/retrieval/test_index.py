@@ -79,7 +79,7 @@ def check_kernel(name: str, device: str) -> None:
     pages = [vectors(count, seed) for seed, count in enumerate([130, 1, 0, 64, 65])]
     queries = [vectors(count, 100 + seed).bfloat16() for seed, count in enumerate([20, 120, 1])]
     built = Index.build(Format.parse(name), pages, ["a", "b", "c", "d", "e"])
-    for some in (queries, queries[:1]):
+    for some in (queries, queries[:1], queries[2:]):
         result = built.to(device).scores(some, "triton").cpu()
         assert torch.equal(result[:, 2], torch.full([len(some)], -torch.inf))
         torch.testing.assert_close(result, built.scores(some, "torch"), atol=5e-5, rtol=1e-5)
