@@ -464,3 +464,28 @@ class FidelityOptions(Options):
     def models(self) -> list[str]:
         """The names of the variants."""
         return listed(self.model)
+
+
+class SearchOptions(Options):
+    """Options of `search_times`."""
+
+    formats: Several = option(
+        "bfloat16,int8,binary",
+        "index formats: bfloat16, float16, int8, binary, hamming, poolN, dimsN, or joined by -",
+    )
+    pages: BatchSizes = option(
+        "auto", "such as 1000,10000; auto is 1000 to 50000 on a GPU, 30 to 300 else"
+    )
+    queries: BatchSizes = option("1,64", "queries at once, such as 1,64")
+    vectors: Annotated[int, Field(ge=0)] = option(
+        0, "vectors a page; 0 is 1260 on a GPU, as an A4 page has, and 88 else"
+    )
+    dims: Annotated[int, Field(ge=1, le=4096)] = option(320, "values a vector")
+    query_tokens: Annotated[int, Field(ge=1, le=4096)] = option(20, "vectors a query")
+    kernel: Several = option(
+        "auto", "auto, triton (a CUDA GPU) or torch; both are interleaved: triton,torch"
+    )
+    max_s: Annotated[float, Field(gt=0)] = option(1.0, "seconds to time a search")
+    output: PathText = option(
+        "", "the records file, .jsonl; by default search-times.jsonl under outputs/"
+    )

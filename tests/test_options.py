@@ -20,6 +20,7 @@ from colqwen_lab.options import (
     Options,
     PlanOptions,
     QuantizeOptions,
+    SearchOptions,
     SweepOptions,
     batch_sizes_of,
 )
@@ -31,6 +32,7 @@ FUNCTIONS: dict[Callable[..., Any], type[Options]] = {
     lab.compare: CompareOptions,
     lab.quantize: QuantizeOptions,
     lab.fidelity: FidelityOptions,
+    lab.search_times: SearchOptions,
 }
 
 
