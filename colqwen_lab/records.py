@@ -293,7 +293,7 @@ class EndToEnd(Value):
 class Energy(Value):
     """Joules an item by the driver's counter, over `seconds` of steps without a pause.
 
-    `idle_w` is the power in watts of the GPU with the model loaded and no work.
+    `idle_w` is the power in watts of the GPU before the models were loaded.
     """
 
     joules_per_item: Measured

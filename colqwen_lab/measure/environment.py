@@ -156,6 +156,15 @@ def energy_j(device: torch.device) -> float | None:
     return None
 
 
+def idle_watts(device: torch.device) -> float:
+    """The power in watts of the GPU over a second without work; 0 without a counter."""
+    if (start_j := energy_j(device)) is None:
+        return 0.0
+    start = time.perf_counter()
+    time.sleep(1)
+    return ((energy_j(device) or 0.0) - start_j) / (time.perf_counter() - start)
+
+
 def _processes(device: torch.device) -> dict[int, int | None]:
     """The processes on the GPU by id, with the bytes each holds."""
     handle, processes = gpu_handle(device), []

@@ -15,7 +15,7 @@ from os import fsencode
 from os.path import isdir, isfile
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -48,7 +48,7 @@ CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").split
 PROMPT_START = "<|im_start|>user\n<|vision_start|>"
 PROMPT_END = "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QWEN_PAD_ID = 151643
-Item, Read = TypeVar("Item"), TypeVar("Read")
+Item = TypeVar("Item")
 # A file is given up after this many bad pages, or seconds of them.
 MOST_BAD, MOST_LOST_S = 100, 60
 
@@ -237,14 +237,14 @@ def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[I
         yield from reader.pages(files, skip)
 
 
-class Reader(Generic[Read]):
+class Reader:
     """`loaders` processes that decode pages ahead, and `prepare` each in a thread.
 
     A file is given up after 100 pages that cannot be read, or after 60 seconds of them.
     """
 
     def __init__(
-        self, loaders: int, prepare: Callable[[Image.Image], Read] = lambda image: image
+        self, loaders: int, prepare: Callable[[Image.Image], Any] = lambda image: image
     ) -> None:
         self.prepare, self.decoders = prepare, [Decoder() for _ in range(loaders)]
         self.idle = SimpleQueue[Decoder]()
@@ -259,7 +259,7 @@ class Reader(Generic[Read]):
         """Start the processes, which takes a second."""
         list(self.pool.map(self._ask, ["count"] * len(self.decoders), [os.curdir]))
 
-    def pages(self, files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Read]:
+    def pages(self, files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Any]:
         """Every page of the files in their order: PDF pages at 150 dpi, all pages of a TIFF.
 
         A page that cannot be read is one line to `skip`, as is a file; the others follow.
