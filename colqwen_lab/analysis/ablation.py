@@ -6,16 +6,16 @@ execution fast with 16-bit activations and kernel auto.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from colqwen_lab import analysis
-from colqwen_lab.analysis.render import interval, rounded, screen, span
-from colqwen_lab.analysis.speed import Speed, speed_sentences, speeds
+from colqwen_lab.analysis.render import by_batch, interval, rounded, screen, span
+from colqwen_lab.analysis.speed import Speed, speed_grid, speed_sentences, speeds
 from colqwen_lab.analysis.table import Pair, Results, Series, few, limit_of, rate
 from colqwen_lab.errors import BadInput
 from colqwen_lab.options import listed
@@ -58,7 +58,7 @@ def speed_table(results: Results) -> pd.DataFrame:
     """
     plain = {s.first.settings(): s for s in _sixteen_bit(results) if s.variant == "base"}
     pairs = {_name(s): (plain.get(s.first.settings(), s), s) for s in results.series()}
-    return _columns({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, _percent)
+    return _grid({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, _percent)
 
 
 def ablation(results: Results) -> pd.DataFrame:
@@ -74,7 +74,7 @@ def ablation(results: Results) -> pd.DataFrame:
         changed = [k for k, name in CHANGES.items() if len({getattr(c, name) for c in both}) > 1]
         if both[0].variant == both[1].variant and len(changed) == 1:
             pairs[_change(changed[0], pair)] = pair
-    table = _columns(pairs, _times)
+    table = _grid(pairs, _times)
     padded = results.to_frame().groupby("batch_size")["padded_share"].max() * 100
     return table.assign(**{"padded tokens, %": padded.round(2)}) if len(table) else table
 
@@ -84,14 +84,13 @@ def shares(results: Results) -> pd.DataFrame:
 
     Needs cells with their work: `lab.predictions(results).results`. 8-bit has no measured limit.
     """
-    columns: dict[str, dict[int, float]] = {}
+    columns = defaultdict[str, dict[int, float]](dict)
     for series in results.series():
         for batch, cell in series.rated.items():
             limit, origin = limit_of(cell, cell.work)
             if limit:
-                share = round(100 * rate(cell) / limit, 1)
-                columns.setdefault(f"{_name(series)} ({origin})", {})[batch] = share
-    return _table(columns)
+                columns[f"{_name(series)} ({origin})"][batch] = round(100 * rate(cell) / limit, 1)
+    return by_batch(columns)
 
 
 def eight_bits(results: Results) -> pd.DataFrame:
@@ -108,7 +107,7 @@ def eight_bits(results: Results) -> pd.DataFrame:
 
 def controls(results: Results) -> pd.DataFrame:
     """A table of texts: the second timing of a model against its first in %, one row a batch."""
-    return _columns(_twins(results), _percent)
+    return _grid(_twins(results), _percent)
 
 
 def speed_plot(results: Results) -> Figure:
@@ -179,13 +178,8 @@ def _twins(results: Results) -> dict[str, Pair]:
     return pairs
 
 
-def _columns(pairs: dict[str, Pair], show: Callable[[Speed], str]) -> pd.DataFrame:
-    """One row a batch, a column a pair: its speed as `show` has it."""
-    return _table({name: {s.batch_size: show(s) for s in speeds(*p)} for name, p in pairs.items()})
-
-
-def _table(columns: dict[str, dict[int, Any]]) -> pd.DataFrame:
-    return screen(pd.DataFrame(columns).sort_index().rename_axis("batch"))
+def _grid(pairs: dict[str, Pair], show: Callable[[Speed], str]) -> pd.DataFrame:
+    return speed_grid({name: speeds(*pair) for name, pair in pairs.items()}, show)
 
 
 def _percent(speed: Speed) -> str:

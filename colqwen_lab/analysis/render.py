@@ -6,7 +6,8 @@ import html as markup
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import chain, zip_longest
 from numbers import Number
 from typing import Any
@@ -92,6 +93,11 @@ def screen(rows: Any) -> pd.DataFrame:
     return table.where(table.notna() & (table != ""), MISSING)
 
 
+def by_batch(columns: Mapping[str, Mapping[int, Any]]) -> pd.DataFrame:
+    """Columns of values by batch size to look at: one row a batch."""
+    return screen(pd.DataFrame(columns).sort_index().rename_axis("batch"))
+
+
 def html(frame: pd.DataFrame) -> str:
     """An HTML table, everything in it escaped."""
     table = _strings(frame).map(as_html)
@@ -116,7 +122,7 @@ def text(frame: pd.DataFrame, width: int | None = None) -> str:
 
     Columns of one text throughout are named above the table, empty columns are dropped. A
     table that is too wide even with long cells on several lines continues below, with its first
-    two columns again.
+    two columns again. A word of up to 40 characters stays whole where it fits.
     """
     width = width or shutil.get_terminal_size().columns
     table = _strings(frame)
@@ -127,26 +133,31 @@ def text(frame: pd.DataFrame, width: int | None = None) -> str:
     ]
     above = "; ".join(f"{name}: {table[name][0]}" for name in same if table[name][0] != MISSING)
     names = [name for name in table if name not in same]
-    for longest in (40, 24, 12):
-        widths = {name: len(_lines(table[[name]], longest)[0]) + 2 for name in names}
+    for longest, most in ((40, 40), (24, 40), (12, 40), (12, 12)):
+        lines = partial(_lines, longest=longest, most=most)
+        widths = {name: len(lines(table[[name]])[0]) + 2 for name in names}
         blocks = [names[:2]]
         for name in names[2:]:
             if sum(widths[each] for each in [*blocks[-1], name]) > width + 2:
                 blocks.append(names[:2])
             blocks[-1] = [*blocks[-1], name]
-        if len(blocks) == 1:
+        fits = all(sum(widths[name] for name in block) <= width + 2 for block in blocks)
+        if fits and (len(blocks) == 1 or longest == 12):
             break
-    lines = textwrap.wrap(above, width)
-    for block in blocks:
-        lines += [*map(str.rstrip, _lines(table[block], longest)), ""]
-    return printable("\n".join(lines[:-1]))
+    parts = ["\n".join(map(str.rstrip, lines(table[block]))) for block in blocks]
+    return printable("\n".join([*textwrap.wrap(above, width), "\n\n".join(parts)]))
 
 
-def _lines(table: pd.DataFrame, longest: int) -> list[str]:
-    """Header, rule and rows, all of one length; cells wrap at `longest` characters."""
-    cells = table.map(lambda cell: textwrap.wrap(cell, longest))
+def _lines(table: pd.DataFrame, longest: int, most: int) -> list[str]:
+    """Header, rule and rows, all of one length; cells wrap at `longest`, words at `most`."""
+
+    def wrap(cell: str) -> list[str]:
+        word = max(map(len, re.findall(r"[^\s-]+-?", cell)), default=0)
+        return textwrap.wrap(cell, max(longest, min(word, most)))
+
     heads = [textwrap.wrap(str(name), 10, break_long_words=False) for name in table]
-    header, *body = [[*zip_longest(*row, fillvalue="")] for row in [heads, *cells.to_numpy()]]
+    rows = [heads, *table.map(wrap).to_numpy()]
+    header, *body = [[*zip_longest(*row, fillvalue="")] for row in rows]
     columns = []
     for lines in zip(*chain(header, *body), strict=True):
         head, below, size = lines[: len(header)], lines[len(header) :], max(map(len, lines))

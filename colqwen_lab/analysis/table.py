@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,14 +49,18 @@ def on_screen(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
         if header.endswith("MiB"):
             columns[header] = raw.astype(float).map(render.in_mib, "ignore")
         else:
-            columns[header] = raw if pd.isna(factor) else (raw * factor).map(render.rounded)
+            plain = pd.isna(factor)
+            columns[header] = raw if plain else (raw.astype(float) * factor).map(render.rounded)
     return render.screen(columns)
 
 
 def value(cell: Cell, column: str) -> Any:
-    """The value of a cell in a column of the tidy frame; lists and dicts as one text."""
+    """The value of a cell in a column of the tidy frame, or of a field of its environment.
+
+    Lists and dicts are one text.
+    """
     item: Any = cell
-    for name in PATHS[column].split("."):
+    for name in PATHS.get(column, f"environment.{column}").split("."):
         item = getattr(item, name, None)
     if column == "texts":
         item = cell.workload.pages or item or "texts not recorded"
@@ -102,11 +106,6 @@ class Series:
     def failed(self) -> list[Cell]:
         """The cells that ran out of memory or failed."""
         return [cell for cell in self.cells if cell.status != "ok"]
-
-    @property
-    def repeated(self) -> list[int]:
-        """The batch sizes with more than one ok cell."""
-        return [batch for batch, n in Counter(c.batch_size for c in self._ok).items() if n > 1]
 
     def to_dict(self) -> dict[str, Any]:
         """The series ready for JSON: its settings, kernels, batch sizes, and what failed."""
@@ -274,11 +273,6 @@ def peak(cell: Cell) -> int:
 def unit(cell: Cell) -> str:
     """`queries/s` or `pages/s`."""
     return f"{cell.workload.kind}/s"
-
-
-def kernels(cell: Cell) -> str | None:
-    """One text such as `torch.nn.Linear x 252`: text linears by kernel; None if unknown."""
-    return value(cell, "kernels_used")
 
 
 def random_weights(cell: Cell) -> bool:
