@@ -8,18 +8,17 @@ Lippman-Hand 1983).
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
 
 from colqwen_lab import analysis
 from colqwen_lab.analysis import render
-from colqwen_lab.analysis.speed import MOST_SAMPLES
+from colqwen_lab.analysis.speed import bootstrapped
 from colqwen_lab.analysis.table import Results, device, peak, rate, unit
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.retrieval.record import NAMES, Fidelity, read
@@ -78,12 +77,8 @@ def loss(base: Fidelity, record: Fidelity, metric: str, margin: float = MARGIN) 
         change = "No query changed" if abs(mean) < 1e-9 else "All queries changed alike"
         bound = f"rule out a {100 * max(-low, high):.0f} % loss"
         reason = f"{change}; {count} queries are too few to {bound}."
-    elif count > MOST_SAMPLES:  # a resample would take gigabytes; the mean of so many is normal
-        half = 1.96 * float(changes.std(ddof=1)) / math.sqrt(count)
-        low, high = mean - half, mean + half
     else:
-        sampled = bootstrap((changes,), np.mean, n_resamples=2000, method="percentile", rng=0)
-        low, high = map(float, sampled.confidence_interval)
+        low, high = bootstrapped((changes,), np.mean)
     if low is not None and high is not None:
         if -margin <= low and high <= margin:
             verdict, reason = "same", ""
@@ -188,16 +183,15 @@ class Fidelities:
         The bytes are those of the weights, or with `index` those of a stored page.
         """
         sign = -1 if one_of("metric", metric, NAMES) in LOWER_IS_BETTER else 1
-        score = {record.label: sign * np.mean(record.values[metric]) for record in self.records}
-        sizes = {
-            record.label: record.page_bytes or 0 if index else record.weights_bytes
-            for record in self.records
-            if index or not record.index_format
-        }
-        records = [record for record in self.records if record.label in sizes]
+        size = attrgetter("page_bytes" if index else "weights_bytes")
+        records = [r for r in self.records if (r.page_bytes if index else not r.index_format)]
+
+        def score(record: Fidelity) -> float:
+            return sign * float(np.mean(record.values[metric]))
+
         frontier: list[Fidelity] = []
-        for record in sorted(records, key=lambda r: (sizes[r.label], -score[r.label])):
-            if not frontier or score[record.label] > score[frontier[-1].label]:
+        for record in sorted(records, key=lambda record: (size(record), -score(record))):
+            if not frontier or score(record) > score(frontier[-1]):
                 frontier.append(record)
         return frontier
 
