@@ -7,7 +7,7 @@ execution fast with 16-bit activations and kernel auto.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -56,9 +56,10 @@ def speed_table(results: Results) -> pd.DataFrame:
 
     8-bit configurations of base compare with 16-bit base.
     """
-    plain = {s.first.settings(): s for s in _sixteen_bit(results) if s.variant == "base"}
-    pairs = {_name(s): (plain.get(s.first.settings(), s), s) for s in results.series()}
-    return _grid({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, _percent)
+    every = results.series()
+    plain = {s.first.settings(): s for s in _sixteen_bit(every) if s.variant == "base"}
+    pairs = {_name(s): (plain.get(s.first.settings(), s), s) for s in every}
+    return _grid({name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}, _percent)
 
 
 def ablation(results: Results) -> pd.DataFrame:
@@ -69,7 +70,7 @@ def ablation(results: Results) -> pd.DataFrame:
     absence could gain.
     """
     pairs = {_change("all", pair): pair for pair in _first_and_best(results).values()}
-    for pair in combinations(_sixteen_bit(results), 2):
+    for pair in combinations(_sixteen_bit(results.series()), 2):
         both = [series.first.configuration for series in pair]
         changed = [k for k, name in CHANGES.items() if len({getattr(c, name) for c in both}) > 1]
         if both[0].variant == both[1].variant and len(changed) == 1:
@@ -141,18 +142,18 @@ def verdict(results: Results) -> str:
     return " ".join(parts) or "The run holds one configuration a variant."
 
 
-def _sixteen_bit(results: Results) -> list[Series]:
-    return [series for series in results.series() if not series.first.configuration.eight_bit]
+def _sixteen_bit(every: Iterable[Series]) -> list[Series]:
+    return [series for series in every if not series.first.configuration.eight_bit]
 
 
 def _first_and_best(results: Results) -> dict[str, Pair]:
     """The first and the best 16-bit configuration of each variant that has both."""
     ends: dict[str, Pair] = {}
-    for series in _sixteen_bit(results):
+    for series in _sixteen_bit(results.series()):
         first, best = ends.get(series.variant, (series, series))
         fast = (series.first.execution, series.first.backend.requested) == ("fast", "auto")
         ends[series.variant] = first, series if fast else best
-    return {variant: pair for variant, pair in ends.items() if pair[0] != pair[1]}
+    return {variant: pair for variant, pair in ends.items() if pair[0] is not pair[1]}
 
 
 def _speed_lines(results: Results) -> dict[str, Pair]:

@@ -10,8 +10,6 @@ import shutil
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,7 +22,6 @@ from colqwen_lab.analysis.render import escape, rounded
 from colqwen_lab.analysis.speed import (
     FEWEST_SAMPLES,
     Recommendation,
-    Speed,
     batches,
     differences,
     same_batch,
@@ -40,14 +37,13 @@ from colqwen_lab.analysis.table import (
     disturbed,
     frame,
     on_screen,
-    peak,
     pick,
     random_weights,
     unit,
     value,
 )
 from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.records import GIB, MIB, Cell, published_cells
+from colqwen_lab.records import GIB, Cell, published_cells
 from colqwen_lab.settings import write_file
 
 if TYPE_CHECKING:
@@ -55,8 +51,6 @@ if TYPE_CHECKING:
 
 CARDS_GB = (8, 12, 16, 24)
 MOST_PLACES = 50
-#: Every card holds models with lower peaks: what lies outside torch is larger.
-SMALL = 100 * MIB
 CLAIMS = "The report's claims against its own rows"
 #: Sections that only the Markdown report has.
 DETAILS = ("Test environment", "Batch size sweep", CLAIMS)
@@ -77,79 +71,35 @@ CAVEATS = {
 Block: TypeAlias = pd.DataFrame | list[str]
 
 
-@dataclass(frozen=True, repr=False)
 class Comparison:
     """`awq` against `base`: `.text()`, `.to_dict()`, `.markdown()`, `.plot()`, and tables.
 
     A place is a device, size, workload, execution and protocol. `places` holds a comparison each;
-    `base`, `awq`, `speeds`, `rows` and the like are of the first place.
+    everything else is of the first place: the series `base` and `awq`, the `speeds` at every shared
+    batch, `rows` as in `same_batch`, `cards` as in `card_fits`, the `budgets` at which a largest
+    batch changes, or why there are none (`no_budgets`), and the `crossover` from which base is at
+    least as fast, if any.
     """
 
-    pairs: dict[str, Pair]
-    cards_gb: tuple[float, ...] = CARDS_GB
-    skipped: tuple[str, ...] = ()
-
-    @cached_property
-    def places(self) -> dict[str, Comparison]:
-        """Place to its comparison."""
-        if len(self.pairs) == 1:
-            return dict.fromkeys(self.pairs, self)
-        return {name: Comparison({name: pair}, self.cards_gb) for name, pair in self.pairs.items()}
-
-    @property
-    def pair(self) -> Pair:
-        """Base and awq of the first place."""
-        return next(iter(self.pairs.values()))
-
-    @property
-    def base(self) -> Series:
-        """The series of base at the first place."""
-        return self.pair[0]
-
-    @property
-    def awq(self) -> Series:
-        """The series compared with base at the first place."""
-        return self.pair[1]
-
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        """The cells of both sides."""
-        return self.base.cells + self.awq.cells
-
-    @cached_property
-    def speeds(self) -> tuple[Speed, ...]:
-        """The speed at every shared batch."""
-        return speeds(*self.pair)
-
-    @cached_property
-    def rows(self) -> pd.DataFrame:
-        """One row a batch size: see `same_batch`."""
-        return same_batch(self.pair, self.speeds)
-
-    @cached_property
-    def cards(self) -> pd.DataFrame:
-        """One row a card and side: see `card_fits`."""
-        return budget.card_fits(self.pair, self.cards_gb)
-
-    @cached_property
-    def budgets(self) -> list[budget.Budget]:
-        """The memory budgets at which a largest batch changes; empty if `no_budgets`."""
-        return [] if self.no_budgets else budget.budgets(self.pair)
-
-    @cached_property
-    def no_budgets(self) -> str:
-        """Why memory budgets do not apply to these models; empty where they do."""
-        if differences(self.base.cells, self.awq.cells):
-            return "the two sides were not measured under the same conditions"
-        if not all(series.rated and series.sized for series in self.pair):
-            return "one side has no row with a rate and a peak"
-        small = all(peak(cell) < SMALL for s in self.pair for cell in s.sized.values())
-        return "every card holds models this small" if small else ""
-
-    @property
-    def crossover(self) -> dict[str, Any]:
-        """A dict of the memory from which base is at least as fast, or empty."""
-        return budget.find_crossover(self.budgets)
+    def __init__(
+        self,
+        pairs: dict[str, Pair],
+        cards_gb: tuple[float, ...] = CARDS_GB,
+        skipped: tuple[str, ...] = (),
+    ) -> None:
+        self.pairs, self.cards_gb, self.skipped = pairs, cards_gb, skipped
+        self.pair = next(iter(pairs.values()))
+        self.base, self.awq = self.pair
+        self.cells = self.base.cells + self.awq.cells
+        self.speeds = speeds(*self.pair)
+        self.rows = same_batch(self.pair, self.speeds)
+        self.cards = budget.card_fits(self.pair, cards_gb)
+        self.no_budgets = budget.obstacle(self.pair)
+        self.budgets = [] if self.no_budgets else budget.budgets(self.pair)
+        self.crossover = budget.find_crossover(self.budgets)
+        self.places = dict.fromkeys(pairs, self)
+        if len(pairs) > 1:
+            self.places = {where: Comparison({where: p}, cards_gb) for where, p in pairs.items()}
 
     def claims_table(self) -> pd.DataFrame:
         """The report's claims, what its rows say, whether each follows; empty for other rows."""
@@ -371,12 +321,11 @@ class Comparison:
         """A figure: speed, throughput, memory (`cards=(8, 12)` in GB), tradeoff or roofline."""
         plots, several = analysis.plots, len(self.pairs) > 1
         one_of("plot", kind, ["speed", *plots.KINDS])
-        if kind == "speed" and not several:
-            return plots.speed_vs_base(self)
         cells = tuple(cell for place in self.places.values() for cell in place.cells)
         series = Results(cells).series() if several else self.pair
         if kind == "speed":
-            lines = {where: place.speeds for where, place in self.places.items()}
+            places = self.places if several else {self.awq.label: self}
+            lines = {name: place.speeds for name, place in places.items()}
             return plots.speed_lines(series, lines)
         cards = {"cards": self.cards_gb} if kind == "memory" else {}
         return plots.KINDS[kind](series, **cards | options)

@@ -8,10 +8,10 @@ Lippman-Hand 1983).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -35,8 +35,7 @@ CLOSENESS = ("overlap@5", "Kendall's tau", "score error")  # columns of the tabl
 LITTLE = 0.1  # below this mean nDCG@5 of base there is little to lose
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """One metric of a variant and of base: both means, their difference and its 95 % interval.
 
     same: the interval is within the margin. worse, better: the difference is at least the margin
@@ -137,21 +136,18 @@ class Fidelities:
 
     def table(self) -> pd.DataFrame:
         """One row a variant: bytes, nDCG@5 and its loss, closeness to base's scores, speed."""
+        indexed = any(record.index_format for record in self.records)
         rows = []
         for record in self.records:
             speed = record.pages_per_s
-            closeness = {name: np.mean(record.values[name]) for name in CLOSENESS}
             row = {"variant": record.label, "weights MiB": render.in_mib(record.weights_bytes)}
-            if record.page_bytes and any(other.index_format for other in self.records):
+            if indexed and record.page_bytes:
                 row |= {"index kB a page": render.rounded(record.page_bytes / 1000)}
-            row |= self.ndcg(record) | closeness
-            row |= {
-                "page cosine, median": record.page_cosine.median,
-                "page cosine, min": record.page_cosine.least,
-                "pages/s": render.rounded(speed.median) if speed else None,
-                "kernel": ", ".join(record.backend.engaged),
-            }
-            rows.append(row)
+            row |= self.ndcg(record) | {name: np.mean(record.values[name]) for name in CLOSENESS}
+            row |= {"page cosine, median": record.page_cosine.median}
+            row |= {"page cosine, min": record.page_cosine.least}
+            row |= {"pages/s": speed and render.rounded(speed.median)}
+            rows.append(row | {"kernel": ", ".join(record.backend.engaged)})
         return render.screen(pd.DataFrame(rows).round(4))
 
     def ndcg(self, record: Fidelity) -> dict[str, Any]:
@@ -163,10 +159,12 @@ class Fidelities:
     def losses(self, label: str = "") -> pd.DataFrame:
         """One row a metric of one variant: both means, the difference with interval and verdict."""
         record = self.pick(label)
-        rows = self.all_losses(record)
-        table = pd.DataFrame(map(asdict, rows)).round(4).drop(columns=["low", "high"])
-        table.insert(4, "95 % interval", [row.interval for row in rows])
-        return render.screen(table.rename(columns={"variant": record.label}))
+        table = pd.DataFrame(self.all_losses(record)).round(4)
+        intervals = [loss.interval for loss in self.all_losses(record)]
+        table = table.assign(low=intervals).drop(columns="high")
+        return render.screen(
+            table.rename(columns={"variant": record.label, "low": "95 % interval"})
+        )
 
     def cosines(self) -> pd.DataFrame:
         """Two rows a variant: cosines of its query and page token embeddings to base's."""
@@ -236,21 +234,16 @@ class Fidelities:
         for record in self.others:
             ndcg, overlap = (self.loss(record, metric) for metric in ("nDCG@5", "overlap@5"))
             difference = f"{ndcg.difference:+.3f} {ndcg.interval}".rstrip()
-            match ndcg.verdict:
-                case "same":
-                    finds, difference = "finds pages as well as base", f"within {self.margin:g}"
-                case "inconclusive":
-                    finds = "against base is inconclusive"
-                case verdict:
-                    finds = f"finds pages {verdict} than base"
+            finds = f"finds pages {ndcg.verdict} than base"
+            if ndcg.verdict == "same":
+                finds, difference = "finds pages as well as base", f"within {self.margin:g}"
+            elif ndcg.verdict == "inconclusive":
+                finds = "against base is inconclusive"
             means = f"nDCG@5 {ndcg.variant:.4f} against {ndcg.base:.4f}"
-            saved, what = (
-                100 - 100 * record.weights_bytes / self.base.weights_bytes,
-                "its weights are",
-            )
+            what, sizes = "its weights are", (record.weights_bytes, self.base.weights_bytes)
             if record.index_format and record.page_bytes and self.base.page_bytes:
-                saved = 100 - 100 * record.page_bytes / self.base.page_bytes
-                what = "its index is"
+                what, sizes = "its index is", (record.page_bytes, self.base.page_bytes)
+            saved = 100 - 100 * sizes[0] / sizes[1]
             sentences += [
                 f"{record.label} {finds}: {means}, difference {difference}.",
                 ndcg.reason,
@@ -265,7 +258,7 @@ class Fidelities:
         variants = [
             record.model_dump(by_alias=True, exclude=per_query)
             | {"label": record.label, "queries": len(record.query_ids)}
-            | {"losses": list(map(asdict, self.all_losses(record)))}
+            | {"losses": [loss._asdict() for loss in self.all_losses(record)]}
             | {"pages_per_s": speed.median if (speed := record.pages_per_s) else None}
             for record in self.records
         ]
@@ -290,17 +283,12 @@ def side_by_side(results: Results, fidelities: Fidelities) -> pd.DataFrame:
     records = {(record.variant, record.size): record for record in plain}
     rows = []
     for series in results.series():
-        cell = max((cell for cell in series.rated.values() if cell.memory), key=rate, default=None)
-        if cell is None:
-            continue
-        row: dict[str, Any] = {
-            "variant": series.label,
-            "batch": cell.batch_size,
-            unit(cell): render.rounded(rate(cell)),
-            "peak MiB": render.in_mib(peak(cell)),
-        }
-        if record := records.get((cell.variant, cell.size)):
-            same = "same" if cell.weights == record.weights else "different"
-            row |= fidelities.ndcg(record) | {"weights": same}
-        rows.append(row)
+        sized = [cell for cell in series.rated.values() if cell.memory]
+        for cell in sorted(sized, key=rate, reverse=True)[:1]:
+            row = {"variant": series.label, "batch": cell.batch_size}
+            row |= {unit(cell): render.rounded(rate(cell)), "peak MiB": render.in_mib(peak(cell))}
+            if record := records.get((cell.variant, cell.size)):
+                same = "same" if cell.weights == record.weights else "different"
+                row |= fidelities.ndcg(record) | {"weights": same}
+            rows.append(row)
     return render.screen(pd.DataFrame(rows).round(4))

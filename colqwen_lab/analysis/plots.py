@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
-from colqwen_lab.analysis.compare import CARDS_GB, Comparison
+from colqwen_lab.analysis.compare import CARDS_GB
 from colqwen_lab.analysis.plan import breakdown_table
 from colqwen_lab.analysis.speed import SAME_PERCENT, Speed, differences
 from colqwen_lab.analysis.table import (
@@ -89,36 +89,30 @@ def throughput(series: Sequence[Series]) -> Figure:
     return legend(figure, axes)
 
 
-def speed_vs_base(comparison: Comparison) -> Figure:
-    """A figure of the speed vs base by batch size, in %, with intervals; negative = slower."""
-    base, other = series = (comparison.base, comparison.awq)
-    title = f"Speed of {other.label} vs {base.label} at the same batch size"
-    if differences(base.cells, other.cells):
-        title = f"Not a comparison (conditions differ):\n{title}"
-    figure = speed_lines(series, {other.label: comparison.speeds}, title)
-    (axes,) = figure.axes
-    for speed in comparison.speeds:
-        end, offset = (speed.low, -15) if speed.percent < 0 else (speed.high, 8)
-        at = speed.batch_size, speed.percent if end is None else end
-        note(axes, f"{speed.percent:+.1f}", at, (0, offset), ha="center")
-    axes.margins(y=0.15)
-    return figure
+def speed_lines(series: Sequence[Series], lines: Mapping[str, Sequence[Speed]]) -> Figure:
+    """A figure of speeds vs base by batch size, in %, a line for each of the named `lines`.
 
-
-def speed_lines(
-    series: Sequence[Series],
-    lines: Mapping[str, Sequence[Speed]],
-    title: str = "Speed vs base at the same batch size",
-) -> Figure:
-    """A figure of speeds vs base by batch size, in %, a line for each of the named `lines`."""
+    A single line has its figures written to it; `series` are then base and the other.
+    """
+    title = "Speed vs base at the same batch size"
+    if single := len(lines) == 1:
+        base, other = series
+        title = f"Speed of {other.label} vs {base.label} at the same batch size"
+        if differences(base.cells, other.cells):
+            title = f"Not a comparison (conditions differ):\n{title}"
     figure, axes = _by_batch(series, title)
     axes.set_ylabel("speed vs base, % (negative = slower)")
     band(axes, SAME_PERCENT, f"±{SAME_PERCENT:g} %: not significant")
     free = cycle(FREE)
     for label, speeds in lines.items():
-        look = FIXED.get(label) or next(free)
         points = {row.batch_size: (row.percent, row.low, row.high, row.verdict) for row in speeds}
-        difference_line(axes, points, look, label=label)
+        difference_line(axes, points, FIXED.get(label) or next(free), label=label)
+        for batch, (percent, low, high, _) in points.items() if single else ():
+            end, offset = (low, -15) if percent < 0 else (high, 8)
+            at = batch, percent if end is None else end
+            note(axes, f"{percent:+.1f}", at, (0, offset), ha="center")
+    if single:
+        axes.margins(y=0.15)
     return legend(figure, axes)
 
 

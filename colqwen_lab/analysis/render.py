@@ -133,38 +133,33 @@ def text(frame: pd.DataFrame, width: int | None = None) -> str:
     ]
     above = "; ".join(f"{name}: {table[name][0]}" for name in same if table[name][0] != MISSING)
     names = [name for name in table if name not in same]
+    heads = [textwrap.wrap(str(name), 10, break_long_words=False) for name in names]
     for longest, most in ((40, 40), (24, 40), (12, 40), (12, 12)):
-        lines = partial(_lines, longest=longest, most=most)
-        widths = {name: len(lines(table[[name]])[0]) + 2 for name in names}
+        body = table[names].map(partial(_wrap, longest=longest, most=most))
+        cells = pd.concat([pd.DataFrame([heads], columns=names), body])
+        sizes = cells.map(lambda lines: max(map(len, lines))).max()
         blocks = [names[:2]]
         for name in names[2:]:
-            if sum(widths[each] for each in [*blocks[-1], name]) > width + 2:
+            if sum(sizes[[*blocks[-1], name]] + 2) > width + 2:
                 blocks.append(names[:2])
             blocks[-1] = [*blocks[-1], name]
-        fits = all(sum(widths[name] for name in block) <= width + 2 for block in blocks)
+        fits = all(sum(sizes[block] + 2) <= width + 2 for block in blocks)
         if fits and (len(blocks) == 1 or longest == 12):
             break
-    parts = ["\n".join(map(str.rstrip, lines(table[block]))) for block in blocks]
+    figures = body.map(lambda lines: all(s == MISSING or FIGURE.match(s) for s in lines)).all()
+    looks = {name: f"{'>' if figures[name] else '<'}{sizes[name]}" for name in names}
+    parts = []
+    for block in blocks:
+        rows = [[*zip_longest(*row, fillvalue="")] for row in cells[block].to_numpy()]
+        rows.insert(1, [["-" * sizes[name] for name in block]])
+        form = "  ".join(f"{{:{looks[name]}}}" for name in block)
+        parts.append("\n".join(form.format(*line).rstrip() for line in chain(*rows)))
     return printable("\n".join([*textwrap.wrap(above, width), "\n\n".join(parts)]))
 
 
-def _lines(table: pd.DataFrame, longest: int, most: int) -> list[str]:
-    """Header, rule and rows, all of one length; cells wrap at `longest`, words at `most`."""
-
-    def wrap(cell: str) -> list[str]:
-        word = max(map(len, re.findall(r"[^\s-]+-?", cell)), default=0)
-        return textwrap.wrap(cell, max(longest, min(word, most)))
-
-    heads = [textwrap.wrap(str(name), 10, break_long_words=False) for name in table]
-    rows = [heads, *table.map(wrap).to_numpy()]
-    header, *body = [[*zip_longest(*row, fillvalue="")] for row in rows]
-    columns = []
-    for lines in zip(*chain(header, *body), strict=True):
-        head, below, size = lines[: len(header)], lines[len(header) :], max(map(len, lines))
-        figures = all(line in ("", MISSING) or FIGURE.match(line) for line in below)
-        align = ">" if figures else "<"
-        columns.append([f"{line:{align}{size}}" for line in (*head, "-" * size, *below)])
-    return ["  ".join(line) for line in zip(*columns, strict=True)]
+def _wrap(cell: str, longest: int, most: int) -> list[str]:
+    word = max(map(len, re.findall(r"[^\s-]+-?", cell)), default=0)
+    return textwrap.wrap(cell, max(longest, min(word, most)))
 
 
 def _strings(frame: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,41 +70,20 @@ def value(cell: Cell, column: str) -> Any:
     return ("; ".join(item) or None) if isinstance(item, list) else item
 
 
-@dataclass(frozen=True)
 class Series:
-    """Cells that differ in the batch size only, in its order. `label` is unique in its results."""
+    """Cells that differ in the batch size only, in its order. `label` is unique in its results.
 
-    label: str
-    cells: tuple[Cell, ...]
+    `rated` and `sized` are the ok cells with items per second or a peak by batch size, of a
+    repeated batch the last one; `failed` cells ran out of memory or failed.
+    """
 
-    @property
-    def first(self) -> Cell:
-        """The cell of the smallest batch size."""
-        return self.cells[0]
-
-    @property
-    def variant(self) -> str:
-        """The variant of all cells."""
-        return self.first.variant
-
-    @cached_property
-    def _ok(self) -> list[Cell]:
-        return [cell for cell in self.cells if cell.status == "ok"]
-
-    @cached_property
-    def rated(self) -> dict[int, Cell]:
-        """The ok cells with items per second by batch size; of a repeated batch the last one."""
-        return {cell.batch_size: cell for cell in self._ok if cell.items_per_s}
-
-    @cached_property
-    def sized(self) -> dict[int, Cell]:
-        """The ok cells with a peak by batch size."""
-        return {cell.batch_size: cell for cell in self._ok if cell.memory}
-
-    @property
-    def failed(self) -> list[Cell]:
-        """The cells that ran out of memory or failed."""
-        return [cell for cell in self.cells if cell.status != "ok"]
+    def __init__(self, label: str, cells: tuple[Cell, ...]) -> None:
+        self.label, self.cells, self.first = label, cells, cells[0]
+        self.variant = self.first.variant
+        ok = [cell for cell in cells if cell.status == "ok"]
+        self.rated = {cell.batch_size: cell for cell in ok if cell.items_per_s}
+        self.sized = {cell.batch_size: cell for cell in ok if cell.memory}
+        self.failed = [cell for cell in cells if cell.status != "ok"]
 
     def to_dict(self) -> dict[str, Any]:
         """The series ready for JSON: its settings, kernels, batch sizes, and what failed."""
