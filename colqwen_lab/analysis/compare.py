@@ -200,7 +200,7 @@ class Comparison:
         on_cpu = any(cell.environment.cpu and not cell.environment.gpu for cell in cells)
         largest = {series.label: max(series.sized, default=0) for series in self.pair}
         ends = " and ".join(f"{label} up to batch {most}" for label, most in largest.items())
-        facts = {
+        facts: dict[str, Any] = {
             **{cell.origin: True for cell in cells},
             "differing": "; ".join(differences(self.base.cells, self.awq.cells)),
             "disturbed": disturbed(cells) and f"{disturbed(cells)} of {len(cells)}",
@@ -360,11 +360,8 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
     skipped = []
     for place, name in list(names.items())[:MOST_PLACES]:
         ours, theirs = (side.get(place, Results(())) for side in sides)
-        plain = [
-            series
-            for series in ours.series()
-            if series.variant == "base" and not series.first.configuration.eight_bit
-        ]
+        bases = [series for series in ours.series() if series.variant == "base"]
+        plain = [series for series in bases if not series.first.configuration.eight_bit]
         others = [series for series in theirs.series() if series.variant != "base"]
         if len(plain) == 1 and others:
             for other in others:

@@ -240,10 +240,10 @@ class Fidelities:
             elif ndcg.verdict == "inconclusive":
                 finds = "against base is inconclusive"
             means = f"nDCG@5 {ndcg.variant:.4f} against {ndcg.base:.4f}"
-            what, sizes = "its weights are", (record.weights_bytes, self.base.weights_bytes)
+            what, share = "its weights are", record.weights_bytes / self.base.weights_bytes
             if record.index_format and record.page_bytes and self.base.page_bytes:
-                what, sizes = "its index is", (record.page_bytes, self.base.page_bytes)
-            saved = 100 - 100 * sizes[0] / sizes[1]
+                what, share = "its index is", record.page_bytes / self.base.page_bytes
+            saved = 100 - 100 * share
             sentences += [
                 f"{record.label} {finds}: {means}, difference {difference}.",
                 ndcg.reason,

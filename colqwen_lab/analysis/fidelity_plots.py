@@ -111,7 +111,7 @@ def _point(loss: Loss) -> tuple[Any, ...]:
 
 def _frontier(axes: Axes, points: dict[float, float]) -> None:
     label = "frontier: nothing smaller is as good"
-    axes.plot(points.keys(), points.values(), "--", color="0.5", linewidth=1, label=label)
+    axes.plot([*points], [*points.values()], "--", color="0.5", linewidth=1, label=label)
 
 
 KINDS: dict[str, Callable[..., Figure]] = {"frontier": frontier, "index": index, "metrics": metrics}

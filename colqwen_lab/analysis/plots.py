@@ -127,7 +127,11 @@ def memory(series: Sequence[Series], cards: Iterable[str | float] = ()) -> Figur
     for card in map(find_card, cards or CARDS_GB):
         if (height := card.nominal_bytes / MIB) <= top:
             axes.axhline(height, color="0.4", linestyle=(0, (4, 3)), linewidth=1)
-            look = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": "0.3"}
+            look: dict[str, Any] = {
+                "xycoords": ("axes fraction", "data"),
+                "ha": "right",
+                "color": "0.3",
+            }
             note(axes, f"{card.name} card", (1, height), (-4, 3), **look)
     axes.set(ylim=(0, None), ylabel="peak memory, MiB")
     return legend(figure, axes)
@@ -138,7 +142,7 @@ def tradeoff(series: Sequence[Series]) -> Figure:
     figure, axes = _framed("Throughput by peak memory", _cells(series))
     for line, style in _styles(series):
         points = {batch: peak(cell) / MIB for batch, cell in line.sized.items() if cell.items_per_s}
-        axes.plot(points.values(), [rate(line.rated[batch]) for batch in points], **style)
+        axes.plot([*points.values()], [rate(line.rated[batch]) for batch in points], **style)
         for batch, x in points.items():
             note(axes, str(batch), (x, rate(line.rated[batch])), (6, -9), color=style["color"])
     axes.set(ylim=(0, None), xlabel="peak memory, MiB (labels: batch size)")
@@ -237,7 +241,7 @@ def legend(figure: Figure, axes: Axes) -> Figure:
     return figure
 
 
-def intervals(axes: Axes, points: Mapping[float, Any], **style: Any) -> None:
+def intervals(axes: Axes, points: Mapping[Any, Any], **style: Any) -> None:
     """Plot (value, low, high) by x with error bars, where there is an interval."""
     value, low, high = np.array([*points.values()], dtype=float).reshape(-1, 3).T
     # With few samples a percentile interval may not contain the estimate.
@@ -246,7 +250,7 @@ def intervals(axes: Axes, points: Mapping[float, Any], **style: Any) -> None:
     axes.errorbar([*points], value, bars, fmt="none", ecolor=style["color"], capsize=3, zorder=1)
 
 
-def difference_line(axes: Axes, points: Mapping[float, Any], look: Any, **style: Any) -> None:
+def difference_line(axes: Axes, points: Mapping[Any, Any], look: Any, **style: Any) -> None:
     """Plot (value, low, high, verdict) by x; markers of significant differences are filled."""
     style |= {"color": look[0], "marker": look[1], "mfc": "white"}
     intervals(axes, {x: point[:3] for x, point in points.items()}, **style)
@@ -263,9 +267,11 @@ def band(axes: Axes, margin: float, label: str) -> None:
     axes.plot([], [], "o", color="0.3", mfc="white", label=hollow)
 
 
-def note(axes: Axes, text: str, at: Any, offset: tuple[int, int], **look: Any) -> None:
+def note(
+    axes: Axes, text: str, at: Any, offset: tuple[int, int], fontsize: int = 8, **look: Any
+) -> None:
     """Write a small text beside a point, `offset` in points."""
-    axes.annotate(text, at, offset, **{"textcoords": "offset points", "fontsize": 8} | look)
+    axes.annotate(text, at, offset, textcoords="offset points", fontsize=fontsize, **look)
 
 
 def _framed(title: str, cells: Sequence[Cell]) -> tuple[Figure, Axes]:

@@ -151,7 +151,7 @@ def text(frame: pd.DataFrame, width: int | None = None) -> str:
     parts = []
     for block in blocks:
         rows = [[*zip_longest(*row, fillvalue="")] for row in cells[block].to_numpy()]
-        rows.insert(1, [["-" * sizes[name] for name in block]])
+        rows.insert(1, [tuple("-" * sizes[name] for name in block)])
         form = "  ".join(f"{{:{looks[name]}}}" for name in block)
         parts.append("\n".join(form.format(*line).rstrip() for line in chain(*rows)))
     return printable("\n".join([*textwrap.wrap(above, width), "\n\n".join(parts)]))

@@ -15,7 +15,7 @@ from colqwen_lab import analysis
 from colqwen_lab.analysis import render
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.hardware import gpu_of
-from colqwen_lab.records import Cell, Environment, Memory, Work, read_cells, write_cells
+from colqwen_lab.records import Cell, Environment, Limits, Memory, Work, read_cells, write_cells
 from colqwen_lab.settings import DATA, write_file
 
 if TYPE_CHECKING:
@@ -275,15 +275,15 @@ def limit_of(cell: Cell, work: Work | None) -> tuple[float | None, str]:
     The larger of two times: all operations at the dense 16-bit rate, and every weight read once at
     the bandwidth. None for 8-bit GEMMs, which have other limits, and where none is known.
     """
+    limits, origin = cell.limits, "measured in the run"
     gpu = gpu_of(cell.environment.device, cell.environment.gpu_memory_bytes)
-    if work is None or cell.configuration.eight_bit or not (cell.limits or gpu):
+    if gpu and not limits:
+        limits = Limits(flops_per_s=gpu.flops(), bytes_per_s=gpu.bandwidth_gb_s * 1e9)
+        origin = "data sheet"
+    if not work or not limits or cell.configuration.eight_bit:
         return None, ""
-    if cell.limits:
-        flops_per_s, bytes_per_s = cell.limits.flops_per_s, cell.limits.bytes_per_s
-    elif gpu:
-        flops_per_s, bytes_per_s = gpu.flops(), gpu.bandwidth_gb_s * 1e9
-    seconds = max(work.flops / flops_per_s, work.min_bytes / bytes_per_s)
-    return cell.batch_size / seconds, "measured in the run" if cell.limits else "data sheet"
+    seconds = max(work.flops / limits.flops_per_s, work.min_bytes / limits.bytes_per_s)
+    return cell.batch_size / seconds, origin
 
 
 def conditions(cells: Iterable[Cell]) -> str:
