@@ -19,7 +19,7 @@ from colqwen_lab.analysis.speed import Speed, speed_grid, speed_sentences, speed
 from colqwen_lab.analysis.table import Pair, Results, Series, few, limit_of, rate
 from colqwen_lab.errors import BadInput
 from colqwen_lab.options import listed
-from colqwen_lab.records import rate_of
+from colqwen_lab.records import Cell, rate_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -168,15 +168,15 @@ def _speed_lines(results: Results) -> dict[str, Pair]:
 
 def _twins(results: Results) -> dict[str, Pair]:
     """Each series that was timed twice, with its second timing."""
-    pairs = {}
-    for series in results.series():
-        again = []
-        for cell in filter(lambda cell: cell.control_s, series.cells):
-            second = {"items_per_s": rate_of(cell.control_s, cell.batch_size, cell.workload.shapes)}
-            again.append(cell.model_copy(update=second | {"step_s": cell.control_s}))
-        if again:
-            pairs[_name(series)] = series, Series(series.label, tuple(again))
-    return pairs
+    again = {
+        s: tuple(_second(cell) for cell in s.cells if cell.control_s) for s in results.series()
+    }
+    return {_name(s): (s, Series(s.label, cells)) for s, cells in again.items() if cells}
+
+
+def _second(cell: Cell) -> Cell:
+    rate = rate_of(cell.control_s, cell.batch_size, cell.workload.shapes)
+    return cell.model_copy(update={"items_per_s": rate, "step_s": cell.control_s})
 
 
 def _grid(pairs: dict[str, Pair], show: Callable[[Speed], str]) -> pd.DataFrame:

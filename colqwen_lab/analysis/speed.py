@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -150,9 +151,9 @@ def differences(base: Iterable[Cell], other: Iterable[Cell]) -> list[str]:
 
 def speed_sentences(base: str, other: str, rows: Iterable[Speed]) -> list[Recommendation]:
     """A sentence for the batch sizes of each verdict."""
-    groups: dict[tuple[str, str], list[Speed]] = {}
+    groups = defaultdict[tuple[str, str], list[Speed]](list)
     for row in rows:
-        groups.setdefault((row.verdict, row.reason), []).append(row)
+        groups[row.verdict, row.reason].append(row)
     return [
         recommend(group, base, other, f"at {batches(row.batch_size for row in group)}")
         for group in groups.values()
