@@ -8,9 +8,10 @@ from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from colqwen_lab.analysis.fidelity import Fidelities
+from colqwen_lab.analysis.fidelity import Fidelities, Loss
 from colqwen_lab.analysis.plots import (
     FIXED,
     FREE,
@@ -20,6 +21,7 @@ from colqwen_lab.analysis.plots import (
     framed,
     intervals,
     legend,
+    note,
     plain_ticks,
 )
 from colqwen_lab.errors import BadInput
@@ -38,17 +40,14 @@ def frontier(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
     title = f"{metric} compared with base, by weight size"
     figure, axes = framed(title, fidelities.conditions(), 5.2)
     band(axes, fidelities.margin, f"±{fidelities.margin:g}: the margin")
-    best = {record.weights_bytes / MIB: record for record in fidelities.frontier(metric)}
-    heights = [fidelities.loss(record, metric).difference for record in best.values()]
-    label = "frontier: nothing smaller is as good"
-    axes.plot([*best], heights, "--", color="0.5", linewidth=1, label=label)
+    best = fidelities.frontier(metric)
+    _frontier(axes, {r.weights_bytes / MIB: fidelities.loss(r, metric).difference for r in best})
     named = []
     for record in (each for each in fidelities.records if not each.index_format):
         row, x = fidelities.loss(record, metric), record.weights_bytes / MIB
         number = 0 if record is fidelities.base else 2 if record.iters == 0 else 1
         label, look = [*KINDS_OF_WEIGHTS.items()][number]
-        rows = [(row.difference, row.low, row.high, row.verdict)]
-        difference_line(axes, [x], rows, look, label=label, linestyle="")
+        difference_line(axes, {x: _point(row)}, look, label=label, linestyle="")
         if number < 2:
             named.append((x, max(row.difference, row.high or -1), record.label, look[0]))
     axes.margins(x=0.08, y=0.1)
@@ -71,9 +70,8 @@ def metrics(fidelities: Fidelities, label: str = "") -> Figure:
     losses = fidelities.all_losses(record)
     figure, axes = framed(f"{record.label} compared with base", fidelities.conditions())
     band(axes, fidelities.margin, f"±{fidelities.margin:g}: the margin")
-    rows = [(loss.difference, loss.low, loss.high, loss.verdict) for loss in losses]
-    difference_line(axes, range(len(rows)), rows, FIXED["awq"], linestyle="")
-    axes.set_xticks(range(len(rows)), [loss.metric for loss in losses], fontsize=8)
+    difference_line(axes, dict(enumerate(map(_point, losses))), FIXED["awq"], linestyle="")
+    axes.set_xticks(range(len(losses)), [loss.metric for loss in losses], fontsize=8)
     axes.set_ylabel("difference to base, mean over queries")
     return legend(figure, axes)
 
@@ -87,20 +85,33 @@ def index(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
     looks = dict(zip(variants, chain(FIXED.values(), cycle(FREE)), strict=False))
     for record in records:
         row, (colour, marker) = fidelities.loss(record, metric), looks[record.variant]
-        ends = [None if end is None else row.base + end for end in (row.low, row.high)]
+        point = [row.variant, *(None if e is None else row.base + e for e in (row.low, row.high))]
         style = {"color": colour, "marker": marker, "linestyle": "", "label": record.variant}
-        intervals(axes, [sizes[record.label]], [(row.variant, *ends)], **style)
-        at = sizes[record.label], row.variant
-        name = record.index_format or "16 bits"
-        axes.annotate(name, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
-    best = [r for r in fidelities.frontier(metric, index=True) if r.label in sizes]
-    points = [(sizes[record.label], np.mean(record.values[metric])) for record in best]
-    label = "frontier: nothing smaller is as good"
-    axes.plot(*zip(*points, strict=True), "--", color="0.5", linewidth=1, label=label)
+        x = sizes[record.label]
+        intervals(axes, {x: point}, **style)
+        note(
+            axes,
+            record.index_format or "16 bits",
+            (x, row.variant),
+            (4, 4),
+            color=colour,
+            fontsize=7,
+        )
+    best = fidelities.frontier(metric, index=True)
+    _frontier(axes, {sizes[r.label]: fidelities.loss(r, metric).variant for r in best})
     axes.set(xscale="log", xlabel="index, kB a page", ylabel=metric)
     plain_ticks(axes.xaxis)
     axes.margins(x=0.12)
     return legend(figure, axes)
+
+
+def _point(loss: Loss) -> tuple[Any, ...]:
+    return loss.difference, loss.low, loss.high, loss.verdict
+
+
+def _frontier(axes: Axes, points: dict[float, float]) -> None:
+    label = "frontier: nothing smaller is as good"
+    axes.plot([*points], [*points.values()], "--", color="0.5", linewidth=1, label=label)
 
 
 KINDS: dict[str, Callable[..., Figure]] = {"frontier": frontier, "index": index, "metrics": metrics}

@@ -237,7 +237,6 @@ def test_ok_cells_only_carry_figures_and_the_last_counts() -> None:
     assert series.rated == {8: fast}
     assert series.sized.keys() == {8}
     assert series.failed == [broken]
-    assert series.repeated == [8]
     assert series.to_dict()["not_ok"] == [
         {"batch_size": 16, "status": "failed", "reason": "broken"}
     ]
