@@ -141,11 +141,13 @@ def doctor() -> None:
     SweepOptions,
     "sweep -m base -m awq -b 8,16,32 -o rows.jsonl",
     "sweep -m base,awq -c report -c best --control",
+    price=(Annotated[float, typer.Option(help="Price of a GPU-hour; adds what items cost.")], 0.0),
 )
-def sweep(options: dict[str, Any]) -> None:
+def sweep(options: dict[str, Any], price: float) -> None:
     """Measure throughput and peak memory over batch sizes. Run again to resume."""
     results = lab.sweep(**options)
-    _show(_tables(results.table()))
+    costs = [results.costs(price)] if price else []
+    _show(_tables(results.table(), *costs, results.end_to_end()))
     if not any(cell.status == "ok" for cell in results):
         raise lab.MissingRequirement("no cell could be measured; the rows say why")
 

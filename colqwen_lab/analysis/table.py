@@ -35,7 +35,8 @@ def frame(cells: Iterable[Cell]) -> pd.DataFrame:
     """A tidy frame, one row a cell, in raw units; `data/columns.csv` describes its columns."""
     rows = [{column: value(cell, column) for column in PATHS} for cell in cells]
     table = pd.DataFrame(rows, columns=[*PATHS])
-    figures = table.columns.intersection([*ROLES["figure"], *ROLES["page figure"]])
+    numbers = [*ROLES["figure"], *ROLES["page figure"], *ROLES["cost"]]
+    figures = table.columns.intersection(numbers)
     table[figures] = table[figures].apply(pd.to_numeric)
     return table.assign(tokens_per_s=table["items_per_s"] * table["tokens"])
 
@@ -184,15 +185,54 @@ class Results:
     def table(self) -> pd.DataFrame:
         """One row a cell, rounded for the screen; a missing figure is "-" and has its reason."""
         raw = self.to_frame()
-        counts = raw.groupby("variant")[SETTINGS].nunique(dropna=False).max()
-        varied = [name for name in SETTINGS if name != "origin" and counts[name] > 1]
         pages = ROLES["page figure"] if (raw["workload"] == "pages").any() else ()
-        names = ["variant", "batch_size", *varied, "origin", "items_per_s", "low", "high", *pages]
+        names = [
+            "variant",
+            "batch_size",
+            *self._varied(raw),
+            "origin",
+            "items_per_s",
+            "low",
+            "high",
+            *pages,
+        ]
         names += ["peak_bytes", "status", "reason", "kernels_used"]
         raw["reason"] = list(map(_reason, self.cells))
         if raw["interference"].notna().any():
             names += ["interference"]
         return on_screen(raw, names)
+
+    def costs(self, price: float = 0) -> pd.DataFrame:
+        """One row a cell with a rate: items an hour, energy, load time, percentiles of latency.
+
+        `price` of a GPU-hour, in any currency, adds the cost of a million items.
+        """
+        raw = self.to_frame().dropna(subset="items_per_s")
+        raw["items_per_hour"] = 3600 * raw["items_per_s"]
+        raw["price_per_million"] = 1e6 * price / raw["items_per_hour"] if price else None
+        known = [name for name in ROLES["cost"] if raw[name].notna().any()]
+        return on_screen(raw, ["variant", *self._varied(raw), "batch_size", *known])
+
+    def end_to_end(self) -> pd.DataFrame:
+        """One row a cell and number of loaders: pages/s from disk to disk, and what binds it."""
+        rows = [
+            {name: value(cell, name) for name in ("variant", "batch_size", *SETTINGS)}
+            | run.model_dump()
+            | {"patch_s": run.preprocess_s, "pages_per_s": run.items_per_s}
+            | {"share": run.items_per_s / rate(cell), "bottleneck": run.bottleneck}
+            | {"loaders_needed": run.loaders_needed}
+            for cell in self.cells
+            for run in cell.end_to_end
+        ]
+        raw = pd.DataFrame(
+            rows, columns=[*dict.fromkeys([*SETTINGS, "batch_size", *ROLES["end to end"]])]
+        )
+        return on_screen(raw, ["variant", *self._varied(raw), "batch_size", *ROLES["end to end"]])
+
+    def _varied(self, raw: pd.DataFrame) -> list[str]:
+        """The settings that differ among cells of one variant."""
+        counts = raw.groupby("variant")[SETTINGS].nunique(dropna=False).max()
+        return [name for name in SETTINGS if name != "origin" and counts[name] > 1]
 
     def plot(self, kind: str = "throughput", **options: Any) -> Figure:
         """A figure: throughput, memory (with `cards=(8, 12)` in GB), tradeoff or roofline.
