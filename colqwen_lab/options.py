@@ -75,18 +75,14 @@ def joined(value: Any) -> str:
 def batch_sizes_of(value: Any) -> tuple[int, ...]:
     """Batch sizes from "8,16", 8 or [8, 16]; `auto` is (), the workload's default.
 
-    Raises:
-        BadInput: not different whole numbers of 1 or more.
+    Raises BadInput for other than different whole numbers of 1 or more.
     """
     if value in ("auto", "", ()):
         return ()
-    try:
-        parts = listed(value.strip("[ ]") if isinstance(value, str) else value)
-        texts = [str(part).strip() for part in parts]
-        sizes = [int(text) if text.isdecimal() else 0 for text in texts]
-    except (TypeError, ValueError):
-        sizes = []
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+    parts = listed(value.strip("[ ]") if isinstance(value, str) else value)
+    texts = [str(part).strip() for part in parts]
+    sizes = [int(text) for text in texts if text.isdecimal() and len(text) < 19]
+    if not sizes or len(sizes) < len(texts) or min(sizes) < 1 or len({*sizes}) < len(sizes):
         raise BadInput(f"must be different whole numbers of 1 or more, such as 8,16, got {value!r}")
     return tuple(sizes)
 
@@ -129,10 +125,15 @@ BatchSizes = Annotated[
 ]
 Cards = Annotated[str, BeforeValidator(cards_of)]
 Weights = Annotated[PathText, AfterValidator(_weights)]
-Size = Annotated[str, AfterValidator(check_size)]
 Protocol = Annotated[str, _choice(*PROTOCOLS)]
-Dtype = Annotated[str, _choice(*DTYPES)]
 VisualTokens = Annotated[int, Field(ge=1, le=MOST_VISUAL_TOKENS)]
+# Options of several commands, with their help.
+SIZE_HELP = "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b"
+Size = Annotated[str, AfterValidator(check_size), Field(description=SIZE_HELP)]
+Dtype = Annotated[str, _choice(*DTYPES), Field(description="bfloat16, float16 or float32")]
+RecordsPath = Annotated[
+    PathText, Field(description="the records file, .jsonl; by default under outputs/")
+]
 
 
 def option(default: Any, help: str) -> Any:
@@ -152,6 +153,16 @@ class Options(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise BadInput(_message(cls, error.errors()[0])) from None
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the variants, for a command on `model`."""
+        return listed(self.model)  # type: ignore[attr-defined]
+
+    @property
+    def memory_budgets(self) -> list[Card]:
+        """The cards to fit, for a command on `cards`."""
+        return [find_card(card) for card in listed(self.cards)]  # type: ignore[attr-defined]
 
 
 EXPECTED = {
@@ -239,9 +250,7 @@ class SweepOptions(Options):
     batch_sizes: BatchSizes = option(
         "auto", "such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages"
     )
-    size: Annotated[Several, _each(check_size)] = option(
-        "auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b"
-    )
+    size: Annotated[Several, _each(check_size)] = option("auto", SIZE_HELP)
     workload: Annotated[Several, _each(partial(one_of, "value", valid=WORKLOADS))] = option(
         "queries", "queries or pages"
     )
@@ -272,11 +281,11 @@ class SweepOptions(Options):
         "", "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL"
     )
     control: bool = option(False, "A/A control: time the first model twice; both must be the same")
-    dtype: Dtype = option("bfloat16", "bfloat16, float16 or float32")
+    dtype: Dtype = "bfloat16"
     card: Annotated[str, BeforeValidator(str)] = option(
         "", "find the largest batch under the memory of this card (GB or a GPU's name)"
     )
-    output: PathText = option("", "the records file, .jsonl; by default under outputs/")
+    output: RecordsPath = ""
     fresh: bool = option(False, "measure again what is on file")
     min_steps: Annotated[int, Field(ge=0)] = option(
         0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
@@ -307,11 +316,6 @@ class SweepOptions(Options):
             raise BadInput("give configuration, or execution, protocol and kernel, not both")
         self.configurations("cpu")  # checks each configuration
         self.memory_budget  # noqa: B018  (checks the card's name)
-
-    @property
-    def models(self) -> list[str]:
-        """The names of the variants."""
-        return listed(self.model)
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -384,23 +388,13 @@ class PlanOptions(Options):
         "kernel of packed weights: tritonv2, torch, humming, fused (such as marlin); fast: also "
         "int4, fp8",
     )
-    dtype: Dtype = option("bfloat16", "bfloat16, float16 or float32")
+    dtype: Dtype = "bfloat16"
     workload: Annotated[str, _choice(*WORKLOADS)] = option("queries", "queries or pages")
     visual_tokens: VisualTokens = option(VISUAL_TOKENS, "pages: the budget of an image")
     tokens: Annotated[int, Field(ge=0)] = option(
         0, "tokens of every item; 0 is the report's queries, or A4 pages"
     )
     execution: Annotated[str, _choice(*EXECUTIONS)] = option("eager", "eager or fast")
-
-    @property
-    def models(self) -> list[str]:
-        """The names of the variants."""
-        return listed(self.model)
-
-    @property
-    def memory_budgets(self) -> list[Card]:
-        """The cards to fit."""
-        return [find_card(card) for card in listed(self.cards)]
 
 
 class CompareOptions(Options):
@@ -410,17 +404,12 @@ class CompareOptions(Options):
     awq: Any = option("", "a records file of the quantised model; default: the first file")
     cards: Cards = option("8,12,16,24", "memory budgets in GB, or GPUs by name")
 
-    @property
-    def memory_budgets(self) -> list[Card]:
-        """The cards to fit."""
-        return [find_card(card) for card in listed(self.cards)]
-
 
 class QuantizeOptions(Options):
     """Options of `quantize`."""
 
     scheme: str = option("W4A16", "an AutoRound scheme: W4A16 (group 128), W8A16, W2A16G32 ...")
-    size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
+    size: Size = "auto"
     weights: Weights = option(
         "auto", "the 16-bit weights: auto, hub, random, or a checkpoint folder"
     )
@@ -441,7 +430,7 @@ class FidelityOptions(Options):
     data: Annotated[PathText, AfterValidator(_data)] = option(
         "generated", "generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"
     )
-    size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
+    size: Size = "auto"
     weights: Weights = option("auto", "BASE's weights: auto, hub, or a checkpoint folder")
     iters: int = option(50, "tuning steps a layer of schemes quantised here; 0: rounding alone")
     plain: bool = option(False, "also measure each scheme rounded without tuning")
@@ -454,9 +443,4 @@ class FidelityOptions(Options):
     queries: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     pages: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     visual_tokens: VisualTokens = option(VISUAL_TOKENS, "the budget of a page")
-    output: PathText = option("", "the records file, .jsonl; by default under outputs/")
-
-    @property
-    def models(self) -> list[str]:
-        """The names of the variants."""
-        return listed(self.model)
+    output: RecordsPath = ""

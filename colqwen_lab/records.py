@@ -488,9 +488,7 @@ def read_cells(source: str | Path) -> list[Cell]:
 
     Of several rows with one key and environment the newest counts. A torn last line is skipped
     with a warning.
-
-    Raises:
-        BadInput: no such file, or not a records file; the line is named.
+    Raises BadInput if there is no such file, or it is no records file; the line is named.
     """
     if source == PUBLISHED:
         if os.path.exists(PUBLISHED):
@@ -609,10 +607,8 @@ class RecordsFile(Generic[R]):
     """An append-only records file, held by one process; a row once written is never changed.
 
     With `progress`, another process that holds the file is waited for.
-
-    Raises:
-        BadInput: not a records file, not writable, or held by another process and no `progress`.
-        MissingRequirement: from `append`, when the disk is full.
+    Raises BadInput for another file, one that is not writable, or is held and no `progress`;
+    `append` raises MissingRequirement when the disk is full.
     """
 
     def __init__(
@@ -702,8 +698,7 @@ def sync(path: Path) -> None:
 def write_cells(path: Path, cells: Iterable[Cell]) -> None:
     """Write `cells` to a new records file; one that holds them already stays as it is.
 
-    Raises:
-        BadInput: the file holds other rows, or cannot be written.
+    Raises BadInput if the file holds other rows, or cannot be written.
     """
     cells = list(cells)
     with RecordsFile(path, Cell) as file:
