@@ -15,8 +15,8 @@ from colqwen_lab import signals
 from colqwen_lab.errors import LabError, MissingRequirement, shown
 from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.options import SweepOptions
-from colqwen_lab.records import MIB, Cell, RecordsFile, writing
-from colqwen_lab.settings import outputs_folder, regular_file, write_file
+from colqwen_lab.records import MIB, RESUME, Cell, RecordsFile
+from colqwen_lab.settings import outputs_folder, regular_file, write_file, writing
 
 Progress = Callable[[str], None]
 MARK = r'\{\s*"complete":'  # how the mark of a sweep that ended begins
@@ -130,6 +130,6 @@ def opened(
     """The records file of a sweep that began at `start`, without the mark of an earlier one."""
     with RecordsFile(path, Cell, progress=progress) as file:
         mark = Path(f"{str(file.path).removesuffix('.jsonl')}.result.json")
-        with writing(path):
+        with writing(path, MissingRequirement, RESUME):
             regular_file(mark, MARK).unlink(missing_ok=True)
         yield SweepFile(file, mark, options, progress, start)
