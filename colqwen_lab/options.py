@@ -1,7 +1,8 @@
 """Every option of every command, declared once: type, default, valid values and help.
 
 The command line (`cli.py`), the Python functions (`__init__.py`) and the parameters cells of the
-notebooks derive from these models. papermill passes texts: "false" and "8,16" are understood.
+notebooks derive from these models. The text under an option is its help. papermill passes texts:
+"false" and "8,16" are understood.
 """
 
 from __future__ import annotations
@@ -136,15 +137,10 @@ RecordsPath = Annotated[
 ]
 
 
-def option(default: Any, help: str) -> Any:
-    """A field with its help."""
-    return Field(default, description=help)
-
-
 class Options(BaseModel):
     """The options of one command. A wrong value raises BadInput with the valid ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
@@ -242,62 +238,53 @@ def takes(options: type[Checked]) -> Callable[[Callable[[Checked], Any]], Callab
 class SweepOptions(Options):
     """Options of `sweep`. `size`, `workload` and `execution` take several values: a matrix."""
 
-    model: Several = option(
+    model: Several = Field(
         "awq",
-        "base, awq, an AutoRound scheme such as W8A16, a checkpoint folder or a hub id; several "
-        "are interleaved: base,awq",
+        description="base, awq, an AutoRound scheme such as W8A16, a checkpoint folder or a hub "
+        "id; several are interleaved: base,awq",
     )
-    batch_sizes: BatchSizes = option(
-        "auto", "such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages"
-    )
-    size: Annotated[Several, _each(check_size)] = option("auto", SIZE_HELP)
-    workload: Annotated[Several, _each(partial(one_of, "value", valid=WORKLOADS))] = option(
-        "queries", "queries or pages"
-    )
-    texts: Annotated[str, _choice(*TEXTS)] = option(
-        "report", "queries: report (the report's formula) or natural (several lengths)"
-    )
-    visual_tokens: VisualTokens = option(
-        VISUAL_TOKENS, "pages: the budget of an image, in visual tokens of 32 x 32 pixels"
-    )
-    pages: PathText = option(
-        "", "pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"
-    )
-    weights: Weights = option(
-        "auto", "auto (tiny: built in, else the hub), hub, random, or a folder"
-    )
-    execution: Annotated[Several, _each(partial(one_of, "value", valid=EXECUTIONS))] = option(
-        "eager", "eager (transformers' forward) or fast (fused, length buckets, CUDA graphs)"
-    )
-    kernel: str = option(
+    batch_sizes: BatchSizes = Field("auto")
+    """such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages"""
+    size: Annotated[Several, _each(check_size)] = Field("auto", description=SIZE_HELP)
+    workload: Annotated[Several, _each(partial(one_of, "value", valid=WORKLOADS))] = "queries"
+    """queries or pages"""
+    texts: Annotated[str, _choice(*TEXTS)] = "report"
+    """queries: report (the report's formula) or natural (several lengths)"""
+    visual_tokens: VisualTokens = VISUAL_TOKENS
+    """pages: the budget of an image, in visual tokens of 32 x 32 pixels"""
+    pages: PathText = ""
+    """pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"""
+    weights: Weights = "auto"
+    """auto (tiny: built in, else the hub), hub, random, or a folder"""
+    execution: Annotated[Several, _each(partial(one_of, "value", valid=EXECUTIONS))] = "eager"
+    """eager (transformers' forward) or fast (fused, length buckets, CUDA graphs)"""
+    kernel: str = Field(
         "auto",
-        "kernel of packed weights: auto, torch, ark, tritonv2, marlin, humming; fast: also int4, "
-        "and with 8-bit activations fp8, w4-fp8, w4-int8",
+        description="kernel of packed weights: auto, torch, ark, tritonv2, marlin, humming; fast: "
+        "also int4, and with 8-bit activations fp8, w4-fp8, w4-int8",
     )
-    protocol: Protocol = option(
-        "lean", "lean (no KV cache, last output released) or published (as the report was made)"
-    )
-    configuration: Several = option(
-        "", "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL"
-    )
-    control: bool = option(False, "A/A control: time the first model twice; both must be the same")
+    protocol: Protocol = "lean"
+    """lean (no KV cache, last output released) or published (as the report was made)"""
+    configuration: Several = ""
+    """several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL"""
+    control: bool = False
+    """A/A control: time the first model twice; both must be the same"""
     dtype: Dtype = "bfloat16"
-    card: Annotated[str, BeforeValidator(str)] = option(
-        "", "find the largest batch under the memory of this card (GB or a GPU's name)"
-    )
+    card: Annotated[str, BeforeValidator(str)] = ""
+    """find the largest batch under the memory of this card (GB or a GPU's name)"""
     output: RecordsPath = ""
-    fresh: bool = option(False, "measure again what is on file")
-    min_steps: Annotated[int, Field(ge=0)] = option(
-        0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
-    )
-    max_s: Annotated[float, Field(gt=0)] = option(
-        3.0, "seconds to time a cell, once every batch was timed"
-    )
-    on: Annotated[str, _choice("here", "ray")] = option(
-        "here", "here, or ray: over a Ray cluster, one task per size, workload and execution"
-    )
-    accelerator: Several = option("", "ray: GPU types to measure on, such as A100,L4")
-    address: str = option("", "ray: the cluster's address; by default RAY_ADDRESS, else auto")
+    fresh: bool = False
+    """measure again what is on file"""
+    min_steps: Annotated[int, Field(ge=0)] = 0
+    """fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"""
+    max_s: Annotated[float, Field(gt=0)] = 3.0
+    """seconds to time a cell, once every batch was timed"""
+    on: Annotated[str, _choice("here", "ray")] = "here"
+    """here, or ray: over a Ray cluster, one task per size, workload and execution"""
+    accelerator: Several = ""
+    """ray: GPU types to measure on, such as A100,L4"""
+    address: str = ""
+    """ray: the cluster's address; by default RAY_ADDRESS, else auto"""
 
     def model_post_init(self, _: Any) -> None:
         names, workloads = self.models, self.workload.split(",")
@@ -378,69 +365,87 @@ def _configuration(text: str, variant: str, dtype: str, device: str) -> Configur
 class PlanOptions(Options):
     """Options of `plan`."""
 
-    model: Several = option("base,awq", "base, awq, a scheme such as W8A16, a folder, or several")
-    batch_sizes: BatchSizes = option("8,16,32,64,128,256,512", "such as 8,512")
-    size: Annotated[str, _choice(*SIZES)] = option("4b", "tiny, mid, 4b, 8b")
-    cards: Cards = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070")
-    protocol: Protocol = option("lean", "lean or published")
-    kernel: str = option(
+    model: Several = "base,awq"
+    """base, awq, a scheme such as W8A16, a folder, or several"""
+    batch_sizes: BatchSizes = Field("8,16,32,64,128,256,512")
+    """such as 8,512"""
+    size: Annotated[str, _choice(*SIZES)] = "4b"
+    """tiny, mid, 4b, 8b"""
+    cards: Cards = "8,12,16,24"
+    """memory in GB or GPUs by name: 8,RTX 4070"""
+    protocol: Protocol = "lean"
+    """lean or published"""
+    kernel: str = Field(
         "tritonv2",
-        "kernel of packed weights: tritonv2, torch, humming, fused (such as marlin); fast: also "
-        "int4, fp8",
+        description="kernel of packed weights: tritonv2, torch, humming, fused (such as marlin); "
+        "fast: also int4, fp8",
     )
     dtype: Dtype = "bfloat16"
-    workload: Annotated[str, _choice(*WORKLOADS)] = option("queries", "queries or pages")
-    visual_tokens: VisualTokens = option(VISUAL_TOKENS, "pages: the budget of an image")
-    tokens: Annotated[int, Field(ge=0)] = option(
-        0, "tokens of every item; 0 is the report's queries, or A4 pages"
-    )
-    execution: Annotated[str, _choice(*EXECUTIONS)] = option("eager", "eager or fast")
+    workload: Annotated[str, _choice(*WORKLOADS)] = "queries"
+    """queries or pages"""
+    visual_tokens: VisualTokens = VISUAL_TOKENS
+    """pages: the budget of an image"""
+    tokens: Annotated[int, Field(ge=0)] = 0
+    """tokens of every item; 0 is the report's queries, or A4 pages"""
+    execution: Annotated[str, _choice(*EXECUTIONS)] = "eager"
+    """eager or fast"""
 
 
 class CompareOptions(Options):
     """Options of `compare`. `base` and `awq` are Results, records files, or `published`."""
 
-    base: Any = option("published", "a records file that holds BASE, or the word published")
-    awq: Any = option("", "a records file of the quantised model; default: the first file")
-    cards: Cards = option("8,12,16,24", "memory budgets in GB, or GPUs by name")
+    base: Any = "published"
+    """a records file that holds BASE, or the word published"""
+    awq: Any = ""
+    """a records file of the quantised model; default: the first file"""
+    cards: Cards = "8,12,16,24"
+    """memory budgets in GB, or GPUs by name"""
 
 
 class QuantizeOptions(Options):
     """Options of `quantize`."""
 
-    scheme: str = option("W4A16", "an AutoRound scheme: W4A16 (group 128), W8A16, W2A16G32 ...")
+    scheme: str = "W4A16"
+    """an AutoRound scheme: W4A16 (group 128), W8A16, W2A16G32 ..."""
     size: Size = "auto"
-    weights: Weights = option(
-        "auto", "the 16-bit weights: auto, hub, random, or a checkpoint folder"
-    )
-    iters: int = option(50, "tuning steps a layer; 0 is plain rounding")
-    samples: int = option(64, "calibration samples")
-    seqlen: int = option(64, "tokens a sample")
-    format: Annotated[str, _choice(*FORMATS)] = option(
-        "auto_round", "the packing: auto_round, auto_gptq, auto_awq"
-    )
-    texts: PathText = option("", "a file of calibration texts, one a line; by default built in")
-    output: PathText = option("", "a new folder; by default outputs/SIZE-SCHEME")
+    weights: Weights = "auto"
+    """the 16-bit weights: auto, hub, random, or a checkpoint folder"""
+    iters: int = 50
+    """tuning steps a layer; 0 is plain rounding"""
+    samples: int = 64
+    """calibration samples"""
+    seqlen: int = 64
+    """tokens a sample"""
+    format: Annotated[str, _choice(*FORMATS)] = "auto_round"
+    """the packing: auto_round, auto_gptq, auto_awq"""
+    texts: PathText = ""
+    """a file of calibration texts, one a line; by default built in"""
+    output: PathText = ""
+    """a new folder; by default outputs/SIZE-SCHEME"""
 
 
 class FidelityOptions(Options):
     """Options of `fidelity`."""
 
-    model: Several = option("awq", "awq, a scheme such as W8A16, a folder, a hub id, or several")
-    data: Annotated[PathText, AfterValidator(_data)] = option(
-        "generated", "generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"
-    )
+    model: Several = "awq"
+    """awq, a scheme such as W8A16, a folder, a hub id, or several"""
+    data: Annotated[PathText, AfterValidator(_data)] = "generated"
+    """generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"""
     size: Size = "auto"
-    weights: Weights = option("auto", "BASE's weights: auto, hub, or a checkpoint folder")
-    iters: int = option(50, "tuning steps a layer of schemes quantised here; 0: rounding alone")
-    plain: bool = option(False, "also measure each scheme rounded without tuning")
-    formats: Several = option(
-        "", "index formats to add: int8, binary, hamming, float16, poolN, dimsN, or joined by -"
-    )
-    margin: Annotated[float, Field(gt=0, lt=1)] = option(
-        0.01, "the smallest difference that counts, in each metric's unit"
-    )
-    queries: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
-    pages: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
-    visual_tokens: VisualTokens = option(VISUAL_TOKENS, "the budget of a page")
+    weights: Weights = "auto"
+    """BASE's weights: auto, hub, or a checkpoint folder"""
+    iters: int = 50
+    """tuning steps a layer of schemes quantised here; 0: rounding alone"""
+    plain: bool = False
+    """also measure each scheme rounded without tuning"""
+    formats: Several = ""
+    """index formats to add: int8, binary, hamming, float16, poolN, dimsN, or joined by -"""
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """the smallest difference that counts, in each metric's unit"""
+    queries: Annotated[int, Field(ge=0)] = 0
+    """how many at most; 0 means all"""
+    pages: Annotated[int, Field(ge=0)] = 0
+    """how many at most; 0 means all"""
+    visual_tokens: VisualTokens = VISUAL_TOKENS
+    """the budget of a page"""
     output: RecordsPath = ""
