@@ -61,16 +61,15 @@ def _parameter(name: str, field: Any) -> Parameter:
     default, flag = field.default, isinstance(field.default, bool)
     about = {"help": field.description, "show_default": default not in ("", False)}
     if name in POSITIONAL:
-        return Parameter(
-            name, KEYWORD, default=default, annotation=Annotated[str, typer.Argument(**about)]
-        )
+        return Parameter(name, KEYWORD, default=typer.Argument(default, **about), annotation=str)
     flags = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
     metavar = None if flag else METAVARS.get(field.annotation, "TEXT")
-    kind, value = (bool, default) if flag else (str, str(default))
+    kind: Any = bool if flag else str
+    value = default if flag else str(default)
     if any(getattr(part, "func", None) in (joined, cards_of) for part in field.metadata):
         kind, value = list[str], [default] if default else []
-    annotation = Annotated[kind, typer.Option(*flags, metavar=metavar, **about)]
-    return Parameter(name, KEYWORD, default=value, annotation=annotation)
+    value = typer.Option(value, *flags, metavar=metavar, **about)
+    return Parameter(name, KEYWORD, default=value, annotation=kind)
 
 
 def command(options: type[Options], *examples: str) -> Callable[..., Any]:

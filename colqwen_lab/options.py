@@ -243,7 +243,7 @@ class SweepOptions(Options):
         description="base, awq, an AutoRound scheme such as W8A16, a checkpoint folder or a hub "
         "id; several are interleaved: base,awq",
     )
-    batch_sizes: BatchSizes = Field("auto")
+    batch_sizes: BatchSizes = "auto"  # type: ignore[assignment]
     """such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages"""
     size: Annotated[Several, _each(check_size)] = Field("auto", description=SIZE_HELP)
     workload: Annotated[Several, _each(partial(one_of, "value", valid=WORKLOADS))] = "queries"
@@ -367,7 +367,7 @@ class PlanOptions(Options):
 
     model: Several = "base,awq"
     """base, awq, a scheme such as W8A16, a folder, or several"""
-    batch_sizes: BatchSizes = Field("8,16,32,64,128,256,512")
+    batch_sizes: BatchSizes = "8,16,32,64,128,256,512"  # type: ignore[assignment]
     """such as 8,512"""
     size: Annotated[str, _choice(*SIZES)] = "4b"
     """tiny, mid, 4b, 8b"""
