@@ -14,7 +14,6 @@ from inspect import Parameter, Signature
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from colqwen_lab.errors import BadInput, ambiguous, one_of, unknown
@@ -161,12 +160,8 @@ class Options(BaseModel):
         return [find_card(card) for card in listed(self.cards)]  # type: ignore[attr-defined]
 
 
-EXPECTED = {
-    "bool": "True or False",
-    "int": "a whole number",
-    "float": "a number",
-    "string": "a text",
-}
+KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "string": "a text"}
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def _message(options: type[Options], error: ErrorDetails) -> str:
@@ -177,26 +172,15 @@ def _message(options: type[Options], error: ErrorDetails) -> str:
     if isinstance(cause, BadInput):
         text = str(cause).replace("unknown value", f"unknown {name}", 1)
         return f"{name} {text}" if text.startswith("must be") else text
-    kind = next((text for key, text in EXPECTED.items() if error["type"].startswith(key)), "")
+    kind = next((text for key, text in KINDS.items() if error["type"].startswith(key)), "")
     if error["type"].startswith(("greater", "less")):
-        kind = " and ".join(_bounds(options.model_fields[name]))
+        parts, bounds = options.model_fields[name].metadata, BOUNDS.items()
+        limits = [(words, getattr(part, key, None)) for part in parts for key, words in bounds]
+        kind = " and ".join(f"{words} {bound}" for words, bound in limits if bound is not None)
     expected = kind or error["msg"].removeprefix("Input should be ")
     default = options.model_fields[name].default
     hint = RAW if kind == "a text" else ""
     return f"{name} must be {expected}, such as {default!r}, got {error['input']!r}{hint}"
-
-
-BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-
-
-def _bounds(field: FieldInfo) -> list[str]:
-    """Each bound of a number, such as `at least 1`."""
-    return [
-        f"{words} {getattr(part, name)}"
-        for part in field.metadata
-        for name, words in BOUNDS.items()
-        if hasattr(part, name)
-    ]
 
 
 Checked = TypeVar("Checked", bound=Options)

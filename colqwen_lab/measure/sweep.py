@@ -86,7 +86,7 @@ def sweep(
                 except LabError as error:
                     errors[name] = error
                 run.end()
-            cells = [cell for run in runs.values() for cell in run.on_file(file.file.rows)]
+            cells = [cell for run in runs.values() for cell in run.on_file(file.records.rows)]
             return file.finish(cells, errors, len(parts))
     except OSError as error:
         raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None

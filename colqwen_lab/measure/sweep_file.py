@@ -82,7 +82,7 @@ def failure(errors: dict[str, LabError], parts: int) -> LabError:
 class SweepFile:
     """The records file of a running sweep. `new` are the cells measured since it was opened."""
 
-    file: RecordsFile[Cell]
+    records: RecordsFile[Cell]
     mark: Path
     options: SweepOptions
     progress: Progress
@@ -91,13 +91,13 @@ class SweepFile:
 
     def kept(self) -> list[Cell]:
         """The rows on file that count: none if `fresh`, and none that failed or was disturbed."""
-        rows = [] if self.options.fresh else self.file.rows
+        rows = [] if self.options.fresh else self.records.rows
         return [cell for cell in rows if cell.status != "failed" and not cell.disturbed]
 
     def add(self, cell: Cell) -> None:
         """Put a measured cell on disk."""
         with signals.deferred():
-            self.file.append([cell])
+            self.records.append([cell])
             self.new.append(cell)
 
     def finish(self, cells: list[Cell], errors: dict[str, LabError], parts: int) -> list[Cell]:
@@ -111,8 +111,8 @@ class SweepFile:
             self.progress(f"took {wall_s} s, of which {timed_s} s in timed steps")
         if errors:
             raise failure(errors, parts)
-        path, counts = self.file.path, Counter(cell.status for cell in cells)
-        if lost := self.file.lost(cells):
+        path, counts = self.records.path, Counter(cell.status for cell in cells)
+        if lost := self.records.lost(cells):
             raise MissingRequirement(
                 f"{lost} of {len(cells)} cells are no longer in {path}; run the same command again"
             )
