@@ -24,6 +24,7 @@ from colqwen_lab.options import (
     FidelityOptions,
     PlanOptions,
     QuantizeOptions,
+    SearchOptions,
     SweepOptions,
     takes,
 )
@@ -35,6 +36,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 if TYPE_CHECKING:
     from colqwen_lab.analysis.compare import Comparison
     from colqwen_lab.analysis.fidelity import Fidelities
+    from colqwen_lab.analysis.index import SearchTimes
     from colqwen_lab.analysis.plan import Plan, Predictions
     from colqwen_lab.analysis.quantized import Quantized
     from colqwen_lab.analysis.table import Results
@@ -54,6 +56,7 @@ __all__ = [
     "predictions",
     "quantize",
     "save",
+    "search_times",
     "sweep",
 ]
 
@@ -150,6 +153,19 @@ def fidelity(options: FidelityOptions) -> Fidelities:
 
     records, corpus = evaluate(options, to_stderr)
     return Fidelities(tuple(records), options.margin, corpus)
+
+
+@takes(SearchOptions)
+def search_times(options: SearchOptions) -> SearchTimes:
+    """Times of a MaxSim search over synthetic indexes, by format, pages, queries and kernel.
+
+    Raises BadInput for a wrong value, MissingRequirement if no index fits the memory.
+    """
+    from colqwen_lab.analysis.index import SearchTimes
+    from colqwen_lab.measure.sweep import to_stderr
+    from colqwen_lab.retrieval.search import search_times
+
+    return SearchTimes(tuple(search_times(options, to_stderr)))
 
 
 def load(source: str | Path) -> Results:

@@ -26,6 +26,7 @@ from colqwen_lab.options import (
     Options,
     PlanOptions,
     QuantizeOptions,
+    SearchOptions,
     SweepOptions,
     cards_of,
     joined,
@@ -185,6 +186,18 @@ def fidelity(options: dict[str, Any], as_json: Json = False) -> None:
     result = lab.fidelity(**options)
     if not _printed(result, as_json):
         _show(f"{_tables(result.table())}\n\n{result.verdict()}")
+
+
+@command(
+    SearchOptions,
+    "search-times --formats bfloat16,int8",
+    "search-times --pages 1000,10000 --queries 1 --kernel triton,torch",
+)
+def search_times(options: dict[str, Any], as_json: Json = False) -> None:
+    """Measure how long a search of a synthetic index takes, by format and number of pages."""
+    result = lab.search_times(**options)
+    if not _printed(result, as_json):
+        _show(f"{_tables(result.table(), result.million())}\n\n{result.verdict()}")
 
 
 @command(QuantizeOptions, "quantize --scheme W8A16 -o my-w8", "quantize --size tiny --iters 0")

@@ -73,11 +73,11 @@ def joined(value: Any) -> str:
 
 
 def batch_sizes_of(value: Any) -> tuple[int, ...]:
-    """Batch sizes from "8,16", 8 or [8, 16]; `auto` is (), the workload's default.
+    """Batch sizes from "8,16", 8 or [8, 16]; `auto` is (), the workload's default, as is `none`.
 
     Raises BadInput for other than different whole numbers of 1 or more.
     """
-    if value in ("auto", "", ()):
+    if value in ("auto", "none", "", ()):
         return ()
     parts = listed(value.strip("[ ]") if isinstance(value, str) else value)
     texts = [str(part).strip() for part in parts]
@@ -238,6 +238,8 @@ class SweepOptions(Options):
     """pages: the budget of an image, in visual tokens of 32 x 32 pixels"""
     pages: PathText = ""
     """pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"""
+    loaders: BatchSizes = "none"  # type: ignore[assignment]
+    """pages: also time them from disk to disk, read by so many processes, such as 1,8"""
     weights: Weights = "auto"
     """auto (tiny: built in, else the hub), hub, random, or a folder"""
     execution: Annotated[Several, _each(partial(one_of, "value", valid=EXECUTIONS))] = "eager"
@@ -274,8 +276,9 @@ class SweepOptions(Options):
         names, workloads = self.models, self.workload.split(",")
         if not names or len(set(names)) < len(names):
             raise BadInput(f"model must be one or more different models, got {self.model!r}")
-        if "pages" not in workloads and (self.pages or self.visual_tokens != VISUAL_TOKENS):
-            raise BadInput("pages and visual_tokens are options of workload pages")
+        own = self.pages or self.loaders or self.visual_tokens != VISUAL_TOKENS
+        if "pages" not in workloads and own:
+            raise BadInput("pages, loaders and visual_tokens are options of workload pages")
         if "queries" not in workloads and self.texts != "report":
             raise BadInput("texts is an option of workload queries")
         if self.weights not in WEIGHTS and len(names) > 1:
@@ -315,7 +318,7 @@ class SweepOptions(Options):
     def matrix(self) -> list[SweepOptions]:
         """One copy for each size x workload x execution, without the options of other workloads."""
         own: dict[str, dict[str, Any]] = {
-            "queries": {"pages": "", "visual_tokens": VISUAL_TOKENS},
+            "queries": {"pages": "", "loaders": (), "visual_tokens": VISUAL_TOKENS},
             "pages": {"texts": "report"},
         }
         return [
@@ -433,3 +436,26 @@ class FidelityOptions(Options):
     visual_tokens: VisualTokens = VISUAL_TOKENS
     """the budget of a page"""
     output: RecordsPath = ""
+
+
+class SearchOptions(Options):
+    """Options of `search_times`."""
+
+    formats: Several = "bfloat16,int8,binary"
+    """index formats: bfloat16, float16, int8, binary, hamming, poolN, dimsN, or joined by -"""
+    pages: BatchSizes = "auto"  # type: ignore[assignment]
+    """such as 1000,10000; auto is 1000 to 50000 on a GPU, 30 to 300 else"""
+    queries: BatchSizes = "1,64"  # type: ignore[assignment]
+    """queries at once, such as 1,64"""
+    vectors: Annotated[int, Field(ge=0)] = 0
+    """vectors a page; 0 is 1260 on a GPU, as an A4 page has, and 88 else"""
+    dims: Annotated[int, Field(ge=1, le=4096)] = 320
+    """values a vector"""
+    query_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
+    """vectors a query"""
+    kernel: Several = "auto"
+    """auto, triton (a CUDA GPU) or torch; both are interleaved: triton,torch"""
+    max_s: Annotated[float, Field(gt=0)] = 1.0
+    """seconds to time a search"""
+    output: PathText = ""
+    """the records file, .jsonl; by default search-times.jsonl under outputs/"""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -38,6 +38,8 @@ from colqwen_lab.sampling import alike, interval_rank
 from colqwen_lab.settings import append, end_last_line, locked, regular_file, writing
 
 MIB = 2**20
+# The fewest samples that give a 99th percentile.
+LATENCY_STEPS = 200
 GIB = 2**30
 RANDOM_TEXTS = "random ids at the report's lengths"
 PUBLISHED = "published"
@@ -244,6 +246,76 @@ class Stages(Value):
     language_model_s: Figure
 
 
+class EndToEnd(Value):
+    """Pages from files on disk to vectors on disk, in `seconds`, with `loaders` processes reading.
+
+    The other times are seconds a page of a stage alone: `read_s` (read and decode) and `prepare_s`
+    (resize, unless `on_device`) in one loader, `preprocess_s` and `embed_s` on the device,
+    `store_s` (copy back and write).
+    """
+
+    loaders: Positive
+    pages: Positive
+    seconds: Measured
+    on_device: bool
+    read_s: Figure
+    prepare_s: Figure
+    preprocess_s: Figure
+    embed_s: Figure
+    store_s: Figure
+
+    @property
+    def items_per_s(self) -> float:
+        """Pages a second, from the first file to the last vector."""
+        return self.pages / self.seconds
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """The pages a second of each stage alone, all loaders together."""
+        return {
+            "reading": self.loaders / (self.read_s + self.prepare_s),
+            "model": 1 / (self.preprocess_s + self.embed_s),
+            "storing": 1 / self.store_s,
+        }
+
+    @property
+    def bottleneck(self) -> str:
+        """The slowest stage: reading, model or storing."""
+        return min(self.stages, key=lambda name: self.stages[name])
+
+    @property
+    def loaders_needed(self) -> int:
+        """The loaders that read as many pages as the slower of the other stages takes."""
+        rates = self.stages
+        return math.ceil(min(rates["model"], rates["storing"]) * (self.read_s + self.prepare_s))
+
+
+class Energy(Value):
+    """Joules an item by the driver's counter, over `seconds` of steps without a pause.
+
+    `idle_w` is the power in watts of the GPU with the model loaded and no work.
+    """
+
+    joules_per_item: Measured
+    seconds: Measured
+    idle_w: Figure
+
+
+class Loading(Value):
+    """Seconds until the model is on the device with its kernels, and those of the first step."""
+
+    load_s: Measured
+    first_step_s: Measured
+
+
+class Latency(NamedTuple):
+    """Percentiles of the time of a step in seconds."""
+
+    p50_s: float
+    p95_s: float
+    p99_s: float
+
+
 class Difference(Value):
     """Cosine of token embeddings to those with 16-bit activations, on one batch."""
 
@@ -362,6 +434,9 @@ class Cell(Row):
     limits: Limits | None = None
     difference: Difference | None = None
     stages: Stages | None = None
+    end_to_end: list[EndToEnd] = []
+    energy: Energy | None = None
+    loading: Loading | None = None
     card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[Text, dict[Text, Any]] | None = None
@@ -383,6 +458,14 @@ class Cell(Row):
     @property
     def batch_size(self) -> int:
         return self.workload.batch_size
+
+    @property
+    def latency(self) -> Latency | None:
+        """Percentiles of the time of a single item; None with fewer than 200 samples."""
+        if self.batch_size > 1 or len(self.step_s) < LATENCY_STEPS:
+            return None
+        parts = statistics.quantiles(self.step_s, n=100, method="inclusive")
+        return Latency(parts[49], parts[94], parts[98])
 
     @property
     def disturbed(self) -> list[str]:

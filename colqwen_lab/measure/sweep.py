@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -39,6 +41,8 @@ from colqwen_lab.records import RESUME, Cell, Configuration
 from colqwen_lab.runtime.batches import Batches, Pages, query_batches
 
 MOST_S = 1e8  # a record holds no infinity
+# Synthetic pages on disk, where pages are timed from disk to disk.
+GPU_FILES, CPU_FILES = 256, 16
 
 
 def sweep(
@@ -99,7 +103,7 @@ def sweep(
     finally:
         with signals.deferred():
             for run in runs.values():
-                run.end()
+                run.close()
 
 
 @dataclass
@@ -131,13 +135,16 @@ class Run:
         rule = self.stopping
         self.asked: dict[str, Any] = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
         self.workers: dict[Configuration, Remote | Worker] = {}
+        self.loading: set[Configuration] = set()  # workers that have not answered yet
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
+        self.folder: TemporaryDirectory[str] | None = None
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
         work: dict[str, Any] = {"kind": options.workload, "texts": options.texts}
         if options.workload == "pages":
             pages = Pages(options.pages, options.visual_tokens)
             make = pages.batches
             work = {"kind": "pages", "pages": pages.label, "visual_tokens": pages.visual_tokens}
+            self.on_disk = pages.on_disk
         self.make_batches = partial(make, samples=self.samples)
         self.checkpoints = checkpoints_of(options, self.device)
         configurations = configurations_of(options, self.checkpoints, self.device)
@@ -182,6 +189,8 @@ class Run:
             yield from ([self._largest(cell, self.card)] for cell in cells)
             return
         models = list(dict.fromkeys(_model(cell.configuration) for cell in cells))
+        if self.isolated:
+            self._load(models)
         groups = [models]
         for model in models:
             failure = self._worker(model)
@@ -273,26 +282,52 @@ class Run:
     def end(self, model: Configuration | None = None) -> None:
         """End the worker of `model`, or all."""
         for key in [model] if model else list(self.workers):
+            self.loading.discard(key)
             if worker := self.workers.pop(key, None):
                 worker.end()
 
-    def _worker(self, c: Configuration) -> Remote | Worker | Failure:
-        """The worker that has the model of `c` loaded; where that fails, the failure answers."""
-        model, checkpoint = _model(c), self.checkpoints[c.variant]
-        if model in self.failures:
-            return self.failures[model]
-        if model in self.workers and self.workers[model].alive:
-            return self.workers[model]
+    def close(self) -> None:
+        """End all workers, and remove the files of synthetic pages."""
+        self.end()
+        if self.folder:
+            self.folder.cleanup()
+
+    def _load(self, models: Iterable[Configuration]) -> None:
+        """Load the models at the same time."""
+        for model in models:
+            self._start(model)
+        for model in models:
+            self._worker(model)
+        # To load takes more memory than a model: what found too little is loaded again, alone.
+        self.failures = {c: one for c, one in self.failures.items() if one.status != "oom"}
+
+    def _start(self, c: Configuration) -> Remote | Worker | Failure:
+        """A worker that is loading the model of `c`."""
+        model = _model(c)
         self.end(model)
         self.progress(f"loading {c.variant} {c.execution}/{c.kernel}")
         try:
             kind = Remote if self.isolated else Worker
-            worker = kind(checkpoint, self.device, c, self.make_batches)
+            worker = kind(self.checkpoints[c.variant], self.device, c, self.make_batches)
         except OSError as error:  # the system starts no more processes
             return failure_of(error)
         self.workers[model] = worker
-        sizes = sorted({cell.batch_size for cell in self.planned})
-        answer = worker.call("load", self.card, sizes)
+        self.loading.add(model)
+        worker.ask("load", self.card, sorted({cell.batch_size for cell in self.planned}))
+        return worker
+
+    def _worker(self, c: Configuration) -> Remote | Worker | Failure:
+        """The worker that has the model of `c` loaded; where that fails, the failure answers."""
+        model = _model(c)
+        if model in self.failures:
+            return self.failures[model]
+        worker = self.workers.get(model)
+        if worker is None or not (worker.alive or model in self.loading):
+            worker = self._start(model)
+        if isinstance(worker, Failure) or model not in self.loading:
+            return worker
+        self.loading.remove(model)
+        answer = worker.answer()
         if isinstance(answer, Failure):
             self.end(model)
             if not answer.ended:
@@ -300,7 +335,8 @@ class Run:
             return answer
         self.cap, backend, unused = answer
         kernels = ", ".join(f"{kernel} x {count}" for kernel, count in backend.engaged.items())
-        line = f"{c.variant} {c.execution}/{c.kernel}: {checkpoint.label}; {backend.dtype}"
+        label = self.checkpoints[c.variant].label
+        line = f"{c.variant} {c.execution}/{c.kernel}: {label}; {backend.dtype}"
         tensors = f"; unused tensors: {', '.join(unused)}" if unused else ""
         self.progress(f"{line}; text linears on {kernels}; {self.environment.device}{tensors}")
         return worker
@@ -317,6 +353,12 @@ class Run:
         others = [other for other in timed if other != c]
         parents = [other for other in others if other.variant == c.variant and not other.eight_bit]
         paged = self.options.workload == "pages"
+        runs: Any = []
+        if paged and (loaders := self.options.loaders):
+            question = (self._files, work.visual_tokens, c.protocol, loaders)
+            runs = self._worker(c).call("end_to_end", *question)
+            if isinstance(runs, Failure):
+                self.progress(f"{c}, from disk to disk: {runs.reason}")
         return {
             "status": "ok",
             "step_s": own.step_s,
@@ -332,6 +374,9 @@ class Run:
                 **self.asked,
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
+            "end_to_end": runs,
+            "energy": self._worker(c).call("energy", c.protocol),
+            "loading": self._worker(c).call("loading"),
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
         }
 
@@ -344,6 +389,13 @@ class Run:
         cosine = cosine_similarity(own, theirs, dim=-1)
         mean, least = cosine.mean().item(), cosine.min().item()
         return records.Difference(against=str(parent), cosine_mean=mean, cosine_min=least)
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        """The files of the pages; synthetic ones are written for this run."""
+        self.folder = TemporaryDirectory(prefix="lab-pages-")
+        count = GPU_FILES if self.device.type == "cuda" else CPU_FILES
+        return self.on_disk(Path(self.folder.name), count)
 
     @cached_property
     def _limits(self) -> records.Limits | Failure | None:
