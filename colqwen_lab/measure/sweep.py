@@ -323,8 +323,11 @@ class Run:
             return self.failures[model]
         worker = self.workers.get(model)
         if worker is None or not (worker.alive or model in self.loading):
-            worker = self._start(model)
-        if isinstance(worker, Failure) or model not in self.loading:
+            started = self._start(model)
+            if isinstance(started, Failure):
+                return started
+            worker = started
+        if model not in self.loading:
             return worker
         self.loading.remove(model)
         answer = worker.answer()

@@ -211,7 +211,7 @@ class Worker:
                 pages, seconds = pipeline.run(files, count, store)
             on_device = self.device.type == "cuda"
             about: dict[str, Any] = {"loaders": count, "pages": pages, "on_device": on_device}
-            runs.append(EndToEnd(seconds=seconds, **about, **stages))
+            runs.append(EndToEnd(seconds=seconds, **(about | stages)))
         return runs
 
     def energy(self, protocol: str) -> Energy | None:
