@@ -27,7 +27,7 @@ from colqwen_lab.settings import PACKAGE
 
 # What a measured figure depends on.
 MEASURING = [
-    *("records.py", "options.py", "model/*", "runtime/*", "measure/*"),
+    *("records.py", "sampling.py", "options.py", "model/*", "runtime/*", "measure/*"),
     *("data/sizes.json", "data/synthetic.json", "data/*.txt", "data/tiny/*"),
 ]
 # Other processes' share of all cores above which a cell says so.

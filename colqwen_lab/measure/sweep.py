@@ -66,10 +66,9 @@ def sweep(
     leaves the others. Models are `isolated` in processes of their own, or run in this one, for a
     debugger (on a GPU: one model). `samples` is the fewest items of a cell; 0 is the default.
 
-    Raises:
-        BadInput: a wrong value, or a file that cannot be written.
-        MissingRequirement: no weights or no kernel here, or a full disk; measured rows are on file.
-        Interrupted: a person stopped it; measured rows are on file.
+    Raises BadInput for a wrong value or a file that cannot be written, MissingRequirement without
+    weights or a kernel or when the disk is full, Interrupted when a person stops it. Measured rows
+    are on file.
     """
     start, cuda = time.perf_counter(), pick_device().type == "cuda"
     parts = {title(part): part for part in options.matrix()}
@@ -98,7 +97,7 @@ def sweep(
                 except LabError as error:
                     errors[name] = error
                 run.end()
-            cells = [cell for run in runs.values() for cell in run.on_file(file.file.rows)]
+            cells = [cell for run in runs.values() for cell in run.on_file(file.records.rows)]
             return file.finish(cells, errors, len(parts))
     except OSError as error:
         raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None

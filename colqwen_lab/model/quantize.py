@@ -39,8 +39,7 @@ from colqwen_lab.model.inputs import CALIBRATION_TEXTS, PAD, pad_id
 from colqwen_lab.model.network import is_text_linear
 from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.options import FORMATS
-from colqwen_lab.records import sync
-from colqwen_lab.settings import cache_folder, in_use, locked, regular_file, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, locked, regular_file, sync, writable_folder
 
 RECORD = "colqwen_lab.json"
 CPU = torch.device("cpu")
