@@ -239,20 +239,30 @@ def page_batch(
     return batch_of(pages, tokenizer, config, device)
 
 
-def page_files(source: str | Path) -> list[Path]:
+def page_files(source: str | Path, skip: Callable[[str], object]) -> list[Path]:
     """The images and PDFs of a folder, in the order of their names; or one file. Raises BadInput.
 
     Every name with a picture's or a PDF's suffix counts, so that `read_pages` reports those that
-    are unreadable: links that lead nowhere, devices, formats that Pillow lacks.
+    are unreadable: links that lead nowhere, devices, formats that Pillow lacks. Each other entry
+    is one line to `skip`.
     """
     path, expected = Path(source), "pages must be a folder of images, an image or a PDF"
-    if not (isfile(path) or isdir(path)):
+    if isfile(path):
+        return [path]
+    if not isdir(path):
         raise BadInput(f"{expected}, got {path}, which is no file and no folder")
     suffixes = {*Image.registered_extensions(), *OTHER_PICTURES, ".pdf"}
-    entries = sorted(path.iterdir()) if path.is_dir() else [path]
-    if files := [file for file in entries if file.suffix.lower() in suffixes and not isdir(file)]:
-        return files
-    raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
+    files = []
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir():
+            skip(str(skipped(f"{entry.name}/", "folders within a folder are not read")))
+        elif entry.suffix.lower() in suffixes:
+            files.append(entry)
+        else:
+            skip(str(skipped(entry.name, "it has no suffix of an image or a PDF")))
+    if not files:
+        raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
+    return files
 
 
 def digest(files: Iterable[Path]) -> str:

@@ -42,6 +42,8 @@ from colqwen_lab.records import RANDOM_TEXTS, Workload
 QUERIES = 64
 # Pages kept as patches, 31 MB each at 1,280 visual tokens.
 MAX_DISTINCT = 64
+# Skipped pages that are named.
+MOST_SAID = 50
 # Sides of a synthetic page in pixels; letters need the smallest.
 MIN_SIDE, MAX_SIDE = 32, 9999
 # A stored embedding has 16-bit values.
@@ -144,8 +146,9 @@ class Pages:
                 f"pages must be WIDTHxHEIGHT, each {MIN_SIDE} to {MAX_SIDE} pixels and one at most "
                 f"{MOST_TIMES} times the other, got {source}"
             )
-        self.files = page_files(source) if source and not match else []
         self.skipped: list[str] = []
+        pages = source and not match
+        self.files = page_files(source, self.skipped.append) if pages else []
         files = f"{len(self.files)} files {digest(self.files)}"
         self.label = files if self.files else f"synthetic, {width} x {height} pixels"
         self._patches: list[tuple[Tensor, tuple[int, int, int]]] = []
@@ -214,4 +217,7 @@ class Pages:
             preprocess_s=statistics.fmean(self._seconds[1:] or self._seconds),
             **_lengths(inputs),
         )
-        return Batches(inputs, workload, tuple(self.skipped))
+        messages = self.skipped[:MOST_SAID]
+        if more := len(self.skipped) - len(messages):
+            messages.append(f"{more} more files, folders or pages are skipped")
+        return Batches(inputs, workload, tuple(messages))
