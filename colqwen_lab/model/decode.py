@@ -33,11 +33,8 @@ DPI = 150
 MOST_TIMES = 200
 # The bounds on a page, and on a file.
 MEMORY_BYTES, PAGE_S, FILE_BYTES = 2**31, 30, 2**32
-# Pictures and pages that Pillow does not read, or only with a library that may be missing.
-OTHER_PICTURES = (
-    ".avif .heic .heif .hif .jxl .jxr .wdp .svg .svgz .djvu .djv .xps .oxps .xcf .psb .exr .dng "
-    ".cr2 .cr3 .nef .arw .orf .rw2 .raf .pef"
-).split()
+# Photos that are a TIFF, of which Pillow reads the preview.
+RAW = (".dng", ".cr2", ".nef", ".arw", ".pef")
 # Formats of several pages, and those whose 16-bit grey has a known white.
 PAGED, DEEP = ("TIFF", "DCX"), (None, "TIFF", "PNG", "PPM", "JPEG2000")
 # Tags of a TIFF. Bits 1 and 4 of the subfile type mark a thumbnail and a mask, which are no pages.
@@ -175,7 +172,7 @@ def _pages(source: Source) -> list[Callable[[], Image.Image]]:
     if b"%PDF-" in head:
         return _pdf_pages(source)
     with _opened(source) as image:
-        if image.format == "TIFF" and suffix in OTHER_PICTURES:  # the preview of a raw photo
+        if image.format == "TIFF" and suffix in RAW:
             raise ValueError(f"Pillow does not read {suffix}")
         frames = _frames(image) if image.format in PAGED else [0]
     if not frames:
@@ -240,8 +237,8 @@ def _pdf_page(document: pypdfium2.PdfDocument, number: int) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any of Pillow's modes as upright RGB, on white where it is transparent.
 
-    12-bit and 16-bit grey is scaled to 8 bits, a fax to square pixels. Raises ValueError if the value of white is unknown,
-    or one side is more than 200 times the other.
+    12-bit and 16-bit grey is scaled to 8 bits, a fax to square pixels. Raises ValueError if the
+    value of white is unknown, or one side is more than 200 times the other.
     """
     tags, grey = getattr(image, "tag_v2", {}), image.mode[0] == "I"
     bits = max(tags.get(BITS, (16 if grey else 8,)))

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
-from colqwen_lab.model.decode import OTHER_PICTURES, Decoder, check_regular
+from colqwen_lab.model.decode import Decoder, check_regular
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.options import MOST_VISUAL_TOKENS, TEXTS, VISUAL_TOKENS
 from colqwen_lab.settings import DATA
@@ -242,16 +242,15 @@ def page_batch(
 def page_files(source: str | Path, skip: Callable[[str], object]) -> list[Path]:
     """The images and PDFs of a folder, in the order of their names; or one file. Raises BadInput.
 
-    Every name with a picture's or a PDF's suffix counts, so that `read_pages` reports those that
-    are unreadable: links that lead nowhere, devices, formats that Pillow lacks. Each other entry
-    is one line to `skip`.
+    Every name with a suffix of Pillow's or a PDF's counts, so that `read_pages` reports those that
+    are unreadable, such as links that lead nowhere. Each other entry is one line to `skip`.
     """
     path, expected = Path(source), "pages must be a folder of images, an image or a PDF"
     if isfile(path):
         return [path]
     if not isdir(path):
         raise BadInput(f"{expected}, got {path}, which is no file and no folder")
-    suffixes = {*Image.registered_extensions(), *OTHER_PICTURES, ".pdf"}
+    suffixes = {*Image.registered_extensions(), ".pdf"}
     files = []
     for entry in sorted(path.iterdir()):
         if entry.is_dir():
@@ -259,7 +258,13 @@ def page_files(source: str | Path, skip: Callable[[str], object]) -> list[Path]:
         elif entry.suffix.lower() in suffixes:
             files.append(entry)
         else:
-            skip(str(skipped(entry.name, "it has no suffix of an image or a PDF")))
+            skip(
+                str(
+                    skipped(
+                        entry.name, "it has no suffix of a PDF or of an image that Pillow reads"
+                    )
+                )
+            )
     if not files:
         raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
     return files

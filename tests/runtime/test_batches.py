@@ -109,7 +109,9 @@ def test_what_is_left_out_of_a_folder_is_counted_and_named(tmp_path: Path) -> No
         (tmp_path / f"{number}.txt").touch()
     made = pages_of(Pages(str(tmp_path), visual_tokens=64), 1)
     assert made.workload.skipped == 61
-    assert made.messages[0] == "0.txt is skipped: it has no suffix of an image or a PDF"
+    assert made.messages[0] == (
+        "0.txt is skipped: it has no suffix of a PDF or of an image that Pillow reads"
+    )
     assert made.messages[50:] == ("11 more files, folders or pages are skipped",)
     (tmp_path / "0.txt").write_bytes((tmp_path / "0.png").read_bytes())
     alone = pages_of(Pages(str(tmp_path / "0.txt"), visual_tokens=64), 1)
