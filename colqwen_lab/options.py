@@ -394,7 +394,7 @@ class PlanOptions(Options):
     batch_sizes: BatchSizes = option(
         (8, 16, 32, 64, 128, 256, 512), "such as 8,512", "-b", shown="8,16,32,64,128,256,512"
     )
-    size: Annotated[str, AfterValidator(_one_of(*SIZES))] = option("4b", "tiny, mid, 4b, 8b")
+    size: Size = option("auto", "auto (a folder's own, else 4b), tiny, mid, 4b, 8b")
     cards: Cards = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070", long="card")
     protocol: Annotated[str, AfterValidator(_one_of(*PROTOCOLS))] = option(
         "lean", "lean or published"

@@ -24,8 +24,16 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colqwen_lab.errors import LabError, MissingRequirement
-from colqwen_lab.model.config import FIXED, READ, SIZES, Repository, Variant, scheme_parts
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement
+from colqwen_lab.model.config import (
+    DIMENSIONS,
+    FIXED,
+    READ,
+    SIZES,
+    Repository,
+    Variant,
+    scheme_parts,
+)
 from colqwen_lab.model.inputs import (
     SPECIAL_TOKENS,
     TINY,
@@ -42,7 +50,7 @@ CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "tokenizer.json
 # Qwen's tokenizer has 11 MB. A JSON parser takes seventy times a file's bytes.
 TOKENIZER_BYTES, JSON_BYTES = 24 * 2**20, 2**20
 DOCUMENTS = {"config.json": JSON_BYTES, "model.safetensors.index.json": JSON_BYTES}
-DOCUMENTS |= {"tokenizer.json": TOKENIZER_BYTES}
+DOCUMENTS |= {"tokenizer.json": TOKENIZER_BYTES, "quantization_config.json": JSON_BYTES}
 SAMPLES = 1024  # of a file: all of it up to 4 MiB, and some of each linear of a larger one
 MOST_LAYERS = 512
 # The types that are read, by whether the network's tensor is floating-point.
@@ -68,10 +76,19 @@ class Checkpoint:
     @property
     def size(self) -> str:
         """The name of the configuration's size, else `custom`."""
-        keys = ("hidden_size", "num_hidden_layers", "vocab_size")
-        own = {key: getattr(self.config.text_config, key) for key in keys}
+        own = {key: getattr(self.config.text_config, key) for key in DIMENSIONS}
         matching = (size for size in SIZES if own.items() <= SIZES[size]["text_config"].items())
         return next(matching, "custom")
+
+    def check_network(self, base: ColQwen3Config) -> None:
+        """Raise BadInput with the entries that differ unless the weights run in BASE's network."""
+        own, theirs = _entries(self.config), _entries(base)
+        other = [name for name in own if own[name] != theirs[name]]
+        if got := "; ".join(f"{name} {own[name]!r}, not {theirs[name]!r}" for name in other):
+            raise BadInput(
+                f"{self.label} must have the network of base, got {got}; name the "
+                "16-bit weights that it was made from, or mend its config.json"
+            )
 
     def check(self, expected: Tensors) -> None:
         """Raise MissingRequirement with a list unless the tensors are exactly `expected`."""
@@ -79,6 +96,15 @@ class Checkpoint:
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
         """The tensor `name` on `device`, of the shape and type of `like`."""
         raise NotImplementedError
+
+
+def _entries(config: ColQwen3Config) -> Json:
+    """The entries of a configuration that determine embeddings."""
+    text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
+    entries = {name: getattr(config, name) for name in SPECIAL_TOKENS.values()}
+    own = {name: text[name] for name in (*sorted(DIMENSIONS), "rms_norm_eps")}
+    entries |= {f"text_config.{k}": v for k, v in (own | text["rope_parameters"]).items()}
+    return entries | {f"vision_config.{k}": vision[k] for k in sorted(READ["vision_config"])}
 
 
 class RandomCheckpoint(Checkpoint):
@@ -187,7 +213,7 @@ class FolderCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, label: str | None = None, digest: str | None = None) -> None:
         self.folder = folder
-        config, index, tokenizer = (folder / name for name in DOCUMENTS)
+        config, index, tokenizer, _ = (folder / name for name in DOCUMENTS)
         documents = self._documents()
         if documents[config] is None:
             raise MissingRequirement(f"{folder} is not a checkpoint folder: it has no config.json")
@@ -269,7 +295,9 @@ class FolderCheckpoint(Checkpoint):
 
     def _digest(self, documents: dict[Path, bytes | None]) -> str:
         """Twelve hex digits of the JSON files, and of 1,024 samples of 4 kB of each other file."""
-        state = sha256(b"".join(sha256(text or b"").digest() for text in documents.values()))
+        *usual, last = documents.values()  # of a folder without the last, labels stay
+        texts = [text or b"" for text in usual] + ([last] if last is not None else [])
+        state = sha256(b"".join(sha256(text).digest() for text in texts))
         for path in self.paths:
             size = path.stat().st_size
             with path.open("rb") as file:
