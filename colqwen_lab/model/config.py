@@ -18,8 +18,6 @@ from colqwen_lab.settings import DATA
 
 EMBED_DIM = 320
 SIZES: dict[str, dict[str, Any]] = json.loads((DATA / "sizes.json").read_bytes())
-# What tells sizes apart: of the language model all but the rotary parameters, and what is unused.
-DIMENSIONS = SIZES["4b"]["text_config"].keys() - {"max_position_embeddings", "rope_parameters"}
 # What the network reads of a config.json by part, beside what it and the inputs cannot vary.
 READ = {
     "text_config": {*SIZES["4b"]["text_config"], "rms_norm_eps"},

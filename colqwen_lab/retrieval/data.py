@@ -351,26 +351,30 @@ def _source(image: dict[str, Any] | None) -> Source | None:
     return (image["bytes"] or image["path"]) if image else None
 
 
-def _ids(label: str, kind: str, values: Iterable[Any]) -> list[str]:
-    try:
-        return [_check_id(value := str(v) if isinstance(v, int) else v) for v in values]
-    except ValueError:
-        raise BadInput(f"{label}: a {kind} id must be {AN_ID}, got {value!r}") from None
+def _validated(what: str, validate: Callable[[Any], T], values: Iterable[Any]) -> list[T]:
+    result = []
+    for value in values:
+        try:
+            result.append(validate(value))
+        except ValueError:
+            raise BadInput(f"{what}, got {value!r}") from None
+    return result
+
+
+def _id(value: Any) -> str:
+    return _check_id(str(value) if isinstance(value, int) else value)
 
 
 def _subsets(label: str, corpus: Any, queries: Any, qrels: Any) -> _Source:
-    pages = _ids(label, "page", _columns(corpus, "corpus-id", "image")["corpus-id"])
-    queries = _columns(queries, "query-id", "query")
-    ids = _ids(label, "query", queries["query-id"])
-    judged, qrels = [], _columns(qrels, *QRELS)
-    for values in zip(*(qrels[name] for name in QRELS), strict=True):
-        try:
-            judged.append(_JUDGEMENT.validate_python(values))
-        except ValueError:
-            raise BadInput(f"{label}: a judgement must be {A_JUDGEMENT}, got {values!r}") from None
+    corpus, queries = _columns(corpus, "corpus-id", "image"), _columns(queries, "query-id", "query")
+    qrels = _columns(qrels, *QRELS)
+    pages = _validated(f"{label}: a page id must be {AN_ID}", _id, corpus["corpus-id"])
+    ids = _validated(f"{label}: a query id must be {AN_ID}", _id, queries["query-id"])
+    rows = zip(*(qrels[name] for name in QRELS), strict=True)
+    must = f"{label}: a judgement must be {A_JUDGEMENT}"
+    judged = pd.DataFrame(_validated(must, _JUDGEMENT.validate_python, rows), columns=QRELS)
     page = _images(corpus, {page_id: number for number, page_id in enumerate(pages)})
-    texts = pd.Series(list(queries["query"]), ids, dtype=object)
-    return _Source(label, pages, page, texts, pd.DataFrame(judged, columns=QRELS))
+    return _Source(label, pages, page, pd.Series(list(queries["query"]), ids, dtype=object), judged)
 
 
 def _questions(label: str, rows: Any, progress: Progress) -> _Source:

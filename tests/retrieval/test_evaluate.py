@@ -92,14 +92,14 @@ def test_a_checkpoint_folder_on_texts(texts: Path, tmp_path: Path, packed: Any) 
         (
             "text_config",
             {"rope_theta": 10_000, "rope_parameters": None, "rms_norm_eps": 1e-5},
-            "text_config.rms_norm_eps 1e-05, not 1e-06; text_config.rope_theta 10000, not 5",
+            "text_config.rope_theta 10000, not 5000000.0; text_config.rms_norm_eps 1e-05,",
         ),
         (
             "text_config",
             {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
-            "text_config.head_dim 16, not 32; text_config.num_attention_heads 8, not 4; "
-            "text_config.num_key_value_heads 4, not 2; "
-            r"text_config.mrope_section \[3, 3, 2\], not \[6, 5, 5\]; name",
+            r"text_config.mrope_section \[3, 3, 2\], not \[6, 5, 5\]; "
+            "text_config.num_attention_heads 8, not 4; text_config.num_key_value_heads 4, not 2; "
+            "text_config.head_dim 16, not 32; name",
         ),
         ("vision_config", {"num_heads": 2}, "vision_config.num_heads 2, not 4;"),
     ],
