@@ -81,7 +81,6 @@ def _parts(document: bytes) -> dict[str, Any]:
 
     The library panics or hangs at some others, so it must not see them.
     """
-
     templates: list[list[dict[str, Any]]] = []
 
     def without_offsets(part: dict[str, Any]) -> dict[str, Any]:
@@ -154,16 +153,11 @@ def queries(texts: str, count: int) -> list[str]:
     return [text + suffix for suffix in suffixes for text in NATURAL_QUERIES][:count]
 
 
-def check_visual_tokens(visual_tokens: int) -> int:
-    """`visual_tokens` as it is, if it is a valid budget per image. Raises BadInput."""
-    if not 1 <= visual_tokens <= MOST_VISUAL_TOKENS:
-        raise BadInput(f"visual_tokens must be 1 to {MOST_VISUAL_TOKENS}, got {visual_tokens}")
-    return visual_tokens
-
-
 def _processor(config: ColQwen3Config, visual_tokens: int) -> Qwen2VLImageProcessorPil:
     """transformers' processor with Qwen3-VL's settings and this budget."""
-    vision, most = config.vision_config, check_visual_tokens(visual_tokens)
+    if not 1 <= visual_tokens <= MOST_VISUAL_TOKENS:
+        raise BadInput(f"visual_tokens must be 1 to {MOST_VISUAL_TOKENS}, got {visual_tokens}")
+    vision = config.vision_config
     area, half = (vision.patch_size * vision.spatial_merge_size) ** 2, [0.5] * 3
     return Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,
@@ -171,7 +165,10 @@ def _processor(config: ColQwen3Config, visual_tokens: int) -> Qwen2VLImageProces
         merge_size=vision.spatial_merge_size,
         image_mean=half,
         image_std=half,
-        size={"shortest_edge": min(MIN_VISUAL_TOKENS, most) * area, "longest_edge": most * area},
+        size={
+            "shortest_edge": min(MIN_VISUAL_TOKENS, visual_tokens) * area,
+            "longest_edge": visual_tokens * area,
+        },
     )
 
 
@@ -197,10 +194,8 @@ def prompt_ids(tokenizer: Tokenizer | None, config: ColQwen3Config, image_tokens
     if tokenizer is not None:
         start, end = _token_ids(tokenizer, (PROMPT_START, PROMPT_END))
     else:  # as many tokens as under Qwen's tokenizer
-        start, end = (
-            [0, 1, 2, config.vision_start_token_id],
-            [config.vision_end_token_id, *range(6)],
-        )
+        start = [0, 1, 2, config.vision_start_token_id]
+        end = [config.vision_end_token_id, *range(6)]
     return [*start, *[config.image_token_id] * image_tokens, *end]
 
 
@@ -265,9 +260,9 @@ def page_files(source: str | Path, skip: Callable[[str], object]) -> list[Path]:
                     )
                 )
             )
-    if not files:
-        raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
-    return files
+    if files:
+        return files
+    raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
 
 
 def digest(files: Iterable[Path]) -> str:
@@ -308,8 +303,8 @@ def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[I
                 except ValueError as error:
                     bad, lost_s = bad + 1, lost_s + time.monotonic() - started_s
                     skip(str(skipped(page, error)))
-                    continue
-                yield image
+                else:
+                    yield image
 
 
 def skipped(name: str, reason: object) -> BadInput:

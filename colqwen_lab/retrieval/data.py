@@ -221,8 +221,10 @@ class _Page(_Row):
         return self
 
 
+_COERCED = ConfigDict(coerce_numbers_to_str=True)
+_ID = TypeAdapter(_Id, config=_COERCED)
 _Score = Annotated[int, Field(ge=-MOST_SCORE, le=MOST_SCORE)]
-_JUDGEMENT = TypeAdapter(tuple[_Id, _Id, _Score], config=ConfigDict(coerce_numbers_to_str=True))
+_JUDGEMENT = TypeAdapter(tuple[_Id, _Id, _Score], config=_COERCED)
 
 
 def _judgement(line: str) -> tuple[str, str, int] | None:
@@ -361,15 +363,15 @@ def _validated(what: str, validate: Callable[[Any], T], values: Iterable[Any]) -
     return result
 
 
-def _id(value: Any) -> str:
-    return _check_id(str(value) if isinstance(value, int) else value)
-
-
 def _subsets(label: str, corpus: Any, queries: Any, qrels: Any) -> _Source:
     corpus, queries = _columns(corpus, "corpus-id", "image"), _columns(queries, "query-id", "query")
     qrels = _columns(qrels, *QRELS)
-    pages = _validated(f"{label}: a page id must be {AN_ID}", _id, corpus["corpus-id"])
-    ids = _validated(f"{label}: a query id must be {AN_ID}", _id, queries["query-id"])
+    pages = _validated(
+        f"{label}: a page id must be {AN_ID}", _ID.validate_python, corpus["corpus-id"]
+    )
+    ids = _validated(
+        f"{label}: a query id must be {AN_ID}", _ID.validate_python, queries["query-id"]
+    )
     rows = zip(*(qrels[name] for name in QRELS), strict=True)
     must = f"{label}: a judgement must be {A_JUDGEMENT}"
     judged = pd.DataFrame(_validated(must, _JUDGEMENT.validate_python, rows), columns=QRELS)

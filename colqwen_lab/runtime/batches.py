@@ -25,7 +25,6 @@ from colqwen_lab.model.inputs import (
     QUERY_SUFFIX_TOKENS,
     QWEN_PAD_ID,
     batch_of,
-    check_visual_tokens,
     digest,
     encode_queries,
     left_padded,
@@ -130,11 +129,11 @@ class Pages:
     `label` names them in a record; files are named by the digest of names and contents.
 
     Raises:
-        BadInput: no such folder or file, or a size or visual-token budget out of bounds.
+        BadInput: no such folder or file, or a size out of bounds.
     """
 
     def __init__(self, source: str = "", visual_tokens: int = VISUAL_TOKENS) -> None:
-        self.visual_tokens = check_visual_tokens(visual_tokens)
+        self.visual_tokens = visual_tokens
         match = re.fullmatch(r"(\d{1,9}) ?x ?(\d{1,9})", source)
         if match and os.path.exists(source):
             raise ambiguous(source, "a size in pixels")
