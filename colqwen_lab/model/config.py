@@ -33,16 +33,12 @@ SCHEMES = tuple(f"W{bits}A16{group}" for bits in (2, 3, 4, 8) for group in ("", 
 
 
 def resolve_size(size: str, cuda: bool) -> str:
-    """The size's name; `auto` is COLQWEN_LAB_SIZE, else 4b with CUDA, tiny without."""
-    size = check_size(size)
+    """The size's name; `auto` is COLQWEN_LAB_SIZE, else 4b with CUDA, tiny without. BadInput."""
+    size = str(size).lower()
     if size == "auto":
-        size = check_size(os.environ.get("COLQWEN_LAB_SIZE") or "auto")
+        size = (os.environ.get("COLQWEN_LAB_SIZE") or size).lower()
+    one_of("size", size, ["auto", *SIZES])
     return ("4b" if cuda else "tiny") if size == "auto" else size
-
-
-def check_size(size: str) -> str:
-    """The size's name in lower case, or `auto`. Raises BadInput."""
-    return one_of("size", str(size).lower(), ["auto", *SIZES])
 
 
 def scheme_parts(scheme: str) -> tuple[int, int]:
@@ -60,15 +56,12 @@ class Repository(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to measure: its AutoRound scheme, None for 16 bits, and where its weights are.
-
-    `hub` holds repositories by size or `any`.
-    """
+    """A model to measure: its AutoRound scheme, None for 16 bits, and where its weights are."""
 
     name: str
     description: str
     scheme: str | None = None
-    hub: dict[str, Repository] = field(default_factory=dict)
+    hub: dict[str, Repository] = field(default_factory=dict)  # by size or `any`
     folder: Path | None = None
 
 

@@ -272,9 +272,10 @@ def digest(files: Iterable[Path]) -> str:
         try:
             check_regular(file)
             with file.open("rb") as content:
-                total.update(fsencode(file.name) + file_digest(content, "sha256").digest())
+                state = file_digest(content, "sha256").digest()
         except (OSError, ValueError) as error:  # `read_pages` skips the file
-            total.update(fsencode(f"{file.name} {type(error).__name__}"))
+            state = f" {type(error).__name__}".encode()
+        total.update(fsencode(file.name) + state)
     return total.hexdigest()[:12]
 
 

@@ -172,7 +172,7 @@ class Pages:
             self._patches.append(patches(image, config, self.visual_tokens))
             self._seconds.append(time.perf_counter() - start)
         if not self._patches:
-            reasons = ", ".join(self.skipped)
+            reasons = ", ".join(reversed(self.skipped))  # those left out come first
             raise BadInput(f"none of {len(self.files)} files gives a page; {reasons[:200]}")
 
     def batches(
