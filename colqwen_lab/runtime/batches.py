@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ from colqwen_lab.model.inputs import (
     left_padded,
     pad_id,
     page_files,
-    patches,
     queries,
     read_pages,
 )
 from colqwen_lab.model.network import ColQwen3Config
+from colqwen_lab.model.preprocess import check_visual_tokens, patches
 from colqwen_lab.options import TEXTS, VISUAL_TOKENS
 from colqwen_lab.records import RANDOM_TEXTS, Workload
 
@@ -129,11 +130,11 @@ class Pages:
     `label` names them in a record; files are named by the digest of names and contents.
 
     Raises:
-        BadInput: no such folder or file, or a size out of bounds.
+        BadInput: no such folder or file, or a size or visual-token budget out of bounds.
     """
 
     def __init__(self, source: str = "", visual_tokens: int = VISUAL_TOKENS) -> None:
-        self.visual_tokens = visual_tokens
+        self.visual_tokens = check_visual_tokens(visual_tokens)
         match = re.fullmatch(r"(\d{1,9}) ?x ?(\d{1,9})", source)
         if match and os.path.exists(source):
             raise ambiguous(source, "a size in pixels")
@@ -152,6 +153,15 @@ class Pages:
         self.label = files if self.files else f"synthetic, {width} x {height} pixels"
         self._patches: list[tuple[Tensor, tuple[int, int, int]]] = []
         self._seconds: list[float] = []
+
+    def on_disk(self, folder: Path, count: int) -> list[Path]:
+        """The files, or `count` synthetic pages as JPEG files in `folder`."""
+        if self.files:
+            return self.files
+        for number in range(count):
+            page = synthetic.page(number, width=self.size[0]).resize(self.size)
+            page.save(folder / f"page-{number:03}.jpg", quality=90)
+        return sorted(folder.iterdir())
 
     @cached_property
     def _images(self) -> Iterator[Image.Image]:
