@@ -139,9 +139,11 @@ def doctor() -> None:
     SweepOptions,
     "sweep -m base -m awq -b 8,16,32 -o rows.jsonl",
     "sweep -m base,awq -c report -c best --control",
-    price=(Annotated[float, typer.Option(help="Price of a GPU-hour; adds what items cost.")], 0.0),
 )
-def sweep(options: dict[str, Any], price: float) -> None:
+def sweep(
+    options: dict[str, Any],
+    price: Annotated[float, typer.Option(help="Price of a GPU-hour; adds what items cost.")] = 0,
+) -> None:
     """Measure throughput and peak memory over batch sizes. Run again to resume."""
     results = lab.sweep(**options)
     costs = [results.costs(price)] if price else []

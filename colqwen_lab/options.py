@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from colqwen_lab.errors import BadInput, ambiguous, one_of, unknown
 from colqwen_lab.hardware import Card, find_card
-from colqwen_lab.model.config import SIZES, check_size
+from colqwen_lab.model.config import check_size
 from colqwen_lab.records import EIGHT_BIT_KERNELS, Configuration
 
 EXECUTIONS = ("eager", "fast")
@@ -356,8 +356,8 @@ class PlanOptions(Options):
     """base, awq, a scheme such as W8A16, a folder, or several"""
     batch_sizes: BatchSizes = "8,16,32,64,128,256,512"  # type: ignore[assignment]
     """such as 8,512"""
-    size: Annotated[str, _choice(*SIZES)] = "4b"
-    """tiny, mid, 4b, 8b"""
+    size: Size = "auto"
+    """auto (a folder's own, else 4b), tiny, mid, 4b, 8b"""
     cards: Cards = "8,12,16,24"
     """memory in GB or GPUs by name: 8,RTX 4070"""
     protocol: Protocol = "lean"

@@ -136,9 +136,10 @@ class Workload(Value):
     """The batches of a cell. `tokens` is the padded length of the longest batch.
 
     `padded_share` is the share of all tokens that is padding. For pages: `visual_tokens` is the
-    budget, `distinct` the number of different pages, `skipped` the number of unreadable pages,
-    `index_bytes` the embeddings of one page, `preprocess_s` the time to read and process one page,
-    outside the step. `shapes` numbers the shape of each batch: batches of one number cost the same.
+    budget, `distinct` the number of different pages, `skipped` the number of pages, files and
+    folders that are not read, `index_bytes` the embeddings of one page, `preprocess_s` the time to
+    read and process one page, outside the step. `shapes` numbers the shape of each batch: batches
+    of one number cost the same.
     """
 
     kind: Literal["queries", "pages"]

@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     [
         (
             "nope",
-            "commands: variants, doctor, sweep, plan, compare, fidelity, quantize, train-tiny",
+            "commands: variants, doctor, sweep, plan, compare, fidelity, search-times, quantize",
         ),
         ("sweep --nope", "No such option: --nope"),
         ("sweep -m gptq", "model must be base, awq"),

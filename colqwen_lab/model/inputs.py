@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
-from colqwen_lab.model.decode import OTHER_PICTURES, Decoder, check_regular
+from colqwen_lab.model.decode import Decoder, check_regular
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.model.preprocess import Patches, patches
 from colqwen_lab.options import TEXTS, VISUAL_TOKENS
@@ -82,7 +82,6 @@ def _parts(document: bytes) -> dict[str, Any]:
 
     The library panics or hangs at some others, so it must not see them.
     """
-
     templates: list[list[dict[str, Any]]] = []
 
     def without_offsets(part: dict[str, Any]) -> dict[str, Any]:
@@ -160,10 +159,8 @@ def prompt_ids(tokenizer: Tokenizer | None, config: ColQwen3Config, image_tokens
     if tokenizer is not None:
         start, end = _token_ids(tokenizer, (PROMPT_START, PROMPT_END))
     else:  # as many tokens as under Qwen's tokenizer
-        start, end = (
-            [0, 1, 2, config.vision_start_token_id],
-            [config.vision_end_token_id, *range(6)],
-        )
+        start = [0, 1, 2, config.vision_start_token_id]
+        end = [config.vision_end_token_id, *range(6)]
     return [*start, *[config.image_token_id] * image_tokens, *end]
 
 
@@ -202,18 +199,33 @@ def page_batch(
     return batch_of(pages, tokenizer, config, device)
 
 
-def page_files(source: str | Path) -> list[Path]:
+def page_files(source: str | Path, skip: Callable[[str], object]) -> list[Path]:
     """The images and PDFs of a folder, in the order of their names; or one file. Raises BadInput.
 
-    Every name with a picture's or a PDF's suffix counts, so that `read_pages` reports those that
-    are unreadable: links that lead nowhere, devices, formats that Pillow lacks.
+    Every name with a suffix of Pillow's or a PDF's counts, so that `read_pages` reports those that
+    are unreadable, such as links that lead nowhere. Each other entry is one line to `skip`.
     """
     path, expected = Path(source), "pages must be a folder of images, an image or a PDF"
-    if not (isfile(path) or isdir(path)):
+    if isfile(path):
+        return [path]
+    if not isdir(path):
         raise BadInput(f"{expected}, got {path}, which is no file and no folder")
-    suffixes = {*Image.registered_extensions(), *OTHER_PICTURES, ".pdf"}
-    entries = sorted(path.iterdir()) if path.is_dir() else [path]
-    if files := [file for file in entries if file.suffix.lower() in suffixes and not isdir(file)]:
+    suffixes = {*Image.registered_extensions(), ".pdf"}
+    files = []
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir():
+            skip(str(skipped(f"{entry.name}/", "folders within a folder are not read")))
+        elif entry.suffix.lower() in suffixes:
+            files.append(entry)
+        else:
+            skip(
+                str(
+                    skipped(
+                        entry.name, "it has no suffix of a PDF or of an image that Pillow reads"
+                    )
+                )
+            )
+    if files:
         return files
     raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
 
@@ -225,9 +237,10 @@ def digest(files: Iterable[Path]) -> str:
         try:
             check_regular(file)
             with file.open("rb") as content:
-                total.update(fsencode(file.name) + file_digest(content, "sha256").digest())
+                state = file_digest(content, "sha256").digest()
         except (OSError, ValueError) as error:  # `read_pages` skips the file
-            total.update(fsencode(f"{file.name} {type(error).__name__}"))
+            state = f" {type(error).__name__}".encode()
+        total.update(fsencode(file.name) + state)
     return total.hexdigest()[:12]
 
 
@@ -305,19 +318,19 @@ class Reader:
 
     def _ask(self, method: str, *question: Any) -> tuple[Any, float]:
         """An answer of a process, prepared if it is a page, or a ValueError; and the seconds."""
-        decoder, start = self.idle.get(), time.monotonic()
+        decoder, start = self.idle.get(), time.perf_counter()
         try:
             answer = getattr(decoder, method)(*question)
         except ValueError as error:
             answer = error
         finally:
             self.idle.put(decoder)
-        seconds = time.monotonic() - start
+        seconds = time.perf_counter() - start
         if isinstance(answer, Image.Image):
             self.read_s.append(seconds)
-            start = time.monotonic()
+            start = time.perf_counter()
             answer = self.prepare(answer)
-            self.prepare_s.append(time.monotonic() - start)
+            self.prepare_s.append(time.perf_counter() - start)
         return answer, seconds
 
 

@@ -155,10 +155,9 @@ def _samples(
         encodings = loaded.tokenizer.encode_batch(texts, add_special_tokens=False)
         tokens = torch.tensor([token for text in encodings for token in (*text.ids, pad)])
     if len(tokens) < need:
-        raise BadInput(
-            f"samples x seqlen must be at most {len(tokens)}, the tokens of the calibration texts, "
-            f"got {recipe.samples} x {recipe.seqlen}; or give more texts"
-        )
+        most = f"{len(tokens)}, the tokens of the calibration texts"
+        got = f"{recipe.samples} x {recipe.seqlen}; or give more texts"
+        raise BadInput(f"samples x seqlen must be at most {most}, got {got}")
     return list(tokens[:need].view(recipe.samples, 1, recipe.seqlen).to(loaded.device))
 
 
