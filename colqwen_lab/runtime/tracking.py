@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from colqwen_lab.model.loading import storage_of
 from colqwen_lab.model.network import UNUSED_HEAD, ColQwen3, is_text_linear
@@ -56,8 +56,12 @@ def resident(model: ColQwen3) -> list[tuple[str, Tensor]]:
 def _attention_flops(
     q: Tensor, k: Tensor, v: Tensor, _: float = 0, causal: bool = False, **named: Any
 ) -> int:
-    """Operations of all pairs of positions, or of the visible half where attention is causal."""
-    pairs, tokens = sdpa_flop_count(q.shape, k.shape, v.shape), q.shape[-2]
+    """Operations of all pairs of positions, or of the visible half where attention is causal.
+
+    Each query head counts, however many share a key head (torch 2.11's helper refuses these).
+    """
+    tokens = q.shape[-2]
+    pairs = 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
     masked = causal or named.get("attn_mask") is not None
     return pairs * (tokens + 1) // (2 * tokens) if masked else pairs
 
