@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,18 +84,27 @@ def breakdown_of(
     return dict(+parts)
 
 
+class Mark(NamedTuple):
+    """A moment: the events, births and operations so far."""
+
+    events: int
+    births: int
+    flops: int
+
+
 class MemoryTracker(TorchDispatchMode):
     """Counts live bytes of all storages: those of `resident` from the start, new ones as they come.
 
     `log` holds each birth as (number, bytes) and each end as (number, 0), in order;
     `labels[number]` names the part; `flops` are the operations of all GEMMs and attentions so far.
-    While `hidden`, new tensors take no memory.
+    While `hidden`, new tensors take no memory. `marks` say where the layers of a pass begin.
     """
 
     def __init__(self, resident: Iterable[tuple[str, Tensor]] = ()) -> None:
         super().__init__()
         self.log: list[tuple[int, int]] = []
         self.labels: list[str] = []
+        self.marks: list[Mark] = []
         self.flops, self.hidden = 0, False
         self._numbers: dict[int, int] = {}
         self.see(resident)
@@ -118,16 +127,21 @@ class MemoryTracker(TorchDispatchMode):
                 self.labels.append(label)
                 weakref.finalize(storage, _end, weakref.proxy(self), key)
 
+    def mark(self, *_: Any) -> None:
+        """Note where a layer begins; a forward hook too."""
+        self.marks.append(Mark(len(self.log), len(self.labels), self.flops))
+
     def label(self, tensors: Iterable[Tensor], name: str) -> None:
         """Change the label of tensors that are counted already."""
         for tensor in tensors:
             self.labels[self._numbers[storage_of(tensor)[1]]] = name
 
-    def rewind(self, events: int, births: int) -> None:
-        """Forget what came after so many events and births."""
+    def rewind(self, to: Mark) -> None:
+        """Forget what came after a mark."""
+        events, births, self.flops = to
         del self.log[events:], self.labels[births:]
+        self.marks = [mark for mark in self.marks if mark.births < births]
         self._numbers = {key: number for key, number in self._numbers.items() if number < births}
-        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
