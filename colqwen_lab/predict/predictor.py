@@ -230,11 +230,11 @@ class FakeNetwork:
         self.pages, self.traced = setup.workload == "pages", cache(self._traced)
         # The tokens of a page beside its image.
         self.text_tokens = len(prompt_ids(self.tokenizer, self.config, 0)) if self.pages else 0
-        config, layers = deepcopy(self.config), self.config.text_config.num_hidden_layers
+        config, every = deepcopy(self.config), self.config.text_config.num_hidden_layers
         # Those that get features of the vision encoder, one after them, two alike, and the last.
         few = len(config.vision_config.deepstack_visual_indexes) * self.pages + 4
-        self.layers = layers if every_layer else min(layers, few)
-        self.more, config.text_config.num_hidden_layers = layers - self.layers, self.layers
+        self.layers = every if every_layer else min(every, few)
+        self.more, config.text_config.num_hidden_layers = every - self.layers, self.layers
         packed = setup.quantization.model_dump() | PACKED if setup.quantization else None
         self.model, _ = skeleton(config, packed, CPU, "torch", DTYPES[setup.dtype])
         self.mode = FakeBesideReal(allow_non_fake_inputs=True)
