@@ -24,6 +24,7 @@ from colqwen_lab.options import (
     FidelityOptions,
     PlanOptions,
     QuantizeOptions,
+    SearchOptions,
     SweepOptions,
     takes,
 )
@@ -35,6 +36,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 if TYPE_CHECKING:
     from colqwen_lab.analysis.compare import Comparison
     from colqwen_lab.analysis.fidelity import Fidelities
+    from colqwen_lab.analysis.index import SearchTimes
     from colqwen_lab.analysis.plan import Plan, Predictions
     from colqwen_lab.analysis.quantized import Quantized
     from colqwen_lab.analysis.table import Results
@@ -54,6 +56,7 @@ __all__ = [
     "predictions",
     "quantize",
     "save",
+    "search_times",
     "sweep",
 ]
 
@@ -152,6 +155,19 @@ def fidelity(options: FidelityOptions) -> Fidelities:
     return Fidelities(tuple(records), options.margin, corpus)
 
 
+@takes(SearchOptions)
+def search_times(options: SearchOptions) -> SearchTimes:
+    """Times of a MaxSim search over synthetic indexes, by format, pages, queries and kernel.
+
+    Raises BadInput for a wrong value, MissingRequirement if no index fits the memory.
+    """
+    from colqwen_lab.analysis.index import SearchTimes
+    from colqwen_lab.measure.sweep import to_stderr
+    from colqwen_lab.retrieval.search import search_times
+
+    return SearchTimes(tuple(search_times(options, to_stderr)))
+
+
 def load(source: str | Path) -> Results:
     """The cells of a records file, of the report script's JSON, or of the word `published`.
 
@@ -175,22 +191,21 @@ def parameters(names: dict[str, Any], function: Any, *own: str) -> dict[str, Any
 
     The first call of a session raises BadInput for an unknown name, as a mistyped papermill `-p`.
     """
-    valid = [*function.options.model_fields, *own]
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    values = {
-        name: value
-        for name, value in names.items()
-        if name in valid
-        or (name[0] != "_" and name not in ("In", "Out") and isinstance(value, plain))
-    }
     for name in own:
-        if not isinstance(value := values.get(name, ""), str):
+        if not isinstance(value := names.get(name, ""), str):
             raise BadInput(f"{name} must be a text, got {value!r}{RAW}")
-    unknown = sorted(values.keys() - set(valid))
+    options = function.options.model_fields
+    valid = [*options, *own]
+    known = {*valid, "In", "Out"}  # the last two are IPython's
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    others = (
+        n for n, v in names.items() if n not in known and n[0] != "_" and isinstance(v, plain)
+    )
+    unknown = min(others, default="")
     if unknown and not names.get("_parameters_checked"):
-        raise BadInput(f"unknown parameter {unknown[0]!r}; valid: {', '.join(valid)}")
+        raise BadInput(f"unknown parameter {unknown!r}; valid: {', '.join(valid)}")
     names["_parameters_checked"] = True
-    return {name: values[name] for name in valid if name in values and name not in own}
+    return {name: names[name] for name in options if name in names}
 
 
 def escape(text: str) -> str:

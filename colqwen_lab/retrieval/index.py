@@ -2,7 +2,8 @@
 
 A format keeps fewer vectors of a page (token pooling), fewer of their values, or fewer bits a
 value. Scores are MaxSim over the stored values; query vectors stay in 16 bits, except that
-`hamming` keeps their signs only.
+`hamming` keeps their signs only. On a GPU a kernel of the lab reads each page once; elsewhere torch
+multiplies chunk by chunk.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.retrieval.metrics import maxsim
 from colqwen_lab.settings import writable_folder, write_file
 
 VALUES = ("bfloat16", "float16", "int8", "binary", "hamming")
@@ -34,8 +35,8 @@ PARTS = re.compile(
 BITS = 8  # signs in a stored byte
 INT8_MAX = 127
 KIND = "colqwen-lab index"
-# Vectors that are decoded at once: 320 values of 4 bytes each.
-CHUNK = 2**18
+# Products in memory at once: about what the cache of a large GPU holds.
+CHUNK_BYTES = 2**26
 SHARD = "shard-{:05}.safetensors"
 NEW = r"\Z"  # an empty file, or none: a shard replaces no other
 
@@ -80,43 +81,61 @@ class Format:
         parts += [f"pool{self.pool}"] if self.pool > 1 else []
         return "-".join(parts + ([f"dims{self.dims}"] if self.dims else []))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit type in which this format is multiplied; codes and signs fit it exactly."""
+        return torch.float16 if self.values == "float16" else torch.bfloat16
+
+    @property
+    def bits(self) -> bool:
+        """Whether a value is stored as its sign."""
+        return self.values in ("binary", "hamming")
+
     def queries(self, queries: Sequence[Tensor]) -> list[Tensor]:
-        """Query vectors [tokens, dims] as this format scores them."""
+        """Query vectors [tokens, dims] in 16 bits as this format multiplies them."""
         cut = [self._cut(query) for query in queries]
-        return [_signs(query) for query in cut] if self.values == "hamming" else cut
+        signs = self.values == "hamming"
+        return [(_signs(query) if signs else query).to(self.dtype) for query in cut]
+
+    def factor(self, dims: int) -> float:
+        """What makes unit vectors of signs; 1 for other values."""
+        return {"binary": dims**-0.5, "hamming": 1 / dims}.get(self.values, 1.0)
 
     def _cut(self, vectors: Tensor) -> Tensor:
         return normalize(vectors[:, : self.dims].float(), dim=-1) if self.dims else vectors.float()
 
     def store(self, page: Tensor) -> dict[str, Tensor]:
         """`vectors` and, for int8, `scales` of a page [tokens, 320], as a file keeps them."""
-        vectors = self._cut(pooled(page.float(), self.pool))
-        match self.values:
-            case "int8":
-                scales = (vectors.abs().amax(1, keepdim=True) / INT8_MAX).half()
-                codes = (
-                    (vectors / scales.float().clamp(min=1e-12)).round().clamp(-INT8_MAX, INT8_MAX)
-                )
-                return {"vectors": codes.to(torch.int8), "scales": scales}
-            case "binary" | "hamming":
-                bits = np.packbits((vectors >= 0).numpy(), axis=1)
-                return {"vectors": torch.from_numpy(bits)}
-        return {"vectors": vectors.to(getattr(torch, self.values))}
+        return self.encode(pooled(page.float(), self.pool))
 
-    def read(self, vectors: Tensor, scales: Tensor | None, dims: int) -> Tensor:
-        """The values [vectors, dims] of stored vectors, in float32."""
-        if scales is not None:
-            return vectors.float() * scales.float()
-        if self.values not in ("binary", "hamming"):
-            return vectors.float()
-        places = torch.arange(BITS - 1, -1, -1, device=vectors.device, dtype=torch.uint8)
-        bits = (vectors.unsqueeze(-1) >> places & 1).flatten(1)[:, :dims]
-        return (2 * bits.float() - 1) * dims**-0.5
+    def encode(self, vectors: Tensor) -> dict[str, Tensor]:
+        """The same of vectors [vectors, 320] that are pooled already."""
+        vectors = self._cut(vectors)
+        if self.values == "int8":
+            scales = (vectors.abs().amax(1, keepdim=True) / INT8_MAX).half()
+            codes = (vectors / scales.float().clamp(min=1e-12)).round().clamp(-INT8_MAX, INT8_MAX)
+            return {"vectors": codes.to(torch.int8), "scales": scales}
+        if self.bits:
+            whole = pad((vectors >= 0).to(torch.uint8), (0, -vectors.shape[1] % BITS))
+            bits = whole.unflatten(1, (-1, BITS)) << _places(vectors.device)
+            return {"vectors": bits.sum(-1, dtype=torch.uint8)}
+        return {"vectors": vectors.to(self.dtype)}
+
+    def codes(self, vectors: Tensor, dims: int) -> Tensor:
+        """Stored vectors as numbers [vectors, dims] in 16 bits: values, int8 codes, or -1 and 1."""
+        if not self.bits:
+            return vectors.to(self.dtype)
+        bits = (vectors.unsqueeze(-1) >> _places(vectors.device) & 1).flatten(1)[:, :dims]
+        return 2 * bits.to(self.dtype) - 1
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(BITS - 1, -1, -1, device=device, dtype=torch.uint8)
 
 
 def _signs(vectors: Tensor) -> Tensor:
-    """Signs as vectors of length 1; zero counts as positive."""
-    return torch.where(vectors >= 0, 1.0, -1.0) * vectors.shape[1] ** -0.5
+    """-1 and 1; zero counts as positive."""
+    return torch.where(vectors >= 0, 1.0, -1.0)
 
 
 def pooled(page: Tensor, factor: int) -> Tensor:
@@ -178,28 +197,68 @@ class Index:
 
     def to(self, device: torch.device | str) -> Index:
         """The index with its vectors on a device."""
-        scales = self.scales if self.scales is None else self.scales.to(device)
-        values = self.lengths, self.vectors.to(device), scales
-        return Index(self.format, self.dims, self.page_ids, *values, self.about)
+        scales = None if self.scales is None else self.scales.to(device)
+        return replace(self, vectors=self.vectors.to(device), scales=scales)
 
-    def scores(self, queries: Sequence[Tensor], chunk: int = CHUNK) -> Tensor:
+    def first(self, pages: int) -> Index:
+        """The index of the first pages; vectors are shared."""
+        rows = int(self.lengths[:pages].sum())
+        return replace(
+            self,
+            page_ids=self.page_ids[:pages],
+            lengths=self.lengths[:pages],
+            vectors=self.vectors[:rows],
+            scales=None if self.scales is None else self.scales[:rows],
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes that a search reads: vectors and scales."""
+        return self.vectors.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """The first vector of each page, and the end of the last [pages + 1]; by the vectors."""
+        return pad(self.lengths.cumsum(0), (1, 0)).to(self.vectors.device)
+
+    def scores(self, queries: Sequence[Tensor], kernel: str = "") -> Tensor:
         """MaxSim scores [queries, pages] in float32, exact for the stored values.
 
-        About `chunk` vectors are decoded at once.
+        `kernel` is triton or torch; the default is triton on a CUDA GPU, else torch.
         """
-        ready = self.format.queries([query.to(self.vectors.device) for query in queries])
-        parts = [maxsim(ready, pages) for pages in self._decoded(chunk)]
-        return torch.cat(parts, dim=1)
+        device = self.vectors.device
+        ready = self.format.queries([query.to(device) for query in queries])
+        best = self._best(torch.cat(ready), kernel or kernels_of(device)[0])
+        lengths = torch.tensor([len(query) for query in ready]).to(device)
+        best = best.T.contiguous() * self.format.factor(self.dims)
+        return torch.segment_reduce(best, "sum", lengths=lengths, initial=0)
 
-    def _decoded(self, chunk: int) -> Iterator[list[Tensor]]:
-        """Pages of about `chunk` vectors at a time, [vectors, dims] each."""
-        ends = self.lengths.cumsum(0)
-        starts = ends - self.lengths
-        for group in _groups((starts // chunk).tolist()):
-            first, last = int(starts[group[0]]), int(ends[group[-1]])
-            scales = self.scales if self.scales is None else self.scales[first:last]
-            values = self.format.read(self.vectors[first:last], scales, self.dims)
-            yield [*values.split(self.lengths[group[0] : group[-1] + 1].tolist())]
+    def _best(self, tokens: Tensor, kernel: str) -> Tensor:
+        """The largest product [pages, tokens] of each query token with a page's vectors."""
+        if kernel == "triton":
+            from colqwen_lab.runtime.triton_kernels import best_products
+
+            stored = self.vectors, self.scales, self.starts
+            return best_products(*stored, tokens, self.format.bits)
+        return torch.cat([*self._best_by_chunk(tokens)])
+
+    def _best_by_chunk(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The largest products [pages, tokens] of some pages after the other."""
+        rows = max(1, CHUNK_BYTES // (4 * len(tokens)))
+        starts = self.lengths.cumsum(0) - self.lengths
+        _, counts = torch.unique_consecutive(starts // rows, return_counts=True)
+        pages = self.lengths.split(counts.tolist())
+        vectors = [int(lengths.sum()) for lengths in pages]
+        scales = [None] * len(pages) if self.scales is None else self.scales.split(vectors)
+        for lengths, stored, scale in zip(pages, self.vectors.split(vectors), scales, strict=True):
+            products = _products(self.format.codes(stored, self.dims), tokens)
+            if scale is not None:
+                products *= scale
+            if lengths.min() == lengths.max() > 0:
+                yield products.unflatten(0, (len(lengths), -1)).amax(1)
+            else:
+                each = lengths.to(products.device)
+                yield torch.segment_reduce(products, "max", lengths=each, initial=-torch.inf)
 
     def to_bytes(self) -> bytes:
         """The file of this index."""
@@ -216,10 +275,17 @@ class Index:
         return save(tensors, {"header": json.dumps(header)})
 
 
-def _groups(numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Neighbouring positions whose numbers are equal."""
-    for _, group in groupby(range(len(numbers)), lambda place: numbers[place]):
-        yield [*group]
+def _products(codes: Tensor, tokens: Tensor) -> Tensor:
+    """Products [vectors, tokens] in float32 of 16-bit numbers."""
+    if codes.device.type == "cuda":
+        return torch.mm(codes, tokens.T, out_dtype=torch.float32)
+    return codes.float() @ tokens.float().T
+
+
+def kernels_of(device: torch.device) -> tuple[str, ...]:
+    """The kernels that score on a device, the default first."""
+    triton = device.type == "cuda" and find_spec("triton") is not None
+    return ("triton", "torch") if triton else ("torch",)
 
 
 # ---------------------------------------------------------------- files

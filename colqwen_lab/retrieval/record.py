@@ -1,19 +1,21 @@
 """The record of one variant on one data set: its rankings, and how near they are to BASE's.
 
 BASE has a record too. Values are kept per query, so intervals and verdicts follow from the file.
+Searches of a synthetic index have records of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from colqwen_lab.records import (
     Backend,
     Count,
+    Limits,
     Measured,
     Positive,
     Rate,
@@ -22,7 +24,6 @@ from colqwen_lab.records import (
     Value,
     rate_of,
     read_rows,
-    renamed,
 )
 
 #: The metrics of a record, in the order of its tables.
@@ -65,7 +66,7 @@ class Fidelity(Row):
     page_bytes: float | None = None
     data: Text
     pages: Positive
-    skipped: Count = renamed(0, "skipped", "refused")
+    skipped: Count = 0
     cut: Count | None = None
     visual_tokens: int
     backend: Backend
@@ -118,3 +119,50 @@ class Fidelity(Row):
 def read(path: str | Path) -> list[Fidelity]:
     """The newest record of each variant, inputs and machine. Raises BadInput if there is none."""
     return read_rows(path, Fidelity, "fidelity")
+
+
+class SearchTime(Row):
+    """The times of one search over a synthetic index, from query vectors to the best pages.
+
+    `vectors` of `dims` values make a page before `index_format` stores it. `bytes_read` is the size
+    of stored vectors and scales, which a search reads at least once. `limits` were measured in the
+    same run, on a GPU. `interference` lists what may have disturbed the measurement.
+    """
+
+    kind: Literal["search"] = "search"
+    index_format: Text
+    pages: Positive
+    vectors: Positive
+    dims: Positive
+    queries: Positive
+    query_tokens: Positive
+    kernel: Text
+    page_bytes: float
+    bytes_read: Positive
+    step_s: Annotated[list[Measured], FailFast()] = Field(min_length=1)
+    limits: Limits | None = None
+    interference: list[Text] = Field([])
+
+    def key(self) -> tuple[str, ...]:
+        shape = self.pages, self.vectors, self.dims, self.queries, self.query_tokens
+        return (self.index_format, self.kernel, *map(str, shape))
+
+    @property
+    def run(self) -> tuple[object, ...]:
+        """What the records of one run share: the shape of a page and a query, and the machine."""
+        return self.vectors, self.dims, self.query_tokens, self.environment.identity()
+
+    @property
+    def rate(self) -> Rate:
+        """Searches per second."""
+        return rate_of(self.step_s, 1)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bytes of the index per second."""
+        return self.bytes_read * self.rate.median
+
+    @property
+    def limit_share(self) -> float | None:
+        """Bytes of the index per second, over those of a copy in the same run."""
+        return self.bytes_per_s / self.limits.bytes_per_s if self.limits else None

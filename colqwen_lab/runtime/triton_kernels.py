@@ -5,8 +5,14 @@ PyTorch's flash kernels use tiles of 128 tokens, mostly empty for a query of 18.
 the query heads that share a key head, side by side, and the kernel applies norm and rotary
 positions.
 
+`dequantised`: 4-bit weights in humming's layout (described in w4.cu) as 16-bit values.
+
 `fp8_rows_fused`: FP8 codes of rows, with SiLU-and-mul. It reads each row once; the kernels of
 torch.compile read it at least twice.
+
+`best_products`: MaxSim of an index, up to the sum over query tokens. It reads each stored vector
+once and writes a number for each page and query token. Libraries' kernels take padded 16-bit pages,
+read them once for each query, and pad 320 values to 512.
 """
 
 from __future__ import annotations
@@ -144,3 +150,136 @@ def fp8_rows_fused(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     sizes = LARGEST_FP8, width, x.shape[1] == 2 * width, block
     _quantise[(m,)](x.contiguous(), codes, scales, *sizes, num_warps=max(4, block // 1024))
     return codes, scales
+
+
+@triton.jit
+def _dequantise(codes, scales, out, OUTS: tl.constexpr, INS: tl.constexpr):
+    """One program: 64 outputs of a group of 128 inputs."""
+    block, group = tl.program_id(0), tl.program_id(1)
+    row, column = tl.arange(0, 64)[:, None], tl.arange(0, 128)[None, :]
+    # A word holds 8 codes of a lane's fragment of a 16 x 16 tile.
+    lane = row % 8 * 4 + column % 8 // 2
+    place = column % 2 * 4 + row % 16 // 8 * 2 + column % 16 // 8
+    tile = (group * 8 + column // 16) * (OUTS // 64) + block
+    words = tl.load(codes + tile * 128 + lane * 4 + row // 16)
+    own = row % 8 * 8 + row // 8
+    scale = tl.load(scales + (group * (OUTS // 64) + block) * 64 + own).to(tl.float32)
+    values = ((words >> (4 * place) & 15) - 8).to(tl.float32) * scale
+    to = out + (block * 64 + row) * INS + group * 128 + column
+    tl.store(to, values.to(out.dtype.element_ty))
+
+
+def dequantised(codes: Tensor, scales: Tensor, outs: int, ins: int) -> Tensor:
+    """The weight [outs, ins] of symmetric 4-bit codes in groups of 128, in the type of scales."""
+    out = scales.new_empty(outs, ins)
+    _dequantise[outs // 64, ins // 128](codes.view(torch.int32), scales, out, outs, ins)
+    return out
+
+
+# Query tokens and vectors of a program, stages of its pipeline, warps; the first that fits runs.
+MAXSIM_TILES = ((128, 64, 3, 4), (64, 64, 3, 4), (32, 64, 3, 4), (32, 32, 2, 4), (16, 16, 2, 1))
+
+
+@triton.jit
+def _codes(
+    at,
+    real,
+    DIMS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """SIZE values from FIRST on of the vectors that start `at` [rows, 1], in 16 bits."""
+    if BITS:
+        byte = FIRST // 8 + tl.arange(0, SIZE // 8)[None, :]
+        signs = tl.load(at + byte, mask=real & (byte < (DIMS + 7) // 8), other=0).to(tl.int16)
+        # The sign bit of -1 and 1 in bfloat16; the highest bit of a byte comes first.
+        signs = signs[:, :, None] << (8 + tl.arange(0, 8))[None, None, :].to(tl.int16)
+        ones = (signs & -0x8000) ^ -0x4080
+        return tl.reshape(ones, (at.shape[0], SIZE)).to(tl.bfloat16, bitcast=True)
+    column = FIRST + tl.arange(0, SIZE)[None, :]
+    return tl.load(at + column, mask=real & (column < DIMS), other=0).to(KIND)
+
+
+@triton.jit
+def _best(
+    vectors,
+    scales,
+    starts,
+    queries,
+    out,
+    tokens,
+    DIMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    SCALED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program: a page, TOKENS query tokens. A vector is multiplied in two parts, LEFT first."""
+    blocks = tl.cdiv(tokens, TOKENS)
+    page = (tl.program_id(0) // blocks).to(tl.int64)
+    token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
+    left, right = tl.arange(0, LEFT), LEFT + tl.arange(0, RIGHT)
+    asked = (token < tokens)[None, :]
+    kind = queries.dtype.element_ty
+    q_at = queries + token[None, :] * DIMS
+    q_left = tl.load(q_at + left[:, None], mask=asked & (left < DIMS)[:, None], other=0.0)
+    q_right = tl.load(q_at + right[:, None], mask=asked & (right < DIMS)[:, None], other=0.0)
+    first = tl.load(starts + page)
+    count = (tl.load(starts + page + 1) - first).to(tl.int32)
+    base = vectors + first * WIDTH
+    best = tl.full([ROWS, TOKENS], float("-inf"), tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        real = (row < count)[:, None]
+        at = base + row[:, None] * WIDTH
+        # Where a query is zero behind its last value, a product ignores the vector's value.
+        products = tl.dot(_codes(at, real, DIMS, 0, LEFT, BITS, kind), q_left)
+        products = tl.dot(_codes(at, real, DIMS, LEFT, RIGHT, BITS, kind), q_right, products)
+        if SCALED:
+            scale = tl.load(scales + first + row, mask=row < count, other=0.0)
+            products = products * scale.to(tl.float32)[:, None]
+        best = tl.maximum(best, tl.where(real, products, float("-inf")))
+    tl.store(out + page * tokens + token, tl.max(best, 0), mask=token < tokens)
+
+
+def best_products(
+    vectors: Tensor, scales: Tensor | None, starts: Tensor, queries: Tensor, bits: bool
+) -> Tensor:
+    """The largest product [pages, tokens] of each query token with a page's vectors, in float32.
+
+    `vectors` [vectors, values or bytes] are the stored ones of all pages, `starts` [pages + 1] the
+    first of each page, `scales` [vectors, 1] of int8. `queries` [tokens, dims] are of 16 bits.
+    """
+    (tokens, dims), pages = queries.shape, len(starts) - 1
+    left = max(16, 1 << (dims - 1).bit_length() - 1)
+    right = max(16, triton.next_power_of_2(dims - left))
+    limit = 2**62
+    if vectors.is_cuda:
+        limit = torch.cuda.get_device_properties(vectors.device).shared_memory_per_block_optin
+    most = max(16, triton.next_power_of_2(tokens))
+    row_bytes = (left + right) * vectors.element_size()
+    tile, rows, stages, warps = next(
+        (tile, rows, stages, warps)
+        for tile, rows, stages, warps in MAXSIM_TILES
+        if tile <= most and tile * (left + right) * 2 + rows * row_bytes * stages <= limit
+    )
+    out = queries.new_empty(pages, tokens, dtype=torch.float32)
+    _best[(pages * triton.cdiv(tokens, tile),)](
+        *(
+            vectors,
+            vectors if scales is None else scales,
+            starts,
+            queries.contiguous(),
+            out,
+            tokens,
+        ),
+        *(dims, vectors.shape[1], bits, scales is not None, left, right, tile, rows),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out

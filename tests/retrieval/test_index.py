@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn.functional import normalize
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.retrieval import index as module
-from colqwen_lab.retrieval.index import Format, Index, append, pooled, read, scores
+from colqwen_lab.retrieval.index import Format, Index, append, kernels_of, pooled, read, scores
 
 NAMES = [
     *("bfloat16", "float16", "int8", "binary", "hamming", "pool3", "dims128"),
@@ -28,7 +30,8 @@ def vectors(count: int, seed: int, width: int = 320) -> Tensor:
 
 
 PAGES = [vectors(count, seed) for seed, count in enumerate([40, 1, 2, 17])]
-QUERIES = [vectors(count, 100 + seed) for seed, count in enumerate([5, 1])]
+# Query vectors are of 16 bits; both of its types hold these.
+QUERIES = [vectors(count, 100 + seed).bfloat16().float() for seed, count in enumerate([5, 1])]
 IDS = ["a", "b", "ü c", "d"]
 
 
@@ -39,7 +42,7 @@ def expected(name: str, queries: list[Tensor], pages: list[Tensor]) -> Tensor:
     for query in queries:
         q = query.double()
         if form.dims:
-            q = normalize(q[:, : form.dims], dim=-1)
+            q = normalize(q[:, : form.dims], dim=-1).bfloat16().double()
         if form.values == "hamming":
             q = torch.where(q >= 0, 1.0, -1.0).double() / q.shape[1] ** 0.5
         row = []
@@ -60,13 +63,59 @@ def expected(name: str, queries: list[Tensor], pages: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("chunk", [1, 30, 10**6])
-def test_scores_are_exact_for_the_format(name: str, chunk: int) -> None:
-    built = Index.build(Format.parse(name), PAGES, IDS)
-    result = built.scores(QUERIES, chunk)
+@pytest.mark.parametrize("chunk_vectors", [1, 30, 10**6])
+def test_scores_are_exact_for_the_format(
+    name: str, chunk_vectors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_vectors * 4 * 6)  # of six query tokens
+    result = Index.build(Format.parse(name), PAGES, IDS).scores(QUERIES)
     assert result.shape == (2, 4)
     # A code or a sign may fall on the other side where float32 rounds: values are near 1.
     assert (result - expected(name, QUERIES, PAGES)).abs().max() < 2e-5
+
+
+def check_kernel(name: str, device: str) -> None:
+    """The kernel on pages of many lengths and on many query tokens, against torch on the CPU."""
+    pages = [vectors(count, seed) for seed, count in enumerate([130, 1, 0, 64, 65])]
+    queries = [vectors(count, 100 + seed).bfloat16() for seed, count in enumerate([20, 120, 1])]
+    built = Index.build(Format.parse(name), pages, ["a", "b", "c", "d", "e"])
+    for some in (queries, queries[:1], queries[2:]):
+        result = built.to(device).scores(some, "triton").cpu()
+        assert torch.equal(result[:, 2], torch.full([len(some)], -torch.inf))
+        torch.testing.assert_close(result, built.scores(some, "torch"), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernel_is_exact(name: str, cuda: torch.device) -> None:
+    assert kernels_of(cuda) == ("triton", "torch")
+    check_kernel(name, "cuda")
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("TRITON_INTERPRET") and find_spec("triton")),
+    reason="needs triton and TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernel_is_exact_where_triton_interprets_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime import interpreter
+
+    builder, tl = interpreter.InterpreterBuilder, interpreter.tl
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    # The interpreter takes the bits of bfloat16 for a whole number.
+    def from_float32(self: Any, source: Any, kind: Any) -> Any:
+        wide = source if source.dtype.scalar.is_floating() else cast(self, source, tl.float32)
+        return cast(self, wide, kind) if kind.scalar == tl.bfloat16 else cast(self, source, kind)
+
+    def in_float32(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, cast(self, a, tl.float32), cast(self, b, tl.float32), *rest)
+
+    monkeypatch.setattr(builder, "cast_impl", from_float32)
+    monkeypatch.setattr(builder, "create_dot", in_float32)
+    check_kernel(name, "cpu")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,7 +186,7 @@ def test_duplicates_fall_together() -> None:
 def test_int8_is_within_half_a_step(values: list[float]) -> None:
     page = torch.tensor([values])
     stored = Format("int8").store(page)
-    back = Format("int8").read(stored["vectors"], stored["scales"], 4)
+    back = Format("int8").codes(stored["vectors"], 4).float() * stored["scales"]
     largest = float(page.abs().max())
     # Half a step, and the scale's own rounding to 16 bits; below its range values become zero.
     assert (back - page).abs().max() <= largest * (0.5 / 127 + 2**-10) + 127 * 2**-24
@@ -147,7 +196,7 @@ def test_a_zero_counts_as_positive() -> None:
     zero = torch.zeros(1, 320)
     built = Index.build(Format("binary"), [zero], ["zero"])
     ones = torch.full((1, 320), 320**-0.5)
-    assert float(built.scores([ones])) == pytest.approx(1, abs=1e-5)
+    assert float(built.scores([ones])) == pytest.approx(1, abs=2e-4)  # a query of 16 bits
 
 
 # ---------------------------------------------------------------- files
