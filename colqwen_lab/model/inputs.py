@@ -22,7 +22,6 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model.decode import Decoder, check_regular
@@ -140,9 +139,10 @@ def encode_queries(
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """`(input_ids, attention_mask)`, both [rows, longest row], padded on the left."""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(tensors, True, pad, padding_side="left")
-    return ids, pad_sequence([torch.ones_like(row) for row in tensors], True, 0, "left")
+    longest = max(map(len, rows), default=0)
+    ids = [[pad] * (longest - len(row)) + [*row] for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
 
 
 def queries(texts: str, count: int) -> list[str]:

@@ -118,9 +118,9 @@ def _shape(batch: dict[str, Tensor]) -> tuple[Any, ...]:
 
 def _random_queries(vocabulary: int, count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    lengths = (REPORT_QUERY_TOKENS + len(str(number)) for number in range(count))
-    words = min(vocabulary, QWEN_PAD_ID)
-    rows = [torch.randint(words, (length,), generator=generator).tolist() for length in lengths]
+    lengths = [REPORT_QUERY_TOKENS + len(str(number)) for number in range(count)]
+    words = torch.randint(min(vocabulary, QWEN_PAD_ID), (sum(lengths),), generator=generator)
+    rows = [row.tolist() for row in words.split(lengths)]
     return [row + [QWEN_PAD_ID] * QUERY_SUFFIX_TOKENS for row in rows]
 
 
