@@ -178,7 +178,7 @@ def many(queries: int) -> str:
 
 def _time(record: SearchTime) -> str:
     """`6.8 ms [6.7 to 6.9] in int8 (88 % of the copy bandwidth)`."""
-    milliseconds = f"{1000 / record.rate.median:.3g} ms {_interval(record)}".rstrip()
+    milliseconds = f"{render.short(1000 / record.rate.median)} ms {_interval(record)}".rstrip()
     share = record.limit_share
     limit = f" ({100 * share:.0f} % of the copy bandwidth)" if share else ""
     return f"{milliseconds} in {record.index_format}{limit}"

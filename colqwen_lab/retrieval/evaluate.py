@@ -156,6 +156,7 @@ def records_of(
     cosines: list[Tensor] = []
     blocks: dict[str, list[Tensor]] = {"": [], **{form.name: [] for form in formats}}
     page_bytes = dict.fromkeys(blocks, 0.0)
+    ready = {form.name: form.queries(on_device) for form in formats}
     steps, cut = [], _cut(loaded, corpus.queries)
     for start in range(0, len(corpus.page_ids), PAGE_BATCH):
         ids = corpus.page_ids[start : start + PAGE_BATCH]
@@ -167,7 +168,7 @@ def records_of(
             index = Index.build(form, embedded, ids)
             page_bytes[name] += index.page_bytes * len(ids) / len(corpus.page_ids)
             if name:
-                blocks[name].append(index.to(loaded.device).scores(on_device).cpu())
+                blocks[name].append(index.to(loaded.device).scores(ready[name]).cpu())
         cosines += map(_cosine, embedded, base.pages[start:] if base else embedded)
         pages += [] if base else embedded
         steps += [seconds] if len(batch) == PAGE_BATCH else []

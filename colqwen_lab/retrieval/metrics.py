@@ -89,11 +89,12 @@ def kendall(scores: Scores, base: Scores) -> list[float]:
     Constant scores have no tau-b: the value is 1 if both sides are constant, 0 if only one is.
     """
 
-    def tau(ours: Scores, theirs: Scores) -> float:
-        constant = [(side == side[0]).all() for side in (ours, theirs)]
-        return float(all(constant) if any(constant) else kendalltau(ours, theirs).statistic)
-
-    return list(map(tau, scores, base))
+    constant = [(side == side[:, :1]).all(axis=1) for side in (scores, base)]
+    defined = ~(constant[0] | constant[1])
+    taus = np.where(constant[0] & constant[1], 1.0, 0.0)
+    if defined.any():
+        taus[defined] = kendalltau(scores[defined], base[defined], axis=1).statistic
+    return taus.tolist()
 
 
 def score_error(scores: Scores, base: Scores) -> list[float]:
