@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from colqwen_lab import report_script
+from colqwen_lab import report_script, signals
 from colqwen_lab.errors import BadInput, LabError
 from colqwen_lab.options import SweepOptions, batch_sizes_of
 from colqwen_lab.records import Cell
@@ -131,15 +130,17 @@ def _metadata(args: argparse.Namespace, cells: list[Cell]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the script. Exit codes: 0, 1 missing requirement, 2 wrong value, 130 stopped."""
+    """Run the script.
+
+    Exit codes: 0, 1 missing requirement, 2 wrong value, 130 Ctrl-C, 143 SIGTERM.
+    """
+    signals.listen(signals.interrupt)
     try:
         print(f"Results saved to {run(arguments())}")
     except LabError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        signals.end(f"benchmark.py: {error}", error.exit_code)
     except KeyboardInterrupt:
-        print("benchmark.py: stopped; the records beside the JSON hold the rows", file=sys.stderr)
-        sys.exit(130)
+        signals.end("benchmark.py: stopped; the records beside the JSON hold the rows")
 
 
 if __name__ == "__main__":

@@ -191,22 +191,21 @@ def parameters(names: dict[str, Any], function: Any, *own: str) -> dict[str, Any
 
     The first call of a session raises BadInput for an unknown name, as a mistyped papermill `-p`.
     """
-    valid = [*function.options.model_fields, *own]
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    values = {
-        name: value
-        for name, value in names.items()
-        if name in valid
-        or (name[0] != "_" and name not in ("In", "Out") and isinstance(value, plain))
-    }
     for name in own:
-        if not isinstance(value := values.get(name, ""), str):
+        if not isinstance(value := names.get(name, ""), str):
             raise BadInput(f"{name} must be a text, got {value!r}{RAW}")
-    unknown = sorted(values.keys() - set(valid))
+    options = function.options.model_fields
+    valid = [*options, *own]
+    known = {*valid, "In", "Out"}  # the last two are IPython's
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
+    others = (
+        n for n, v in names.items() if n not in known and n[0] != "_" and isinstance(v, plain)
+    )
+    unknown = min(others, default="")
     if unknown and not names.get("_parameters_checked"):
-        raise BadInput(f"unknown parameter {unknown[0]!r}; valid: {', '.join(valid)}")
+        raise BadInput(f"unknown parameter {unknown!r}; valid: {', '.join(valid)}")
     names["_parameters_checked"] = True
-    return {name: values[name] for name in valid if name in values and name not in own}
+    return {name: names[name] for name in options if name in names}
 
 
 def escape(text: str) -> str:

@@ -28,12 +28,22 @@ from colqwen_lab.options import (
     QuantizeOptions,
     SearchOptions,
     SweepOptions,
+    cards_of,
     joined,
 )
 
 INTERRUPTED = 130
 KEYWORD = Parameter.KEYWORD_ONLY
 METAVARS = {int: "INT", float: "FLOAT"}
+# Options with a short flag, one with another name, and the positional ones.
+FLAGS = {
+    "model": ("-m", "--model"),
+    "batch_sizes": ("-b", "--batch-sizes"),
+    "configuration": ("-c", "--configuration"),
+    "output": ("-o", "--output"),
+    "cards": ("--card",),
+}
+POSITIONAL = ("base", "awq")
 
 app = typer.Typer(
     help="What a quantised ColQwen3 costs and buys on your GPU.",
@@ -49,25 +59,19 @@ def _parameter(name: str, field: Any) -> Parameter:
 
     Values stay texts until the model checks them, so that one place words the errors.
     """
-    extra = field.json_schema_extra
-    default = extra["shown"] or field.default
-    hidden = default in ("", False)
-    flag = isinstance(default, bool)
-    several = any(getattr(part, "func", None) is joined for part in field.metadata)
-    if extra["argument"]:
-        kind: Any = typer.Argument(help=field.description, show_default=not hidden)
-    else:
-        flags = [*extra["flags"], f"--{extra['long'] or name.replace('_', '-')}"]
-        metavar = None if flag else METAVARS.get(field.annotation, "TEXT")
-        kind = typer.Option(
-            *flags, help=field.description, metavar=metavar, show_default=not hidden
+    default, flag = field.default, isinstance(field.default, bool)
+    about = {"help": field.description, "show_default": default not in ("", False)}
+    if name in POSITIONAL:
+        return Parameter(
+            name, KEYWORD, default=default, annotation=Annotated[str, typer.Argument(**about)]
         )
-    if flag:
-        return Parameter(name, KEYWORD, default=default, annotation=Annotated[bool, kind])
-    if several and not extra["argument"]:
-        values = [default] if default else []
-        return Parameter(name, KEYWORD, default=values, annotation=Annotated[list[str], kind])
-    return Parameter(name, KEYWORD, default=str(default), annotation=Annotated[str, kind])
+    flags = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
+    metavar = None if flag else METAVARS.get(field.annotation, "TEXT")
+    kind, value = (bool, default) if flag else (str, str(default))
+    if any(getattr(part, "func", None) in (joined, cards_of) for part in field.metadata):
+        kind, value = list[str], [default] if default else []
+    annotation = Annotated[kind, typer.Option(*flags, metavar=metavar, **about)]
+    return Parameter(name, KEYWORD, default=value, annotation=annotation)
 
 
 def command(options: type[Options], *examples: str, **own: Any) -> Callable[..., Any]:
@@ -80,7 +84,7 @@ def command(options: type[Options], *examples: str, **own: Any) -> Callable[...,
             try:
                 function(texts, **extra)
             except KeyboardInterrupt as stop:
-                _end(str(stop) or "stopped", signals.exit_code())
+                _end(str(stop) or "stopped")
 
         parameters = [_parameter(name, field) for name, field in options.model_fields.items()]
         parameters += [
@@ -155,9 +159,7 @@ def sweep(options: dict[str, Any]) -> None:
 def plan(options: dict[str, Any], as_json: bool) -> None:
     """Predict peak memory, and the largest batch a card holds. Needs no GPU, weights or network."""
     result = lab.plan(**options)
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
-    else:
+    if not _printed(result, as_json):
         _show(_tables(result.table(), result.card_table(), result.rates()))
 
 
@@ -177,24 +179,15 @@ def compare(options: dict[str, Any], markdown: str, as_json: bool) -> None:
         _show(comparison.markdown())
     elif markdown:
         typer.echo(f"wrote {comparison.save(Path(markdown).expanduser())}", err=True)
-    if as_json:
-        typer.echo(json.dumps(comparison.to_dict(), indent=1))
-    elif not markdown:
+    if not _printed(comparison, as_json) and not markdown:
         _show(comparison.text())
 
 
-@command(
-    FidelityOptions,
-    "fidelity -m awq",
-    "fidelity -m W8A16,W4A16 --plain --json",
-    as_json=JSON,
-)
+@command(FidelityOptions, "fidelity -m awq", "fidelity -m W8A16,W4A16 --plain --json", as_json=JSON)
 def fidelity(options: dict[str, Any], as_json: bool) -> None:
     """Measure what quantising does to retrieval, against BASE, with intervals."""
     result = lab.fidelity(**options)
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
-    else:
+    if not _printed(result, as_json):
         _show(f"{_tables(result.table())}\n\n{result.verdict()}")
 
 
@@ -213,11 +206,7 @@ def search_times(options: dict[str, Any], as_json: bool) -> None:
         _show(f"{_tables(result.table(), result.million())}\n\n{result.verdict()}")
 
 
-@command(
-    QuantizeOptions,
-    "quantize --scheme W8A16 -o my-w8",
-    "quantize --size tiny --iters 0",
-)
+@command(QuantizeOptions, "quantize --scheme W8A16 -o my-w8", "quantize --size tiny --iters 0")
 def quantize(options: dict[str, Any]) -> None:
     """Quantise the language model with AutoRound into a complete checkpoint folder."""
     result = lab.quantize(**options)
@@ -236,6 +225,13 @@ def train_tiny(
 
     record = train.train_tiny(Path(output), seed, progress=lambda line: typer.echo(line, err=True))
     typer.echo(json.dumps(record, indent=1))
+
+
+def _printed(result: Any, as_json: bool) -> bool:
+    """Print the result as one JSON document, if that is asked for."""
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=1))
+    return as_json
 
 
 def _tables(*frames: Any) -> str:
@@ -279,12 +275,10 @@ def main() -> None:
             hint = f"commands: {', '.join(group.commands)}"
         _end(f"{' '.join(error.format_message().split())}; {hint}", 2)
     if code == INTERRUPTED:  # typer turns Ctrl-C into a return value
-        _end("stopped", signals.exit_code())
+        _end("stopped")
     signals.listen(signal.SIG_IGN)
     sys.exit(code)
 
 
-def _end(line: str, code: int) -> NoReturn:
-    signals.listen(signal.SIG_IGN)  # the program is about to end
-    print(f"colqwen-lab: {line}", file=sys.stderr)
-    sys.exit(code)
+def _end(line: str, code: int = 0) -> NoReturn:
+    signals.end(f"colqwen-lab: {line}", code)

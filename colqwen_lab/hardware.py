@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import difflib
+import json
 import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -34,20 +35,8 @@ IGNORED = re.compile(
 
 # 16-bit multiply-adds per clock and multiprocessor, INT8 and FP8 rates relative to 16-bit, compute
 # capability. The rates are with 32-bit accumulation, as in PyTorch: half on GeForce, A10G and L40.
-ARCHITECTURES = {
-    "Turing": (512, 2, 0, (7, 5)),  # no BF16: the rate is that of FP16
-    "Ampere": (512, 2, 0, (8, 6)),
-    "Ampere GeForce": (256, 4, 0, (8, 6)),
-    "Ampere A10G": (256, 2, 0, (8, 6)),
-    "Ampere A100": (1024, 2, 0, (8, 0)),
-    "Ada": (512, 2, 2, (8, 9)),
-    "Ada GeForce": (256, 4, 2, (8, 9)),
-    "Ada L40": (256, 2, 2, (8, 9)),
-    "Hopper": (2048, 2, 2, (9, 0)),
-    "Blackwell B200": (4096, 2, 2, (10, 0)),
-    "Blackwell PRO": (512, 2, 2, (12, 0)),
-    "Blackwell GeForce": (256, 4, 2, (12, 0)),
-}
+# Turing has no BF16: its rate is that of FP16.
+ARCHITECTURES: dict[str, Any] = json.loads((DATA / "architectures.json").read_bytes())
 
 
 class Gpu(BaseModel, frozen=True):
@@ -71,7 +60,8 @@ class Gpu(BaseModel, frozen=True):
     @property
     def compute_capability(self) -> tuple[int, int]:
         """CUDA compute capability, such as (8, 9)."""
-        return ARCHITECTURES[self.architecture][3]
+        major, minor = ARCHITECTURES[self.architecture][3]
+        return major, minor
 
     def flops(self, dtype: str = "bfloat16") -> float:
         """Dense operations per second in 16 bits, `int8` or `fp8`; 0 where not supported."""

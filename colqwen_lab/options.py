@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter, Signature
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from colqwen_lab.errors import BadInput, ambiguous, one_of, unknown
 from colqwen_lab.hardware import Card, find_card
-from colqwen_lab.model.config import SIZES
+from colqwen_lab.model.config import SIZES, check_size
 from colqwen_lab.records import EIGHT_BIT_KERNELS, Configuration
 
 EXECUTIONS = ("eager", "fast")
@@ -73,12 +73,12 @@ def joined(value: Any) -> str:
 
 
 def batch_sizes_of(value: Any) -> tuple[int, ...]:
-    """Batch sizes from "8,16", 8 or [8, 16]; `auto` is (), the workload's default.
+    """Batch sizes from "8,16", 8 or [8, 16]; `auto` is (), the workload's default, as is `none`.
 
     Raises:
         BadInput: not different whole numbers of 1 or more.
     """
-    if value in ("auto", "", ()):
+    if value in ("auto", "none", "", ()):
         return ()
     try:
         parts = listed(value.strip("[ ]") if isinstance(value, str) else value)
@@ -91,27 +91,21 @@ def batch_sizes_of(value: Any) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _each_of(*valid: str) -> Callable[[str], str]:
-    def check(value: str) -> str:
-        return ",".join(dict.fromkeys(one_of("value", part, valid) for part in value.split(",")))
-
-    return check
+def _choice(*valid: str) -> AfterValidator:
+    return AfterValidator(partial(one_of, "value", valid=valid))
 
 
-def _one_of(*valid: str) -> Callable[[str], str]:
-    return lambda value: one_of("value", value, valid)
+def _each(check: Callable[[str], str]) -> AfterValidator:
+    """Check every item of a text "a,b"; a repeated item is dropped."""
+    return AfterValidator(lambda value: ",".join(dict.fromkeys(map(check, value.split(",")))))
 
 
-Several = Annotated[str, BeforeValidator(joined)]
-Cards = Annotated[
-    Several,
-    BeforeValidator(
-        lambda value: [str(part) if type(part) in (int, float) else part for part in listed(value)]
-    ),
-]
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-BatchSizes = Annotated[tuple[int, ...], BeforeValidator(batch_sizes_of)]
-Size = Annotated[str, AfterValidator(lambda value: one_of("size", value.lower(), ["auto", *SIZES]))]
+def cards_of(value: Any) -> str:
+    """Checked cards as one text, "8,RTX 4070", from texts and numbers."""
+    parts = [str(part) if type(part) in (int, float) else part for part in listed(value)]
+    for name in listed(names := joined(parts)):
+        find_card(name)
+    return names
 
 
 def _weights(value: str) -> str:
@@ -128,26 +122,28 @@ def _data(value: str) -> str:
     return value
 
 
+Several = Annotated[str, BeforeValidator(joined)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+BatchSizes = Annotated[
+    tuple[int, ...], BeforeValidator(batch_sizes_of), Field(validate_default=True)
+]
+Cards = Annotated[str, BeforeValidator(cards_of)]
 Weights = Annotated[PathText, AfterValidator(_weights)]
+Size = Annotated[str, AfterValidator(check_size)]
+Protocol = Annotated[str, _choice(*PROTOCOLS)]
+Dtype = Annotated[str, _choice(*DTYPES)]
 VisualTokens = Annotated[int, Field(ge=1, le=MOST_VISUAL_TOKENS)]
 
 
-def option(
-    default: Any, help: str, *flags: str, shown: str = "", long: str = "", argument: bool = False
-) -> Any:
-    """A field with its help and its place on the command line.
-
-    `flags` are short flags, `long` a long flag other than the name, `shown` the default in a text,
-    `argument` says that the option is positional.
-    """
-    place: Any = {"flags": list(flags), "shown": shown, "long": long, "argument": argument}
-    return Field(default, description=help, json_schema_extra=place)
+def option(default: Any, help: str) -> Any:
+    """A field with its help."""
+    return Field(default, description=help)
 
 
 class Options(BaseModel):
     """The options of one command. A wrong value raises BadInput with the valid ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
@@ -207,7 +203,7 @@ def takes(options: type[Checked]) -> Callable[[Callable[[Checked], Any]], Callab
     fields = options.model_fields
     kinds = [Parameter.POSITIONAL_OR_KEYWORD] * 2 + [Parameter.KEYWORD_ONLY] * len(fields)
     parameters = [
-        Parameter(name, kind, default=_default(field))
+        Parameter(name, kind, default=field.default)
         for (name, field), kind in zip(fields.items(), kinds, strict=False)
     ]
     arguments = "\n".join(f"        {name}: {field.description}" for name, field in fields.items())
@@ -229,10 +225,6 @@ def takes(options: type[Checked]) -> Callable[[Callable[[Checked], Any]], Callab
     return decorate
 
 
-def _default(field: Any) -> Any:
-    return field.json_schema_extra["shown"] or field.default
-
-
 # ---------------------------------------------------------------- the commands
 
 
@@ -243,16 +235,17 @@ class SweepOptions(Options):
         "awq",
         "base, awq, an AutoRound scheme such as W8A16, a checkpoint folder or a hub id; several "
         "are interleaved: base,awq",
-        "-m",
     )
     batch_sizes: BatchSizes = option(
-        (), "such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages", "-b", shown="auto"
+        "auto", "such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages"
     )
-    size: Several = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
-    workload: Annotated[Several, AfterValidator(_each_of(*WORKLOADS))] = option(
+    size: Annotated[Several, _each(check_size)] = option(
+        "auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b"
+    )
+    workload: Annotated[Several, _each(partial(one_of, "value", valid=WORKLOADS))] = option(
         "queries", "queries or pages"
     )
-    texts: Annotated[str, AfterValidator(_one_of(*TEXTS))] = option(
+    texts: Annotated[str, _choice(*TEXTS)] = option(
         "report", "queries: report (the report's formula) or natural (several lengths)"
     )
     visual_tokens: VisualTokens = option(
@@ -261,10 +254,13 @@ class SweepOptions(Options):
     pages: PathText = option(
         "", "pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"
     )
+    loaders: BatchSizes = option(
+        "none", "pages: also time them from disk to disk, read by so many processes, such as 1,8"
+    )
     weights: Weights = option(
         "auto", "auto (tiny: built in, else the hub), hub, random, or a folder"
     )
-    execution: Annotated[Several, AfterValidator(_each_of(*EXECUTIONS))] = option(
+    execution: Annotated[Several, _each(partial(one_of, "value", valid=EXECUTIONS))] = option(
         "eager", "eager (transformers' forward) or fast (fused, length buckets, CUDA graphs)"
     )
     kernel: str = option(
@@ -272,22 +268,18 @@ class SweepOptions(Options):
         "kernel of packed weights: auto, torch, ark, tritonv2, marlin, humming; fast: also int4, "
         "and with 8-bit activations fp8, w4-fp8, w4-int8",
     )
-    protocol: Annotated[str, AfterValidator(_one_of(*PROTOCOLS))] = option(
+    protocol: Protocol = option(
         "lean", "lean (no KV cache, last output released) or published (as the report was made)"
     )
     configuration: Several = option(
-        "",
-        "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL",
-        "-c",
+        "", "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL"
     )
     control: bool = option(False, "A/A control: time the first model twice; both must be the same")
-    dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
-        "bfloat16", "bfloat16, float16 or float32"
-    )
+    dtype: Dtype = option("bfloat16", "bfloat16, float16 or float32")
     card: Annotated[str, BeforeValidator(str)] = option(
         "", "find the largest batch under the memory of this card (GB or a GPU's name)"
     )
-    output: PathText = option("", "the records file, .jsonl; by default under outputs/", "-o")
+    output: PathText = option("", "the records file, .jsonl; by default under outputs/")
     fresh: bool = option(False, "measure again what is on file")
     min_steps: Annotated[int, Field(ge=0)] = option(
         0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
@@ -295,7 +287,7 @@ class SweepOptions(Options):
     max_s: Annotated[float, Field(gt=0)] = option(
         3.0, "seconds to time a cell, once every batch was timed"
     )
-    on: Annotated[str, AfterValidator(_one_of("here", "ray"))] = option(
+    on: Annotated[str, _choice("here", "ray")] = option(
         "here", "here, or ray: over a Ray cluster, one task per size, workload and execution"
     )
     accelerator: Several = option("", "ray: GPU types to measure on, such as A100,L4")
@@ -303,12 +295,11 @@ class SweepOptions(Options):
 
     def model_post_init(self, _: Any) -> None:
         names, workloads = self.models, self.workload.split(",")
-        for size in self.size.split(","):
-            one_of("size", size.lower(), ["auto", *SIZES])
         if not names or len(set(names)) < len(names):
             raise BadInput(f"model must be one or more different models, got {self.model!r}")
-        if "pages" not in workloads and (self.pages or self.visual_tokens != VISUAL_TOKENS):
-            raise BadInput("pages and visual_tokens are options of workload pages")
+        own = self.pages or self.loaders or self.visual_tokens != VISUAL_TOKENS
+        if "pages" not in workloads and own:
+            raise BadInput("pages, loaders and visual_tokens are options of workload pages")
         if "queries" not in workloads and self.texts != "report":
             raise BadInput("texts is an option of workload queries")
         if self.weights not in WEIGHTS and len(names) > 1:
@@ -336,11 +327,10 @@ class SweepOptions(Options):
         """The card whose memory caps the run, if any."""
         return find_card(self.card) if self.card else None
 
-    def configurations(self, device: str) -> list[Configuration]:
-        """Every model in every configuration, on `device` (cuda or cpu).
+    def configurations(self, device: str, models: Iterable[str] = ()) -> list[Configuration]:
+        """Every model, or these, in every configuration, on `device` (cuda or cpu).
 
-        Raises:
-            BadInput: a configuration that does not exist.
+        Raises BadInput for a configuration that does not exist.
         """
         texts = listed(self.configuration) or [
             f"{execution}/{self.protocol}/{self.kernel}" for execution in self.execution.split(",")
@@ -348,13 +338,13 @@ class SweepOptions(Options):
         return [
             _configuration(text, variant, self.dtype, device)
             for text in texts
-            for variant in self.models
+            for variant in models or self.models
         ]
 
     def matrix(self) -> list[SweepOptions]:
         """One copy for each size x workload x execution, without the options of other workloads."""
         own: dict[str, dict[str, Any]] = {
-            "queries": {"pages": "", "visual_tokens": VISUAL_TOKENS},
+            "queries": {"pages": "", "loaders": (), "visual_tokens": VISUAL_TOKENS},
             "pages": {"texts": "report"},
         }
         return [
@@ -388,38 +378,23 @@ def _configuration(text: str, variant: str, dtype: str, device: str) -> Configur
 class PlanOptions(Options):
     """Options of `plan`."""
 
-    model: Several = option(
-        "base,awq", "base, awq, a scheme such as W8A16, a folder, or several", "-m"
-    )
-    batch_sizes: BatchSizes = option(
-        (8, 16, 32, 64, 128, 256, 512), "such as 8,512", "-b", shown="8,16,32,64,128,256,512"
-    )
-    size: Annotated[str, AfterValidator(_one_of(*SIZES))] = option("4b", "tiny, mid, 4b, 8b")
-    cards: Cards = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070", long="card")
-    protocol: Annotated[str, AfterValidator(_one_of(*PROTOCOLS))] = option(
-        "lean", "lean or published"
-    )
+    model: Several = option("base,awq", "base, awq, a scheme such as W8A16, a folder, or several")
+    batch_sizes: BatchSizes = option("8,16,32,64,128,256,512", "such as 8,512")
+    size: Annotated[str, _choice(*SIZES)] = option("4b", "tiny, mid, 4b, 8b")
+    cards: Cards = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070")
+    protocol: Protocol = option("lean", "lean or published")
     kernel: str = option(
         "tritonv2",
         "kernel of packed weights: tritonv2, torch, humming, fused (such as marlin); fast: also "
         "int4, fp8",
     )
-    dtype: Annotated[str, AfterValidator(_one_of(*DTYPES))] = option(
-        "bfloat16", "bfloat16, float16 or float32"
-    )
-    workload: Annotated[str, AfterValidator(_one_of(*WORKLOADS))] = option(
-        "queries", "queries or pages"
-    )
+    dtype: Dtype = option("bfloat16", "bfloat16, float16 or float32")
+    workload: Annotated[str, _choice(*WORKLOADS)] = option("queries", "queries or pages")
     visual_tokens: VisualTokens = option(VISUAL_TOKENS, "pages: the budget of an image")
     tokens: Annotated[int, Field(ge=0)] = option(
         0, "tokens of every item; 0 is the report's queries, or A4 pages"
     )
-    execution: Annotated[str, AfterValidator(_one_of(*EXECUTIONS))] = option(
-        "eager", "eager or fast"
-    )
-
-    def model_post_init(self, _: Any) -> None:
-        self.memory_budgets  # noqa: B018  (checks the names of the cards)
+    execution: Annotated[str, _choice(*EXECUTIONS)] = option("eager", "eager or fast")
 
     @property
     def models(self) -> list[str]:
@@ -435,16 +410,9 @@ class PlanOptions(Options):
 class CompareOptions(Options):
     """Options of `compare`. `base` and `awq` are Results, records files, or `published`."""
 
-    base: Any = option(
-        "published", "a records file that holds BASE, or the word published", argument=True
-    )
-    awq: Any = option(
-        "", "a records file of the quantised model; default: the first file", argument=True
-    )
-    cards: Cards = option("8,12,16,24", "memory budgets in GB, or GPUs by name", long="card")
-
-    def model_post_init(self, _: Any) -> None:
-        self.memory_budgets  # noqa: B018  (checks the names of the cards)
+    base: Any = option("published", "a records file that holds BASE, or the word published")
+    awq: Any = option("", "a records file of the quantised model; default: the first file")
+    cards: Cards = option("8,12,16,24", "memory budgets in GB, or GPUs by name")
 
     @property
     def memory_budgets(self) -> list[Card]:
@@ -463,19 +431,17 @@ class QuantizeOptions(Options):
     iters: int = option(50, "tuning steps a layer; 0 is plain rounding")
     samples: int = option(64, "calibration samples")
     seqlen: int = option(64, "tokens a sample")
-    format: Annotated[str, AfterValidator(_one_of(*FORMATS))] = option(
+    format: Annotated[str, _choice(*FORMATS)] = option(
         "auto_round", "the packing: auto_round, auto_gptq, auto_awq"
     )
     texts: PathText = option("", "a file of calibration texts, one a line; by default built in")
-    output: PathText = option("", "a new folder; by default outputs/SIZE-SCHEME", "-o")
+    output: PathText = option("", "a new folder; by default outputs/SIZE-SCHEME")
 
 
 class FidelityOptions(Options):
     """Options of `fidelity`."""
 
-    model: Several = option(
-        "awq", "awq, a scheme such as W8A16, a folder, a hub id, or several", "-m"
-    )
+    model: Several = option("awq", "awq, a scheme such as W8A16, a folder, a hub id, or several")
     data: Annotated[PathText, AfterValidator(_data)] = option(
         "generated", "generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"
     )
@@ -492,7 +458,7 @@ class FidelityOptions(Options):
     queries: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     pages: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
     visual_tokens: VisualTokens = option(VISUAL_TOKENS, "the budget of a page")
-    output: PathText = option("", "the records file, .jsonl; by default under outputs/", "-o")
+    output: PathText = option("", "the records file, .jsonl; by default under outputs/")
 
     @property
     def models(self) -> list[str]:
@@ -508,9 +474,9 @@ class SearchOptions(Options):
         "index formats: bfloat16, float16, int8, binary, hamming, poolN, dimsN, or joined by -",
     )
     pages: BatchSizes = option(
-        (), "such as 1000,10000; auto is 1000 to 50000 on a GPU, 30 to 300 else", shown="auto"
+        "auto", "such as 1000,10000; auto is 1000 to 50000 on a GPU, 30 to 300 else"
     )
-    queries: BatchSizes = option((1, 64), "queries at once, such as 1,64", shown="1,64")
+    queries: BatchSizes = option("1,64", "queries at once, such as 1,64")
     vectors: Annotated[int, Field(ge=0)] = option(
         0, "vectors a page; 0 is 1260 on a GPU, as an A4 page has, and 88 else"
     )
@@ -521,5 +487,5 @@ class SearchOptions(Options):
     )
     max_s: Annotated[float, Field(gt=0)] = option(1.0, "seconds to time a search")
     output: PathText = option(
-        "", "the records file, .jsonl; by default search-times.jsonl under outputs/", "-o"
+        "", "the records file, .jsonl; by default search-times.jsonl under outputs/"
     )

@@ -8,49 +8,45 @@ from __future__ import annotations
 
 import codecs
 import itertools
-import json
 import math
 import os
+import re
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     AliasChoices,
+    AliasGenerator,
     BaseModel,
     ConfigDict,
     FailFast,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from colqwen_lab import report_script
-from colqwen_lab.errors import (
-    BadInput,
-    LabError,
-    MissingRequirement,
-    ambiguous,
-    plain,
-    shown,
-)
-from colqwen_lab.settings import DATA, locked, regular_file
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement, ambiguous, plain, shown
+from colqwen_lab.settings import locked, regular_file
 
 MIB = 2**20
+# The fewest samples that give a 99th percentile.
+LATENCY_STEPS = 200
 GIB = 2**30
-RANDOM_TEXTS, DRAWN_TEXTS = (f"{kind} at the report's lengths" for kind in ("random ids", "drawn"))
+RANDOM_TEXTS = "random ids at the report's lengths"
 PUBLISHED = "published"
 LINE_START = b'{"schema":1,'
 RESUME = "finished rows are on file; run the same command again to resume"
-# A row with a million samples and as many of a control has 40 MB. The JSON of the report's script
-# has a few kB; a parser takes seventy times a document's bytes.
-MOST_LINE_BYTES, MOST_DOCUMENT_BYTES, MOST_TEXT = 64 * MIB, 4 * MIB, 10_000
+# A row with a million samples and as many of a control has 40 MB.
+MOST_LINE_BYTES, MOST_TEXT = 64 * MIB, 10_000
 # A records file begins so; editors may put a byte-order mark or a blank line before.
 FIRST_ROW = "(\ufeff)?" r"\s*(\Z|\{ *\")"
 
@@ -64,18 +60,37 @@ Speed = Annotated[float, Field(ge=1, lt=1e21)]
 # One line without control characters, short enough for a table.
 Text = Annotated[str, AfterValidator(lambda text: plain(text[:MOST_TEXT]))]
 Origin = Literal["measured", "predicted", "published"]
+# Keys of earlier records that are read as today's.
+RENAMED = {
+    "breakdown": "ledger",
+    "cosine_min": "cosine_least",
+    "interference": "notes",
+    "interleaved_configurations": "ways_in_turn",
+    "interleaved_with": "in_turn_with",
+    "kernel_configs": "schedules",
+    "language_model_s": "decoder_s",
+    "min_bytes": "least_bytes",
+    "min_reserved_bytes": "least_reserved_bytes",
+    "skipped": "refused",
+    "stages": "towers",
+    "vision_encoder_s": "vision_s",
+}
 
 
-def renamed(default: Any, *names: str) -> Any:
-    """A field with `default` that reads the current key, named first, and the earlier ones."""
-    return Field(default, validation_alias=AliasChoices(*names))
+def _keys(name: str) -> str | AliasChoices:
+    return AliasChoices(name, RENAMED[name]) if name in RENAMED else name
 
 
 class Value(BaseModel):
     """Frozen and strict: an unknown field or a wrong type is an error."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        populate_by_name=True,
+        allow_inf_nan=False,
+        alias_generator=AliasGenerator(validation_alias=_keys),
     )
 
     def to_line(self) -> str:
@@ -134,18 +149,17 @@ class Workload(Value):
     visual_tokens: Positive | None = None
     pages: Text | None = None
     distinct: Count | None = None
-    skipped: Count | None = renamed(None, "skipped", "refused")
+    skipped: Count | None = None
     index_bytes: Count | None = None
     preprocess_s: Figure | None = None
     shapes: list[Count] = []
 
     @field_validator("texts", "pages")
     @classmethod
-    def _renamed(cls, value: str | None) -> str | None:
-        """Today's names of synthetic pages and random ids; earlier records call both drawn."""
-        if value is None or not value.startswith("drawn"):
-            return value
-        return {DRAWN_TEXTS: RANDOM_TEXTS}.get(value, value.replace("drawn", "synthetic", 1))
+    def _renamed(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Earlier records call random ids and synthetic pages drawn."""
+        today = "random ids" if info.field_name == "texts" else "synthetic"
+        return value and re.sub("^drawn", today, value)
 
     @property
     def budget(self) -> str:
@@ -166,7 +180,7 @@ class Backend(Value):
     dtype: Text | None = None
     requested_dtype: Text | None = None
     kept_16bit: dict[Text, Count] = {}
-    kernel_configs: dict[Text, Text] = renamed({}, "kernel_configs", "schedules")
+    kernel_configs: dict[Text, Text] = {}
 
 
 class Rate(Value):
@@ -195,11 +209,11 @@ class Memory(Value):
     resident_bytes: Count | None = None
     peak_bytes: Positive
     reserved_bytes: Count | None = None
-    min_reserved_bytes: Count | None = renamed(None, "min_reserved_bytes", "least_reserved_bytes")
+    min_reserved_bytes: Count | None = None
     device_bytes: Count | None = None
     allocation_retries: Count | None = None
     unused_head_bytes: Count = 0
-    breakdown: dict[Text, Whole] | None = renamed(None, "breakdown", "ledger")
+    breakdown: dict[Text, Whole] | None = None
     method: Literal["cuda", "tracked", "published", "predicted"]
 
     @model_validator(mode="after")
@@ -215,7 +229,7 @@ class Work(Value):
     """What one step computes, and the fewest bytes it can move."""
 
     flops: Count
-    min_bytes: Positive = Field(validation_alias=AliasChoices("min_bytes", "least_bytes"))
+    min_bytes: Positive
 
 
 class Limits(Value):
@@ -228,8 +242,78 @@ class Limits(Value):
 class Stages(Value):
     """Seconds of a step in the vision encoder and in the language model, from a separate pass."""
 
-    vision_encoder_s: Figure = Field(validation_alias=AliasChoices("vision_encoder_s", "vision_s"))
-    language_model_s: Figure = Field(validation_alias=AliasChoices("language_model_s", "decoder_s"))
+    vision_encoder_s: Figure
+    language_model_s: Figure
+
+
+class EndToEnd(Value):
+    """Pages from files on disk to vectors on disk, in `seconds`, with `loaders` processes reading.
+
+    The other times are seconds a page of a stage alone: `read_s` (read and decode) and `prepare_s`
+    (resize, unless `on_device`) in one loader, `preprocess_s` and `embed_s` on the device,
+    `store_s` (copy back and write).
+    """
+
+    loaders: Positive
+    pages: Positive
+    seconds: Measured
+    on_device: bool
+    read_s: Figure
+    prepare_s: Figure
+    preprocess_s: Figure
+    embed_s: Figure
+    store_s: Figure
+
+    @property
+    def items_per_s(self) -> float:
+        """Pages a second, from the first file to the last vector."""
+        return self.pages / self.seconds
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """The pages a second of each stage alone, all loaders together."""
+        return {
+            "reading": self.loaders / (self.read_s + self.prepare_s),
+            "model": 1 / (self.preprocess_s + self.embed_s),
+            "storing": 1 / self.store_s,
+        }
+
+    @property
+    def bottleneck(self) -> str:
+        """The slowest stage: reading, model or storing."""
+        return min(self.stages, key=lambda name: self.stages[name])
+
+    @property
+    def loaders_needed(self) -> int:
+        """The loaders that read as many pages as the slower of the other stages takes."""
+        rates = self.stages
+        return math.ceil(min(rates["model"], rates["storing"]) * (self.read_s + self.prepare_s))
+
+
+class Energy(Value):
+    """Joules an item by the driver's counter, over `seconds` of steps without a pause.
+
+    `idle_w` is the power in watts of the GPU with the model loaded and no work.
+    """
+
+    joules_per_item: Measured
+    seconds: Measured
+    idle_w: Figure
+
+
+class Loading(Value):
+    """Seconds until the model is on the device with its kernels, and those of the first step."""
+
+    load_s: Measured
+    first_step_s: Measured
+
+
+class Latency(NamedTuple):
+    """Percentiles of the time of a step in seconds."""
+
+    p50_s: float
+    p95_s: float
+    p99_s: float
 
 
 class Difference(Value):
@@ -237,7 +321,7 @@ class Difference(Value):
 
     against: Text
     cosine_mean: Figure
-    cosine_min: Figure = Field(validation_alias=AliasChoices("cosine_min", "cosine_least"))
+    cosine_min: Figure
 
 
 class CardRun(Value):
@@ -261,10 +345,8 @@ class Timing(Value):
     warmup_steps: Count
     steady: bool
     stopped: Text
-    interleaved_with: list[Text] = renamed([], "interleaved_with", "in_turn_with")
-    interleaved_configurations: list[Text] = renamed(
-        [], "interleaved_configurations", "ways_in_turn"
-    )
+    interleaved_with: list[Text] = []
+    interleaved_configurations: list[Text] = []
     clock: Text
     min_steps: Count | None = None
     max_s: Figure | None = None
@@ -319,6 +401,11 @@ class Row(Value):
         """What identifies the row in a file: its key, and its environment's identity."""
         return self.key(), self.environment.identity()
 
+    @property
+    def figures(self) -> object:
+        """What the row shows; None if it is to be measured again."""
+        return None
+
 
 class Cell(Row):
     """One configuration at one batch size, and its outcome: ok, out of memory (oom) or failed.
@@ -346,11 +433,14 @@ class Cell(Row):
     work: Work | None = None
     limits: Limits | None = None
     difference: Difference | None = None
-    stages: Stages | None = renamed(None, "stages", "towers")
+    stages: Stages | None = None
+    end_to_end: list[EndToEnd] = []
+    energy: Energy | None = None
+    loading: Loading | None = None
     card: CardRun | None = None
     timing: Timing | None = None
     gpu_state: dict[Text, dict[Text, Any]] | None = None
-    interference: list[Text] = renamed([], "interference", "notes")
+    interference: list[Text] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -370,6 +460,14 @@ class Cell(Row):
         return self.workload.batch_size
 
     @property
+    def latency(self) -> Latency | None:
+        """Percentiles of the time of a single item; None with fewer than 200 samples."""
+        if self.batch_size > 1 or len(self.step_s) < LATENCY_STEPS:
+            return None
+        parts = statistics.quantiles(self.step_s, n=100, method="inclusive")
+        return Latency(parts[49], parts[94], parts[98])
+
+    @property
     def disturbed(self) -> list[str]:
         """The interference that withholds a verdict: other processes, throttling, spilled memory.
 
@@ -377,6 +475,10 @@ class Cell(Row):
         """
         usual = ("power limit", "a display is attached")
         return [line for line in self.interference if not any(words in line for words in usual)]
+
+    @property
+    def figures(self) -> object:
+        return None if self.status != "ok" or self.disturbed else (self.items_per_s, self.memory)
 
     @property
     def configuration(self) -> Configuration:
@@ -477,40 +579,44 @@ def read_cells(source: str | Path) -> list[Cell]:
         if os.path.exists(PUBLISHED):
             raise ambiguous(PUBLISHED, "the report")
         return published_cells()
-    path, document = _path_of(source), None
-    with suppress(OSError, ValueError, RecursionError):
-        if path.stat().st_size <= MOST_DOCUMENT_BYTES:
-            document = json.loads(path.read_bytes())
-    if isinstance(document, dict) and "results" in document:
-        try:
-            return [Cell.model_validate(fields) for fields in report_script.cells(document)]
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise BadInput(f"{path} is not the report script's: {field}: {first['msg']}") from None
-    return read_rows(path, Cell, "sweep")
+    path = _path_of(source)
+    if (document := report_script.document_in(path)) is None:
+        return read_rows(path, Cell, "sweep")
+    try:
+        return [Cell.model_validate(fields) for fields in report_script.cells(document)]
+    except ValidationError as error:
+        raise BadInput(f"{path} is not the report script's: {_fault_of(error)}") from None
+
+
+def published_cells() -> list[Cell]:
+    """The report's sweep as cells of origin `published`: no samples, so no intervals."""
+    return [Cell.model_validate(fields) for fields in report_script.published()]
 
 
 def read_rows(source: str | Path, kind: type[R], command: str) -> list[R]:
-    """The newest rows of a file that `colqwen-lab command` wrote; BadInput if it holds none."""
+    """The newest rows of a file that `colqwen-lab command` wrote; BadInput if it holds none.
+
+    A warning counts the rows that a later one replaces with other figures.
+    """
     path = _path_of(source)
     rows, _ = _rows(path, kind, command)
     if not rows:
         raise BadInput(f"{path} holds no row; name a file written by `colqwen-lab {command}`")
-    return newest(rows)
+    kept = newest(rows)
+    if replaced := sum(row.figures not in (None, kept[row.identity()].figures) for row in rows):
+        line = f"{path}: rows on file again with other figures: {replaced}; the last ones count"
+        warnings.warn(shown(line), stacklevel=2)
+    return list(kept.values())
 
 
-def newest(rows: Iterable[R]) -> list[R]:
-    """The rows without those that a later row with the same key and environment replaces.
-
-    A row that failed replaces no row that is ok.
-    """
-    kept: dict[Any, R] = {}
+def newest(rows: Iterable[R], kept: dict[Any, R] | None = None) -> dict[Any, R]:
+    """`kept` with the newest row of each identity. One that failed replaces none that is ok."""
+    kept = {} if kept is None else kept
     for row in rows:
         key = row.identity()
         if getattr(row, "status", "ok") == "ok" or getattr(kept.get(key), "status", "") != "ok":
             kept[key] = row
-    return list(kept.values())
+    return kept
 
 
 def _path_of(source: str | Path) -> Path:
@@ -547,40 +653,28 @@ def _rows(
             if line.strip():
                 rows.append(kind.model_validate_json(line))
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
             ours = rows or line.startswith(LINE_START) or LINE_START.startswith(line)
-            if first["type"] == "json_invalid" and ours and not line.endswith(b"\n"):
-                torn = f"{path}: the last line is torn and skipped; a run was killed while writing"
-                (progress or warnings.warn)(shown(torn))
+            torn = error.errors()[0]["type"] == "json_invalid" and not line.endswith(b"\n")
+            if torn and ours:
+                text = f"{path}: the last line is torn and skipped; a run was killed while writing"
+                (progress or warnings.warn)(shown(text))
                 break
-            where = " ".join(".".join(str(part) for part in first["loc"]).split())[:100]
+            name, advice = kind.__name__.lower(), f"name a file written by `colqwen-lab {command}`"
             raise BadInput(
-                f"{path} line {number} is not a {kind.__name__.lower()} record: "
-                f"{where or 'the line'}: {first['msg']}; name a file written by "
-                f"`colqwen-lab {command}`"
+                f"{path} line {number} is not a {name} record: {_fault_of(error)}; {advice}"
             ) from None
         whole = end
     return rows, whole
 
 
+def _fault_of(error: ValidationError) -> str:
+    """The first wrong field of a row, and what is wrong with it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = " ".join(".".join(map(str, first["loc"])).split())[:100]
+    return f"{where or 'the line'}: {first['msg']}"
+
+
 # ---------------------------------------------------------------- writing
-
-
-def beside(path: Path, suffix: str) -> Path:
-    """The file next to a records file: for `rows.jsonl` and `result.json`, `rows.result.json`."""
-    path = _real(path)
-    if path.suffix == ".jsonl":
-        return path.with_suffix(f".{suffix}")
-    return path.with_name(f"{path.name}.{suffix}")
-
-
-def _real(path: Path) -> Path:
-    try:
-        return Path(os.path.realpath(path))
-    except ValueError as error:
-        raise BadInput(
-            f"{path} is not a file name: {error}; name a file such as rows.jsonl"
-        ) from None
 
 
 @contextmanager
@@ -597,8 +691,7 @@ def writing(
 class RecordsFile(Generic[R]):
     """An append-only records file, held by one process; a row once written is never changed.
 
-    `rows` are the newest of each key and environment. With `progress`, another process that holds
-    the file is waited for.
+    With `progress`, another process that holds the file is waited for.
 
     Raises:
         BadInput: not a records file, not writable, or held by another process and no `progress`.
@@ -613,15 +706,16 @@ class RecordsFile(Generic[R]):
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self.path = regular_file(path)
+        self._read = partial(_rows, self.path, kind, command)
+        self.newest: dict[Any, R] = {}
         if self.path.name.endswith((".result.json", ".lock", ".tmp")):
             raise BadInput(f"{path} is the name of a side file; name a file such as rows.jsonl")
         with writing(path, BadInput, "name a file in a folder you can write"), ExitStack() as stack:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(self.path, partial(_wait_for, self.path, progress)))
-            self.rows: list[R] = []
             if self.path.exists():
-                rows, whole = _rows(self.path, kind, command, progress)
-                self.rows = newest(rows)
+                rows, whole = self._read(progress)
+                newest(rows, self.newest)
                 _end_last_line(self.path, whole)
             self.path.touch()
             self._held = stack.pop_all()
@@ -632,13 +726,22 @@ class RecordsFile(Generic[R]):
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def append(self, rows: Iterable[R]) -> None:
+    @property
+    def rows(self) -> list[R]:
+        """The newest row of each key and environment."""
+        return list(self.newest.values())
+
+    def append(self, rows: Sequence[R]) -> None:
         """Add `rows`; they are on disk when this returns. A file that was deleted is made anew."""
-        new = list(rows)
         with writing(self.path):
             deleted = not regular_file(self.path, FIRST_ROW).exists()
-            append_lines(self.path, [*self.rows, *new] if deleted else new)
-        self.rows = newest([*self.rows, *new])
+            append_lines(self.path, [*self.rows, *rows] if deleted else rows)
+        newest(rows, self.newest)
+
+    def lost(self, rows: Iterable[R]) -> int:
+        """How many of `rows` the file on disk no longer holds."""
+        held = newest(self._read()[0] if self.path.exists() else ())
+        return sum(row.identity() not in held for row in rows)
 
 
 def _end_last_line(path: Path, whole: int) -> None:
@@ -692,35 +795,3 @@ def write_cells(path: Path, cells: Iterable[Cell]) -> None:
         if file.rows:
             raise BadInput(f"{path} holds {len(file.rows)} rows already; name a new file")
         file.append(cells)
-
-
-# ---------------------------------------------------------------- the published report
-
-
-def published_report() -> dict[str, Any]:
-    """The report's figures and claims as data (`data/a100_4b.json`)."""
-    return json.loads((DATA / "a100_4b.json").read_text(encoding="utf-8"))
-
-
-def published_cells() -> list[Cell]:
-    """The report's sweep as cells of origin `published`: no samples, so no intervals."""
-    report = published_report()
-    return [
-        Cell(
-            **report_script.AS_REPORTED,
-            origin="published",
-            source=report["source"],
-            variant=variant,
-            size="4b",
-            weights=f"hub:{report['models'][variant]['checkpoint']}",
-            workload=Workload(kind="queries", batch_size=row["batch_size"], texts="report"),
-            backend=Backend(requested="auto", dtype="float16"),
-            items_per_s=Rate(median=float(row["items_per_s"])),
-            memory=Memory(peak_bytes=row["peak_mib"] * MIB, method="published"),
-            environment=Environment(
-                **{name: report["environment"][name] for name in ("gpu", "cuda", "attention")}
-            ),
-        )
-        for variant, rows in report["sweep"].items()
-        for row in rows
-    ]

@@ -1,14 +1,23 @@
-"""The JSON document of the report's own `benchmark.py`, written and read. Its MB are MiB."""
+"""The report: the JSON of its own `benchmark.py`, written and read, and its figures as data.
+
+Its MB are MiB. A cell is a dict of the fields of `records.Cell`.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from colqwen_lab.errors import BadInput
+from colqwen_lab.settings import DATA
 
 MIB = 2**20
+# A document has a few kB; a parser takes seventy times a document's bytes.
+MOST_BYTES = 4 * MIB
 LABELS = {"base": "BASE", "awq": "AWQ"}
 AS_REPORTED: Any = {"execution": "eager", "protocol": "published", "status": "ok"}
 
@@ -32,6 +41,15 @@ def document(cells: Iterable[tuple[str, Any]], metadata: dict[str, Any]) -> dict
             "cuda_max_memory_reserved_MB": (memory.reserved_bytes or 0) / MIB,
         }
     return {"metadata": metadata, "results": results}
+
+
+def document_in(path: Path) -> dict[str, Any] | None:
+    """The script's document that a file holds; None for another file."""
+    with suppress(OSError, ValueError, RecursionError):
+        if path.stat().st_size <= MOST_BYTES:
+            document = json.loads(path.read_bytes())
+            return document if isinstance(document, dict) and "results" in document else None
+    return None
 
 
 def cells(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -79,3 +97,28 @@ def _cells(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 "cpu": metadata.get("cpu"),
             },
         }
+
+
+def published_report() -> dict[str, Any]:
+    """The report's figures and claims as data (`data/a100_4b.json`)."""
+    return json.loads((DATA / "a100_4b.json").read_text(encoding="utf-8"))
+
+
+def published() -> Iterator[dict[str, Any]]:
+    """The fields of each cell of the report's sweep: no samples, so no intervals."""
+    report = published_report()
+    environment = {name: report["environment"][name] for name in ("gpu", "cuda", "attention")}
+    for variant, rows in report["sweep"].items():
+        for row in rows:
+            yield AS_REPORTED | {
+                "origin": "published",
+                "source": report["source"],
+                "variant": variant,
+                "size": "4b",
+                "weights": f"hub:{report['models'][variant]['checkpoint']}",
+                "workload": {"kind": "queries", "batch_size": row["batch_size"], "texts": "report"},
+                "backend": {"requested": "auto", "dtype": "float16"},
+                "items_per_s": {"median": row["items_per_s"]},
+                "memory": {"peak_bytes": row["peak_mib"] * MIB, "method": "published"},
+                "environment": environment,
+            }

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the program ends in one line; other callers keep their own handlers."""
+"""Ctrl-C and SIGTERM: a program ends in one line; other callers keep their own handlers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+PROGRAMS = ("colqwen-lab", "benchmark.py")
 received: list[int] = []
 
 
-def exit_code() -> int:
-    """130 after Ctrl-C, 143 after SIGTERM."""
-    return 128 + (received or [signal.SIGINT])[-1]
+def end(line: str, code: int = 0) -> NoReturn:
+    """End the program with a line on stderr: 130 after Ctrl-C, 143 after SIGTERM, or `code`."""
+    listen(signal.SIG_IGN)
+    print(line, file=sys.stderr)
+    sys.exit(code or 128 + (received or [signal.SIGINT])[-1])
 
 
 def interrupt(number: int, _: Any) -> None:
@@ -26,7 +29,7 @@ def interrupt(number: int, _: Any) -> None:
 
 
 def _end_now(number: int, _: Any) -> None:
-    os.write(2, b"colqwen-lab: stopped\n")
+    os.write(2, f"{program}: stopped\n".encode())
     os._exit(128 + number)
 
 
@@ -54,7 +57,8 @@ def deferred() -> Iterator[None]:
 
 
 # While the program imports its libraries there is nothing to clean up.
-if os.path.basename("".join(sys.orig_argv[1:2])) == "colqwen-lab" or (
-    sys.argv[0] == "-m" and "colqwen_lab" in sys.orig_argv
-):
+program = os.path.basename("".join(sys.orig_argv[1:2]))
+if sys.argv[0] == "-m" and "colqwen_lab" in sys.orig_argv:
+    program = "colqwen-lab"
+if program in PROGRAMS:
     listen(_end_now)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import runpy
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from colqwen_lab import load
+from colqwen_lab import load, signals
 from colqwen_lab.records import MIB
 
 PROGRAM = Path(__file__).parent.parent / "benchmark.py"
@@ -29,15 +30,35 @@ KEYS = {
 
 
 @pytest.fixture
-def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """The program in this process, in an empty folder."""
+def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """The program in this process, in an empty folder; it handles signals of the whole process."""
+    before = {number: signal.getsignal(number) for number in signals.STOPPING}
 
     def run(*flags: str) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
         runpy.run_path(str(PROGRAM), run_name="__main__")
 
-    return run
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", signals.STOPPING)
+def test_stopped_it_says_where_the_rows_are(
+    number: int,
+    benchmark: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(signals, "received", [])
+    monkeypatch.setattr(
+        "colqwen_lab.measure.sweep.sweep", lambda *_, **__: signal.raise_signal(number)
+    )
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        benchmark("--text_only")
+    line = "benchmark.py: stopped; the records beside the JSON hold the rows\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.exhaustive

@@ -14,7 +14,8 @@ import pytest
 
 import colqwen_lab as lab
 from colqwen_lab import cli, signals
-from colqwen_lab.records import published_cells, published_report
+from colqwen_lab.records import published_cells
+from colqwen_lab.report_script import published_report
 
 ROOT = Path(__file__).parent.parent
 

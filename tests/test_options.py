@@ -102,7 +102,7 @@ def test_what_papermill_passes_is_understood(text: dict[str, Any], value: dict[s
         ({"max_s": -1}, "max_s must be above 0"),
         ({"model": "base,base"}, "model must be one or more different models, got 'base,base'"),
         ({"model": {"base": 1}}, "model must be a text such as 'a,b' or a list of texts"),
-        ({"pages": "512x512"}, "pages and visual_tokens are options of workload pages"),
+        ({"pages": "512x512"}, "pages, loaders and visual_tokens are options of workload pages"),
         (
             {"pages": 7, "workload": "pages"},
             "pages must be a text, such as '', got 7; papermill -r passes a text as it is",

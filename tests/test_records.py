@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,33 @@ def test_the_newest_row_of_a_key_and_environment_counts(tmp_path: Path) -> None:
         file.append([measured(8), elsewhere])
         assert file.rows == read_cells(path) == [measured(8), measured(16), elsewhere]
     assert path.read_bytes().startswith(before)
+
+
+def test_rows_on_file_twice_with_other_figures_are_said(tmp_path: Path) -> None:
+    """A row that failed or was disturbed is measured again by design."""
+    slower = measured(8).model_copy(update={"step_s": [], "items_per_s": Rate(median=1.0)})
+    disturbed = slower.model_copy(update={"interference": ["other processes took 23% of the CPU"]})
+    failed = measured(8, status="failed", reason="a driver")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for first in (failed, disturbed, measured(8)):
+            assert read_cells(file_of(tmp_path, first, measured(8))) == [measured(8)]
+    path = file_of(tmp_path, slower, measured(16), measured(8))
+    text = r"cells\.jsonl: rows on file again with other figures: 1; the last ones count"
+    with pytest.warns(UserWarning, match=text):
+        assert read_cells(path) == [measured(8), measured(16)]
+
+
+def test_appending_costs_the_same_in_a_long_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities: list[int] = []
+    identity = Cell.identity
+    monkeypatch.setattr(Cell, "identity", lambda cell: identities.append(1) or identity(cell))
+    with RecordsFile(tmp_path / "cells.jsonl", Cell) as file:
+        for batch in range(1, 31):
+            file.append([measured(batch)])
+    assert len(identities) == 30
 
 
 def test_saving_over_rows_is_refused(tmp_path: Path) -> None:
@@ -619,7 +647,7 @@ def test_a_row_that_failed_later_hides_none_that_is_ok() -> None:
     ok = measured(8)
     lost = ok.model_copy(update={"status": "failed", "reason": "the process was killed"})
     for rows, seen in ([ok, lost], ok), ([lost, ok], ok), ([lost, lost], lost):
-        assert newest(rows) == [seen]
+        assert list(newest(rows).values()) == [seen]
 
 
 def test_a_throttled_clock_disturbs_and_a_display_does_not() -> None:

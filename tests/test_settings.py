@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ import colqwen_lab as lab
 from colqwen_lab.analysis import plots
 from colqwen_lab.analysis.plots import Plot
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement
-from colqwen_lab.measure import sweep
+from colqwen_lab.measure.sweep_file import opened
 from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.options import FidelityOptions, SweepOptions
 from colqwen_lab.records import published_cells, read_cells, write_cells
@@ -79,11 +80,13 @@ def test_a_folder_is_in_use_where_it_holds_something(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- writers
 
 
-def finish(path: Path) -> None:
+def finish(path: Path, held: int | None = None) -> None:
+    """End a sweep of the published cells, of which the file holds some."""
     records = path.with_name(path.name.replace(".result.json", ".jsonl"))
     records.unlink(missing_ok=True)
-    write_cells(records, published_cells())
-    sweep.finish(records, published_cells(), {}, 1, {})
+    write_cells(records, published_cells()[:held])
+    with opened(records, SweepOptions(), str, time.perf_counter()) as file:
+        file.finish(published_cells(), {}, 1)
 
 
 REPORT = cache(lab.compare)
@@ -142,11 +145,9 @@ def test_a_failed_write_leaves_the_old_file(
 
 
 def test_the_mark_of_a_sweep_counts_what_the_file_holds(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    cells = published_cells()
-    write_cells(path, cells[:4])
-    with pytest.raises(MissingRequirement, match=rf"{len(cells) - 4} of {len(cells)} cells are no"):
-        sweep.finish(path, cells, {}, 1, {})
+    count = len(published_cells())
+    with pytest.raises(MissingRequirement, match=rf"{count - 4} of {count} cells are no"):
+        finish(tmp_path / "rows.result.json", 4)
     assert not (tmp_path / "rows.result.json").exists()
 
 

@@ -13,7 +13,8 @@ from colqwen_lab.analysis.render import mib
 from colqwen_lab.analysis.speed import SAME_PERCENT
 from colqwen_lab.analysis.table import Pair
 from colqwen_lab.hardware import usable
-from colqwen_lab.records import GIB, published_report
+from colqwen_lab.records import GIB
+from colqwen_lab.report_script import published_report
 
 
 def claims(pair: Pair, rows: pd.DataFrame, budgets: Sequence[Budget]) -> pd.DataFrame:

@@ -20,10 +20,20 @@ from colqwen_lab import signals
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement
 from colqwen_lab.measure import sweep
 from colqwen_lab.measure.environment import code_version
+from colqwen_lab.measure.sweep_file import (
+    Progress,
+    SweepFile,
+    line_of,
+    opened,
+    path_of,
+    stopped,
+    title,
+    to_stderr,
+)
 from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.measure.worker import failure_of
 from colqwen_lab.options import SweepOptions, listed
-from colqwen_lab.records import RESUME, Cell, RecordsFile
+from colqwen_lab.records import RESUME, Cell
 
 TRIES = 4  # starts of a job whose nodes die
 WAIT_S = 600.0  # wait for a node of the job's type
@@ -31,10 +41,7 @@ TYPE = "accelerator_type:"  # Ray's resource name of a GPU type
 
 
 def sweep_on_ray(
-    options: SweepOptions,
-    progress: sweep.Progress = sweep.to_stderr,
-    *,
-    stopping: StoppingRule | None = None,
+    options: SweepOptions, progress: Progress = to_stderr, *, stopping: StoppingRule | None = None
 ) -> list[Cell]:
     """The cells of `options`, measured over a Ray cluster; rows on file are kept.
 
@@ -44,12 +51,12 @@ def sweep_on_ray(
     Raises BadInput for an accelerator that the cluster does not have, MissingRequirement if there
     is no Ray, no cluster, or a job failed; measured rows are on file.
     """
-    path = sweep.path_of(options, "cluster", options.size.split(","))
+    path = path_of(options, "cluster", options.size.split(","))
     with _cluster(options.address) as ray:
         types = accelerators_of(ray.cluster_resources(), listed(options.accelerator))
         jobs = [Job(part, name) for name in types for part in dict.fromkeys(options.matrix())]
-        with RecordsFile(path, Cell, progress=progress) as file:
-            return Driver(ray, jobs, file, progress, stopping).run()
+        with opened(path, options, progress, time.perf_counter()) as file:
+            return Driver(ray, jobs, file, stopping).run()
 
 
 def accelerators_of(resources: Mapping[str, float], wanted: Sequence[str]) -> list[str]:
@@ -90,11 +97,11 @@ def items(
     run, new = sweep.Run(options, lines.append, stopping), []
     try:
         kept = run.kept(known)
-        lines += [sweep.line_of(cell, "on file: ") for cell in kept]
+        lines += [line_of(cell, "on file: ") for cell in kept]
         for planned in run.batches(kept):
+            yield from lines
+            lines.clear()
             for cell in run.measure(planned):
-                yield from lines
-                lines.clear()
                 new.append(cell)
                 yield cell
         yield from lines
@@ -116,7 +123,7 @@ class Job:
     seen: float = 0.0  # when the cluster last had a node of this type
 
     def __str__(self) -> str:
-        return f"{self.accelerator} {sweep.title(self.options)}".strip()
+        return f"{self.accelerator} {title(self.options)}".strip()
 
 
 @dataclass
@@ -125,40 +132,45 @@ class Driver:
 
     ray: Any
     jobs: Sequence[Job]
-    file: RecordsFile[Cell]
-    progress: sweep.Progress
+    file: SweepFile
     stopping: StoppingRule | None = None
     running: dict[Any, Job] = field(default_factory=dict)  # by the item that is waited for
     errors: dict[str, LabError] = field(default_factory=dict)
 
     def run(self) -> list[Cell]:
         """The cells of all jobs, in their order. A job that fails leaves the others."""
-        start, self.gpus = time.perf_counter(), int("GPU" in self.ray.cluster_resources())
-        self.known = [] if self.jobs[0].options.fresh else sweep.to_keep(self.file.rows)
-        sweep.unmark(self.file.path)
-        for job in self.jobs:
-            self._start(job)
+        self.known, self.gpus = self.file.kept(), int("GPU" in self.ray.cluster_resources())
         try:
+            for job in self.jobs:
+                self._start(job)
             while self.running:
                 self._take(0.5)
                 self._give_up()
         except KeyboardInterrupt:
             while self._take(0):
                 pass
-            rows = sum(len(job.rows) for job in self.jobs)
-            again = sweep.again(self.jobs[0].options)
-            raise sweep.Interrupted(f"stopped; {rows} new cells on file, {again}") from None
+            raise stopped(f"{len(self.file.new)} new", self.file.options) from None
+        finally:
+            with signals.deferred():
+                for job in self.jobs:
+                    self._end(job)
         cells = [cell for job in self.jobs for cell in job.cells]
-        times = sweep.spent(start, [row for job in self.jobs for row in job.rows])
-        return sweep.finish(self.file.path, cells, self.errors, len(self.jobs), times)
+        return self.file.finish(cells, self.errors, len(self.jobs))
 
     def _start(self, job: Job) -> None:
         job.tries, job.seen = job.tries + 1, time.monotonic()
         where = {"accelerator_type": job.accelerator} if job.accelerator else {}
         actor = self.ray.remote(num_cpus=1, num_gpus=self.gpus, **where)(Measurement)
         known = [*self.known, *(row for row in job.rows if row.status != "failed")]
-        job.actor = actor.remote(job.options, known, code_version(), self.stopping)
+        with signals.deferred():
+            job.actor = actor.remote(job.options, known, code_version(), self.stopping)
         self.running[job.actor.next.remote()] = job
+
+    def _end(self, job: Job) -> None:
+        """End the actor of a job, which frees its GPU."""
+        actor, job.actor = job.actor, None
+        if actor is not None:
+            self.ray.kill(actor)
 
     def _take(self, timeout: float) -> bool:
         """Take what arrives within `timeout` seconds: rows to the file, lines to progress."""
@@ -172,25 +184,24 @@ class Driver:
                 continue
             if isinstance(item, list):
                 job.cells = item
-                self.ray.kill(job.actor)  # which frees its GPU
+                self._end(job)
                 continue
             if isinstance(item, Cell):
-                with signals.deferred():
-                    self.file.append([item])
-                    job.rows.append(item)
-                item = sweep.line_of(item)
-            self.progress(f"{job}: {item}")
+                self.file.add(item)
+                job.rows.append(item)
+                item = line_of(item)
+            self.file.progress(f"{job}: {item}")
             self.running[job.actor.next.remote()] = job
         return bool(ready)
 
     def _fail(self, job: Job, error: Any) -> None:
         """Restart a job whose node died, up to four tries; another error ends it."""
-        self.ray.kill(job.actor)
+        self._end(job)
         while isinstance(error, self.ray.exceptions.RayTaskError):
             error = error.cause
         if isinstance(error, self.ray.exceptions.RayError) and job.tries < TRIES:
             lost = f"node lost ({type(error).__name__})"
-            self.progress(f"{job}: {lost}; restarting on another node")
+            self.file.progress(f"{job}: {lost}; restarting on another node")
             self._start(job)
         elif isinstance(error, LabError):
             self.errors[str(job)] = error
@@ -207,7 +218,7 @@ class Driver:
                 job.seen = now
             elif now - job.seen >= WAIT_S:
                 del self.running[reference]
-                self.ray.kill(job.actor)
+                self._end(job)
                 reason = f"no node with {needed} for {WAIT_S:g} s; start one; {RESUME}"
                 self.errors[str(job)] = MissingRequirement(reason)
 

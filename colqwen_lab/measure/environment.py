@@ -148,6 +148,14 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
     return values
 
 
+def energy_j(device: torch.device) -> float | None:
+    """Joules that the GPU has taken since its driver was loaded; None without such a counter."""
+    with suppress(pynvml.NVMLError):
+        if handle := gpu_handle(device):
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    return None
+
+
 def _processes(device: torch.device) -> dict[int, int | None]:
     """The processes on the GPU by id, with the bytes each holds."""
     handle, processes = gpu_handle(device), []

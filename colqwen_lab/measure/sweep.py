@@ -5,58 +5,44 @@ A run resumes its file: what is wanted minus what is on file is what gets measur
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch.nn.functional import cosine_similarity
 
 from colqwen_lab import records, signals
-from colqwen_lab.errors import BadInput, LabError, MissingRequirement, shown
+from colqwen_lab.errors import LabError, MissingRequirement
 from colqwen_lab.hardware import Card
-from colqwen_lab.measure.environment import (
-    environment,
-    interference,
-    pick_device,
-    spilled,
-    watch,
-)
+from colqwen_lab.measure.environment import environment, interference, pick_device, spilled, watch
 from colqwen_lab.measure.memory import METHOD, VERIFIED_RUNS, batch_search
+from colqwen_lab.measure.planned import checkpoints_of, configurations_of, planned_cell
+from colqwen_lab.measure.sweep_file import (
+    Interrupted,
+    Progress,
+    failure,
+    line_of,
+    opened,
+    path_of,
+    stopped,
+    title,
+    to_stderr,
+)
 from colqwen_lab.measure.timing import CLOCK, Failure, Samples, StoppingRule, time_interleaved
 from colqwen_lab.measure.worker import Remote, Worker, failure_of
-from colqwen_lab.model.checkpoint import Checkpoint
-from colqwen_lab.model.config import resolve_size, resolve_variant
-from colqwen_lab.model.quantize import checkpoint_of
+from colqwen_lab.model.config import resolve_size
 from colqwen_lab.options import TEXTS, WORKLOADS, SweepOptions
-from colqwen_lab.records import RESUME, Cell, Configuration, RecordsFile
+from colqwen_lab.records import RESUME, Cell, Configuration
 from colqwen_lab.runtime.batches import Batches, Pages, query_batches
-from colqwen_lab.settings import outputs_folder, regular_file, write_file
 
-Progress = Callable[[str], None]
-MARK = r'\{\s*"complete":'  # how the mark of a sweep that ended begins
 MOST_S = 1e8  # a record holds no infinity
-STOPPED = {"count": "step limit", "time": "time limit"}
-
-
-class Interrupted(KeyboardInterrupt):
-    """A sweep that a person stopped. The message is one line."""
-
-    def _render_traceback_(self) -> list[str]:
-        """IPython's hook: a notebook shows the line, not a traceback."""
-        return [str(self)]
-
-
-def to_stderr(line: str) -> None:
-    """Print a line of progress on stderr."""
-    with suppress(OSError):  # a full or closed stderr does not end a sweep
-        print(shown(line), file=sys.stderr, flush=True)
+# Synthetic pages on disk, where pages are timed from disk to disk.
+GPU_FILES, CPU_FILES = 256, 16
 
 
 def sweep(
@@ -90,10 +76,9 @@ def sweep(
             except LabError as error:
                 errors[name] = error
         if not runs:
-            return finish(path, [], errors, len(parts), {})
-        with RecordsFile(path, Cell, progress=progress) as file:
-            unmark(path)
-            rows = [] if options.fresh else to_keep(file.rows)
+            raise failure(errors, len(parts))
+        with opened(path, options, progress, start) as file:
+            rows, new = file.kept(), file.new
             kept = {name: run.kept(rows) for name, run in runs.items()}
             for name, run in runs.items():
                 for cell in kept[name]:
@@ -101,31 +86,25 @@ def sweep(
                 try:
                     for planned in run.batches(kept[name]):
                         for cell in run.measure(planned):
-                            with signals.deferred():
-                                file.append([cell])
-                                new.append(cell)
+                            file.add(cell)
                             progress(line_of(cell))
                 except LabError as error:
                     errors[name] = error
                 run.end()
-            times = spent(start, new)
-            if new or not errors:
-                wall_s, timed_s = times["wall_s"], times["timed_s"]
-                progress(f"took {wall_s} s, of which {timed_s} s in timed steps")
-            cells = [cell for run in runs.values() for cell in run.on_file(file.rows)]
-            return finish(path, cells, errors, len(parts), times)
+            cells = [cell for run in runs.values() for cell in run.on_file(file.file.rows)]
+            return file.finish(cells, errors, len(parts))
     except OSError as error:
         raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None
     except KeyboardInterrupt:
         if not kept:
             raise Interrupted("stopped before the first cell") from None
         done = sum(map(len, kept.values())) + len(new)
-        count = f"{done} of {sum(len(run.planned) for run in runs.values())}"
-        raise Interrupted(f"stopped; {count} cells on file, {again(options)}") from None
+        planned_cells = sum(len(run.planned) for run in runs.values())
+        raise stopped(f"{done} of {planned_cells}", options) from None
     finally:
         with signals.deferred():
             for run in runs.values():
-                run.end()
+                run.close()
 
 
 @dataclass
@@ -145,7 +124,7 @@ class Run:
     def __post_init__(self) -> None:
         options, self.device = self.options, pick_device()
         self.card, self.cap = options.memory_budget, (0, 0)
-        self.environment = environment(self.device)
+        self.environment = here = environment(self.device)
         self.progress_once = cache(self.progress)
         steps = options.min_steps or WORKLOADS[options.workload].min_steps
         self.stopping = self.stopping or StoppingRule(
@@ -157,31 +136,23 @@ class Run:
         rule = self.stopping
         self.asked: dict[str, Any] = {"min_steps": rule.min_steps, "max_s": min(rule.max_s, MOST_S)}
         self.workers: dict[Configuration, Remote | Worker] = {}
+        self.loading: set[Configuration] = set()  # workers that have not answered yet
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
+        self.folder: TemporaryDirectory[str] | None = None
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
         work: dict[str, Any] = {"kind": options.workload, "texts": options.texts}
         if options.workload == "pages":
             pages = Pages(options.pages, options.visual_tokens)
             make = pages.batches
             work = {"kind": "pages", "pages": pages.label, "visual_tokens": pages.visual_tokens}
+            self.on_disk = pages.on_disk
         self.make_batches = partial(make, samples=self.samples)
-        self.checkpoints = checkpoints = _checkpoints(options, self.device)
+        self.checkpoints = checkpoints_of(options, self.device)
+        configurations = configurations_of(options, self.checkpoints, self.device)
         self.planned = [
-            Cell(
-                origin="measured",
-                variant=c.variant,
-                size=checkpoints[c.variant].size,
-                weights=checkpoints[c.variant].label,
-                quantization=_quantization(checkpoints[c.variant].quantization),
-                workload=records.Workload(batch_size=batch, **work),
-                execution=c.execution,
-                protocol=c.protocol,
-                backend=records.Backend(requested=c.kernel, requested_dtype=c.dtype),
-                status="failed",
-                environment=self.environment,
-            )
+            planned_cell(c, self.checkpoints[c.variant], {"batch_size": batch} | work, here)
             for batch in ([1] if self.card else options.batches)
-            for c in _configurations(options, checkpoints, self.device)
+            for c in configurations
         ]
 
     def on_file(self, rows: Iterable[Cell]) -> list[Cell]:
@@ -199,10 +170,9 @@ class Run:
         return [cell for cell in self.on_file(rows) if not cell.timing or self._as_asked(cell)]
 
     def _as_asked(self, cell: Cell) -> bool:
-        timing = cell.timing and cell.timing.model_dump(include=set(self.asked))
-        return timing == self.asked and bool(
-            cell.control_s or not self._controlled(cell.configuration)
-        )
+        if not cell.control_s and self._controlled(cell.configuration):
+            return False
+        return self.asked.items() <= dict(cell.timing or ()).items()
 
     def _controlled(self, c: Configuration) -> bool:
         """Whether `c` is timed once more: an A/A control, which must come out as the same."""
@@ -220,6 +190,8 @@ class Run:
             yield from ([self._largest(cell, self.card)] for cell in cells)
             return
         models = list(dict.fromkeys(_model(cell.configuration) for cell in cells))
+        if self.isolated:
+            self._load(models)
         groups = [models]
         for model in models:
             failure = self._worker(model)
@@ -234,11 +206,13 @@ class Run:
                 self.end()
             own = [cell for cell in cells if _model(cell.configuration) in group]
             for batch in dict.fromkeys(cell.batch_size for cell in own):
+                self.progress(f"measuring batch {batch}")
                 yield [cell for cell in own if cell.batch_size == batch]
 
     def _largest(self, cell: Cell, card: Card) -> Cell:
         """`cell` at the largest batch size that runs under the card's memory."""
         self.end()
+        self.progress(f"searching the largest batch of {cell.configuration} on {card.name}")
         c, outcomes = cell.configuration, list[tuple[int, str]]()
         for batch in batch_search(outcomes):
             answer = self._worker(c).call("measure", batch, c.protocol, True)
@@ -309,25 +283,52 @@ class Run:
     def end(self, model: Configuration | None = None) -> None:
         """End the worker of `model`, or all."""
         for key in [model] if model else list(self.workers):
+            self.loading.discard(key)
             if worker := self.workers.pop(key, None):
                 worker.end()
 
-    def _worker(self, c: Configuration) -> Remote | Worker | Failure:
-        """The worker that has the model of `c` loaded; where that fails, the failure answers."""
-        model, checkpoint = _model(c), self.checkpoints[c.variant]
-        if model in self.failures:
-            return self.failures[model]
-        if model in self.workers and self.workers[model].alive:
-            return self.workers[model]
+    def close(self) -> None:
+        """End all workers, and remove the files of synthetic pages."""
+        self.end()
+        if self.folder:
+            self.folder.cleanup()
+
+    def _load(self, models: Iterable[Configuration]) -> None:
+        """Load the models at the same time."""
+        for model in models:
+            self._start(model)
+        for model in models:
+            self._worker(model)
+        # To load takes more memory than a model: what found too little is loaded again, alone.
+        self.failures = {c: one for c, one in self.failures.items() if one.status != "oom"}
+
+    def _start(self, c: Configuration) -> Remote | Worker | Failure:
+        """A worker that is loading the model of `c`."""
+        model = _model(c)
         self.end(model)
+        self.progress(f"loading {c.variant} {c.execution}/{c.kernel}")
         try:
             kind = Remote if self.isolated else Worker
-            worker = kind(checkpoint, self.device, c, self.make_batches)
+            worker = kind(self.checkpoints[c.variant], self.device, c, self.make_batches)
         except OSError as error:  # the system starts no more processes
             return failure_of(error)
         self.workers[model] = worker
-        sizes = sorted({cell.batch_size for cell in self.planned})
-        answer = worker.call("load", self.card, sizes)
+        self.loading.add(model)
+        worker.ask("load", self.card, sorted({cell.batch_size for cell in self.planned}))
+        return worker
+
+    def _worker(self, c: Configuration) -> Remote | Worker | Failure:
+        """The worker that has the model of `c` loaded; where that fails, the failure answers."""
+        model = _model(c)
+        if model in self.failures:
+            return self.failures[model]
+        worker = self.workers.get(model)
+        if worker is None or not (worker.alive or model in self.loading):
+            worker = self._start(model)
+        if isinstance(worker, Failure) or model not in self.loading:
+            return worker
+        self.loading.remove(model)
+        answer = worker.answer()
         if isinstance(answer, Failure):
             self.end(model)
             if not answer.ended:
@@ -335,7 +336,8 @@ class Run:
             return answer
         self.cap, backend, unused = answer
         kernels = ", ".join(f"{kernel} x {count}" for kernel, count in backend.engaged.items())
-        line = f"{c.variant} {c.execution}/{c.kernel}: {checkpoint.label}; {backend.dtype}"
+        label = self.checkpoints[c.variant].label
+        line = f"{c.variant} {c.execution}/{c.kernel}: {label}; {backend.dtype}"
         tensors = f"; unused tensors: {', '.join(unused)}" if unused else ""
         self.progress(f"{line}; text linears on {kernels}; {self.environment.device}{tensors}")
         return worker
@@ -352,6 +354,12 @@ class Run:
         others = [other for other in timed if other != c]
         parents = [other for other in others if other.variant == c.variant and not other.eight_bit]
         paged = self.options.workload == "pages"
+        runs: Any = []
+        if paged and (loaders := self.options.loaders):
+            question = (self._files, work.visual_tokens, c.protocol, loaders)
+            runs = self._worker(c).call("end_to_end", *question)
+            if isinstance(runs, Failure):
+                self.progress(f"{c}, from disk to disk: {runs.reason}")
         return {
             "status": "ok",
             "step_s": own.step_s,
@@ -364,10 +372,12 @@ class Run:
                 interleaved_with=list(dict.fromkeys(other.variant for other in others)),
                 interleaved_configurations=list(map(str, others)),
                 clock=CLOCK,
-                min_steps=self.asked["min_steps"],
-                max_s=self.asked["max_s"],
+                **self.asked,
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
+            "end_to_end": runs,
+            "energy": self._worker(c).call("energy", c.protocol),
+            "loading": self._worker(c).call("loading"),
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
         }
 
@@ -382,11 +392,18 @@ class Run:
         return records.Difference(against=str(parent), cosine_mean=mean, cosine_min=least)
 
     @cached_property
+    def _files(self) -> list[Path]:
+        """The files of the pages; synthetic ones are written for this run."""
+        self.folder = TemporaryDirectory(prefix="lab-pages-")
+        count = GPU_FILES if self.device.type == "cuda" else CPU_FILES
+        return self.on_disk(Path(self.folder.name), count)
+
+    @cached_property
     def _limits(self) -> records.Limits | Failure | None:
         """What the GPU reaches in this run; not under a card's memory."""
-        usable = self.device.type == "cuda" and not self.card
-        workers = list(self.workers.values()) if usable else []
-        return next((worker.call("limits") for worker in workers), None)
+        if self.device.type != "cuda" or self.card or not self.workers:
+            return None
+        return next(iter(self.workers.values())).call("limits")
 
 
 def _updated(cell: Cell, answer: dict[str, Any] | Failure) -> Cell:
@@ -413,131 +430,3 @@ def _key(cell: Cell) -> tuple[str, ...]:
 def _model(c: Configuration) -> Configuration:
     """What identifies a loaded model: configurations that differ in the protocol alone share it."""
     return c.model_copy(update={"protocol": "lean"})
-
-
-def _checkpoints(options: SweepOptions, device: torch.device) -> dict[str, Checkpoint]:
-    """The checkpoint of each variant by name, in the order of the models."""
-    variants = {variant.name: variant for variant in map(resolve_variant, options.models)}
-    if len(variants) < len(options.models):
-        raise BadInput(f"model must be one or more different models, got {options.model!r}")
-    size, checkpoints = resolve_size(options.size, device.type == "cuda"), {}
-    for name, variant in variants.items():
-        named = not variant.folder and "any" not in variant.hub
-        if not named and options.weights != "auto":
-            raise BadInput("weights go with a named model; a folder or a hub id holds its own")
-        checkpoints[name] = one = checkpoint_of(variant, size, options.weights, device)
-        if named and bool(variant.scheme) != bool(one.quantization):
-            kind = "quantised" if one.quantization else "16-bit"
-            raise MissingRequirement(
-                f"{one.label} holds {kind} weights, which is not {name}; name it as a model instead"
-            )
-        if options.size not in ("auto", one.size):
-            raise BadInput(
-                f"{one.label} is of size {one.size}, not {options.size}; use auto or that size"
-            )
-    return checkpoints
-
-
-def _configurations(
-    options: SweepOptions, checkpoints: dict[str, Checkpoint], device: torch.device
-) -> list[Configuration]:
-    """Every variant in every configuration that its weights can run."""
-    names = dict(zip(options.models, checkpoints, strict=True))
-    packed = {name: one.quantization is not None for name, one in checkpoints.items()}
-    configurations = []
-    for c in options.configurations(device.type):
-        name, for_packed = names[c.variant], c.kernel != "fp8"
-        if c.kernel not in ("auto", "torch") and for_packed not in packed.values():
-            weights = "packed" if for_packed else "16-bit"
-            valid = "torch, or fp8 in execution fast" if for_packed else "w4-fp8, w4-int8"
-            raise BadInput(
-                f"kernel {c.kernel} multiplies {weights} weights; valid here: auto, {valid}"
-            )
-        if not c.eight_bit or for_packed == packed[name]:
-            kernel = c.kernel if packed[name] or c.eight_bit else "auto"
-            configurations.append(c.model_copy(update={"variant": name, "kernel": kernel}))
-    return list(dict.fromkeys(configurations))
-
-
-def _quantization(config: dict[str, Any] | None) -> records.Quantization | None:
-    """Bits, group size and symmetry from a checkpoint's quantization_config."""
-    config = config or {}
-    sym = config.get("sym", not config.get("zero_point", False))  # AutoAWQ names zero_point
-    with suppress(KeyError, ValueError):
-        return records.Quantization(bits=config["bits"], group_size=config["group_size"], sym=sym)
-    return None
-
-
-# ---------------------------------------------------------------- files and lines
-
-
-def title(part: SweepOptions) -> str:
-    """Size, workload and configurations of one sweep of a matrix."""
-    label = part.configuration or f"{part.execution}/{part.protocol}/{part.kernel}"
-    return f"{part.size} {part.workload} {label}"
-
-
-def path_of(options: SweepOptions, kind: str, sizes: Iterable[str]) -> Path:
-    """The records file: `output`, or one under `outputs/` named by models, sizes, workloads."""
-    if options.output:
-        return Path(options.output)
-    models = (resolve_variant(name).name.replace("/", "-") for name in options.models)
-    parts = [kind, *models, *dict.fromkeys(sizes), *options.workload.split(",")]
-    return outputs_folder() / f"{'-'.join(parts)}.jsonl"
-
-
-def again(options: SweepOptions) -> str:
-    """How to resume a sweep that was stopped."""
-    return f"run again{' without fresh' * options.fresh} to resume"
-
-
-def to_keep(rows: Iterable[Cell]) -> list[Cell]:
-    """The rows without those to measure again on resume: failed, or disturbed."""
-    return [cell for cell in rows if cell.status != "failed" and not cell.disturbed]
-
-
-def line_of(cell: Cell, prefix: str = "") -> str:
-    """One line of progress, readable in a headless log."""
-    head = f"{prefix}{cell.configuration} batch {cell.batch_size}"
-    if cell.items_per_s is None or cell.memory is None or cell.timing is None:
-        return f"{head}: {'out of memory' if cell.status == 'oom' else cell.status}: {cell.reason}"
-    stopped = STOPPED.get(cell.timing.stopped, cell.timing.stopped)
-    rate = f"{cell.items_per_s.median:,.1f} {cell.workload.kind}/s"
-    facts = "; ".join([f"{len(cell.step_s)} steps, {stopped}", *cell.interference])
-    return f"{head}: {rate}, peak {cell.memory.peak_bytes / records.MIB:,.0f} MiB ({facts})"
-
-
-def spent(start: float, cells: Iterable[Cell]) -> dict[str, float]:
-    """A dict, in seconds: `wall_s` since `start`, and `timed_s` in the timed steps of `cells`."""
-    timed_s = sum(sum(cell.step_s) + sum(cell.control_s) for cell in cells)
-    return {"wall_s": round(time.perf_counter() - start, 1), "timed_s": round(timed_s, 1)}
-
-
-def unmark(path: Path) -> None:
-    """Remove the mark of an earlier sweep that ended."""
-    with records.writing(path):
-        regular_file(records.beside(path, "result.json"), MARK).unlink(missing_ok=True)
-
-
-def finish(
-    path: Path, cells: list[Cell], errors: dict[str, LabError], parts: int, times: dict[str, float]
-) -> list[Cell]:
-    """`cells`, after the mark of a sweep that ended is written beside the records.
-
-    Raises the error of the only sweep, or MissingRequirement if some sweeps of a matrix failed.
-    """
-    if errors:
-        reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
-        failed = f"{len(errors)} of {parts} sweeps failed, the rows of the others are on file"
-        error = MissingRequirement(f"{failed}: {reasons}")
-        raise error if parts > 1 else next(iter(errors.values()))
-    rows = records.read_cells(path) if path.exists() else []
-    held = {row.identity() for row in rows}
-    if lost := sum(cell.identity() not in held for cell in cells):
-        raise MissingRequirement(
-            f"{lost} of {len(cells)} cells are no longer in {path}; run the same command again"
-        )
-    counts = {s: sum(cell.status == s for cell in cells) for s in ("ok", "oom", "failed")}
-    result = {"complete": True, "records": path.name, "cells": len(cells), **counts, **times}
-    write_file(records.beside(path, "result.json"), json.dumps(result, indent=1) + "\n", MARK)
-    return cells

@@ -8,7 +8,9 @@ the device sync; tokenisation, padding and the copy to the device come before it
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -23,8 +25,8 @@ CLOCK = "forward + device sync; an untimed forward of the same batch precedes it
 GEMM_SIDE = 8192
 COPIED_BYTES = 4 * GIB
 LIMIT_ROUNDS = 7
-# The median of fewer samples follows one outlier.
-ROUNDS = 3
+# The median of fewer samples of a shape follows one outlier.
+SHAPE_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class StoppingRule:
     """When warm-up and timing stop.
 
     Warm-up ends when the last three steps are at most `steady` faster than the three before, or
-    after `max_warmup` steps. Timing takes at least `min_steps` and `min_s` seconds, and batches of
-    several shapes three times each. After a round of all batches it stops when the 95 % interval
+    after `max_warmup` steps. Timing takes at least `min_steps` and `min_s` seconds, and each of
+    several shapes three times. After a round of all batches it stops when the 95 % interval
     of every median is within `precision` on both sides (converged), when another round would pass
     `max_steps` (count), or at `max_s` (time).
     """
@@ -71,7 +73,8 @@ class StoppingRule:
     ) -> str:
         """Why timing may stop now (converged, count or time), or an empty text."""
         steps, batches = min(map(len, all_times)), len(shapes)
-        enough = steps >= max(self.min_steps, ROUNDS * batches * (len(set(shapes)) > 1))
+        rarest = min(Counter(shapes).values()) if len(set(shapes)) > 1 else SHAPE_STEPS
+        enough = steps >= max(self.min_steps, batches * math.ceil(SHAPE_STEPS / rarest))
         whole = steps % batches == 0
         long_enough = enough and whole and elapsed_s >= self.min_s
         if long_enough and all(self._precise(times, shapes) for times in all_times):

@@ -16,10 +16,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,18 +30,33 @@ import torch
 
 from colqwen_lab.errors import LabError, plain, scrubbed
 from colqwen_lab.hardware import Card
+from colqwen_lab.measure.environment import energy_j
 from colqwen_lab.measure.memory import free, measure, set_cap
 from colqwen_lab.measure.timing import Failure, measured_limits, synchronise
 from colqwen_lab.model.checkpoint import Checkpoint
 from colqwen_lab.model.loading import hold_unused_head, load
-from colqwen_lab.records import Backend, Configuration, Limits, Memory, Stages
+from colqwen_lab.records import (
+    Backend,
+    Configuration,
+    EndToEnd,
+    Energy,
+    Limits,
+    Loading,
+    Memory,
+    Stages,
+)
+from colqwen_lab.retrieval.index import Format, Index, append
 from colqwen_lab.runtime.batches import Batches
 from colqwen_lab.runtime.eager import PROTOCOLS, Steps
 from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast, page_shapes
+from colqwen_lab.runtime.pipeline import Pipeline
 from colqwen_lab.signals import STOPPING, listen
 
 # The longest wait for an answer: a large model loads from a slow disk, or a forward compiles.
 DEADLINE_S = 1800
+# Seconds of the energy pass without and with work, and the most batches that it repeats; the
+# driver updates its counter ten times a second.
+IDLE_S, ENERGY_S, ENERGY_BATCHES = 0.5, 1.5, 8
 STAGE_STEPS = 3
 # The path of a socket has 107 bytes at most; its own name takes the rest.
 LONGEST_PLACE = 64
@@ -68,6 +84,9 @@ class Worker:
     loaded: Any = None
     inputs: list[Any] = field(default_factory=list)
     steps: dict[tuple[str, bool], Steps] = field(default_factory=dict)
+    load_s: float = 0.0
+    first_step_s: float = 0.0
+    asked: tuple[Any, ...] = ()
     alive: bool = True
     pid: int | None = None  # this process
 
@@ -82,6 +101,14 @@ class Worker:
         free(self.device)  # after the exception has released its frames and their tensors
         return failure
 
+    def ask(self, name: str, *arguments: Any) -> None:
+        """Keep a question; `answer` runs it."""
+        self.asked = name, *arguments
+
+    def answer(self) -> Any:
+        """The answer to what was asked, as `call` gives it."""
+        return self.call(*self.asked)
+
     def end(self) -> None:
         """Release the model and everything it computed."""
         self.loaded, self.inputs, self.steps = None, [], {}
@@ -92,11 +119,13 @@ class Worker:
 
         The kernel configs that `fast` tries at these batch sizes are compiled, all at once.
         """
+        start = time.perf_counter()
         cap, c = set_cap(card, self.device) if card else (0, 0), self.configuration
         loader = load_fast if c.execution == "fast" else load
         self.loaded = loader(self.checkpoint, self.device, c.kernel, c.dtype or "bfloat16")
         if (fast := getattr(self.loaded.model, "fast", None)) and not card:
             fast.compile({m for size in batch_sizes for m in _rows(self._batches(size).inputs)})
+        self.load_s = time.perf_counter() - start
         return cap, self.rest(), self.loaded.unused
 
     def measure(self, batch_size: int, protocol: str, alone: bool) -> tuple[Memory, Batches]:
@@ -109,6 +138,10 @@ class Worker:
         self.inputs = batches.inputs
         head = PROTOCOLS[protocol].unused_head
         head_bytes = hold_unused_head(self.loaded, self.checkpoint, head)
+        if not self.first_step_s:
+            self.first_step_s = self.step(protocol, False, 0)
+            self.steps = {}
+            free(self.device)
         figures = []
         for batch in dict(zip(batches.workload.shapes, self.inputs, strict=True)).values():
             steps = self._steps(protocol)
@@ -129,6 +162,10 @@ class Worker:
         step(batch)
         synchronise(self.device)
         return time.perf_counter() - start
+
+    def loading(self) -> Loading:
+        """Seconds from weights to the first result."""
+        return Loading(load_s=self.load_s, first_step_s=self.first_step_s)
 
     def stages(self, protocol: str) -> Stages:
         """Seconds of a step in the vision encoder and in the rest, as a mean over the batches.
@@ -159,6 +196,41 @@ class Worker:
                 medians.append(np.median(steps, axis=0))
         vision_s, rest_s = np.mean(medians, axis=0).tolist()
         return Stages(vision_encoder_s=vision_s, language_model_s=rest_s)
+
+    def end_to_end(
+        self, files: Sequence[Path], visual_tokens: int, protocol: str, loaders: Sequence[int]
+    ) -> list[EndToEnd]:
+        """Every page of the files embedded and stored, once for each number of loaders."""
+        batch_size, steps = len(self.inputs[0]["input_ids"]), self._steps(protocol)
+        pipeline = Pipeline(self.loaded, steps, self.device, batch_size, visual_tokens)
+        with stored() as store:
+            stages = pipeline.stages(files, store)
+        runs = []
+        for count in loaders:
+            with stored() as store:
+                pages, seconds = pipeline.run(files, count, store)
+            on_device = self.device.type == "cuda"
+            about: dict[str, Any] = {"loaders": count, "pages": pages, "on_device": on_device}
+            runs.append(EndToEnd(seconds=seconds, **about, **stages))
+        return runs
+
+    def energy(self, protocol: str) -> Energy | None:
+        """Joules an item over a second of steps; None where the driver has no counter."""
+        if (start_j := energy_j(self.device)) is None:
+            return None
+        self.steps, step = {}, self._steps(protocol)
+        batches = [self._placed(batch) for batch in self.inputs[:ENERGY_BATCHES]]
+        synchronise(self.device)
+        time.sleep(IDLE_S)
+        loaded_j, start, items = energy_j(self.device) or 0.0, time.perf_counter(), 0
+        while time.perf_counter() - start < ENERGY_S:
+            for batch in batches:
+                step(batch)
+                items += len(batch["input_ids"])
+            synchronise(self.device)
+        seconds, joules = time.perf_counter() - start, (energy_j(self.device) or 0.0) - loaded_j
+        idle_w = (loaded_j - start_j) / IDLE_S
+        return Energy(joules_per_item=joules / items, seconds=seconds, idle_w=idle_w)
 
     def embeddings(self, protocol: str) -> np.ndarray:
         """The token embeddings of the first batch, [real tokens, 320], in float32."""
@@ -211,6 +283,15 @@ class Worker:
         return Steps(self.loaded.model, self.configuration.execution, protocol)
 
 
+@contextlib.contextmanager
+def stored() -> Iterator[Callable[[Sequence[int], Sequence[torch.Tensor]], Any]]:
+    """A function that appends the vectors of pages to an index in a folder that is removed."""
+    with tempfile.TemporaryDirectory(prefix="lab-index-") as folder:
+        yield lambda numbers, vectors: append(
+            Path(folder), Index.build(Format(), vectors, list(map(str, numbers)))
+        )
+
+
 def _rows(inputs: Iterable[dict[str, Any]]) -> set[int]:
     """The rows (M) at which `fast` computes these batches."""
     rows = set()
@@ -247,17 +328,27 @@ class Remote:
         finally:
             sys.modules["__main__"] = main
         theirs.close()
-        self.alive, self.pid = True, self.process.pid
-        with contextlib.suppress(OSError):  # `call` says why it ended
+        self.alive, self.pid, self.asked = True, self.process.pid, ""
+        with contextlib.suppress(OSError):  # `answer` says why it ended
             self.connection.send((torch.get_num_threads(), *arguments))
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The answer of the worker's method `name`, or a Failure; its LabError is raised here."""
+        self.ask(name, *arguments)
+        return self.answer()
+
+    def ask(self, name: str, *arguments: Any) -> None:
+        """Have the worker's method `name` run; `answer` waits for it."""
+        self.asked = name
+        with contextlib.suppress(OSError):  # `answer` says why the process ended
+            self.connection.send((name, arguments))
+
+    def answer(self) -> Any:
+        """The answer to what was asked, as `call` gives it."""
         if not self.alive:
             return Failure("failed", "its process had ended")
-        reason = f"no answer to {name!r} within {DEADLINE_S} s; its process was ended"
+        reason = f"no answer to {self.asked!r} within {DEADLINE_S} s; its process was ended"
         try:
-            self.connection.send((name, arguments))
             if self.connection.poll(DEADLINE_S):
                 answer = self.connection.recv()
                 if isinstance(answer, LabError):

@@ -17,6 +17,7 @@ from colqwen_lab.errors import BadInput, ambiguous, one_of
 from colqwen_lab.settings import DATA
 
 EMBED_DIM = 320
+SIZE_VARIABLE = "COLQWEN_LAB_SIZE"  # the default size
 SIZES: dict[str, dict[str, Any]] = json.loads((DATA / "sizes.json").read_bytes())
 # What the network reads of a config.json by part, beside what it and the inputs cannot vary.
 READ = {
@@ -36,13 +37,13 @@ def resolve_size(size: str, cuda: bool) -> str:
     """The size's name; `auto` is COLQWEN_LAB_SIZE, else 4b with CUDA, tiny without."""
     size = check_size(size)
     if size == "auto":
-        size = check_size(os.environ.get("COLQWEN_LAB_SIZE") or "auto")
+        size = check_size(os.environ.get(SIZE_VARIABLE) or "auto", SIZE_VARIABLE)
     return ("4b" if cuda else "tiny") if size == "auto" else size
 
 
-def check_size(size: str) -> str:
+def check_size(size: str, what: str = "size") -> str:
     """The size's name in lower case, or `auto`. Raises BadInput."""
-    return one_of("size", str(size).lower(), ["auto", *SIZES])
+    return one_of(what, str(size).lower(), ["auto", *SIZES])
 
 
 def scheme_parts(scheme: str) -> tuple[int, int]:

@@ -113,9 +113,9 @@ class Decoder:
 
 
 def _end(child: subprocess.Popen[bytes], connection: Connection) -> None:
-    connection.close()
-    child.kill()
+    child.kill()  # a thread that waits for its answer sees the end of the pipe
     child.wait()
+    connection.close()
 
 
 # ---------------------------------------------------------------- the child's side

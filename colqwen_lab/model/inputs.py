@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from hashlib import file_digest, sha256
 from os import fsencode
 from os.path import isdir, isfile
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -19,12 +23,12 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
 from colqwen_lab.model.decode import OTHER_PICTURES, Decoder, check_regular
 from colqwen_lab.model.network import ColQwen3Config
-from colqwen_lab.options import MOST_VISUAL_TOKENS, TEXTS, VISUAL_TOKENS
+from colqwen_lab.model.preprocess import Patches, patches
+from colqwen_lab.options import TEXTS, VISUAL_TOKENS
 from colqwen_lab.settings import DATA
 
 QUERY_SUFFIX_TOKENS = 10
@@ -44,12 +48,9 @@ CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").split
 PROMPT_START = "<|im_start|>user\n<|vision_start|>"
 PROMPT_END = "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QWEN_PAD_ID = 151643
-# The published processor enlarges an image below 64 visual tokens.
-MIN_VISUAL_TOKENS = 64
+Item, Read = TypeVar("Item"), TypeVar("Read")
 # A file is given up after this many bad pages, or seconds of them.
 MOST_BAD, MOST_LOST_S = 100, 60
-# Pixel values [patches, 3 * 2 * 16 * 16] in float32, and the grid (1, rows, columns).
-Patches = tuple[Tensor, tuple[int, int, int]]
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -154,44 +155,6 @@ def queries(texts: str, count: int) -> list[str]:
     return [text + suffix for suffix in suffixes for text in NATURAL_QUERIES][:count]
 
 
-def check_visual_tokens(visual_tokens: int) -> int:
-    """`visual_tokens` as it is, if it is a valid budget per image. Raises BadInput."""
-    if not 1 <= visual_tokens <= MOST_VISUAL_TOKENS:
-        raise BadInput(f"visual_tokens must be 1 to {MOST_VISUAL_TOKENS}, got {visual_tokens}")
-    return visual_tokens
-
-
-def _processor(config: ColQwen3Config, visual_tokens: int) -> Qwen2VLImageProcessorPil:
-    """transformers' processor with Qwen3-VL's settings and this budget."""
-    vision, most = config.vision_config, check_visual_tokens(visual_tokens)
-    area, half = (vision.patch_size * vision.spatial_merge_size) ** 2, [0.5] * 3
-    return Qwen2VLImageProcessorPil(
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.spatial_merge_size,
-        image_mean=half,
-        image_std=half,
-        size={"shortest_edge": min(MIN_VISUAL_TOKENS, most) * area, "longest_edge": most * area},
-    )
-
-
-def visual_tokens_of(
-    width: int, height: int, config: ColQwen3Config, visual_tokens: int = VISUAL_TOKENS
-) -> int:
-    """The visual tokens of an image of this size in pixels, within a budget. Raises BadInput."""
-    processor = _processor(config, visual_tokens)
-    return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
-
-
-def patches(
-    image: Image.Image, config: ColQwen3Config, visual_tokens: int = VISUAL_TOKENS
-) -> Patches:
-    """`(pixel values [patches, 1536] in float32, grid)` of an RGB image. Raises BadInput."""
-    features = _processor(config, visual_tokens)(images=[image], return_tensors="pt")
-    frames, rows, columns = features["image_grid_thw"][0].tolist()
-    return features["pixel_values"], (frames, rows, columns)
-
-
 def prompt_ids(tokenizer: Tokenizer | None, config: ColQwen3Config, image_tokens: int) -> list[int]:
     """The token ids of a page of `image_tokens`; without a tokenizer any ids stand for words."""
     if tokenizer is not None:
@@ -269,32 +232,103 @@ def digest(files: Iterable[Path]) -> str:
 
 
 def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Image.Image]:
-    """Every page of the files as an RGB image: PDF pages at 150 dpi, all pages of a TIFF.
+    """Every page of the files as an RGB image, as `Reader.pages` reads them."""
+    with closing(Reader(1)) as reader:
+        yield from reader.pages(files, skip)
 
-    A page that cannot be read is one line to `skip`, as is a file; the others follow. A file is
-    given up after 100 such pages, or after 60 seconds of them.
+
+class Reader(Generic[Read]):
+    """`loaders` processes that decode pages ahead, and `prepare` each in a thread.
+
+    A file is given up after 100 pages that cannot be read, or after 60 seconds of them.
     """
-    with closing(Decoder()) as decoder:
-        for file in files:
-            try:
-                count = decoder.count(str(file))
-            except ValueError as error:
-                skip(str(skipped(file.name, error)))
+
+    def __init__(
+        self, loaders: int, prepare: Callable[[Image.Image], Read] = lambda image: image
+    ) -> None:
+        self.prepare, self.decoders = prepare, [Decoder() for _ in range(loaders)]
+        self.idle = SimpleQueue[Decoder]()
+        for decoder in self.decoders:
+            self.idle.put(decoder)
+        self.pool = ThreadPoolExecutor(loaders)  # each thread waits for a process
+        # Seconds of each page, in a process and in its thread; of each bad page.
+        self.read_s, self.prepare_s = list[float](), list[float]()
+        self.lost_s: defaultdict[Path, list[float]] = defaultdict(list)
+
+    def start(self) -> None:
+        """Start the processes, which takes a second."""
+        list(self.pool.map(self._ask, ["count"] * len(self.decoders), [os.curdir]))
+
+    def pages(self, files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Read]:
+        """Every page of the files in their order: PDF pages at 150 dpi, all pages of a TIFF.
+
+        A page that cannot be read is one line to `skip`, as is a file; the others follow.
+        """
+        told = set[Path]()
+        for file, name, answer in ahead(self._coming(files), 2 * len(self.decoders)):
+            page, seconds = answer.result()
+            if self._given_up(file):
+                if file not in told:
+                    reason = f"{len(self.lost_s[file])} pages are bad"
+                    skip(str(skipped(f"{name}, with all that follow,", reason)))
+                told.add(file)
+            elif isinstance(page, ValueError):
+                self.lost_s[file].append(seconds)
+                skip(str(skipped(name, page)))
+            else:
+                yield page
+
+    def close(self) -> None:
+        """End the processes."""
+        for decoder in self.decoders:
+            decoder.close()
+        self.pool.shutdown(cancel_futures=True)
+
+    def _coming(
+        self, files: Iterable[Path]
+    ) -> Iterator[tuple[Path, str, Future[tuple[Any, float]]]]:
+        """The file, the name and the answer to come of every page."""
+        counts = ((file, self.pool.submit(self._ask, "count", str(file))) for file in files)
+        for file, counted in ahead(counts, 2 * len(self.decoders)):
+            count, _ = counted.result()
+            if isinstance(count, ValueError):
+                yield file, file.name, counted
                 continue
-            bad, lost_s = 0, 0.0
             for number in range(count):
-                page = file.name if count == 1 else f"{file.name} page {number + 1} of {count}"
-                if bad >= MOST_BAD or lost_s > MOST_LOST_S:
-                    skip(str(skipped(f"{page}, with all that follow,", f"{bad} pages are bad")))
+                if self._given_up(file):
                     break
-                started_s = time.monotonic()
-                try:
-                    image = decoder.page(str(file), number)
-                except ValueError as error:
-                    bad, lost_s = bad + 1, lost_s + time.monotonic() - started_s
-                    skip(str(skipped(page, error)))
-                    continue
-                yield image
+                name = file.name if count == 1 else f"{file.name} page {number + 1} of {count}"
+                yield file, name, self.pool.submit(self._ask, "page", str(file), number)
+
+    def _given_up(self, file: Path) -> bool:
+        return len(self.lost_s[file]) >= MOST_BAD or sum(self.lost_s[file]) > MOST_LOST_S
+
+    def _ask(self, method: str, *question: Any) -> tuple[Any, float]:
+        """An answer of a process, prepared if it is a page, or a ValueError; and the seconds."""
+        decoder, start = self.idle.get(), time.monotonic()
+        try:
+            answer = getattr(decoder, method)(*question)
+        except ValueError as error:
+            answer = error
+        finally:
+            self.idle.put(decoder)
+        seconds = time.monotonic() - start
+        if isinstance(answer, Image.Image):
+            self.read_s.append(seconds)
+            start = time.monotonic()
+            answer = self.prepare(answer)
+            self.prepare_s.append(time.monotonic() - start)
+        return answer, seconds
+
+
+def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, each asked for when `count` others before it are still to come."""
+    asked = deque[Item]()
+    for item in items:
+        asked.append(item)
+        if len(asked) > count:
+            yield asked.popleft()
+    yield from asked
 
 
 def skipped(name: str, reason: object) -> BadInput:

@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.model.checkpoint import default_checkpoint
 from colqwen_lab.model.config import SIZES, VARIANTS
-from colqwen_lab.model.inputs import VISUAL_TOKENS, batch_of, prompt_ids, visual_tokens_of
+from colqwen_lab.model.inputs import VISUAL_TOKENS, batch_of, prompt_ids
 from colqwen_lab.model.loading import DTYPES, skeleton
 from colqwen_lab.model.network import UNUSED_HEAD, is_text_linear, unused_head_shape
+from colqwen_lab.model.preprocess import visual_tokens_of
 from colqwen_lab.model.synthetic import HEIGHT, WIDTH
 from colqwen_lab.predict import kernels
 from colqwen_lab.predict.allocator import Trace, memory_on_gpu, workspace_bytes

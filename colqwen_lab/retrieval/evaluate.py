@@ -6,6 +6,7 @@ Only BASE's page embeddings are kept; a variant's are compared and scored batch 
 from __future__ import annotations
 
 import gc
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from torch.nn.functional import cosine_similarity
 from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.measure.environment import environment, pick_device
 from colqwen_lab.measure.timing import synchronise
-from colqwen_lab.model.config import VARIANTS, Variant, resolve_size, resolve_variant
+from colqwen_lab.model.config import SIZE_VARIABLE, VARIANTS, Variant, resolve_size, resolve_variant
 from colqwen_lab.model.inputs import encode_queries, left_padded, pad_id, page_batch
 from colqwen_lab.model.loading import Loaded, load
 from colqwen_lab.model.quantize import Recipe, checkpoint_of
@@ -80,8 +81,11 @@ def evaluate(
             weights = options.weights if variant.name == "base" else "auto"
             checkpoint = checkpoint_of(variant, size, weights, device, recipe)
             if checkpoint.size != size:
+                source = f" from {SIZE_VARIABLE}" * (
+                    options.size == "auto" and SIZE_VARIABLE in os.environ
+                )
                 raise MissingRequirement(
-                    f"size must be {checkpoint.size} for {checkpoint.label}, got {size}"
+                    f"size must be {checkpoint.size} for {checkpoint.label}, got {size}{source}"
                 )
             about = {"variant": variant.name, "size": size, "iters": recipe and recipe.iters}
             model = load(checkpoint, device)

@@ -24,7 +24,6 @@ from colqwen_lab.records import (
     Value,
     rate_of,
     read_rows,
-    renamed,
 )
 
 #: The metrics of a record, in the order of its tables.
@@ -67,7 +66,7 @@ class Fidelity(Row):
     page_bytes: float | None = None
     data: Text
     pages: Positive
-    skipped: Count = renamed(0, "skipped", "refused")
+    skipped: Count = 0
     cut: Count | None = None
     visual_tokens: int
     backend: Backend

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,17 +26,16 @@ from colqwen_lab.model.inputs import (
     QUERY_SUFFIX_TOKENS,
     QWEN_PAD_ID,
     batch_of,
-    check_visual_tokens,
     digest,
     encode_queries,
     left_padded,
     pad_id,
     page_files,
-    patches,
     queries,
     read_pages,
 )
 from colqwen_lab.model.network import ColQwen3Config
+from colqwen_lab.model.preprocess import check_visual_tokens, patches
 from colqwen_lab.options import TEXTS, VISUAL_TOKENS
 from colqwen_lab.records import RANDOM_TEXTS, Workload
 
@@ -150,6 +150,15 @@ class Pages:
         self.label = files if self.files else f"synthetic, {width} x {height} pixels"
         self._patches: list[tuple[Tensor, tuple[int, int, int]]] = []
         self._seconds: list[float] = []
+
+    def on_disk(self, folder: Path, count: int) -> list[Path]:
+        """The files, or `count` synthetic pages as JPEG files in `folder`."""
+        if self.files:
+            return self.files
+        for number in range(count):
+            page = synthetic.page(number, width=self.size[0]).resize(self.size)
+            page.save(folder / f"page-{number:03}.jpg", quality=90)
+        return sorted(folder.iterdir())
 
     @cached_property
     def _images(self) -> Iterator[Image.Image]:

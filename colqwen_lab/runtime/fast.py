@@ -37,7 +37,6 @@ from colqwen_lab.runtime.linears import (
     Dense,
     FusedLinear,
     compiled,
-    is_small_m,
 )
 from colqwen_lab.runtime.tune import Paths
 from colqwen_lab.runtime.vision import Vision
@@ -245,8 +244,7 @@ class Fast(nn.Module):
         """How many text linears each kernel multiplies, at M or as loaded."""
         counts: Counter[str] = Counter()
         for linear in self.linears():
-            small = linear.tunable and is_small_m(linear.configs.get(m, ""))
-            counts["small-M GEMM (W4A16)" if small else linear.kernel] += len(linear.sizes)
+            counts[linear.kernel_at(m)] += len(linear.sizes)
         return dict(counts)
 
     def of_kind(self, kind: str) -> list[FusedLinear]:

@@ -19,6 +19,7 @@ from colqwen_lab.model.packing import unpacked
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 SMALL_M = "small_m"  # the key of a kernel config of the small-M GEMM
+DEQUANTISE = '{"dequantise": true}'  # the kernel config: dequantise the weight, then cuBLAS
 
 
 @cache
@@ -77,6 +78,13 @@ class FusedLinear(nn.Module):
         self.sizes = [features_of(linear)[1] for linear in linears]
         self.out_features = sum(self.sizes)
         self.configs: dict[int, str] = {}
+
+    def kernel_at(self, m: int) -> str:
+        """The kernel's name in records at M."""
+        config = self.configs.get(m, "")
+        if is_small_m(config):
+            return "small-M GEMM (W4A16)"
+        return "dequantise, then torch.nn.Linear" if config == DEQUANTISE else self.kernel
 
     def kernel_configs(self, m: int) -> list[str]:
         """The kernel configs to time at M, the kernel's own choice first."""

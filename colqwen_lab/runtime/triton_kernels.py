@@ -5,6 +5,8 @@ PyTorch's flash kernels use tiles of 128 tokens, mostly empty for a query of 18.
 the query heads that share a key head, side by side, and the kernel applies norm and rotary
 positions.
 
+`dequantised`: 4-bit weights in humming's layout (described in w4.cu) as 16-bit values.
+
 `fp8_rows_fused`: FP8 codes of rows, with SiLU-and-mul. It reads each row once; the kernels of
 torch.compile read it at least twice.
 
@@ -148,6 +150,30 @@ def fp8_rows_fused(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     sizes = LARGEST_FP8, width, x.shape[1] == 2 * width, block
     _quantise[(m,)](x.contiguous(), codes, scales, *sizes, num_warps=max(4, block // 1024))
     return codes, scales
+
+
+@triton.jit
+def _dequantise(codes, scales, out, OUTS: tl.constexpr, INS: tl.constexpr):
+    """One program: 64 outputs of a group of 128 inputs."""
+    block, group = tl.program_id(0), tl.program_id(1)
+    row, column = tl.arange(0, 64)[:, None], tl.arange(0, 128)[None, :]
+    # A word holds 8 codes of a lane's fragment of a 16 x 16 tile.
+    lane = row % 8 * 4 + column % 8 // 2
+    place = column % 2 * 4 + row % 16 // 8 * 2 + column % 16 // 8
+    tile = (group * 8 + column // 16) * (OUTS // 64) + block
+    words = tl.load(codes + tile * 128 + lane * 4 + row // 16)
+    own = row % 8 * 8 + row // 8
+    scale = tl.load(scales + (group * (OUTS // 64) + block) * 64 + own).to(tl.float32)
+    values = ((words >> (4 * place) & 15) - 8).to(tl.float32) * scale
+    to = out + (block * 64 + row) * INS + group * 128 + column
+    tl.store(to, values.to(out.dtype.element_ty))
+
+
+def dequantised(codes: Tensor, scales: Tensor, outs: int, ins: int) -> Tensor:
+    """The weight [outs, ins] of symmetric 4-bit codes in groups of 128, in the type of scales."""
+    out = scales.new_empty(outs, ins)
+    _dequantise[outs // 64, ins // 128](codes.view(torch.int32), scales, out, outs, ins)
+    return out
 
 
 # Query tokens and vectors of a program, stages of its pipeline, warps; the first that fits runs.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from colqwen_lab.model.inputs import digest
 from colqwen_lab.runtime.graphs import captured, replay_ms
-from colqwen_lab.runtime.linears import FusedLinear, is_small_m
+from colqwen_lab.runtime.linears import DEQUANTISE, FusedLinear, is_small_m
 from colqwen_lab.settings import cache_folder, writable_folder
 
 # A kernel config whose result differs more from that of the kernel's own choice is rejected.
@@ -32,12 +32,14 @@ class Paths(NamedTuple):
     """The special paths of execution `fast`. `benchmarks/ablation.py` turns each off to time it.
 
     small_m: the small-M GEMM for 4-bit weights.
+    dequantise: 4-bit weights are dequantised, then multiplied by cuBLAS, at a large M.
     search: kernel configs beside the kernel's own choice are timed.
     short_attention: the lab's attention kernel for short queries.
     fused_fp8: the lab's FP8 quantise kernel, with SiLU-and-mul.
     """
 
     small_m: bool = True
+    dequantise: bool = True
     search: bool = True
     short_attention: bool = True
     fused_fp8: bool = True
@@ -46,7 +48,14 @@ class Paths(NamedTuple):
 def candidates(linear: FusedLinear, m: int, paths: Paths) -> list[str]:
     """The kernel configs to time at M, the kernel's own first; or the choice in the cache alone."""
     own, *others = linear.kernel_configs(m)
-    allowed = (paths.small_m if is_small_m(one) else paths.search for one in others)
+    allowed = (
+        paths.small_m
+        if is_small_m(one)
+        else paths.dequantise
+        if one == DEQUANTISE
+        else paths.search
+        for one in others
+    )
     configs = [own, *compress(others, allowed)]
     file = _choice_file(linear, m, paths)
     choice = file.read_text(encoding="utf-8") if file.exists() else ""
@@ -101,6 +110,6 @@ def choose(
 
 def _choice_file(linear: FusedLinear, m: int, paths: Paths) -> Path:
     gpu, code = torch.cuda.get_device_name(), digest(SOURCES)
-    parts = f"{gpu} {code} {linear.identity} {linear.gated} {m} {paths.small_m} {paths.search}"
+    parts = f"{gpu} {code} {linear.identity} {linear.gated} {m} {paths}"
     folder = writable_folder(cache_folder() / "kernel-configs")
     return folder / sha256(parts.encode()).hexdigest()[:16]

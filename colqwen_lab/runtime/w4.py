@@ -1,7 +1,8 @@
 """4-bit weights on a GPU: the GEMMs of humming-kernels, and the small-M GEMM for Hopper (w4.cu).
 
 Both read the same codes and scales, so every M can use its fastest kernel on one copy of the
-weights. humming's compiler builds and caches both.
+weights. humming's compiler builds and caches both. At a large M a weight is dequantised and
+multiplied by cuBLAS.
 """
 
 from __future__ import annotations
@@ -24,9 +25,18 @@ from humming.layer import HummingLayer
 from humming.schema.autoround import AutoRoundWeightSchema
 from humming.tune import get_heuristics_config
 from torch import Tensor
+from torch.nn.functional import linear
 
 from colqwen_lab.errors import MissingRequirement
-from colqwen_lab.runtime.linears import SMALL_M, FusedLinear, gptq, is_small_m, zero_offset
+from colqwen_lab.runtime.linears import (
+    DEQUANTISE,
+    SMALL_M,
+    FusedLinear,
+    gptq,
+    is_small_m,
+    zero_offset,
+)
+from colqwen_lab.runtime.triton_kernels import dequantised
 
 SOURCE = (Path(__file__).parent / "w4.cu").read_text(encoding="utf-8")
 # Up to this M humming's GEMM waits for the weights; above it, tiles that M fills are worth timing.
@@ -34,6 +44,8 @@ MEMORY_BOUND_M = 64
 MAX_TILE_M = 192
 # With more tiles than this along M, wide tiles are the fastest.
 FEW_TILES = 4
+# Below it, writing and reading the dequantised weight costs more than a faster GEMM saves.
+MIN_DEQUANTISE_M = 1024
 # A larger M needs more registers for the sums than a warp has.
 MAX_SMALL_M = 40
 SHARED_BYTES = 227 * 1024
@@ -83,6 +95,7 @@ class Humming(FusedLinear):
         full = qweight.shape[1] % 128 == 0 and first.infeatures % 128 == 0
         hopper = torch.cuda.get_device_capability(qweight.device)[0] == 9
         self.has_small_m = symmetric and full and hopper and not activations
+        self.dequantises = symmetric and full and not activations
         self.identity = f"{version('humming-kernels')} {scheme.to_str()} {self.has_small_m}"
 
     def kernel_configs(self, m: int) -> list[str]:
@@ -92,6 +105,8 @@ class Humming(FusedLinear):
         configs = [json.dumps({**own, **change}, sort_keys=True) for change in changes]
         if self.has_small_m:
             configs += small_m_configs(self.in_features, self.out_features, m, self.gated)
+        if self.dequantises and m >= MIN_DEQUANTISE_M:
+            configs.append(DEQUANTISE)
         return list(dict.fromkeys(configs))
 
     def compiles(self, config: str) -> bool:
@@ -100,7 +115,7 @@ class Humming(FusedLinear):
             with torch.cuda.device(device):
                 if is_small_m(config):
                     small_m(config)
-                else:
+                elif config != DEQUANTISE:
                     scheme = self.layer.humming_config.to_str()
                     HummingKernel.prepare_kernels(scheme, None, config, device.index)
         except Exception:  # humming raises several types
@@ -111,6 +126,9 @@ class Humming(FusedLinear):
         x, config = x.contiguous(), self.configs.get(len(x), "")
         if is_small_m(config):
             return small_m(config)(x, self.layer.weight, self.layer.weight_scale)
+        if config == DEQUANTISE:
+            sizes = self.out_features, self.in_features
+            return linear(x, dequantised(self.layer.weight, self.layer.weight_scale, *sizes))
         return self.layer(x, tuning_config=config or None)
 
 

@@ -18,7 +18,7 @@ import pytest
 from colqwen_lab.errors import BadInput, LabError, MissingRequirement
 from colqwen_lab.measure import cluster as module
 from colqwen_lab.measure.cluster import Driver, Job, accelerators_of, sweep_on_ray
-from colqwen_lab.measure.sweep import Interrupted
+from colqwen_lab.measure.sweep_file import Interrupted, opened
 from colqwen_lab.records import Cell, RecordsFile, read_cells
 from tests.measure import sweeps
 from tests.measure.sweeps import QUICK, options_of
@@ -113,8 +113,8 @@ class PlayedRay:
         self, path: Path, jobs: list[Job], lines: list[str] | None = None, **options: Any
     ) -> list[Cell]:
         progress = (lines if lines is not None else []).append
-        with RecordsFile(path, Cell) as file:
-            return Driver(self, jobs, file, progress, QUICK, **options).run()
+        with opened(path, jobs[0].options, progress, 0.0) as file:
+            return Driver(self, jobs, file, QUICK, **options).run()
 
 
 def jobs_of(path: Path, *accelerators: str, **options: Any) -> list[Job]:
@@ -238,9 +238,11 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_keeps_earlier_rows(
     first = PlayedRay().run(path, jobs_of(path, ""))
     monkeypatch.setattr(os, "fsync", full)
     message = r"cannot write .*: No space left on device; .*run the same command again to resume"
+    ray = PlayedRay()
     with pytest.raises(MissingRequirement, match=message):
-        PlayedRay().run(path, jobs_of(path, "", fresh=True))
+        ray.run(path, jobs_of(path, "", fresh=True, size="tiny,mid"))
     assert read_cells(path) == first
+    assert ray.killed == [1, 2], "no actor stays"
 
 
 def test_a_run_waits_for_a_file_that_another_holds(
@@ -268,9 +270,24 @@ def test_interrupted_it_takes_what_has_arrived(path: Path, monkeypatch: pytest.M
         return streams[:1], streams[1:]
 
     monkeypatch.setattr(PlayedRay, "wait", wait)
+    ray = PlayedRay()
     with pytest.raises(Interrupted, match="stopped; 3 new cells on file, run again to resume"):
-        PlayedRay().run(path, jobs_of(path, ""))
+        ray.run(path, jobs_of(path, ""))
     assert sizes(read_cells(path)) == [1, 2, 4]
+    assert ray.killed == [1], "no actor stays"
+
+
+def test_interrupted_while_an_item_is_taken_no_actor_stays(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PlayedRay, "get", stop)
+    ray = PlayedRay()
+    with pytest.raises(KeyboardInterrupt):
+        ray.run(path, jobs_of(path, "", execution="fast,eager"))
+    assert ray.killed == [1, 2]
 
 
 # ---------------------------------------------------------------- three nodes, one killed

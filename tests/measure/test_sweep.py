@@ -24,7 +24,7 @@ from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.measure import sweep as module
 from colqwen_lab.measure import worker
 from colqwen_lab.measure.environment import environment
-from colqwen_lab.measure.sweep import Interrupted
+from colqwen_lab.measure.sweep_file import Interrupted
 from colqwen_lab.measure.timing import Failure, StoppingRule
 from colqwen_lab.measure.worker import failure_of
 from colqwen_lab.predict.predictor import Setup, predict
@@ -542,13 +542,15 @@ def test_a_cell_with_interference_says_so_and_is_measured_again(
 def test_progress_is_plain(path: Path) -> None:
     lines: list[str] = []
     run(path, "base,awq", "8", progress=lines.append, kernel="torch")
-    loaded, cells = lines[:2], lines[2:4]
-    assert loaded[1].startswith("awq eager/torch: random tiny (seed 0); bfloat16; text linears on ")
+    loaded, cells = lines[:4], lines[5:7]
+    assert loaded[::2] == ["loading base eager/auto", "loading awq eager/torch"]
+    assert loaded[3].startswith("awq eager/torch: random tiny (seed 0); bfloat16; text linears on ")
+    assert lines[4] == "measuring batch 8"
     pattern = r"base eager/lean/auto batch 8: [\d,]+\.\d queries/s, peak [\d,]+ MiB "
     assert re.fullmatch(pattern + r"\(2 steps, step limit\)", cells[0])
-    assert re.fullmatch(r"took \d+\.\d s, of which \d\.\d s in timed steps", lines[4])
+    assert re.fullmatch(r"took \d+\.\d s, of which \d\.\d s in timed steps", lines[7])
     run(path, "base", "8", progress=lines.append)
-    assert lines[5].startswith("on file: base eager/lean/auto batch 8: ")
+    assert lines[8].startswith("on file: base eager/lean/auto batch 8: ")
 
 
 def test_the_quantisation_of_every_checkpoint_is_on_record(
@@ -585,7 +587,7 @@ def test_interrupted_before_it_measures_it_says_so(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_checkpoints", stop)
+    monkeypatch.setattr(module, "checkpoints_of", stop)
     with pytest.raises(Interrupted, match=r"^stopped before the first cell$"):
         run(path)
     assert not path.parent.exists()

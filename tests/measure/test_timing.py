@@ -139,18 +139,21 @@ def test_models_share_the_batch_of_a_round_and_all_batches_are_timed_equally_oft
 
 
 @pytest.mark.parametrize(
-    ("batches", "rule", "steps"),
+    ("shapes", "rule", "steps"),
     [
-        (64, {}, 192),  # a fourth round would pass 200 steps
-        (8, {"min_steps": 10, "max_steps": 10}, 10),  # a number of steps that was asked for
-        (5, {"max_s": 0.0}, 15),
-        (5, {"max_s": 0.0, "min_steps": 17}, 20),
+        (range(64), {}, 192),  # a fourth round would pass 200 steps
+        (range(8), {"min_steps": 10, "max_steps": 10}, 10),  # a number of steps that was asked for
+        (range(5), {"max_s": 0.0}, 15),
+        (range(5), {"max_s": 0.0, "min_steps": 17}, 20),
+        ([0] * 3 + [1] * 5, {"max_s": 0.0, "min_steps": 1}, 8),  # each shape three times a round
+        ([0] * 2 + [1] * 5, {"max_s": 0.0, "min_steps": 1}, 14),
+        ([0] * 7, {"max_s": 0.0, "min_steps": 1}, 7),
     ],
 )
 def test_timing_stops_after_a_round_of_all_batches(
-    fake: FakeTime, batches: int, rule: dict[str, Any], steps: int
+    fake: FakeTime, shapes: Iterable[int], rule: dict[str, Any], steps: int
 ) -> None:
     noisy = {"a": fake.stepper("a", itertools.cycle([0.01, 0.02, 0.05, 0.07, 0.09, 0.13, 0.3]))}
     stopping = StoppingRule(max_warmup=1, **{"max_s": 1e9, "min_s": 0} | rule)
-    samples = time_interleaved(noisy, stopping, list(range(batches)))["a"]
+    samples = time_interleaved(noisy, stopping, list(shapes))["a"]
     assert len(samples.step_s) == steps

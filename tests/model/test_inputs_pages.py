@@ -10,23 +10,22 @@ import pypdfium2
 import pytest
 import torch
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.model import inputs
 from colqwen_lab.model.decode import to_rgb
 from colqwen_lab.model.inputs import (
     TINY_TOKENIZER,
+    Reader,
     digest,
     page_batch,
     page_files,
-    patches,
     prompt_ids,
     read_pages,
     read_tokenizer,
-    visual_tokens_of,
 )
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
+from colqwen_lab.model.preprocess import patches, visual_tokens_of
 from colqwen_lab.model.synthetic import page
 
 CONFIG = ColQwen3Config.of_size("tiny")
@@ -81,24 +80,6 @@ def test_the_image_s_tokens_are_marked() -> None:
     assert types.tolist() == (batch["input_ids"] == CONFIG.image_token_id).int().tolist()
 
 
-@pytest.mark.parametrize("size", [(620, 877), (1, 1), (900, 60)])
-def test_equals_transformers_processor(size: tuple[int, int]) -> None:
-    image = page(3).resize(size)
-    # preprocessor_config.json of Qwen3-VL, with the budget as the area of 32 x 32 pixels each.
-    theirs = Qwen2VLImageProcessorPil(
-        patch_size=16,
-        temporal_patch_size=2,
-        merge_size=2,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-        size={"longest_edge": 100 * 32 * 32, "shortest_edge": 65536},
-    )(images=[image], return_tensors="pt")
-    pixels, grid = patches(image, CONFIG, 100)
-    assert torch.equal(pixels, theirs["pixel_values"])
-    assert [list(grid)] == theirs["image_grid_thw"].tolist()
-    assert pixels.shape[0] // 4 <= 100
-
-
 def test_a_batch_of_several_sizes_equals_each_page_alone() -> None:
     torch.manual_seed(0)
     model = ColQwen3(CONFIG).eval().requires_grad_(False)
@@ -137,7 +118,8 @@ def test_modes_of_an_image() -> None:
             to_rgb(unknown)
 
 
-def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loaders", [1, 3])
+def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path, loaders: int) -> None:
     Image.new("RGB", (1, 1)).save(tmp_path / "a-dot.png")
     (tmp_path / "b-broken.png").write_bytes(b"\x89PNG no")
     document = pypdfium2.PdfDocument.new()
@@ -157,7 +139,7 @@ def test_a_folder_goes_on_past_what_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "m.jxl").touch()
     names = ("b-broken.png", "c.pdf page 2 of 3", "d-encrypted.pdf", "f-line.png", "g-bomb.png")
     skipped: list[str] = []
-    sizes = [image.size for image in read_pages(page_files(tmp_path), skipped.append)]
+    sizes = [image.size for image in Reader(loaders).pages(page_files(tmp_path), skipped.append)]
     assert sizes == [(1, 1), (150, 300), (150, 150), (20_000, 300), (40, 30), (30, 40)]
     lines = [line.split(" is skipped: ")[0] for line in skipped]
     assert lines == [*names, "i-gone.png", "k.png", "l.HEIC", "m.jxl"]
@@ -182,7 +164,10 @@ def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
     assert digest([broken, png]) != digest([png])
 
 
-def test_a_file_of_bad_pages_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loaders", [1, 3])
+def test_a_file_of_bad_pages_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaders: int
+) -> None:
     document = pypdfium2.PdfDocument.new()
     for _ in range(5):
         document.new_page(9, 72 * 200)
@@ -190,7 +175,7 @@ def test_a_file_of_bad_pages_is_given_up(tmp_path: Path, monkeypatch: pytest.Mon
     Image.new("RGB", (1, 1)).save(tmp_path / "b.png")
     monkeypatch.setattr(inputs, "MOST_BAD", 3)
     skipped: list[str] = []
-    assert len(list(read_pages(page_files(tmp_path), skipped.append))) == 1
+    assert len(list(Reader(loaders).pages(page_files(tmp_path), skipped.append))) == 1
     assert [line[:17] for line in skipped[:3]] == [f"a.pdf page {n} of 5" for n in (1, 2, 3)]
     assert skipped[3:] == ["a.pdf page 4 of 5, with all that follow, is skipped: 3 pages are bad"]
 

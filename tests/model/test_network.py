@@ -155,7 +155,7 @@ def test_resolve_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLQWEN_LAB_SIZE", "8b")
     assert resolve_size("auto", cuda=False) == "8b"
     monkeypatch.setenv("COLQWEN_LAB_SIZE", "5b")
-    with pytest.raises(ValueError, match=r"size.*auto, tiny, mid, 4b, 8b"):
+    with pytest.raises(ValueError, match=r"COLQWEN_LAB_SIZE '5b'.*auto, tiny, mid, 4b, 8b"):
         resolve_size("auto", cuda=False)
 
 

@@ -246,6 +246,16 @@ def test_wrong_values(
         run(tmp_path / "rows.jsonl", **{"size": "tiny", "pages": 2} | changed)
 
 
+def test_a_size_of_the_environment_is_named(
+    base_folder: Path, packed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLQWEN_LAB_SIZE", "mid")
+    model, weights = str(packed("auto_round")), str(base_folder)
+    message = "size must be tiny for .*, got mid from COLQWEN_LAB_SIZE"
+    with pytest.raises(MissingRequirement, match=message):
+        run(tmp_path / "rows.jsonl", model=model, weights=weights, size="auto", pages=2)
+
+
 def test_schemes_quantised_here_come_plain_too() -> None:
     def chosen(size: str, **values: Any) -> list[tuple[str, int | None]]:
         subjects = evaluate.subjects(options(plain=True, iters=5, **values), size)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from colqwen_lab.model.checkpoint import default_checkpoint
 from colqwen_lab.model.config import resolve_variant
+from colqwen_lab.model.inputs import page_batch
 from colqwen_lab.model.loading import load
+from colqwen_lab.model.preprocess import pixels_of, resized
+from colqwen_lab.model.synthetic import page
 from colqwen_lab.runtime.fast import (
     KINDS,
     attended,
@@ -20,7 +23,7 @@ from colqwen_lab.runtime.fast import (
     silu_and_mul,
 )
 from colqwen_lab.runtime.kernels import KERNELS, pick
-from colqwen_lab.runtime.linears import is_small_m
+from colqwen_lab.runtime.linears import DEQUANTISE, is_small_m
 from colqwen_lab.runtime.tune import Paths
 from tests.runtime.test_fast import least_cosine, padded, real_rows
 from tests.runtime.test_linears import SCHEME, dense, draw, error, quantised
@@ -53,6 +56,15 @@ def test_packed_kernel_against_float64(name: str, cuda: torch.device) -> None:
     for m in (1, 152):
         x = draw(m, SHAPE[1], device=cuda).bfloat16()
         assert error(linear(x), x.double() @ weight.T) < LARGEST_ERROR[name]
+
+
+def test_a_weight_is_dequantised_exactly(cuda: torch.device) -> None:
+    linear, weight = packed_linear("humming", cuda, SHAPE)
+    m = SHAPE[1]
+    assert DEQUANTISE in linear.kernel_configs(m)
+    assert DEQUANTISE not in linear.kernel_configs(64)
+    linear.configs[m] = DEQUANTISE
+    assert torch.equal(linear(torch.eye(m, device=cuda).bfloat16()), weight.T.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -172,3 +184,29 @@ def test_base_equals_eager(cuda: torch.device) -> None:
         vectors = real_rows(fast, inputs, fast=True)
         assert least_cosine(vectors, real_rows(eager, inputs, fast=False)) > 0.9995
         assert torch.equal(vectors, real_rows(fast, inputs, fast=True))
+
+
+@pytest.mark.parametrize("variant", ["base", "awq"])
+@torch.no_grad()
+def test_pages_equal_eager(variant: str, cuda: torch.device) -> None:
+    """Pages of two sizes, of which one twice."""
+    source = default_checkpoint(resolve_variant(variant), "mid", "random", cuda)
+    eager, fast = load(source, cuda, "auto").model, load_fast(source, cuda).model
+    images = [
+        page(number).resize(size) for number, size in enumerate([(640, 400)] * 2 + [(96, 64)])
+    ]
+    inputs = page_batch(images, None, eager.config, 256, cuda)
+    vectors = real_rows(fast, inputs, fast=True)
+    assert least_cosine(vectors, real_rows(eager, inputs, fast=False)) > 0.9995
+    if variant == "awq":
+        assert any(name.startswith("qkv x ") for name in fast.fast.chosen)
+
+
+@torch.no_grad()
+def test_pages_are_resized_on_a_gpu_as_by_pillow(cuda: torch.device) -> None:
+    image, size = page(1).resize((1240, 1754)), (1344, 960)
+    levels = (
+        pixels_of(image, size).int() - resized(pixels_of(image).to(cuda), size).cpu().int()
+    ).abs()
+    assert levels.max() <= 1
+    assert (levels > 0).float().mean() < 0.001
