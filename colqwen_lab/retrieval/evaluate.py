@@ -198,6 +198,7 @@ def records_of(
         "page_batch": PAGE_BATCH,
         "page_step_s": steps[1:],
         "query_ids": corpus.query_ids,
+        "query_groups": groups_of(corpus),
         "environment": environment(loaded.device),
     }
     cosine = [float(each.mean()) for each in query_cosines]
@@ -211,6 +212,14 @@ def records_of(
         for name, own in scores.items()
     ]
     return records, base
+
+
+def groups_of(corpus: Corpus) -> list[int]:
+    """A number for each query; queries with the same relevant pages share it."""
+    judged = [corpus.relevance[query].items() for query in corpus.query_ids]
+    answers = [frozenset(page for page, score in scores if score > 0) for scores in judged]
+    numbers = {pages: number for number, pages in enumerate(dict.fromkeys(answers))}
+    return [numbers[pages] for pages in answers]
 
 
 def _ranked(
