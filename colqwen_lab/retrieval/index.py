@@ -35,8 +35,8 @@ PARTS = re.compile(
 BITS = 8  # signs in a stored byte
 INT8_MAX = 127
 KIND = "colqwen-lab index"
-# Products in memory at once: about what the cache of a large GPU holds.
-CHUNK_BYTES = 2**26
+# Decoded vectors, or products, in memory at once: a CPU's cache holds them; a GPU needs few chunks.
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 SHARD = "shard-{:05}.safetensors"
 NEW = r"\Z"  # an empty file, or none: a shard replaces no other
 
@@ -252,7 +252,7 @@ class Index:
 
     def _best_by_chunk(self, tokens: Tensor) -> Iterator[Tensor]:
         """The largest products [pages, tokens] of some pages after the other."""
-        rows = max(1, CHUNK_BYTES // (4 * len(tokens)))
+        rows = max(1, CHUNK_BYTES[tokens.device.type] // (4 * max(tokens.shape)))
         starts = self.lengths.cumsum(0) - self.lengths
         _, counts = torch.unique_consecutive(starts // rows, return_counts=True)
         pages = self.lengths.split(counts.tolist())
