@@ -11,7 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -62,24 +62,25 @@ def _parameter(name: str, field: Any) -> Parameter:
     default, flag = field.default, isinstance(field.default, bool)
     about = {"help": field.description, "show_default": default not in ("", False)}
     if name in POSITIONAL:
-        return Parameter(
-            name, KEYWORD, default=default, annotation=Annotated[str, typer.Argument(**about)]
-        )
+        return Parameter(name, KEYWORD, default=typer.Argument(default, **about), annotation=str)
     flags = FLAGS.get(name, (f"--{name.replace('_', '-')}",))
     metavar = None if flag else METAVARS.get(field.annotation, "TEXT")
-    kind, value = (bool, default) if flag else (str, str(default))
+    kind: Any = bool if flag else str
+    value = default if flag else str(default)
     if any(getattr(part, "func", None) in (joined, cards_of) for part in field.metadata):
         kind, value = list[str], [default] if default else []
-    annotation = Annotated[kind, typer.Option(*flags, metavar=metavar, **about)]
-    return Parameter(name, KEYWORD, default=value, annotation=annotation)
+    value = typer.Option(value, *flags, metavar=metavar, **about)
+    return Parameter(name, KEYWORD, default=value, annotation=kind)
 
 
-def command(options: type[Options], *examples: str, **own: Any) -> Callable[..., Any]:
-    """Register a function as a command with these options, and its `own` ones beside them."""
+def command(options: type[Options], *examples: str) -> Callable[..., Any]:
+    """Register a function of these options, and of its own beside them, as a command."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
+        _, *own = signature(function, eval_str=True).parameters.values()
+
         def run(**values: Any) -> None:
-            extra = {name: values.pop(name) for name in own}
+            extra = {parameter.name: values.pop(parameter.name) for parameter in own}
             texts = {k: ",".join(v) if isinstance(v, list) else v for k, v in values.items()}
             try:
                 function(texts, **extra)
@@ -87,10 +88,7 @@ def command(options: type[Options], *examples: str, **own: Any) -> Callable[...,
                 _end(str(stop) or "stopped")
 
         parameters = [_parameter(name, field) for name, field in options.model_fields.items()]
-        parameters += [
-            Parameter(name, KEYWORD, default=default, annotation=annotation)
-            for name, (annotation, default) in own.items()
-        ]
+        parameters += [parameter.replace(kind=KEYWORD) for parameter in own]
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__name__, run.__doc__ = function.__name__, function.__doc__
@@ -101,7 +99,7 @@ def command(options: type[Options], *examples: str, **own: Any) -> Callable[...,
     return register
 
 
-JSON = (Annotated[bool, typer.Option("--json", help="Print one JSON document.")], False)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -142,10 +140,14 @@ def doctor() -> None:
     "sweep -m base -m awq -b 8,16,32 -o rows.jsonl",
     "sweep -m base,awq -c report -c best --control",
 )
-def sweep(options: dict[str, Any]) -> None:
+def sweep(
+    options: dict[str, Any],
+    price: Annotated[float, typer.Option(help="Price of a GPU-hour; adds what items cost.")] = 0,
+) -> None:
     """Measure throughput and peak memory over batch sizes. Run again to resume."""
     results = lab.sweep(**options)
-    _show(_tables(results.table()))
+    costs = [results.costs(price)] if price else []
+    _show(_tables(results.table(), *costs, results.end_to_end()))
     if not any(cell.status == "ok" for cell in results):
         raise lab.MissingRequirement("no cell could be measured; the rows say why")
 
@@ -154,9 +156,8 @@ def sweep(options: dict[str, Any]) -> None:
     PlanOptions,
     "plan -m awq --card 8 --card 'RTX 4070'",
     "plan -m base,awq --size 8b -b 8,512 --json",
-    as_json=JSON,
 )
-def plan(options: dict[str, Any], as_json: bool) -> None:
+def plan(options: dict[str, Any], as_json: Json = False) -> None:
     """Predict peak memory, and the largest batch a card holds. Needs no GPU, weights or network."""
     result = lab.plan(**options)
     if not _printed(result, as_json):
@@ -164,13 +165,13 @@ def plan(options: dict[str, Any], as_json: bool) -> None:
 
 
 @command(
-    CompareOptions,
-    "compare rows.jsonl --card 8 --markdown report.md",
-    "compare published --json",
-    markdown=(Annotated[str, typer.Option(help="Write the report to this file; - is stdout.")], ""),
-    as_json=JSON,
+    CompareOptions, "compare rows.jsonl --card 8 --markdown report.md", "compare published --json"
 )
-def compare(options: dict[str, Any], markdown: str, as_json: bool) -> None:
+def compare(
+    options: dict[str, Any],
+    markdown: Annotated[str, typer.Option(help="Write the report to this file; - is stdout.")] = "",
+    as_json: Json = False,
+) -> None:
     """Compare the models of one or two records files. Needs no GPU."""
     if markdown == "-" and as_json:
         raise BadInput("give --markdown - or --json, not both: each is a document on stdout")
@@ -183,8 +184,8 @@ def compare(options: dict[str, Any], markdown: str, as_json: bool) -> None:
         _show(comparison.text())
 
 
-@command(FidelityOptions, "fidelity -m awq", "fidelity -m W8A16,W4A16 --plain --json", as_json=JSON)
-def fidelity(options: dict[str, Any], as_json: bool) -> None:
+@command(FidelityOptions, "fidelity -m awq", "fidelity -m W8A16,W4A16 --plain --json")
+def fidelity(options: dict[str, Any], as_json: Json = False) -> None:
     """Measure what quantising does to retrieval, against BASE, with intervals."""
     result = lab.fidelity(**options)
     if not _printed(result, as_json):
@@ -195,14 +196,11 @@ def fidelity(options: dict[str, Any], as_json: bool) -> None:
     SearchOptions,
     "search-times --formats bfloat16,int8",
     "search-times --pages 1000,10000 --queries 1 --kernel triton,torch",
-    as_json=JSON,
 )
-def search_times(options: dict[str, Any], as_json: bool) -> None:
+def search_times(options: dict[str, Any], as_json: Json = False) -> None:
     """Measure how long a search of a synthetic index takes, by format and number of pages."""
     result = lab.search_times(**options)
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
-    else:
+    if not _printed(result, as_json):
         _show(f"{_tables(result.table(), result.million())}\n\n{result.verdict()}")
 
 

@@ -1,7 +1,8 @@
 """Every option of every command, declared once: type, default, valid values and help.
 
 The command line (`cli.py`), the Python functions (`__init__.py`) and the parameters cells of the
-notebooks derive from these models. papermill passes texts: "false" and "8,16" are understood.
+notebooks derive from these models. The text under an option is its help. papermill passes texts:
+"false" and "8,16" are understood.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from inspect import Parameter, Signature
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from colqwen_lab.errors import BadInput, ambiguous, one_of, unknown
 from colqwen_lab.hardware import Card, find_card
-from colqwen_lab.model.config import SIZES, check_size
+from colqwen_lab.model.config import check_size
 from colqwen_lab.records import EIGHT_BIT_KERNELS, Configuration
 
 EXECUTIONS = ("eager", "fast")
@@ -75,18 +75,14 @@ def joined(value: Any) -> str:
 def batch_sizes_of(value: Any) -> tuple[int, ...]:
     """Batch sizes from "8,16", 8 or [8, 16]; `auto` is (), the workload's default, as is `none`.
 
-    Raises:
-        BadInput: not different whole numbers of 1 or more.
+    Raises BadInput for other than different whole numbers of 1 or more.
     """
     if value in ("auto", "none", "", ()):
         return ()
-    try:
-        parts = listed(value.strip("[ ]") if isinstance(value, str) else value)
-        texts = [str(part).strip() for part in parts]
-        sizes = [int(text) if text.isdecimal() else 0 for text in texts]
-    except (TypeError, ValueError):
-        sizes = []
-    if not sizes or min(sizes) < 1 or len(set(sizes)) < len(sizes):
+    parts = listed(value.strip("[ ]") if isinstance(value, str) else value)
+    texts = [str(part).strip() for part in parts]
+    sizes = [int(text) for text in texts if text.isdecimal() and len(text) < 19]
+    if not sizes or len(sizes) < len(texts) or min(sizes) < 1 or len({*sizes}) < len(sizes):
         raise BadInput(f"must be different whole numbers of 1 or more, such as 8,16, got {value!r}")
     return tuple(sizes)
 
@@ -129,21 +125,21 @@ BatchSizes = Annotated[
 ]
 Cards = Annotated[str, BeforeValidator(cards_of)]
 Weights = Annotated[PathText, AfterValidator(_weights)]
-Size = Annotated[str, AfterValidator(check_size)]
 Protocol = Annotated[str, _choice(*PROTOCOLS)]
-Dtype = Annotated[str, _choice(*DTYPES)]
 VisualTokens = Annotated[int, Field(ge=1, le=MOST_VISUAL_TOKENS)]
-
-
-def option(default: Any, help: str) -> Any:
-    """A field with its help."""
-    return Field(default, description=help)
+# Options of several commands, with their help.
+SIZE_HELP = "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b"
+Size = Annotated[str, AfterValidator(check_size), Field(description=SIZE_HELP)]
+Dtype = Annotated[str, _choice(*DTYPES), Field(description="bfloat16, float16 or float32")]
+RecordsPath = Annotated[
+    PathText, Field(description="the records file, .jsonl; by default under outputs/")
+]
 
 
 class Options(BaseModel):
     """The options of one command. A wrong value raises BadInput with the valid ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
@@ -153,13 +149,19 @@ class Options(BaseModel):
         except ValidationError as error:
             raise BadInput(_message(cls, error.errors()[0])) from None
 
+    @property
+    def models(self) -> list[str]:
+        """The names of the variants, for a command on `model`."""
+        return listed(self.model)  # type: ignore[attr-defined]
 
-EXPECTED = {
-    "bool": "True or False",
-    "int": "a whole number",
-    "float": "a number",
-    "string": "a text",
-}
+    @property
+    def memory_budgets(self) -> list[Card]:
+        """The cards to fit, for a command on `cards`."""
+        return [find_card(card) for card in listed(self.cards)]  # type: ignore[attr-defined]
+
+
+KINDS = {"bool": "True or False", "int": "a whole number", "float": "a number", "string": "a text"}
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def _message(options: type[Options], error: ErrorDetails) -> str:
@@ -170,26 +172,15 @@ def _message(options: type[Options], error: ErrorDetails) -> str:
     if isinstance(cause, BadInput):
         text = str(cause).replace("unknown value", f"unknown {name}", 1)
         return f"{name} {text}" if text.startswith("must be") else text
-    kind = next((text for key, text in EXPECTED.items() if error["type"].startswith(key)), "")
+    kind = next((text for key, text in KINDS.items() if error["type"].startswith(key)), "")
     if error["type"].startswith(("greater", "less")):
-        kind = " and ".join(_bounds(options.model_fields[name]))
+        parts, bounds = options.model_fields[name].metadata, BOUNDS.items()
+        limits = [(words, getattr(part, key, None)) for part in parts for key, words in bounds]
+        kind = " and ".join(f"{words} {bound}" for words, bound in limits if bound is not None)
     expected = kind or error["msg"].removeprefix("Input should be ")
     default = options.model_fields[name].default
     hint = RAW if kind == "a text" else ""
     return f"{name} must be {expected}, such as {default!r}, got {error['input']!r}{hint}"
-
-
-BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-
-
-def _bounds(field: FieldInfo) -> list[str]:
-    """Each bound of a number, such as `at least 1`."""
-    return [
-        f"{words} {getattr(part, name)}"
-        for part in field.metadata
-        for name, words in BOUNDS.items()
-        if hasattr(part, name)
-    ]
 
 
 Checked = TypeVar("Checked", bound=Options)
@@ -231,67 +222,55 @@ def takes(options: type[Checked]) -> Callable[[Callable[[Checked], Any]], Callab
 class SweepOptions(Options):
     """Options of `sweep`. `size`, `workload` and `execution` take several values: a matrix."""
 
-    model: Several = option(
+    model: Several = Field(
         "awq",
-        "base, awq, an AutoRound scheme such as W8A16, a checkpoint folder or a hub id; several "
-        "are interleaved: base,awq",
+        description="base, awq, an AutoRound scheme such as W8A16, a checkpoint folder or a hub "
+        "id; several are interleaved: base,awq",
     )
-    batch_sizes: BatchSizes = option(
-        "auto", "such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages"
-    )
-    size: Annotated[Several, _each(check_size)] = option(
-        "auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b"
-    )
-    workload: Annotated[Several, _each(partial(one_of, "value", valid=WORKLOADS))] = option(
-        "queries", "queries or pages"
-    )
-    texts: Annotated[str, _choice(*TEXTS)] = option(
-        "report", "queries: report (the report's formula) or natural (several lengths)"
-    )
-    visual_tokens: VisualTokens = option(
-        VISUAL_TOKENS, "pages: the budget of an image, in visual tokens of 32 x 32 pixels"
-    )
-    pages: PathText = option(
-        "", "pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"
-    )
-    loaders: BatchSizes = option(
-        "none", "pages: also time them from disk to disk, read by so many processes, such as 1,8"
-    )
-    weights: Weights = option(
-        "auto", "auto (tiny: built in, else the hub), hub, random, or a folder"
-    )
-    execution: Annotated[Several, _each(partial(one_of, "value", valid=EXECUTIONS))] = option(
-        "eager", "eager (transformers' forward) or fast (fused, length buckets, CUDA graphs)"
-    )
-    kernel: str = option(
+    batch_sizes: BatchSizes = "auto"  # type: ignore[assignment]
+    """such as 8,16; auto is 8 to 256 queries, or 1,2,4 pages"""
+    size: Annotated[Several, _each(check_size)] = Field("auto", description=SIZE_HELP)
+    workload: Annotated[Several, _each(partial(one_of, "value", valid=WORKLOADS))] = "queries"
+    """queries or pages"""
+    texts: Annotated[str, _choice(*TEXTS)] = "report"
+    """queries: report (the report's formula) or natural (several lengths)"""
+    visual_tokens: VisualTokens = VISUAL_TOKENS
+    """pages: the budget of an image, in visual tokens of 32 x 32 pixels"""
+    pages: PathText = ""
+    """pages: a folder, an image or a PDF; else synthetic A4 pages, or WIDTHxHEIGHT pixels"""
+    loaders: BatchSizes = "none"  # type: ignore[assignment]
+    """pages: also time them from disk to disk, read by so many processes, such as 1,8"""
+    weights: Weights = "auto"
+    """auto (tiny: built in, else the hub), hub, random, or a folder"""
+    execution: Annotated[Several, _each(partial(one_of, "value", valid=EXECUTIONS))] = "eager"
+    """eager (transformers' forward) or fast (fused, length buckets, CUDA graphs)"""
+    kernel: str = Field(
         "auto",
-        "kernel of packed weights: auto, torch, ark, tritonv2, marlin, humming; fast: also int4, "
-        "and with 8-bit activations fp8, w4-fp8, w4-int8",
+        description="kernel of packed weights: auto, torch, ark, tritonv2, marlin, humming; fast: "
+        "also int4, and with 8-bit activations fp8, w4-fp8, w4-int8",
     )
-    protocol: Protocol = option(
-        "lean", "lean (no KV cache, last output released) or published (as the report was made)"
-    )
-    configuration: Several = option(
-        "", "several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL"
-    )
-    control: bool = option(False, "A/A control: time the first model twice; both must be the same")
-    dtype: Dtype = option("bfloat16", "bfloat16, float16 or float32")
-    card: Annotated[str, BeforeValidator(str)] = option(
-        "", "find the largest batch under the memory of this card (GB or a GPU's name)"
-    )
-    output: PathText = option("", "the records file, .jsonl; by default under outputs/")
-    fresh: bool = option(False, "measure again what is on file")
-    min_steps: Annotated[int, Field(ge=0)] = option(
-        0, "fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"
-    )
-    max_s: Annotated[float, Field(gt=0)] = option(
-        3.0, "seconds to time a cell, once every batch was timed"
-    )
-    on: Annotated[str, _choice("here", "ray")] = option(
-        "here", "here, or ray: over a Ray cluster, one task per size, workload and execution"
-    )
-    accelerator: Several = option("", "ray: GPU types to measure on, such as A100,L4")
-    address: str = option("", "ray: the cluster's address; by default RAY_ADDRESS, else auto")
+    protocol: Protocol = "lean"
+    """lean (no KV cache, last output released) or published (as the report was made)"""
+    configuration: Several = ""
+    """several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL"""
+    control: bool = False
+    """A/A control: time the first model twice; both must be the same"""
+    dtype: Dtype = "bfloat16"
+    card: Annotated[str, BeforeValidator(str)] = ""
+    """find the largest batch under the memory of this card (GB or a GPU's name)"""
+    output: RecordsPath = ""
+    fresh: bool = False
+    """measure again what is on file"""
+    min_steps: Annotated[int, Field(ge=0)] = 0
+    """fewest timed steps of a cell; 0 is 10 for queries, 6 for pages"""
+    max_s: Annotated[float, Field(gt=0)] = 3.0
+    """seconds to time a cell, once every batch was timed"""
+    on: Annotated[str, _choice("here", "ray")] = "here"
+    """here, or ray: over a Ray cluster, one task per size, workload and execution"""
+    accelerator: Several = ""
+    """ray: GPU types to measure on, such as A100,L4"""
+    address: str = ""
+    """ray: the cluster's address; by default RAY_ADDRESS, else auto"""
 
     def model_post_init(self, _: Any) -> None:
         names, workloads = self.models, self.workload.split(",")
@@ -311,11 +290,6 @@ class SweepOptions(Options):
             raise BadInput("give configuration, or execution, protocol and kernel, not both")
         self.configurations("cpu")  # checks each configuration
         self.memory_budget  # noqa: B018  (checks the card's name)
-
-    @property
-    def models(self) -> list[str]:
-        """The names of the variants."""
-        return listed(self.model)
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -378,114 +352,110 @@ def _configuration(text: str, variant: str, dtype: str, device: str) -> Configur
 class PlanOptions(Options):
     """Options of `plan`."""
 
-    model: Several = option("base,awq", "base, awq, a scheme such as W8A16, a folder, or several")
-    batch_sizes: BatchSizes = option("8,16,32,64,128,256,512", "such as 8,512")
-    size: Annotated[str, _choice(*SIZES)] = option("4b", "tiny, mid, 4b, 8b")
-    cards: Cards = option("8,12,16,24", "memory in GB or GPUs by name: 8,RTX 4070")
-    protocol: Protocol = option("lean", "lean or published")
-    kernel: str = option(
+    model: Several = "base,awq"
+    """base, awq, a scheme such as W8A16, a folder, or several"""
+    batch_sizes: BatchSizes = "8,16,32,64,128,256,512"  # type: ignore[assignment]
+    """such as 8,512"""
+    size: Size = "auto"
+    """auto (a folder's own, else 4b), tiny, mid, 4b, 8b"""
+    cards: Cards = "8,12,16,24"
+    """memory in GB or GPUs by name: 8,RTX 4070"""
+    protocol: Protocol = "lean"
+    """lean or published"""
+    kernel: str = Field(
         "tritonv2",
-        "kernel of packed weights: tritonv2, torch, humming, fused (such as marlin); fast: also "
-        "int4, fp8",
+        description="kernel of packed weights: tritonv2, torch, humming, fused (such as marlin); "
+        "fast: also int4, fp8",
     )
-    dtype: Dtype = option("bfloat16", "bfloat16, float16 or float32")
-    workload: Annotated[str, _choice(*WORKLOADS)] = option("queries", "queries or pages")
-    visual_tokens: VisualTokens = option(VISUAL_TOKENS, "pages: the budget of an image")
-    tokens: Annotated[int, Field(ge=0)] = option(
-        0, "tokens of every item; 0 is the report's queries, or A4 pages"
-    )
-    execution: Annotated[str, _choice(*EXECUTIONS)] = option("eager", "eager or fast")
-
-    @property
-    def models(self) -> list[str]:
-        """The names of the variants."""
-        return listed(self.model)
-
-    @property
-    def memory_budgets(self) -> list[Card]:
-        """The cards to fit."""
-        return [find_card(card) for card in listed(self.cards)]
+    dtype: Dtype = "bfloat16"
+    workload: Annotated[str, _choice(*WORKLOADS)] = "queries"
+    """queries or pages"""
+    visual_tokens: VisualTokens = VISUAL_TOKENS
+    """pages: the budget of an image"""
+    tokens: Annotated[int, Field(ge=0)] = 0
+    """tokens of every item; 0 is the report's queries, or A4 pages"""
+    execution: Annotated[str, _choice(*EXECUTIONS)] = "eager"
+    """eager or fast"""
 
 
 class CompareOptions(Options):
     """Options of `compare`. `base` and `awq` are Results, records files, or `published`."""
 
-    base: Any = option("published", "a records file that holds BASE, or the word published")
-    awq: Any = option("", "a records file of the quantised model; default: the first file")
-    cards: Cards = option("8,12,16,24", "memory budgets in GB, or GPUs by name")
-
-    @property
-    def memory_budgets(self) -> list[Card]:
-        """The cards to fit."""
-        return [find_card(card) for card in listed(self.cards)]
+    base: Any = "published"
+    """a records file that holds BASE, or the word published"""
+    awq: Any = ""
+    """a records file of the quantised model; default: the first file"""
+    cards: Cards = "8,12,16,24"
+    """memory budgets in GB, or GPUs by name"""
 
 
 class QuantizeOptions(Options):
     """Options of `quantize`."""
 
-    scheme: str = option("W4A16", "an AutoRound scheme: W4A16 (group 128), W8A16, W2A16G32 ...")
-    size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
-    weights: Weights = option(
-        "auto", "the 16-bit weights: auto, hub, random, or a checkpoint folder"
-    )
-    iters: int = option(50, "tuning steps a layer; 0 is plain rounding")
-    samples: int = option(64, "calibration samples")
-    seqlen: int = option(64, "tokens a sample")
-    format: Annotated[str, _choice(*FORMATS)] = option(
-        "auto_round", "the packing: auto_round, auto_gptq, auto_awq"
-    )
-    texts: PathText = option("", "a file of calibration texts, one a line; by default built in")
-    output: PathText = option("", "a new folder; by default outputs/SIZE-SCHEME")
+    scheme: str = "W4A16"
+    """an AutoRound scheme: W4A16 (group 128), W8A16, W2A16G32 ..."""
+    size: Size = "auto"
+    weights: Weights = "auto"
+    """the 16-bit weights: auto, hub, random, or a checkpoint folder"""
+    iters: int = 50
+    """tuning steps a layer; 0 is plain rounding"""
+    samples: int = 64
+    """calibration samples"""
+    seqlen: int = 64
+    """tokens a sample"""
+    format: Annotated[str, _choice(*FORMATS)] = "auto_round"
+    """the packing: auto_round, auto_gptq, auto_awq"""
+    texts: PathText = ""
+    """a file of calibration texts, one a line; by default built in"""
+    output: PathText = ""
+    """a new folder; by default outputs/SIZE-SCHEME"""
 
 
 class FidelityOptions(Options):
     """Options of `fidelity`."""
 
-    model: Several = option("awq", "awq, a scheme such as W8A16, a folder, a hub id, or several")
-    data: Annotated[PathText, AfterValidator(_data)] = option(
-        "generated", "generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"
-    )
-    size: Size = option("auto", "auto (4b with a CUDA GPU, else tiny), tiny, mid, 4b, 8b")
-    weights: Weights = option("auto", "BASE's weights: auto, hub, or a checkpoint folder")
-    iters: int = option(50, "tuning steps a layer of schemes quantised here; 0: rounding alone")
-    plain: bool = option(False, "also measure each scheme rounded without tuning")
-    formats: Several = option(
-        "", "index formats to add: int8, binary, hamming, float16, poolN, dimsN, or joined by -"
-    )
-    margin: Annotated[float, Field(gt=0, lt=1)] = option(
-        0.01, "the smallest difference that counts, in each metric's unit"
-    )
-    queries: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
-    pages: Annotated[int, Field(ge=0)] = option(0, "how many at most; 0 means all")
-    visual_tokens: VisualTokens = option(VISUAL_TOKENS, "the budget of a page")
-    output: PathText = option("", "the records file, .jsonl; by default under outputs/")
-
-    @property
-    def models(self) -> list[str]:
-        """The names of the variants."""
-        return listed(self.model)
+    model: Several = "awq"
+    """awq, a scheme such as W8A16, a folder, a hub id, or several"""
+    data: Annotated[PathText, AfterValidator(_data)] = "generated"
+    """generated (synthetic pages), vidore:NAME, or a folder in BEIR layout"""
+    size: Size = "auto"
+    weights: Weights = "auto"
+    """BASE's weights: auto, hub, or a checkpoint folder"""
+    iters: int = 50
+    """tuning steps a layer of schemes quantised here; 0: rounding alone"""
+    plain: bool = False
+    """also measure each scheme rounded without tuning"""
+    formats: Several = ""
+    """index formats to add: int8, binary, hamming, float16, poolN, dimsN, or joined by -"""
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """the smallest difference that counts, in each metric's unit"""
+    queries: Annotated[int, Field(ge=0)] = 0
+    """how many at most; 0 means all"""
+    pages: Annotated[int, Field(ge=0)] = 0
+    """how many at most; 0 means all"""
+    visual_tokens: VisualTokens = VISUAL_TOKENS
+    """the budget of a page"""
+    output: RecordsPath = ""
 
 
 class SearchOptions(Options):
     """Options of `search_times`."""
 
-    formats: Several = option(
-        "bfloat16,int8,binary",
-        "index formats: bfloat16, float16, int8, binary, hamming, poolN, dimsN, or joined by -",
-    )
-    pages: BatchSizes = option(
-        "auto", "such as 1000,10000; auto is 1000 to 50000 on a GPU, 30 to 300 else"
-    )
-    queries: BatchSizes = option("1,64", "queries at once, such as 1,64")
-    vectors: Annotated[int, Field(ge=0)] = option(
-        0, "vectors a page; 0 is 1260 on a GPU, as an A4 page has, and 88 else"
-    )
-    dims: Annotated[int, Field(ge=1, le=4096)] = option(320, "values a vector")
-    query_tokens: Annotated[int, Field(ge=1, le=4096)] = option(20, "vectors a query")
-    kernel: Several = option(
-        "auto", "auto, triton (a CUDA GPU) or torch; both are interleaved: triton,torch"
-    )
-    max_s: Annotated[float, Field(gt=0)] = option(1.0, "seconds to time a search")
-    output: PathText = option(
-        "", "the records file, .jsonl; by default search-times.jsonl under outputs/"
-    )
+    formats: Several = "bfloat16,int8,binary"
+    """index formats: bfloat16, float16, int8, binary, hamming, poolN, dimsN, or joined by -"""
+    pages: BatchSizes = "auto"  # type: ignore[assignment]
+    """such as 1000,10000; auto is 1000 to 50000 on a GPU, 30 to 300 else"""
+    queries: BatchSizes = "1,64"  # type: ignore[assignment]
+    """queries at once, such as 1,64"""
+    vectors: Annotated[int, Field(ge=0)] = 0
+    """vectors a page; 0 is 1260 on a GPU, as an A4 page has, and 88 else"""
+    dims: Annotated[int, Field(ge=1, le=4096)] = 320
+    """values a vector"""
+    query_tokens: Annotated[int, Field(ge=1, le=4096)] = 20
+    """vectors a query"""
+    kernel: Several = "auto"
+    """auto, triton (a CUDA GPU) or torch; both are interleaved: triton,torch"""
+    max_s: Annotated[float, Field(gt=0)] = 1.0
+    """seconds to time a search"""
+    output: PathText = ""
+    """the records file, .jsonl; by default search-times.jsonl under outputs/"""

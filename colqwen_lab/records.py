@@ -7,14 +7,13 @@ comparing records never imports torch. Files hold bytes and seconds; screens sho
 from __future__ import annotations
 
 import codecs
-import itertools
 import math
 import os
 import re
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, Self, TypeVar
@@ -34,8 +33,9 @@ from pydantic import (
 )
 
 from colqwen_lab import report_script
-from colqwen_lab.errors import BadInput, LabError, MissingRequirement, ambiguous, plain, shown
-from colqwen_lab.settings import locked, regular_file
+from colqwen_lab.errors import BadInput, MissingRequirement, ambiguous, plain, shown
+from colqwen_lab.sampling import alike, interval_rank
+from colqwen_lab.settings import append, end_last_line, locked, regular_file, writing
 
 MIB = 2**20
 # The fewest samples that give a 99th percentile.
@@ -136,9 +136,10 @@ class Workload(Value):
     """The batches of a cell. `tokens` is the padded length of the longest batch.
 
     `padded_share` is the share of all tokens that is padding. For pages: `visual_tokens` is the
-    budget, `distinct` the number of different pages, `skipped` the number of unreadable pages,
-    `index_bytes` the embeddings of one page, `preprocess_s` the time to read and process one page,
-    outside the step. `shapes` numbers the shape of each batch: batches of one number cost the same.
+    budget, `distinct` the number of different pages, `skipped` the number of pages, files and
+    folders that are not read, `index_bytes` the embeddings of one page, `preprocess_s` the time to
+    read and process one page, outside the step. `shapes` numbers the shape of each batch: batches
+    of one number cost the same.
     """
 
     kind: Literal["queries", "pages"]
@@ -293,7 +294,7 @@ class EndToEnd(Value):
 class Energy(Value):
     """Joules an item by the driver's counter, over `seconds` of steps without a pause.
 
-    `idle_w` is the power in watts of the GPU with the model loaded and no work.
+    `idle_w` is the power in watts of the GPU before the models were loaded.
     """
 
     joules_per_item: Measured
@@ -507,34 +508,6 @@ class Cell(Row):
         )
 
 
-def alike(step_s: Sequence[float], shapes: Sequence[int]) -> list[float]:
-    """Step times as if every batch were an average one: their median is the rate of the whole set.
-
-    `shapes` numbers the shape of each batch, in their order. The time of a shape is its median;
-    steps that deviate from its mean show the noise. A few large batches that take most of the time
-    count as fewer samples (Kish's effective sample size). With one sample a shape only the mean is
-    left.
-    """
-    if len(set(shapes)) < 2:
-        return list(step_s)
-    times: dict[int, list[float]] = {}
-    for seconds, shape in zip(step_s, itertools.cycle(shapes), strict=False):
-        times.setdefault(shape, []).append(seconds)
-    typical = {shape: statistics.median(own) for shape, own in times.items()}
-    costs = [typical[shape] for shape in shapes if shape in typical]
-    noise = sorted(
-        (seconds / statistics.fmean(own)) ** math.sqrt(len(own) / (len(own) - 1))  # a fitted mean
-        for own in times.values()
-        if len(own) > 1
-        for seconds in own
-    )
-    effective = len(step_s) * sum(costs) ** 2 / sum(cost**2 for cost in costs) / len(costs)
-    count = min(len(noise), round(effective))
-    kept = [noise[int((place + 0.5) * len(noise) / count)] for place in range(count)] or [1.0]
-    scale = statistics.fmean(costs) / statistics.median(kept)
-    return [scale * each for each in kept]
-
-
 def rate_of(step_s: Sequence[float], items: int, shapes: Sequence[int] = ()) -> Rate:
     """Items per second of `items` a step: the median and its 95 % interval from order statistics.
 
@@ -542,23 +515,10 @@ def rate_of(step_s: Sequence[float], items: int, shapes: Sequence[int] = ()) -> 
     samples give no interval. Batches of several `shapes` are first made `alike`.
     """
     times = sorted(alike(step_s, shapes))
-    n = len(times)
-    median = statistics.median(times)
-    rank = max(0, n // 2 - 3 * math.isqrt(n))  # six deviations below the half
-    tail = _half_binomial(n, rank)
-    while rank < n and tail <= 0.025:
-        rank += 1
-        tail += _half_binomial(n, rank)
+    median, rank = items / statistics.median(times), interval_rank(len(times))
     if rank == 0:
-        return Rate(median=items / median)
-    return Rate(median=items / median, low=items / times[n - rank], high=items / times[rank - 1])
-
-
-def _half_binomial(n: int, k: int) -> float:
-    """The chance of `k` heads in `n` throws, without the huge integers of math.comb."""
-    return math.exp(
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
-    )
+        return Rate(median=median)
+    return Rate(median=median, low=items / times[-rank], high=items / times[rank - 1])
 
 
 # ---------------------------------------------------------------- reading
@@ -571,9 +531,7 @@ def read_cells(source: str | Path) -> list[Cell]:
 
     Of several rows with one key and environment the newest counts. A torn last line is skipped
     with a warning.
-
-    Raises:
-        BadInput: no such file, or not a records file; the line is named.
+    Raises BadInput if there is no such file, or it is no records file; the line is named.
     """
     if source == PUBLISHED:
         if os.path.exists(PUBLISHED):
@@ -677,25 +635,12 @@ def _fault_of(error: ValidationError) -> str:
 # ---------------------------------------------------------------- writing
 
 
-@contextmanager
-def writing(
-    path: Path, kind: type[LabError] = MissingRequirement, then: str = RESUME
-) -> Iterator[None]:
-    """Around a write: an OSError becomes a one-line `kind`."""
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"cannot write {path}: {error.strerror or error}; {then}") from None
-
-
 class RecordsFile(Generic[R]):
     """An append-only records file, held by one process; a row once written is never changed.
 
     With `progress`, another process that holds the file is waited for.
-
-    Raises:
-        BadInput: not a records file, not writable, or held by another process and no `progress`.
-        MissingRequirement: from `append`, when the disk is full.
+    Raises BadInput for another file, one that is not writable, or is held and no `progress`;
+    `append` raises MissingRequirement when the disk is full.
     """
 
     def __init__(
@@ -716,7 +661,7 @@ class RecordsFile(Generic[R]):
             if self.path.exists():
                 rows, whole = self._read(progress)
                 newest(rows, self.newest)
-                _end_last_line(self.path, whole)
+                end_last_line(self.path, whole)
             self.path.touch()
             self._held = stack.pop_all()
 
@@ -733,9 +678,10 @@ class RecordsFile(Generic[R]):
 
     def append(self, rows: Sequence[R]) -> None:
         """Add `rows`; they are on disk when this returns. A file that was deleted is made anew."""
-        with writing(self.path):
+        with writing(self.path, MissingRequirement, RESUME):
             deleted = not regular_file(self.path, FIRST_ROW).exists()
-            append_lines(self.path, [*self.rows, *rows] if deleted else rows)
+            lines = [row.to_line() for row in ([*self.rows, *rows] if deleted else rows)]
+            append(self.path, "".join(lines).encode())
         newest(rows, self.newest)
 
     def lost(self, rows: Iterable[R]) -> int:
@@ -744,49 +690,16 @@ class RecordsFile(Generic[R]):
         return sum(row.identity() not in held for row in rows)
 
 
-def _end_last_line(path: Path, whole: int) -> None:
-    """Cut what a killed run left of its last line, or give the last row its newline."""
-    with path.open("ab+") as file:
-        file.truncate(whole)
-        file.seek(max(whole - 1, 0))
-        if file.read(1) not in (b"", b"\n"):
-            file.write(b"\n")
-
-
 def _wait_for(path: Path, progress: Callable[[str], None] | None) -> None:
     if progress is None:
         raise BadInput(f"another run writes to {path}; wait for it or name another") from None
     progress(f"another run writes to {path}; waiting for it")
 
 
-def append_lines(path: Path, rows: Iterable[Value]) -> None:
-    """Append whole lines, on disk when this returns; where that fails, none of them."""
-    left = "".join(row.to_line() for row in rows).encode()
-    with path.open("ab", buffering=0) as file:
-        start = file.seek(0, os.SEEK_END)
-        try:
-            while left:
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
-        except OSError:
-            file.truncate(start)
-            raise
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_cells(path: Path, cells: Iterable[Cell]) -> None:
     """Write `cells` to a new records file; one that holds them already stays as it is.
 
-    Raises:
-        BadInput: the file holds other rows, or cannot be written.
+    Raises BadInput if the file holds other rows, or cannot be written.
     """
     cells = list(cells)
     with RecordsFile(path, Cell) as file:

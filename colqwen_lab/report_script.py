@@ -55,8 +55,7 @@ def document_in(path: Path) -> dict[str, Any] | None:
 def cells(document: dict[str, Any]) -> list[dict[str, Any]]:
     """The fields of each cell in a document; it keeps the mean rate only, so there is no interval.
 
-    Raises:
-        BadInput: not a document of the report's script.
+    Raises BadInput if it is not a document of the report's script.
     """
     try:
         return list(_cells(document))

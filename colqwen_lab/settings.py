@@ -15,7 +15,7 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock, Timeout
 
-from colqwen_lab.errors import BadInput, MissingRequirement
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement
 
 PACKAGE = Path(__file__).parent
 DATA = PACKAGE / "data"
@@ -126,6 +126,46 @@ def write_file(path: str | Path, content: str | bytes, like: str) -> Path:
         with suppress(OSError):
             part.unlink()
     return Path(path)
+
+
+@contextmanager
+def writing(path: Path, kind: type[LabError], then: str) -> Iterator[None]:
+    """Around a write: an OSError becomes a one-line `kind` that says what to do `then`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"cannot write {path}: {error.strerror or error}; {then}") from None
+
+
+def append(path: Path, left: bytes) -> None:
+    """Append whole lines, on disk when this returns; where that fails, none of them."""
+    with path.open("ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(start)
+            raise
+
+
+def end_last_line(path: Path, whole: int) -> None:
+    """Cut what a killed run left of its last line, or give the last row its newline."""
+    with path.open("ab+") as file:
+        file.truncate(whole)
+        file.seek(max(whole - 1, 0))
+        if file.read(1) not in (b"", b"\n"):
+            file.write(b"\n")
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-PROGRAMS = ("colqwen-lab", "benchmark.py")
 received: list[int] = []
 
 
@@ -29,7 +28,7 @@ def interrupt(number: int, _: Any) -> None:
 
 
 def _end_now(number: int, _: Any) -> None:
-    os.write(2, f"{program}: stopped\n".encode())
+    os.write(2, b"colqwen-lab: stopped\n")
     os._exit(128 + number)
 
 
@@ -57,8 +56,7 @@ def deferred() -> Iterator[None]:
 
 
 # While the program imports its libraries there is nothing to clean up.
-program = os.path.basename("".join(sys.orig_argv[1:2]))
-if sys.argv[0] == "-m" and "colqwen_lab" in sys.orig_argv:
-    program = "colqwen-lab"
-if program in PROGRAMS:
+if os.path.basename("".join(sys.orig_argv[1:2])) == "colqwen-lab" or (
+    sys.argv[0] == "-m" and "colqwen_lab" in sys.orig_argv
+):
     listen(_end_now)

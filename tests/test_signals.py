@@ -34,7 +34,6 @@ def test_a_signal_waits_until_the_block_ends(number: int) -> None:
     ("program", "code", "line"),
     [
         ("colqwen-lab", 143, "colqwen-lab: stopped\n"),
-        ("benchmark.py", 143, "benchmark.py: stopped\n"),
         ("notebook", -signal.SIGTERM, ""),
     ],
 )

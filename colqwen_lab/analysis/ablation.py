@@ -6,20 +6,20 @@ execution fast with 16-bit activations and kernel auto.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from colqwen_lab import analysis
-from colqwen_lab.analysis.render import interval, rounded, screen, span
-from colqwen_lab.analysis.speed import Speed, speed_sentences, speeds
+from colqwen_lab.analysis.render import by_batch, interval, rounded, screen, span
+from colqwen_lab.analysis.speed import Speed, speed_grid, speed_sentences, speeds
 from colqwen_lab.analysis.table import Pair, Results, Series, few, limit_of, rate
 from colqwen_lab.errors import BadInput
 from colqwen_lab.options import listed
-from colqwen_lab.records import rate_of
+from colqwen_lab.records import Cell, rate_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,9 +56,10 @@ def speed_table(results: Results) -> pd.DataFrame:
 
     8-bit configurations of base compare with 16-bit base.
     """
-    plain = {s.first.settings(): s for s in _sixteen_bit(results) if s.variant == "base"}
-    pairs = {_name(s): (plain.get(s.first.settings(), s), s) for s in results.series()}
-    return _columns({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}, _percent)
+    every = results.series()
+    plain = {s.first.settings(): s for s in _sixteen_bit(every) if s.variant == "base"}
+    pairs = {_name(s): (plain.get(s.first.settings(), s), s) for s in every}
+    return _grid({name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}, _percent)
 
 
 def ablation(results: Results) -> pd.DataFrame:
@@ -69,12 +70,12 @@ def ablation(results: Results) -> pd.DataFrame:
     absence could gain.
     """
     pairs = {_change("all", pair): pair for pair in _first_and_best(results).values()}
-    for pair in combinations(_sixteen_bit(results), 2):
+    for pair in combinations(_sixteen_bit(results.series()), 2):
         both = [series.first.configuration for series in pair]
         changed = [k for k, name in CHANGES.items() if len({getattr(c, name) for c in both}) > 1]
         if both[0].variant == both[1].variant and len(changed) == 1:
             pairs[_change(changed[0], pair)] = pair
-    table = _columns(pairs, _times)
+    table = _grid(pairs, _times)
     padded = results.to_frame().groupby("batch_size")["padded_share"].max() * 100
     return table.assign(**{"padded tokens, %": padded.round(2)}) if len(table) else table
 
@@ -84,14 +85,13 @@ def shares(results: Results) -> pd.DataFrame:
 
     Needs cells with their work: `lab.predictions(results).results`. 8-bit has no measured limit.
     """
-    columns: dict[str, dict[int, float]] = {}
+    columns = defaultdict[str, dict[int, float]](dict)
     for series in results.series():
         for batch, cell in series.rated.items():
             limit, origin = limit_of(cell, cell.work)
             if limit:
-                share = round(100 * rate(cell) / limit, 1)
-                columns.setdefault(f"{_name(series)} ({origin})", {})[batch] = share
-    return _table(columns)
+                columns[f"{_name(series)} ({origin})"][batch] = round(100 * rate(cell) / limit, 1)
+    return by_batch(columns)
 
 
 def eight_bits(results: Results) -> pd.DataFrame:
@@ -108,7 +108,7 @@ def eight_bits(results: Results) -> pd.DataFrame:
 
 def controls(results: Results) -> pd.DataFrame:
     """A table of texts: the second timing of a model against its first in %, one row a batch."""
-    return _columns(_twins(results), _percent)
+    return _grid(_twins(results), _percent)
 
 
 def speed_plot(results: Results) -> Figure:
@@ -142,18 +142,18 @@ def verdict(results: Results) -> str:
     return " ".join(parts) or "The run holds one configuration a variant."
 
 
-def _sixteen_bit(results: Results) -> list[Series]:
-    return [series for series in results.series() if not series.first.configuration.eight_bit]
+def _sixteen_bit(every: Iterable[Series]) -> list[Series]:
+    return [series for series in every if not series.first.configuration.eight_bit]
 
 
 def _first_and_best(results: Results) -> dict[str, Pair]:
     """The first and the best 16-bit configuration of each variant that has both."""
     ends: dict[str, Pair] = {}
-    for series in _sixteen_bit(results):
+    for series in _sixteen_bit(results.series()):
         first, best = ends.get(series.variant, (series, series))
         fast = (series.first.execution, series.first.backend.requested) == ("fast", "auto")
         ends[series.variant] = first, series if fast else best
-    return {variant: pair for variant, pair in ends.items() if pair[0] != pair[1]}
+    return {variant: pair for variant, pair in ends.items() if pair[0] is not pair[1]}
 
 
 def _speed_lines(results: Results) -> dict[str, Pair]:
@@ -168,24 +168,19 @@ def _speed_lines(results: Results) -> dict[str, Pair]:
 
 def _twins(results: Results) -> dict[str, Pair]:
     """Each series that was timed twice, with its second timing."""
-    pairs = {}
-    for series in results.series():
-        again = []
-        for cell in filter(lambda cell: cell.control_s, series.cells):
-            second = {"items_per_s": rate_of(cell.control_s, cell.batch_size, cell.workload.shapes)}
-            again.append(cell.model_copy(update=second | {"step_s": cell.control_s}))
-        if again:
-            pairs[_name(series)] = series, Series(series.label, tuple(again))
-    return pairs
+    again = {
+        s: tuple(_second(cell) for cell in s.cells if cell.control_s) for s in results.series()
+    }
+    return {_name(s): (s, Series(s.label, cells)) for s, cells in again.items() if cells}
 
 
-def _columns(pairs: dict[str, Pair], show: Callable[[Speed], str]) -> pd.DataFrame:
-    """One row a batch, a column a pair: its speed as `show` has it."""
-    return _table({name: {s.batch_size: show(s) for s in speeds(*p)} for name, p in pairs.items()})
+def _second(cell: Cell) -> Cell:
+    rate = rate_of(cell.control_s, cell.batch_size, cell.workload.shapes)
+    return cell.model_copy(update={"items_per_s": rate, "step_s": cell.control_s})
 
 
-def _table(columns: dict[str, dict[int, Any]]) -> pd.DataFrame:
-    return screen(pd.DataFrame(columns).sort_index().rename_axis("batch"))
+def _grid(pairs: dict[str, Pair], show: Callable[[Speed], str]) -> pd.DataFrame:
+    return speed_grid({name: speeds(*pair) for name, pair in pairs.items()}, show)
 
 
 def _percent(speed: Speed) -> str:

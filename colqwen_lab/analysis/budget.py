@@ -16,7 +16,10 @@ from colqwen_lab.analysis.render import mib
 from colqwen_lab.analysis.speed import Recommendation, Speed, differences, recommend, speed_ratio
 from colqwen_lab.analysis.table import Pair, Series, memory_of, peak, rate
 from colqwen_lab.hardware import USABLE_SHARE, fit_of, need_bytes, usable
-from colqwen_lab.records import GIB, Cell
+from colqwen_lab.records import GIB, MIB, Cell
+
+#: Every card holds models with lower peaks: what lies outside torch is larger.
+SMALL = 100 * MIB
 
 
 class Budget(NamedTuple):
@@ -72,6 +75,16 @@ def _fit(series: Series, card_gb: float) -> dict[str, Any]:
         "best_items_per_s": best and rate(best),
         "note": note,
     }
+
+
+def obstacle(pair: Pair) -> str:
+    """Why memory budgets do not apply to these models; empty where they do."""
+    if differences(pair[0].cells, pair[1].cells):
+        return "the two sides were not measured under the same conditions"
+    if not all(series.rated and series.sized for series in pair):
+        return "one side has no row with a rate and a peak"
+    small = all(peak(cell) < SMALL for series in pair for cell in series.sized.values())
+    return "every card holds models this small" if small else ""
 
 
 def budgets(pair: Pair) -> list[Budget]:

@@ -10,8 +10,6 @@ import shutil
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,14 +18,14 @@ import pandas as pd
 from colqwen_lab import analysis
 from colqwen_lab.analysis import budget, render
 from colqwen_lab.analysis.claims import claims
-from colqwen_lab.analysis.render import escape, in_mib, rounded
+from colqwen_lab.analysis.render import escape, rounded
 from colqwen_lab.analysis.speed import (
     FEWEST_SAMPLES,
     Recommendation,
-    Speed,
     batches,
     differences,
     same_batch,
+    speed_grid,
     speed_sentences,
     speeds,
 )
@@ -36,15 +34,16 @@ from colqwen_lab.analysis.table import (
     Results,
     Series,
     conditions,
-    kernels,
-    peak,
+    disturbed,
+    frame,
+    on_screen,
     pick,
     random_weights,
-    rate,
     unit,
+    value,
 )
 from colqwen_lab.errors import BadInput, one_of
-from colqwen_lab.records import GIB, MIB, Cell, published_cells
+from colqwen_lab.records import GIB, Cell, published_cells
 from colqwen_lab.settings import write_file
 
 if TYPE_CHECKING:
@@ -52,87 +51,55 @@ if TYPE_CHECKING:
 
 CARDS_GB = (8, 12, 16, 24)
 MOST_PLACES = 50
-#: Every card holds models with lower peaks: what lies outside torch is larger.
-SMALL = 100 * MIB
 CLAIMS = "The report's claims against its own rows"
 #: Sections that only the Markdown report has.
 DETAILS = ("Test environment", "Batch size sweep", CLAIMS)
+#: What the figures do not show, in the order of the report.
+CAVEATS = {
+    "published": "These figures come from the report; they were not measured here.",
+    "predicted": "These figures are predictions; they were not measured.",
+    "differing": "No verdict on speed: the two sides differ in {differing}.",
+    "disturbed": "{disturbed} cells were disturbed: no verdict on their speed.",
+    "few": f"Some rates have no interval: fewer than {FEWEST_SAMPLES} samples.",
+    "methods": "Peaks come from tracked tensors and from the CUDA allocator.",
+    "assumed": "Memory outside torch was not measured: 200 to 700 MB are assumed in what fits.",
+    "on_cpu": "Some rates come from a CPU and say nothing about a GPU.",
+    "apart": "The two were not interleaved: a drift between the runs looks like a difference.",
+    "random": "Random weights: the embeddings mean nothing.",
+    "uneven": "Measured were {uneven}: largest batches are of these.",
+}
 Block: TypeAlias = pd.DataFrame | list[str]
 
 
-@dataclass(frozen=True, repr=False)
 class Comparison:
     """`awq` against `base`: `.text()`, `.to_dict()`, `.markdown()`, `.plot()`, and tables.
 
     A place is a device, size, workload, execution and protocol. `places` holds a comparison each;
-    `base`, `awq`, `speeds`, `rows` and the like are of the first place.
+    everything else is of the first place: the series `base` and `awq`, the `speeds` at every shared
+    batch, `rows` as in `same_batch`, `cards` as in `card_fits`, the `budgets` at which a largest
+    batch changes, or why there are none (`no_budgets`), and the `crossover` from which base is at
+    least as fast, if any.
     """
 
-    pairs: dict[str, Pair]
-    cards_gb: tuple[float, ...] = CARDS_GB
-    skipped: tuple[str, ...] = ()
-
-    @cached_property
-    def places(self) -> dict[str, Comparison]:
-        """Place to its comparison."""
-        if len(self.pairs) == 1:
-            return dict.fromkeys(self.pairs, self)
-        return {name: Comparison({name: pair}, self.cards_gb) for name, pair in self.pairs.items()}
-
-    @property
-    def pair(self) -> Pair:
-        """Base and awq of the first place."""
-        return next(iter(self.pairs.values()))
-
-    @property
-    def base(self) -> Series:
-        """The series of base at the first place."""
-        return self.pair[0]
-
-    @property
-    def awq(self) -> Series:
-        """The series compared with base at the first place."""
-        return self.pair[1]
-
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        """The cells of both sides."""
-        return self.base.cells + self.awq.cells
-
-    @cached_property
-    def speeds(self) -> tuple[Speed, ...]:
-        """The speed at every shared batch."""
-        return speeds(*self.pair)
-
-    @cached_property
-    def rows(self) -> pd.DataFrame:
-        """One row a batch size: see `same_batch`."""
-        return same_batch(self.pair, self.speeds)
-
-    @cached_property
-    def cards(self) -> pd.DataFrame:
-        """One row a card and side: see `card_fits`."""
-        return budget.card_fits(self.pair, self.cards_gb)
-
-    @cached_property
-    def budgets(self) -> list[budget.Budget]:
-        """The memory budgets at which a largest batch changes; empty if `no_budgets`."""
-        return [] if self.no_budgets else budget.budgets(self.pair)
-
-    @cached_property
-    def no_budgets(self) -> str:
-        """Why memory budgets do not apply to these models; empty where they do."""
-        if differences(self.base.cells, self.awq.cells):
-            return "the two sides were not measured under the same conditions"
-        if not all(series.rated and series.sized for series in self.pair):
-            return "one side has no row with a rate and a peak"
-        small = all(peak(cell) < SMALL for s in self.pair for cell in s.sized.values())
-        return "every card holds models this small" if small else ""
-
-    @property
-    def crossover(self) -> dict[str, Any]:
-        """A dict of the memory from which base is at least as fast, or empty."""
-        return budget.find_crossover(self.budgets)
+    def __init__(
+        self,
+        pairs: dict[str, Pair],
+        cards_gb: tuple[float, ...] = CARDS_GB,
+        skipped: tuple[str, ...] = (),
+    ) -> None:
+        self.pairs, self.cards_gb, self.skipped = pairs, cards_gb, skipped
+        self.pair = next(iter(pairs.values()))
+        self.base, self.awq = self.pair
+        self.cells = self.base.cells + self.awq.cells
+        self.speeds = speeds(*self.pair)
+        self.rows = same_batch(self.pair, self.speeds)
+        self.cards = budget.card_fits(self.pair, cards_gb)
+        self.no_budgets = budget.obstacle(self.pair)
+        self.budgets = [] if self.no_budgets else budget.budgets(self.pair)
+        self.crossover = budget.find_crossover(self.budgets)
+        self.places = dict.fromkeys(pairs, self)
+        if len(pairs) > 1:
+            self.places = {where: Comparison({where: p}, cards_gb) for where, p in pairs.items()}
 
     def claims_table(self) -> pd.DataFrame:
         """The report's claims, what its rows say, whether each follows; empty for other rows."""
@@ -147,45 +114,31 @@ class Comparison:
             f"{self.base.label} {what}": rows["base_items_per_s"].map(rounded),
             f"{self.awq.label} {what}": rows["awq_items_per_s"].map(rounded),
             "speed vs base, %": [row.shown for row in self.speeds],
-            "verdict": ["no verdict" if row.reason else row.verdict for row in self.speeds],
+            "verdict": [row.outcome for row in self.speeds],
             "memory saved, %": rows["saving_percent"].round(1),
         }
         return render.screen(columns)
 
     def card_table(self) -> pd.DataFrame:
         """One row a card and side: does it fit, the largest batch, its rate and peak, headroom."""
-        names = {"card_gb": "GB", "label": "variant", "verdict": "verdict", "batch_size": "batch"}
-        names |= {"items_per_s": unit(self.base.first), "peak_bytes": "peak MiB"}
-        names |= {"headroom_bytes": "headroom MiB", "note": "note"}
-        table = self.cards.reindex(columns=[*names])
-        forms = {"items_per_s": rounded, "peak_bytes": in_mib, "headroom_bytes": in_mib}
-        figures = {n: table[n].astype(float).map(form, "ignore") for n, form in forms.items()}
-        return render.screen(table.assign(**figures).rename(columns=names))
+        names = ["card_gb", "label", "verdict", "batch_size", "items_per_s"]
+        names += ["peak_bytes", "headroom_bytes", "note"]
+        table = on_screen(self.cards.reindex(columns=names), names)
+        return table.rename(columns={"items/s": unit(self.base.first)})
 
     def side_by_side(self) -> pd.DataFrame:
         """One row a batch, a column a place: the speed vs base in percent, with its verdict."""
-        columns: dict[str, dict[int, str]] = {}
-        for where, place in self.places.items():
-            rows = [(row, "no verdict" if row.reason else row.verdict) for row in place.speeds]
-            columns[where] = {row.batch_size: f"{row.percent:+.1f} % {says}" for row, says in rows}
-        return render.screen(pd.DataFrame(columns).sort_index().rename_axis("batch"))
+        columns = {where: place.speeds for where, place in self.places.items()}
+        return speed_grid(columns, lambda row: f"{row.percent:+.1f} % {row.outcome}")
 
     def place_table(self) -> pd.DataFrame:
         """One row a place and variant: the largest batch, its rate and peak, and what failed."""
-        rows = [
-            {
-                "where": where,
-                "variant": series.variant,
-                "batch": largest.batch_size,
-                "items/s": rounded(rate(largest)),
-                "peak MiB": largest.memory and in_mib(peak(largest)),
-                "not ok": ", ".join(f"{cell.batch_size} {cell.status}" for cell in series.failed),
-            }
-            for where, place in self.places.items()
-            for series in place.pair
-            for largest in [*series.rated.values()][-1:]
-        ]
-        return render.screen(rows)
+        rows = [(w, s) for w, place in self.places.items() for s in place.pair if s.rated]
+        failed = [", ".join(f"{c.batch_size} {c.status}" for c in s.failed) for _, s in rows]
+        cells = frame([*series.rated.values()][-1] for _, series in rows)
+        table = on_screen(cells, ["variant", "batch_size", "items_per_s", "peak_bytes"])
+        table.insert(0, "where", [where for where, _ in rows])
+        return render.screen(table.assign(**{"not ok": failed}))
 
     @property
     def recommendations(self) -> tuple[Recommendation, ...]:
@@ -215,14 +168,17 @@ class Comparison:
         return [Recommendation("awq", f"{sentence}.")]
 
     @property
-    def _crossover_sentence(self) -> str:
+    def crossover_sentence(self) -> str:
+        """From which memory and batch sizes on base is at least as fast, or why there is none."""
         base, awq, steps = self.base.label, self.awq.label, self.budgets
         if reasons := [step.speed.reason for step in steps if step.speed and step.speed.reason]:
             return f"No verdict on a crossover: {reasons[0]}."
         if start := self.crossover:
             free = f"with {start['need_bytes'] / GIB:.1f} GiB or more free"
-            rates = f"The median rate of {base} is at least that of {awq}"
-            return f"{rates} {free}, each at its largest batch."
+            rates = f"The median rate of {base} is at least that of {awq} {free}"
+            other = f"batch {size}" if (size := start["awq_batch_size"]) else "none"
+            sizes = f"There {base} runs batch {start['base_batch_size']}, and {awq} {other}."
+            return f"{rates}, each at its largest batch. {sizes}"
         faster = f"{awq} is faster where every row fits"
         if steps and steps[-1].outcome == "inconclusive":
             faster = "no significant difference where every row fits"
@@ -233,57 +189,38 @@ class Comparison:
         if len(self.pairs) > 1:
             return "\n".join(f"{where}: {place.verdict()}" for where, place in self.places.items())
         rows = [*self._saving, *speed_sentences(self.base.label, self.awq.label, self.speeds)]
-        return " ".join([*(row.sentence for row in rows), self._crossover_sentence])
+        return " ".join([*(row.sentence for row in rows), self.crossover_sentence])
 
     @property
     def caveats(self) -> tuple[str, ...]:
         """What the figures do not show."""
         cells, base, awq = self.cells, self.base.rated, self.awq.rated
-        origins = {cell.origin for cell in cells}
-        differing = "; ".join(differences(self.base.cells, self.awq.cells))
-        disturbed = sum(bool(cell.disturbed) for cell in cells)
-        few = [c for c in cells if c.status == "ok" and len(c.step_s) < FEWEST_SAMPLES]
-        methods = {cell.memory.method == "tracked" for cell in cells if cell.memory}
-        on_cpu = [cell for cell in cells if cell.environment.cpu and not cell.environment.gpu]
+        memories = [cell.memory for cell in cells if cell.memory]
         timings = [(base[b].variant, c.timing) for b, c in awq.items() if b in base and c.timing]
-        apart = [1 for variant, timing in timings if variant not in timing.interleaved_with]
-        sentences: list[tuple[Any, str]] = [
-            (
-                "published" in origins,
-                "These figures come from the report; they were not measured here.",
-            ),
-            ("predicted" in origins, "These figures are predictions; they were not measured."),
-            (differing, f"No verdict on speed: the two sides differ in {differing}."),
-            (
-                disturbed,
-                f"{disturbed} of {len(cells)} cells were disturbed: no verdict on their speed.",
-            ),
-            (few, f"Some rates have no interval: fewer than {FEWEST_SAMPLES} samples."),
-            (len(methods) > 1, "Peaks come from tracked tensors and from the CUDA allocator."),
-            (
-                not on_cpu and None in {cell.memory.device_bytes for cell in cells if cell.memory},
-                "Memory outside torch was not measured: 200 to 700 MB are assumed in what fits.",
-            ),
-            (on_cpu, "Some rates come from a CPU and say nothing about a GPU."),
-            (
-                apart,
-                "The two were not interleaved: a drift between the runs looks like a difference.",
-            ),
-            (any(map(random_weights, cells)), "Random weights: the embeddings mean nothing."),
-        ]
-        largest = [max(series.sized, default=0) for series in self.pair]
-        ends = " and ".join(
-            f"{series.label} up to batch {most}"
-            for series, most in zip(self.pair, largest, strict=True)
-        )
-        uneven = largest[0] != largest[1] and f"Measured were {ends}: largest batches are of these."
-        sentences.append((uneven, str(uneven)))
+        on_cpu = any(cell.environment.cpu and not cell.environment.gpu for cell in cells)
+        largest = {series.label: max(series.sized, default=0) for series in self.pair}
+        ends = " and ".join(f"{label} up to batch {most}" for label, most in largest.items())
+        facts: dict[str, Any] = {
+            **{cell.origin: True for cell in cells},
+            "differing": "; ".join(differences(self.base.cells, self.awq.cells)),
+            "disturbed": disturbed(cells) and f"{disturbed(cells)} of {len(cells)}",
+            "few": any(c.status == "ok" and len(c.step_s) < FEWEST_SAMPLES for c in cells),
+            "methods": len({memory.method == "tracked" for memory in memories}) > 1,
+            "assumed": not on_cpu and None in {memory.device_bytes for memory in memories},
+            "on_cpu": on_cpu,
+            "apart": any(variant not in timing.interleaved_with for variant, timing in timings),
+            "random": any(map(random_weights, cells)),
+            "uneven": ends if len({*largest.values()}) > 1 else "",
+        }
         failed = [
             f"{series.label} batch {c.batch_size}: {c.status}, {c.reason or 'no reason recorded'}."
             for series in self.pair
             for c in series.failed
         ]
-        return (*(sentence for holds, sentence in sentences if holds), *failed)
+        return (
+            *(text.format(**facts) for name, text in CAVEATS.items() if facts.get(name)),
+            *failed,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON: schema 2, and the parts of each place."""
@@ -366,15 +303,15 @@ class Comparison:
             yield (f"{title}: {where}" if several else title,)
             yield "Overview", [conditions(place.cells)]
             machines = {series.label: _machine(series.first) for series in place.pair}
-            environment = pd.DataFrame(machines).dropna(how="all").rename_axis("Parameter")
-            yield "Test environment", environment
+            table = pd.DataFrame(machines).dropna(how="all").rename_axis("Parameter")
+            yield "Test environment", table
             yield "Batch size sweep", Results(place.cells).table()
             notes = ["Rates are those of the device above, not those of a smaller card."]
             if len(place.cards) and place.cards["note"].any():
                 notes += ["A note is the smallest measured batch that does not fit, and its peak."]
             yield "Memory-constrained scenarios", place.card_table(), notes
             yield "Comparison at the same batch size", place.speed_table()
-            yield "Crossover", [place._crossover_sentence]
+            yield "Crossover", [place.crossover_sentence]
             yield "Recommendations", [row.sentence for row in place.recommendations]
             yield "Caveats", list(place.caveats)
             if len(table := place.claims_table()):
@@ -384,12 +321,11 @@ class Comparison:
         """A figure: speed, throughput, memory (`cards=(8, 12)` in GB), tradeoff or roofline."""
         plots, several = analysis.plots, len(self.pairs) > 1
         one_of("plot", kind, ["speed", *plots.KINDS])
-        if kind == "speed" and not several:
-            return plots.speed_vs_base(self)
         cells = tuple(cell for place in self.places.values() for cell in place.cells)
         series = Results(cells).series() if several else self.pair
         if kind == "speed":
-            lines = {where: place.speeds for where, place in self.places.items()}
+            places = self.places if several else {self.awq.label: self}
+            lines = {name: place.speeds for name, place in places.items()}
             return plots.speed_lines(series, lines)
         cards = {"cards": self.cards_gb} if kind == "memory" else {}
         return plots.KINDS[kind](series, **cards | options)
@@ -401,7 +337,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _machine(cell: Cell) -> dict[str, Any]:
-    parts = {"weights": cell.weights, "kernels": kernels(cell)}
+    parts = {"weights": cell.weights, "kernels": value(cell, "kernels_used")}
     return parts | cell.environment.model_dump(exclude={"gpu_memory_bytes", "host_memory_bytes"})
 
 
@@ -424,11 +360,8 @@ def compare(base: Results, awq: Results, cards: Sequence[float] = CARDS_GB) -> C
     skipped = []
     for place, name in list(names.items())[:MOST_PLACES]:
         ours, theirs = (side.get(place, Results(())) for side in sides)
-        plain = [
-            series
-            for series in ours.series()
-            if series.variant == "base" and not series.first.configuration.eight_bit
-        ]
+        bases = [series for series in ours.series() if series.variant == "base"]
+        plain = [series for series in bases if not series.first.configuration.eight_bit]
         others = [series for series in theirs.series() if series.variant != "base"]
         if len(plain) == 1 and others:
             for other in others:

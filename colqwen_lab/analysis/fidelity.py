@@ -9,18 +9,17 @@ Lippman-Hand 1983).
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap
 
 from colqwen_lab import analysis
 from colqwen_lab.analysis import render
-from colqwen_lab.analysis.speed import MOST_SAMPLES
+from colqwen_lab.analysis.speed import bootstrapped
 from colqwen_lab.analysis.table import Results, device, peak, rate, unit
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.retrieval.record import NAMES, Fidelity, read
@@ -37,8 +36,7 @@ CLOSENESS = ("overlap@5", "Kendall's tau", "score error")  # columns of the tabl
 LITTLE = 0.1  # below this mean nDCG@5 of base there is little to lose
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """One metric of a variant and of base: both means, their difference and its 95 % interval.
 
     same: the interval is within the margin. worse, better: the difference is at least the margin
@@ -83,12 +81,8 @@ def loss(base: Fidelity, record: Fidelity, metric: str, margin: float = MARGIN) 
         change = "No query changed" if abs(mean) < 1e-9 else "All queries changed alike"
         bound = f"rule out a {100 * max(-low, high):.0f} % loss"
         reason = f"{change}; {count} queries are too few to {bound}."
-    elif count > MOST_SAMPLES:  # a resample would take gigabytes; the mean of so many is normal
-        half = 1.96 * float(changes.std(ddof=1)) / math.sqrt(count)
-        low, high = mean - half, mean + half
     else:
-        sampled = bootstrap((changes,), np.mean, n_resamples=2000, method="percentile", rng=0)
-        low, high = map(float, sampled.confidence_interval)
+        low, high = bootstrapped((changes,), np.mean)
     if low is not None and high is not None:
         if -margin <= low and high <= margin:
             verdict, reason = "same", ""
@@ -147,21 +141,18 @@ class Fidelities:
 
     def table(self) -> pd.DataFrame:
         """One row a variant: bytes, nDCG@5 and its loss, closeness to base's scores, speed."""
+        indexed = any(record.index_format for record in self.records)
         rows = []
         for record in self.records:
             speed = record.pages_per_s
-            closeness = {name: np.mean(record.values[name]) for name in CLOSENESS}
             row = {"variant": record.label, "weights MiB": render.in_mib(record.weights_bytes)}
-            if record.page_bytes and any(other.index_format for other in self.records):
+            if indexed and record.page_bytes:
                 row |= {"index kB a page": render.rounded(record.page_bytes / 1000)}
-            row |= self.ndcg(record) | closeness
-            row |= {
-                "page cosine, median": record.page_cosine.median,
-                "page cosine, min": record.page_cosine.least,
-                "pages/s": render.rounded(speed.median) if speed else None,
-                "kernel": ", ".join(record.backend.engaged),
-            }
-            rows.append(row)
+            row |= self.ndcg(record) | {name: np.mean(record.values[name]) for name in CLOSENESS}
+            row |= {"page cosine, median": record.page_cosine.median}
+            row |= {"page cosine, min": record.page_cosine.least}
+            row |= {"pages/s": speed and render.rounded(speed.median)}
+            rows.append(row | {"kernel": ", ".join(record.backend.engaged)})
         return render.screen(pd.DataFrame(rows).round(4))
 
     def ndcg(self, record: Fidelity) -> dict[str, Any]:
@@ -173,10 +164,12 @@ class Fidelities:
     def losses(self, label: str = "") -> pd.DataFrame:
         """One row a metric of one variant: both means, the difference with interval and verdict."""
         record = self.pick(label)
-        rows = self.all_losses(record)
-        table = pd.DataFrame(map(asdict, rows)).round(4).drop(columns=["low", "high"])
-        table.insert(4, "95 % interval", [row.interval for row in rows])
-        return render.screen(table.rename(columns={"variant": record.label}))
+        table = pd.DataFrame(self.all_losses(record)).round(4)
+        intervals = [loss.interval for loss in self.all_losses(record)]
+        table = table.assign(low=intervals).drop(columns="high")
+        return render.screen(
+            table.rename(columns={"variant": record.label, "low": "95 % interval"})
+        )
 
     def cosines(self) -> pd.DataFrame:
         """Two rows a variant: cosines of its query and page token embeddings to base's."""
@@ -193,16 +186,15 @@ class Fidelities:
         The bytes are those of the weights, or with `index` those of a stored page.
         """
         sign = -1 if one_of("metric", metric, NAMES) in LOWER_IS_BETTER else 1
-        score = {record.label: sign * np.mean(record.values[metric]) for record in self.records}
-        sizes = {
-            record.label: record.page_bytes or 0 if index else record.weights_bytes
-            for record in self.records
-            if index or not record.index_format
-        }
-        records = [record for record in self.records if record.label in sizes]
+        size = attrgetter("page_bytes" if index else "weights_bytes")
+        records = [r for r in self.records if (r.page_bytes if index else not r.index_format)]
+
+        def score(record: Fidelity) -> float:
+            return sign * float(np.mean(record.values[metric]))
+
         frontier: list[Fidelity] = []
-        for record in sorted(records, key=lambda r: (sizes[r.label], -score[r.label])):
-            if not frontier or score[record.label] > score[frontier[-1].label]:
+        for record in sorted(records, key=lambda record: (size(record), -score(record))):
+            if not frontier or score(record) > score(frontier[-1]):
                 frontier.append(record)
         return frontier
 
@@ -249,21 +241,16 @@ class Fidelities:
         for record in self.others:
             ndcg, overlap = (self.loss(record, metric) for metric in ("nDCG@5", "overlap@5"))
             difference = f"{ndcg.difference:+.3f} {ndcg.interval}".rstrip()
-            match ndcg.verdict:
-                case "same":
-                    finds, difference = "finds pages as well as base", f"within {self.margin:g}"
-                case "inconclusive":
-                    finds = "against base is inconclusive"
-                case verdict:
-                    finds = f"finds pages {verdict} than base"
+            finds = f"finds pages {ndcg.verdict} than base"
+            if ndcg.verdict == "same":
+                finds, difference = "finds pages as well as base", f"within {self.margin:g}"
+            elif ndcg.verdict == "inconclusive":
+                finds = "against base is inconclusive"
             means = f"nDCG@5 {ndcg.variant:.4f} against {ndcg.base:.4f}"
-            saved, what = (
-                100 - 100 * record.weights_bytes / self.base.weights_bytes,
-                "its weights are",
-            )
+            what, share = "its weights are", record.weights_bytes / self.base.weights_bytes
             if record.index_format and record.page_bytes and self.base.page_bytes:
-                saved = 100 - 100 * record.page_bytes / self.base.page_bytes
-                what = "its index is"
+                what, share = "its index is", record.page_bytes / self.base.page_bytes
+            saved = 100 - 100 * share
             sentences += [
                 f"{record.label} {finds}: {means}, difference {difference}.",
                 ndcg.reason,
@@ -278,7 +265,7 @@ class Fidelities:
         variants = [
             record.model_dump(by_alias=True, exclude=per_query)
             | {"label": record.label, "queries": len(record.query_ids)}
-            | {"losses": list(map(asdict, self.all_losses(record)))}
+            | {"losses": [loss._asdict() for loss in self.all_losses(record)]}
             | {"pages_per_s": speed.median if (speed := record.pages_per_s) else None}
             for record in self.records
         ]
@@ -303,17 +290,12 @@ def side_by_side(results: Results, fidelities: Fidelities) -> pd.DataFrame:
     records = {(record.variant, record.size): record for record in plain}
     rows = []
     for series in results.series():
-        cell = max((cell for cell in series.rated.values() if cell.memory), key=rate, default=None)
-        if cell is None:
-            continue
-        row: dict[str, Any] = {
-            "variant": series.label,
-            "batch": cell.batch_size,
-            unit(cell): render.rounded(rate(cell)),
-            "peak MiB": render.in_mib(peak(cell)),
-        }
-        if record := records.get((cell.variant, cell.size)):
-            same = "same" if cell.weights == record.weights else "different"
-            row |= fidelities.ndcg(record) | {"weights": same}
-        rows.append(row)
+        sized = [cell for cell in series.rated.values() if cell.memory]
+        for cell in sorted(sized, key=rate, reverse=True)[:1]:
+            row = {"variant": series.label, "batch": cell.batch_size}
+            row |= {unit(cell): render.rounded(rate(cell)), "peak MiB": render.in_mib(peak(cell))}
+            if record := records.get((cell.variant, cell.size)):
+                same = "same" if cell.weights == record.weights else "different"
+                row |= fidelities.ndcg(record) | {"weights": same}
+            rows.append(row)
     return render.screen(pd.DataFrame(rows).round(4))

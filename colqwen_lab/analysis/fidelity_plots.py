@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from colqwen_lab.analysis.fidelity import Fidelities
+from colqwen_lab.analysis.fidelity import Fidelities, Loss
 from colqwen_lab.analysis.plots import (
     FIXED,
     FREE,
@@ -40,17 +40,14 @@ def frontier(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
     title = f"{metric} compared with base, by weight size"
     figure, axes = framed(title, fidelities.conditions(), 5.2)
     band(axes, fidelities.margin, f"±{fidelities.margin:g}: the margin")
-    best = {record.weights_bytes / MIB: record for record in fidelities.frontier(metric)}
-    heights = [fidelities.loss(record, metric).difference for record in best.values()]
-    label = "frontier: nothing smaller is as good"
-    axes.plot([*best], heights, "--", color="0.5", linewidth=1, label=label)
+    best = fidelities.frontier(metric)
+    _frontier(axes, {r.weights_bytes / MIB: fidelities.loss(r, metric).difference for r in best})
     named = []
     for record in (each for each in fidelities.records if not each.index_format):
         row, x = fidelities.loss(record, metric), record.weights_bytes / MIB
         number = 0 if record is fidelities.base else 2 if record.iters == 0 else 1
         label, look = [*KINDS_OF_WEIGHTS.items()][number]
-        rows = [(row.difference, row.low, row.high, row.verdict)]
-        difference_line(axes, [x], rows, look, label=label, linestyle="")
+        difference_line(axes, {x: _point(row)}, look, label=label, linestyle="")
         if number < 2:
             named.append((x, max(row.difference, row.high or -1), record.label, look[0]))
     axes.margins(x=0.08, y=0.1)
@@ -79,9 +76,8 @@ def metrics(fidelities: Fidelities, label: str = "") -> Figure:
     losses = fidelities.all_losses(record)
     figure, axes = framed(f"{record.label} compared with base", fidelities.conditions())
     band(axes, fidelities.margin, f"±{fidelities.margin:g}: the margin")
-    rows = [(loss.difference, loss.low, loss.high, loss.verdict) for loss in losses]
-    difference_line(axes, range(len(rows)), rows, FIXED["awq"], linestyle="")
-    axes.set_xticks(range(len(rows)), [loss.metric for loss in losses], fontsize=8)
+    difference_line(axes, dict(enumerate(map(_point, losses))), FIXED["awq"], linestyle="")
+    axes.set_xticks(range(len(losses)), [loss.metric for loss in losses], fontsize=8)
     axes.set_ylabel("difference to base, mean over queries")
     return legend(figure, axes)
 
@@ -105,14 +101,12 @@ def index(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
         beside = 1.03 ** [*variants].index(record.variant)
         x = beside * (record.page_bytes or 0) / 1000
         points[record.label] = x, float(np.mean(record.values[metric]))
-    line = [points[record.label] for record in best]
-    label = "frontier (labelled): nothing smaller is as good"
-    axes.plot(*zip(*line, strict=True), "--", color="0.5", linewidth=1, label=label)
+    _frontier(axes, dict(points[record.label] for record in best))
     for record in records:
         row, colour = fidelities.loss(record, metric), variants[record.variant]
         ends = [None if end is None else row.base + end for end in (row.low, row.high)]
         style = {"color": colour, "marker": formats[record.index_format], "linestyle": ""}
-        intervals(axes, points[record.label][:1], [(row.variant, *ends)], **style)
+        intervals(axes, {points[record.label][0]: (row.variant, *ends)}, **style)
     for variant, colour in variants.items():
         axes.plot([], [], "-", color=colour, linewidth=5, label=variant)
     for form, marker in formats.items():
@@ -125,6 +119,15 @@ def index(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
     named = [(*points[r.label], r.label, variants[r.variant]) for r in best]
     row_of_labels(axes, named, 0.72)
     return legend(figure, axes)
+
+
+def _point(loss: Loss) -> tuple[Any, ...]:
+    return loss.difference, loss.low, loss.high, loss.verdict
+
+
+def _frontier(axes: Axes, points: dict[float, float]) -> None:
+    label = "frontier: nothing smaller is as good"
+    axes.plot([*points], [*points.values()], "--", color="0.5", linewidth=1, label=label)
 
 
 KINDS: dict[str, Callable[..., Figure]] = {"frontier": frontier, "index": index, "metrics": metrics}

@@ -25,14 +25,10 @@ def search_times(times: SearchTimes) -> Figure:
         last = line.records[-1]
         colour, marker = looks[last.index_format]
         style = {"color": colour, "marker": marker, "label": line.label}
-        points = [
-            tuple(
-                1000 / rate if rate else None for rate in (r.rate.median, r.rate.high, r.rate.low)
-            )
-            for r in line.records
-        ]
+        rates = {r.pages: (r.rate.median, r.rate.high, r.rate.low) for r in line.records}
+        points = {x: [1000 / rate if rate else None for rate in own] for x, own in rates.items()}
         dash = dashes[last.queries, last.kernel]
-        intervals(axes, [r.pages for r in line.records], points, linestyle=dash, **style)
+        intervals(axes, points, linestyle=dash, **style)
         if line.million_s:
             ends = [last.pages, 10**6], [1000 / last.rate.median, 1000 * line.million_s]
             axes.plot(*ends, ":", color=colour, linewidth=1, label="dotted: extrapolated")

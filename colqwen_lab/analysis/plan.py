@@ -119,11 +119,6 @@ class Predictions:
         return [(cell, twin) for cell, twin in both if cell.memory]
 
     @property
-    def cells(self) -> Results:
-        """The predicted cells."""
-        return Results(tuple(twin for _, twin in self.pairs if twin))
-
-    @property
     def results(self) -> Results:
         """The measured cells with the work and the memory breakdown of their prediction.
 

@@ -6,6 +6,7 @@ readers); further series of a variant are dashed. The subtitle names where the d
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
@@ -22,7 +23,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
-from colqwen_lab.analysis.compare import CARDS_GB, Comparison
+from colqwen_lab.analysis.compare import CARDS_GB
 from colqwen_lab.analysis.plan import breakdown_table
 from colqwen_lab.analysis.speed import SAME_PERCENT, Speed, differences
 from colqwen_lab.analysis.table import (
@@ -83,41 +84,35 @@ class Plot(Figure):
 
 def throughput(series: Sequence[Series]) -> Figure:
     """A figure of items per second by batch size, with the 95 % interval of each median."""
-    figure, axes = _by_batch(series, "Throughput by batch size", _rate)
+    figure, axes = _by_batch(series, "Throughput by batch size", _rates)
     axes.set_ylim(bottom=0)
     return legend(figure, axes)
 
 
-def speed_vs_base(comparison: Comparison) -> Figure:
-    """A figure of the speed vs base by batch size, in %, with intervals; negative = slower."""
-    base, other = series = (comparison.base, comparison.awq)
-    title = f"Speed of {other.label} vs {base.label} at the same batch size"
-    if differences(base.cells, other.cells):
-        title = f"Not a comparison (conditions differ):\n{title}"
-    figure = speed_lines(series, {other.label: comparison.speeds}, title)
-    (axes,) = figure.axes
-    for speed in comparison.speeds:
-        end, offset = (speed.low, -15) if speed.percent < 0 else (speed.high, 8)
-        at = speed.batch_size, speed.percent if end is None else end
-        _note(axes, f"{speed.percent:+.1f}", at, (0, offset), ha="center")
-    axes.margins(y=0.15)
-    return figure
+def speed_lines(series: Sequence[Series], lines: Mapping[str, Sequence[Speed]]) -> Figure:
+    """A figure of speeds vs base by batch size, in %, a line for each of the named `lines`.
 
-
-def speed_lines(
-    series: Sequence[Series],
-    lines: Mapping[str, Sequence[Speed]],
-    title: str = "Speed vs base at the same batch size",
-) -> Figure:
-    """A figure of speeds vs base by batch size, in %, a line for each of the named `lines`."""
+    A single line has its figures written to it; `series` are then base and the other.
+    """
+    title = "Speed vs base at the same batch size"
+    if single := len(lines) == 1:
+        base, other = series
+        title = f"Speed of {other.label} vs {base.label} at the same batch size"
+        if differences(base.cells, other.cells):
+            title = f"Not a comparison (conditions differ):\n{title}"
     figure, axes = _by_batch(series, title)
     axes.set_ylabel("speed vs base, % (negative = slower)")
     band(axes, SAME_PERCENT, f"±{SAME_PERCENT:g} %: not significant")
     free = cycle(FREE)
     for label, speeds in lines.items():
-        look = FIXED.get(label) or next(free)
-        rows = [(speed.percent, speed.low, speed.high, speed.verdict) for speed in speeds]
-        difference_line(axes, [speed.batch_size for speed in speeds], rows, look, label=label)
+        points = {row.batch_size: (row.percent, row.low, row.high, row.verdict) for row in speeds}
+        difference_line(axes, points, FIXED.get(label) or next(free), label=label)
+        for batch, (percent, low, high, _) in points.items() if single else ():
+            end, offset = (low, -15) if percent < 0 else (high, 8)
+            at = batch, percent if end is None else end
+            note(axes, f"{percent:+.1f}", at, (0, offset), ha="center")
+    if single:
+        axes.margins(y=0.15)
     return legend(figure, axes)
 
 
@@ -127,26 +122,29 @@ def memory(series: Sequence[Series], cards: Iterable[str | float] = ()) -> Figur
     `cards` are GB or GPU names, by default the usual sizes. Those more than 20 times above the
     largest peak are skipped: they would flatten the lines.
     """
-    figure, axes = _by_batch(series, "Peak memory by batch size", _peak)
+    figure, axes = _by_batch(series, "Peak memory by batch size", _peaks)
     top = 20 * axes.dataLim.ymax
     for card in map(find_card, cards or CARDS_GB):
         if (height := card.nominal_bytes / MIB) <= top:
             axes.axhline(height, color="0.4", linestyle=(0, (4, 3)), linewidth=1)
-            look = {"xycoords": ("axes fraction", "data"), "ha": "right", "color": "0.3"}
-            _note(axes, f"{card.name} card", (1, height), (-4, 3), **look)
+            look: dict[str, Any] = {
+                "xycoords": ("axes fraction", "data"),
+                "ha": "right",
+                "color": "0.3",
+            }
+            note(axes, f"{card.name} card", (1, height), (-4, 3), **look)
     axes.set(ylim=(0, None), ylabel="peak memory, MiB")
     return legend(figure, axes)
 
 
 def tradeoff(series: Sequence[Series]) -> Figure:
     """A figure of items per second by peak memory in MiB; labels are batch sizes."""
-    figure, axes = _framed(series, "Throughput by peak memory")
+    figure, axes = _framed("Throughput by peak memory", _cells(series))
     for line, style in _styles(series):
-        cells = [cell for cell in line.rated.values() if cell.memory]
-        axes.plot([peak(cell) / MIB for cell in cells], [rate(cell) for cell in cells], **style)
-        for cell in cells:
-            at = peak(cell) / MIB, rate(cell)
-            _note(axes, str(cell.batch_size), at, (6, -9), color=style["color"])
+        points = {batch: peak(cell) / MIB for batch, cell in line.sized.items() if cell.items_per_s}
+        axes.plot([*points.values()], [rate(line.rated[batch]) for batch in points], **style)
+        for batch, x in points.items():
+            note(axes, str(batch), (x, rate(line.rated[batch])), (6, -9), color=style["color"])
     axes.set(ylim=(0, None), xlabel="peak memory, MiB (labels: batch size)")
     axes.margins(x=0.08)
     return legend(figure, axes)
@@ -164,7 +162,7 @@ def roofline(series: Sequence[Series]) -> Figure:
             "a roofline needs the work of a step and a known GPU; plot the predictions of such rows"
         )
     title = f"Throughput under the roofline (limits: {' and '.join(origins)})"
-    figure, axes = _by_batch(series, title, _rate)
+    figure, axes = _by_batch(series, title, _rates)
     for (line, style), roof in zip(_styles(series), roofs, strict=True):
         wide: dict[str, Any] = {"color": style["color"], "linewidth": 6, "alpha": 0.12}
         heights = [limit or np.nan for limit, _ in roof.values()]
@@ -182,18 +180,15 @@ def plain_ticks(axis: Axis) -> None:
 
 def breakdown(cells: Sequence[Cell]) -> Figure:
     """A figure with stacked bars: the parts of each peak, and memory outside torch, in MiB."""
-    figure, axes = framed("Memory breakdown of the peaks", subtitle(cells))
+    figure, axes = _framed("Memory breakdown of the peaks", cells)
     table = breakdown_table(cells).drop(["peak", "on the card"], errors="ignore")
-    groups = [
-        next((name for name in PARTS if part.startswith(name)), "other") for part in table.index
-    ]
-    sizes = table.groupby(groups).sum().reindex(PARTS).dropna()
-    bottoms = sizes.cumsum() - sizes
-    for name in sizes.index:
-        look: dict[str, Any] = {"color": PARTS[name], "edgecolor": "0.4", "linewidth": 0.5}
-        bars = range(len(cells)), sizes.loc[name], 0.6, bottoms.loc[name]
-        axes.bar(*bars, label=name, **look)
-    names = [column.rstrip(")").replace(" (", "\n").replace(", ", "\n") for column in table.columns]
+    groups = table.index.str.extract(f"^({'|'.join(PARTS)})", expand=False).fillna("other")
+    sizes = table.groupby(groups.to_numpy()).sum().reindex(PARTS).dropna()
+    look: dict[str, Any] = {"width": 0.6, "edgecolor": "0.4", "linewidth": 0.5}
+    for name, bottom in (sizes.cumsum() - sizes).iterrows():
+        own = {"bottom": bottom, "color": PARTS[name], "label": name}
+        axes.bar(range(len(cells)), sizes.loc[name], **look, **own)
+    names = [re.sub(r" \(|, ", "\n", column).rstrip(")") for column in table.columns]
     axes.set_xticks(range(len(cells)), names, fontsize=8)
     axes.set_ylabel("memory, MiB")
     return legend(figure, axes)
@@ -236,12 +231,6 @@ def framed(title: str, subtitle: str, height: float = 4.8) -> tuple[Figure, Axes
     return figure, axes
 
 
-def subtitle(cells: Sequence[Cell]) -> str:
-    """Origin, device, size, workload and configuration of cells, and how many were disturbed."""
-    count = disturbed(cells)
-    return conditions(cells) + (f" · {count} of {len(cells)} cells disturbed" if count else "")
-
-
 def legend(figure: Figure, axes: Axes) -> Figure:
     """The figure with a legend below the axes, each label once."""
     handles, labels = axes.get_legend_handles_labels()
@@ -252,24 +241,22 @@ def legend(figure: Figure, axes: Axes) -> Figure:
     return figure
 
 
-def intervals(axes: Axes, x: Iterable[float], points: Sequence[Any], **style: Any) -> None:
-    """Plot (value, low, high) points with error bars, where there is an interval."""
-    value, low, high = np.reshape(np.array(points, dtype=float), (-1, 3)).T
+def intervals(axes: Axes, points: Mapping[Any, Any], **style: Any) -> None:
+    """Plot (value, low, high) by x with error bars, where there is an interval."""
+    value, low, high = np.array([*points.values()], dtype=float).reshape(-1, 3).T
     # With few samples a percentile interval may not contain the estimate.
     bars = np.nan_to_num([value - low, high - value]).clip(0)
-    axes.plot([*x], value, **style)
-    axes.errorbar([*x], value, bars, fmt="none", ecolor=style["color"], capsize=3, zorder=1)
+    axes.plot([*points], value, **style)
+    axes.errorbar([*points], value, bars, fmt="none", ecolor=style["color"], capsize=3, zorder=1)
 
 
-def difference_line(
-    axes: Axes, x: Sequence[float], rows: Sequence[Any], look: tuple[str, str], **style: Any
-) -> None:
-    """Plot (value, low, high, verdict) rows; markers of significant differences are filled."""
-    colour, marker = look
-    points = [row[:3] for row in rows]
-    intervals(axes, x, points, color=colour, marker=marker, mfc="white", **style)
-    filled = [row[0] if row[3] not in ("inconclusive", "same") else np.nan for row in rows]
-    axes.plot(x, filled, marker, color=colour, zorder=5)
+def difference_line(axes: Axes, points: Mapping[Any, Any], look: Any, **style: Any) -> None:
+    """Plot (value, low, high, verdict) by x; markers of significant differences are filled."""
+    style |= {"color": look[0], "marker": look[1], "mfc": "white"}
+    intervals(axes, {x: point[:3] for x, point in points.items()}, **style)
+    hollow = ("inconclusive", "same")
+    filled = [np.nan if point[3] in hollow else point[0] for point in points.values()]
+    axes.plot([*points], filled, look[1], color=look[0], zorder=5)
 
 
 def band(axes: Axes, margin: float, label: str) -> None:
@@ -280,24 +267,33 @@ def band(axes: Axes, margin: float, label: str) -> None:
     axes.plot([], [], "o", color="0.3", mfc="white", label=hollow)
 
 
-def _framed(series: Sequence[Series], title: str) -> tuple[Figure, Axes]:
-    cells = [cell for line in few(series) for cell in line.cells]
-    figure, axes = framed(title, subtitle(cells))
+def note(
+    axes: Axes, text: str, at: Any, offset: tuple[int, int], fontsize: int = 8, **look: Any
+) -> None:
+    """Write a small text beside a point, `offset` in points."""
+    axes.annotate(text, at, offset, textcoords="offset points", fontsize=fontsize, **look)
+
+
+def _framed(title: str, cells: Sequence[Cell]) -> tuple[Figure, Axes]:
+    """Axes of rates, under the conditions of the cells and how many of them were disturbed."""
+    count = disturbed(cells)
+    notes = f" · {count} of {len(cells)} cells disturbed" if count else ""
+    figure, axes = framed(title, conditions(cells) + notes)
     axes.set_ylabel(" and ".join(dict.fromkeys(map(unit, cells))))
     return figure, axes
 
 
-def _rate(cell: Cell) -> Any:
-    rate = cell.items_per_s
-    return rate and (rate.median, rate.low, rate.high)
+def _cells(series: Sequence[Series]) -> list[Cell]:
+    return [cell for line in few(series) for cell in line.cells]
 
 
-def _peak(cell: Cell) -> Any:
-    return cell.memory and (cell.memory.peak_bytes / MIB, None, None)
+def _rates(line: Series) -> dict[int, Any]:
+    rates = {batch: cell.items_per_s for batch, cell in line.rated.items()}
+    return {batch: rate and (rate.median, rate.low, rate.high) for batch, rate in rates.items()}
 
 
-def _note(axes: Axes, text: str, at: Any, offset: tuple[int, int], **look: Any) -> None:
-    axes.annotate(text, at, offset, textcoords="offset points", fontsize=8, **look)
+def _peaks(line: Series) -> dict[int, Any]:
+    return {batch: (peak(cell) / MIB, None, None) for batch, cell in line.sized.items()}
 
 
 def _styles(series: Sequence[Series]) -> Iterator[tuple[Series, dict[str, Any]]]:
@@ -312,26 +308,24 @@ def _styles(series: Sequence[Series]) -> Iterator[tuple[Series, dict[str, Any]]]
 
 
 def _by_batch(
-    series: Sequence[Series],
-    title: str,
-    point: Callable[[Cell], Any] | None = None,
+    series: Sequence[Series], title: str, points: Callable[[Series], Any] = lambda _: {}
 ) -> tuple[Figure, Axes]:
-    """Axes over batch sizes, with the (value, low, high) `point` of each cell that has one.
+    """Axes over batch sizes, with the (value, low, high) `points` by batch of each series.
 
     Failed cells are marked on the axis.
     """
-    figure, axes = _framed(series, title)
-    ticks = sorted({cell.batch_size for line in series for cell in line.cells})
+    cells = _cells(series)
+    figure, axes = _framed(title, cells)
+    ticks = sorted({cell.batch_size for cell in cells})
     axes.set(xscale="log", xticks=ticks, xlabel="batch size")
     axes.xaxis.set(minor_locator=NullLocator(), major_formatter=THOUSANDS)
     axis = axes.get_xaxis_transform()
     for number, (line, style) in enumerate(_styles(series)):
-        if point:
-            cells = [cell for cell in line.cells if cell.status == "ok" and point(cell)]
-            intervals(axes, [c.batch_size for c in cells], list(map(point, cells)), **style)
+        if by_batch := points(line):
+            intervals(axes, by_batch, **style)
         for cell in line.failed:
             at, colour = (cell.batch_size, 0.03 + 0.06 * number), style["color"]
             axes.plot(*at, "x", color=colour, transform=axis, clip_on=False, zorder=6)
             text = cell.status.replace("oom", "OOM")
-            _note(axes, text, at, (-6, 0), xycoords=axis, ha="right", va="center", color=colour)
+            note(axes, text, at, (-6, 0), xycoords=axis, ha="right", va="center", color=colour)
     return figure, axes

@@ -6,7 +6,8 @@ import html as markup
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import chain, zip_longest
 from numbers import Number
 from typing import Any
@@ -92,6 +93,11 @@ def screen(rows: Any) -> pd.DataFrame:
     return table.where(table.notna() & (table != ""), MISSING)
 
 
+def by_batch(columns: Mapping[str, Mapping[int, Any]]) -> pd.DataFrame:
+    """Columns of values by batch size to look at: one row a batch."""
+    return screen(pd.DataFrame(columns).sort_index().rename_axis("batch"))
+
+
 def html(frame: pd.DataFrame) -> str:
     """An HTML table, everything in it escaped."""
     table = _strings(frame).map(as_html)
@@ -116,7 +122,7 @@ def text(frame: pd.DataFrame, width: int | None = None) -> str:
 
     Columns of one text throughout are named above the table, empty columns are dropped. A
     table that is too wide even with long cells on several lines continues below, with its first
-    two columns again.
+    two columns again. A word of up to 40 characters stays whole where it fits.
     """
     width = width or shutil.get_terminal_size().columns
     table = _strings(frame)
@@ -127,33 +133,33 @@ def text(frame: pd.DataFrame, width: int | None = None) -> str:
     ]
     above = "; ".join(f"{name}: {table[name][0]}" for name in same if table[name][0] != MISSING)
     names = [name for name in table if name not in same]
-    for longest in (40, 24, 12):
-        widths = {name: len(_lines(table[[name]], longest)[0]) + 2 for name in names}
+    heads = [textwrap.wrap(str(name), 10, break_long_words=False) for name in names]
+    for longest, most in ((40, 40), (24, 40), (12, 40), (12, 12)):
+        body = table[names].map(partial(_wrap, longest=longest, most=most))
+        cells = pd.concat([pd.DataFrame([heads], columns=names), body])
+        sizes = cells.map(lambda lines: max(map(len, lines))).max()
         blocks = [names[:2]]
         for name in names[2:]:
-            if sum(widths[each] for each in [*blocks[-1], name]) > width + 2:
+            if sum(sizes[[*blocks[-1], name]] + 2) > width + 2:
                 blocks.append(names[:2])
             blocks[-1] = [*blocks[-1], name]
-        if len(blocks) == 1:
+        fits = all(sum(sizes[block] + 2) <= width + 2 for block in blocks)
+        if fits and (len(blocks) == 1 or longest == 12):
             break
-    lines = textwrap.wrap(above, width)
+    figures = body.map(lambda lines: all(s == MISSING or FIGURE.match(s) for s in lines)).all()
+    looks = {name: f"{'>' if figures[name] else '<'}{sizes[name]}" for name in names}
+    parts = []
     for block in blocks:
-        lines += [*map(str.rstrip, _lines(table[block], longest)), ""]
-    return printable("\n".join(lines[:-1]))
+        rows = [[*zip_longest(*row, fillvalue="")] for row in cells[block].to_numpy()]
+        rows.insert(1, [tuple("-" * sizes[name] for name in block)])
+        form = "  ".join(f"{{:{looks[name]}}}" for name in block)
+        parts.append("\n".join(form.format(*line).rstrip() for line in chain(*rows)))
+    return printable("\n".join([*textwrap.wrap(above, width), "\n\n".join(parts)]))
 
 
-def _lines(table: pd.DataFrame, longest: int) -> list[str]:
-    """Header, rule and rows, all of one length; cells wrap at `longest` characters."""
-    cells = table.map(lambda cell: textwrap.wrap(cell, longest))
-    heads = [textwrap.wrap(str(name), 10, break_long_words=False) for name in table]
-    header, *body = [[*zip_longest(*row, fillvalue="")] for row in [heads, *cells.to_numpy()]]
-    columns = []
-    for lines in zip(*chain(header, *body), strict=True):
-        head, below, size = lines[: len(header)], lines[len(header) :], max(map(len, lines))
-        figures = all(line in ("", MISSING) or FIGURE.match(line) for line in below)
-        align = ">" if figures else "<"
-        columns.append([f"{line:{align}{size}}" for line in (*head, "-" * size, *below)])
-    return ["  ".join(line) for line in zip(*columns, strict=True)]
+def _wrap(cell: str, longest: int, most: int) -> list[str]:
+    word = max(map(len, re.findall(r"[^\s-]+-?", cell)), default=0)
+    return textwrap.wrap(cell, max(longest, min(word, most)))
 
 
 def _strings(frame: pd.DataFrame) -> pd.DataFrame:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap
 
-from colqwen_lab.analysis.render import interval, span
+from colqwen_lab.analysis.render import by_batch, interval, span
 from colqwen_lab.analysis.table import Pair, Series, peak, rate, value
 from colqwen_lab.records import Cell, alike
 
@@ -19,7 +21,7 @@ SAME_PERCENT = 2.0
 MANY_PERCENT = 300.0
 #: Fewer samples a side give no 95 % interval of a median.
 RESAMPLES, FEWEST_SAMPLES, SEED = 2000, 6, 0
-MOST_SAMPLES = 10_000  # that are resampled
+MOST_SAMPLES = 10_000  # that are resampled at once: more would take gigabytes
 #: What both sides must share before a difference in speed is the variant's: machine and workload.
 MACHINE = ("gpu", "driver", "cuda", "cpu", "threads", "power_limit_w", "torch")
 WORKLOAD = ("texts", "visual_tokens", "dtype")  # for pages, `texts` names the pages
@@ -45,6 +47,11 @@ class Speed(NamedTuple):
     def shown(self) -> str:
         """`-50.8 [-51.2 to -50.1]`."""
         return f"{self.percent:+.1f} {interval(self.low, self.high, sign='+')}".rstrip()
+
+    @property
+    def outcome(self) -> str:
+        """The verdict, or `no verdict` where the figures allow none."""
+        return "no verdict" if self.reason else self.verdict
 
 
 class Recommendation(NamedTuple):
@@ -76,7 +83,7 @@ def speed_ratio(base: Cell, other: Cell) -> Speed:
 
 
 def _interval(base: Cell, other: Cell) -> tuple[float | None, float | None]:
-    """The 95 % bootstrap interval in percent of the ratio of median step times."""
+    """The interval in percent of the ratio of median step times."""
     samples = tuple(alike(cell.step_s, cell.workload.shapes) for cell in (base, other))
     if min(map(len, samples)) < FEWEST_SAMPLES:
         return None, None
@@ -85,17 +92,24 @@ def _interval(base: Cell, other: Cell) -> tuple[float | None, float | None]:
         steps = np.median(ours, axis=axis) / np.median(theirs, axis=axis)
         return 100 * (other.batch_size / base.batch_size * steps - 1)
 
-    if max(map(len, samples)) > MOST_SAMPLES:
-        # A resample would take gigabytes; the rank of its median has a beta distribution.
-        rng, halves = np.random.default_rng(SEED), [(len(each) + 1) / 2 for each in samples]
-        ours, theirs = (
-            np.quantile(each, rng.beta(half, half, RESAMPLES))[:, None]
-            for each, half in zip(samples, halves, strict=True)
-        )
-        low, high = np.percentile(percent(ours, theirs, axis=1), [2.5, 97.5])
-        return float(low), float(high)
-    result = bootstrap(samples, percent, n_resamples=RESAMPLES, method="percentile", rng=SEED)
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    if max(map(len, samples)) <= MOST_SAMPLES:
+        return bootstrapped(samples, percent)
+    # The rank of a resample's median has a beta distribution.
+    rng, halves = np.random.default_rng(SEED), [(len(each) + 1) / 2 for each in samples]
+    ours, theirs = (
+        np.quantile(each, rng.beta(half, half, RESAMPLES))[:, None]
+        for each, half in zip(samples, halves, strict=True)
+    )
+    low, high = np.percentile(percent(ours, theirs, axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrapped(samples: Sequence[Any], statistic: Callable[..., Any]) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of a statistic of independent samples."""
+    batch = math.ceil(RESAMPLES * min(1, MOST_SAMPLES / max(map(len, samples))))
+    how: dict[str, Any] = {"method": "percentile", "batch": batch, "rng": SEED}
+    low, high = bootstrap(samples, statistic, n_resamples=RESAMPLES, **how).confidence_interval
+    return float(low), float(high)
 
 
 def speeds(base: Series, other: Series) -> tuple[Speed, ...]:
@@ -104,10 +118,17 @@ def speeds(base: Series, other: Series) -> tuple[Speed, ...]:
     return tuple(speed_ratio(base.rated[batch], other.rated[batch]) for batch in shared)
 
 
+def speed_grid(
+    columns: Mapping[str, Iterable[Speed]], show: Callable[[Speed], str]
+) -> pd.DataFrame:
+    """One row a batch, a column a name: every speed as `show` has it."""
+    return by_batch({k: {row.batch_size: show(row) for row in rows} for k, rows in columns.items()})
+
+
 def same_batch(pair: Pair, rows: Iterable[Speed]) -> pd.DataFrame:
     """One row a batch size of either side: the speed as in `Speed`, peaks, memory saved."""
-    sized = {f"{side}_peak_bytes": s.sized for side, s in zip(("base", "awq"), pair, strict=True)}
-    peaks = {name: {b: peak(cell) for b, cell in cells.items()} for name, cells in sized.items()}
+    sides = zip(("base_peak_bytes", "awq_peak_bytes"), pair, strict=True)
+    peaks = {side: {b: peak(cell) for b, cell in s.sized.items()} for side, s in sides}
     speed = pd.DataFrame(rows, columns=Speed._fields).set_index("batch_size")
     table = speed.join(pd.DataFrame(peaks, dtype=float), how="outer").rename_axis("batch_size")
     saving = 100 * (1 - table["awq_peak_bytes"] / table["base_peak_bytes"])
@@ -117,17 +138,11 @@ def same_batch(pair: Pair, rows: Iterable[Speed]) -> pd.DataFrame:
 
 def differences(base: Iterable[Cell], other: Iterable[Cell]) -> list[str]:
     """What differs in origin, machine, versions or workload; empty if speeds may be compared."""
-    sides = [
-        [
-            dict(cell.environment) | {name: value(cell, name) for name in ("origin", *WORKLOAD)}
-            for cell in cells
-            if cell.status == "ok"  # another one may not know its dtype
-        ]
-        for cells in (base, other)
-    ]
+    # Only ok cells: others may not know their dtype.
+    sides = [[cell for cell in cells if cell.status == "ok"] for cells in (base, other)]
     differing = []
     for name in ("origin", *MACHINE, *WORKLOAD):
-        values = [{str(row[name] or "not recorded") for row in side} for side in sides]
+        values = [{str(value(cell, name) or "not recorded") for cell in side} for side in sides]
         if len(values[0] | values[1]) > 1:
             both = " against ".join(" and ".join(sorted(side)) for side in values)
             differing.append(f"{name} ({both})")
@@ -136,9 +151,9 @@ def differences(base: Iterable[Cell], other: Iterable[Cell]) -> list[str]:
 
 def speed_sentences(base: str, other: str, rows: Iterable[Speed]) -> list[Recommendation]:
     """A sentence for the batch sizes of each verdict."""
-    groups: dict[tuple[str, str], list[Speed]] = {}
+    groups = defaultdict[tuple[str, str], list[Speed]](list)
     for row in rows:
-        groups.setdefault((row.verdict, row.reason), []).append(row)
+        groups[row.verdict, row.reason].append(row)
     return [
         recommend(group, base, other, f"at {batches(row.batch_size for row in group)}")
         for group in groups.values()
@@ -155,17 +170,12 @@ def recommend(rows: Sequence[Speed], base: str, other: str, where: str) -> Recom
         return Recommendation("either", f"No significant difference {where} {signed}.")
     sizes = [abs(percent) for percent in percents]
     digits = int(min(sizes) < 10)
-    ends = [abs(end) for end in (first.low, first.high) if end is not None]
-    if min(percents) < 0 and ends and max(first.low or 0, first.high or 0) > 0:
-        ends = []  # the interval holds zero
-    within = f" [{span(ends, digits)}]" if ends and len(rows) == 1 else ""
-    what = f"{other} is {span(sizes, digits)} % {first.verdict} than {base}"
+    says = f"{other} is {span(sizes, digits)} % {first.verdict} than {base}"
     if max(sizes) > MANY_PERCENT:
-        times = span((1 + percent / 100 for percent in percents), 1)
-        what, within = f"{other} is {times} times as fast as {base}", ""
-    return Recommendation(
-        "awq" if first.verdict == "faster" else "base", f"{what}{within} {where}."
-    )
+        says = f"{other} is {span((1 + p / 100 for p in percents), 1)} times as fast as {base}"
+    elif len(rows) == 1 and first.low is not None and first.high is not None:
+        says += f" [{span(map(abs, (first.low, first.high)), digits)}]"
+    return Recommendation("awq" if first.verdict == "faster" else "base", f"{says} {where}.")
 
 
 def batches(sizes: Iterable[int]) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from colqwen_lab import analysis
 from colqwen_lab.analysis import render
 from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.hardware import gpu_of
-from colqwen_lab.records import Cell, Environment, Memory, Work, read_cells, write_cells
+from colqwen_lab.records import Cell, Environment, Limits, Memory, Work, read_cells, write_cells
 from colqwen_lab.settings import DATA, write_file
 
 if TYPE_CHECKING:
@@ -36,7 +35,8 @@ def frame(cells: Iterable[Cell]) -> pd.DataFrame:
     """A tidy frame, one row a cell, in raw units; `data/columns.csv` describes its columns."""
     rows = [{column: value(cell, column) for column in PATHS} for cell in cells]
     table = pd.DataFrame(rows, columns=[*PATHS])
-    figures = table.columns.intersection([*ROLES["figure"], *ROLES["page figure"]])
+    numbers = [*ROLES["figure"], *ROLES["page figure"], *ROLES["cost"]]
+    figures = table.columns.intersection(numbers)
     table[figures] = table[figures].apply(pd.to_numeric)
     return table.assign(tokens_per_s=table["items_per_s"] * table["tokens"])
 
@@ -49,14 +49,18 @@ def on_screen(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
         if header.endswith("MiB"):
             columns[header] = raw.astype(float).map(render.in_mib, "ignore")
         else:
-            columns[header] = raw if pd.isna(factor) else (raw * factor).map(render.rounded)
+            plain = pd.isna(factor)
+            columns[header] = raw if plain else (raw.astype(float) * factor).map(render.rounded)
     return render.screen(columns)
 
 
 def value(cell: Cell, column: str) -> Any:
-    """The value of a cell in a column of the tidy frame; lists and dicts as one text."""
+    """The value of a cell in a column of the tidy frame, or of a field of its environment.
+
+    Lists and dicts are one text.
+    """
     item: Any = cell
-    for name in PATHS[column].split("."):
+    for name in PATHS.get(column, f"environment.{column}").split("."):
         item = getattr(item, name, None)
     if column == "texts":
         item = cell.workload.pages or item or "texts not recorded"
@@ -67,46 +71,20 @@ def value(cell: Cell, column: str) -> Any:
     return ("; ".join(item) or None) if isinstance(item, list) else item
 
 
-@dataclass(frozen=True)
 class Series:
-    """Cells that differ in the batch size only, in its order. `label` is unique in its results."""
+    """Cells that differ in the batch size only, in its order. `label` is unique in its results.
 
-    label: str
-    cells: tuple[Cell, ...]
+    `rated` and `sized` are the ok cells with items per second or a peak by batch size, of a
+    repeated batch the last one; `failed` cells ran out of memory or failed.
+    """
 
-    @property
-    def first(self) -> Cell:
-        """The cell of the smallest batch size."""
-        return self.cells[0]
-
-    @property
-    def variant(self) -> str:
-        """The variant of all cells."""
-        return self.first.variant
-
-    @cached_property
-    def _ok(self) -> list[Cell]:
-        return [cell for cell in self.cells if cell.status == "ok"]
-
-    @cached_property
-    def rated(self) -> dict[int, Cell]:
-        """The ok cells with items per second by batch size; of a repeated batch the last one."""
-        return {cell.batch_size: cell for cell in self._ok if cell.items_per_s}
-
-    @cached_property
-    def sized(self) -> dict[int, Cell]:
-        """The ok cells with a peak by batch size."""
-        return {cell.batch_size: cell for cell in self._ok if cell.memory}
-
-    @property
-    def failed(self) -> list[Cell]:
-        """The cells that ran out of memory or failed."""
-        return [cell for cell in self.cells if cell.status != "ok"]
-
-    @property
-    def repeated(self) -> list[int]:
-        """The batch sizes with more than one ok cell."""
-        return [batch for batch, n in Counter(c.batch_size for c in self._ok).items() if n > 1]
+    def __init__(self, label: str, cells: tuple[Cell, ...]) -> None:
+        self.label, self.cells, self.first = label, cells, cells[0]
+        self.variant = self.first.variant
+        ok = [cell for cell in cells if cell.status == "ok"]
+        self.rated = {cell.batch_size: cell for cell in ok if cell.items_per_s}
+        self.sized = {cell.batch_size: cell for cell in ok if cell.memory}
+        self.failed = [cell for cell in cells if cell.status != "ok"]
 
     def to_dict(self) -> dict[str, Any]:
         """The series ready for JSON: its settings, kernels, batch sizes, and what failed."""
@@ -207,15 +185,54 @@ class Results:
     def table(self) -> pd.DataFrame:
         """One row a cell, rounded for the screen; a missing figure is "-" and has its reason."""
         raw = self.to_frame()
-        counts = raw.groupby("variant")[SETTINGS].nunique(dropna=False).max()
-        varied = [name for name in SETTINGS if name != "origin" and counts[name] > 1]
         pages = ROLES["page figure"] if (raw["workload"] == "pages").any() else ()
-        names = ["variant", "batch_size", *varied, "origin", "items_per_s", "low", "high", *pages]
+        names = [
+            "variant",
+            "batch_size",
+            *self._varied(raw),
+            "origin",
+            "items_per_s",
+            "low",
+            "high",
+            *pages,
+        ]
         names += ["peak_bytes", "status", "reason", "kernels_used"]
         raw["reason"] = list(map(_reason, self.cells))
         if raw["interference"].notna().any():
             names += ["interference"]
         return on_screen(raw, names)
+
+    def costs(self, price: float = 0) -> pd.DataFrame:
+        """One row a cell with a rate: items an hour, energy, load time, percentiles of latency.
+
+        `price` of a GPU-hour, in any currency, adds the cost of a million items.
+        """
+        raw = self.to_frame().dropna(subset="items_per_s")
+        raw["items_per_hour"] = 3600 * raw["items_per_s"]
+        raw["price_per_million"] = 1e6 * price / raw["items_per_hour"] if price else None
+        known = [name for name in ROLES["cost"] if raw[name].notna().any()]
+        return on_screen(raw, ["variant", *self._varied(raw), "batch_size", *known])
+
+    def end_to_end(self) -> pd.DataFrame:
+        """One row a cell and number of loaders: pages/s from disk to disk, and what binds it."""
+        rows = [
+            {name: value(cell, name) for name in ("variant", "batch_size", *SETTINGS)}
+            | run.model_dump()
+            | {"patch_s": run.preprocess_s, "pages_per_s": run.items_per_s}
+            | {"share": run.items_per_s / rate(cell), "bottleneck": run.bottleneck}
+            | {"loaders_needed": run.loaders_needed}
+            for cell in self.cells
+            for run in cell.end_to_end
+        ]
+        raw = pd.DataFrame(
+            rows, columns=[*dict.fromkeys([*SETTINGS, "batch_size", *ROLES["end to end"]])]
+        )
+        return on_screen(raw, ["variant", *self._varied(raw), "batch_size", *ROLES["end to end"]])
+
+    def _varied(self, raw: pd.DataFrame) -> list[str]:
+        """The settings that differ among cells of one variant."""
+        counts = raw.groupby("variant")[SETTINGS].nunique(dropna=False).max()
+        return [name for name in SETTINGS if name != "origin" and counts[name] > 1]
 
     def plot(self, kind: str = "throughput", **options: Any) -> Figure:
         """A figure: throughput, memory (with `cards=(8, 12)` in GB), tradeoff or roofline.
@@ -276,11 +293,6 @@ def unit(cell: Cell) -> str:
     return f"{cell.workload.kind}/s"
 
 
-def kernels(cell: Cell) -> str | None:
-    """One text such as `torch.nn.Linear x 252`: text linears by kernel; None if unknown."""
-    return value(cell, "kernels_used")
-
-
 def random_weights(cell: Cell) -> bool:
     """Whether the weights are random: speed and memory hold, embeddings mean nothing."""
     return cell.weights.startswith("random") or "untrained" in cell.weights
@@ -303,15 +315,15 @@ def limit_of(cell: Cell, work: Work | None) -> tuple[float | None, str]:
     The larger of two times: all operations at the dense 16-bit rate, and every weight read once at
     the bandwidth. None for 8-bit GEMMs, which have other limits, and where none is known.
     """
+    limits, origin = cell.limits, "measured in the run"
     gpu = gpu_of(cell.environment.device, cell.environment.gpu_memory_bytes)
-    if work is None or cell.configuration.eight_bit or not (cell.limits or gpu):
+    if gpu and not limits:
+        limits = Limits(flops_per_s=gpu.flops(), bytes_per_s=gpu.bandwidth_gb_s * 1e9)
+        origin = "data sheet"
+    if not work or not limits or cell.configuration.eight_bit:
         return None, ""
-    if cell.limits:
-        flops_per_s, bytes_per_s = cell.limits.flops_per_s, cell.limits.bytes_per_s
-    elif gpu:
-        flops_per_s, bytes_per_s = gpu.flops(), gpu.bandwidth_gb_s * 1e9
-    seconds = max(work.flops / flops_per_s, work.min_bytes / bytes_per_s)
-    return cell.batch_size / seconds, "measured in the run" if cell.limits else "data sheet"
+    seconds = max(work.flops / limits.flops_per_s, work.min_bytes / limits.bytes_per_s)
+    return cell.batch_size / seconds, origin
 
 
 def conditions(cells: Iterable[Cell]) -> str:

@@ -26,10 +26,10 @@ from colqwen_lab.records import GIB, Environment, Memory
 from colqwen_lab.settings import PACKAGE
 
 # What a measured figure depends on.
-MEASURING = [
-    *("records.py", "options.py", "model/*", "runtime/*", "measure/*"),
+MEASURING = (
+    *("records.py", "sampling.py", "options.py", "model/*", "runtime/*", "measure/*"),
     *("data/sizes.json", "data/synthetic.json", "data/*.txt", "data/tiny/*"),
-]
+)
 # Other processes' share of all cores above which a cell says so.
 BUSY_SHARE = 0.1
 # Why a clock is below its highest: the bits of nvmlClocksThrottleReasons (nvml.h) from 0x2 on.
@@ -52,10 +52,10 @@ def pick_device() -> torch.device:
 
 
 @cache
-def code_version() -> str:
+def code_version(sources: tuple[str, ...] = MEASURING) -> str:
     """Twelve hex digits of the sources that a figure depends on, in a checkout or installed."""
     state = hashlib.sha256()
-    for path in (path for pattern in MEASURING for path in sorted(PACKAGE.glob(pattern))):
+    for path in (path for pattern in sources for path in sorted(PACKAGE.glob(pattern))):
         state.update(path.name.encode() + path.read_bytes() if path.is_file() else b"")
     return state.hexdigest()[:12]
 
@@ -154,6 +154,15 @@ def energy_j(device: torch.device) -> float | None:
         if handle := gpu_handle(device):
             return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
     return None
+
+
+def idle_watts(device: torch.device) -> float:
+    """The power in watts of the GPU over a second without work; 0 without a counter."""
+    if (start_j := energy_j(device)) is None:
+        return 0.0
+    start = time.perf_counter()
+    time.sleep(1)
+    return ((energy_j(device) or 0.0) - start_j) / (time.perf_counter() - start)
 
 
 def _processes(device: torch.device) -> dict[int, int | None]:

@@ -19,7 +19,14 @@ from torch.nn.functional import cosine_similarity
 from colqwen_lab import records, signals
 from colqwen_lab.errors import LabError, MissingRequirement
 from colqwen_lab.hardware import Card
-from colqwen_lab.measure.environment import environment, interference, pick_device, spilled, watch
+from colqwen_lab.measure.environment import (
+    environment,
+    idle_watts,
+    interference,
+    pick_device,
+    spilled,
+    watch,
+)
 from colqwen_lab.measure.memory import METHOD, VERIFIED_RUNS, batch_search
 from colqwen_lab.measure.planned import checkpoints_of, configurations_of, planned_cell
 from colqwen_lab.measure.sweep_file import (
@@ -59,10 +66,9 @@ def sweep(
     leaves the others. Models are `isolated` in processes of their own, or run in this one, for a
     debugger (on a GPU: one model). `samples` is the fewest items of a cell; 0 is the default.
 
-    Raises:
-        BadInput: a wrong value, or a file that cannot be written.
-        MissingRequirement: no weights or no kernel here, or a full disk; measured rows are on file.
-        Interrupted: a person stopped it; measured rows are on file.
+    Raises BadInput for a wrong value or a file that cannot be written, MissingRequirement without
+    weights or a kernel or when the disk is full, Interrupted when a person stops it. Measured rows
+    are on file.
     """
     start, cuda = time.perf_counter(), pick_device().type == "cuda"
     parts = {title(part): part for part in options.matrix()}
@@ -91,7 +97,7 @@ def sweep(
                 except LabError as error:
                     errors[name] = error
                 run.end()
-            cells = [cell for run in runs.values() for cell in run.on_file(file.file.rows)]
+            cells = [cell for run in runs.values() for cell in run.on_file(file.records.rows)]
             return file.finish(cells, errors, len(parts))
     except OSError as error:
         raise MissingRequirement(f"the sweep ended: {error}; {RESUME}") from None
@@ -139,6 +145,7 @@ class Run:
         self.loading: set[Configuration] = set()  # workers that have not answered yet
         self.failures: dict[Configuration, Failure] = {}  # of models that do not load
         self.folder: TemporaryDirectory[str] | None = None
+        self.idle_w = 0.0
         make: Callable[..., Batches] = partial(query_batches, texts=options.texts)
         work: dict[str, Any] = {"kind": options.workload, "texts": options.texts}
         if options.workload == "pages":
@@ -190,6 +197,8 @@ class Run:
             yield from ([self._largest(cell, self.card)] for cell in cells)
             return
         models = list(dict.fromkeys(_model(cell.configuration) for cell in cells))
+        if models:
+            self.idle_w = idle_watts(self.device)
         if self.isolated:
             self._load(models)
         groups = [models]
@@ -322,9 +331,8 @@ class Run:
         model = _model(c)
         if model in self.failures:
             return self.failures[model]
-        worker = self.workers.get(model)
-        if worker is None or not (worker.alive or model in self.loading):
-            worker = self._start(model)
+        known = self.workers.get(model)
+        worker = known if known and known.alive else self._start(model)
         if isinstance(worker, Failure) or model not in self.loading:
             return worker
         self.loading.remove(model)
@@ -376,7 +384,7 @@ class Run:
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
             "end_to_end": runs,
-            "energy": self._worker(c).call("energy", c.protocol),
+            "energy": self._worker(c).call("energy", c.protocol, self.idle_w),
             "loading": self._worker(c).call("loading"),
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
         }

@@ -15,8 +15,8 @@ from colqwen_lab import signals
 from colqwen_lab.errors import LabError, MissingRequirement, shown
 from colqwen_lab.model.config import resolve_variant
 from colqwen_lab.options import SweepOptions
-from colqwen_lab.records import MIB, Cell, RecordsFile, writing
-from colqwen_lab.settings import outputs_folder, regular_file, write_file
+from colqwen_lab.records import MIB, RESUME, Cell, RecordsFile
+from colqwen_lab.settings import outputs_folder, regular_file, write_file, writing
 
 Progress = Callable[[str], None]
 MARK = r'\{\s*"complete":'  # how the mark of a sweep that ended begins
@@ -82,7 +82,7 @@ def failure(errors: dict[str, LabError], parts: int) -> LabError:
 class SweepFile:
     """The records file of a running sweep. `new` are the cells measured since it was opened."""
 
-    file: RecordsFile[Cell]
+    records: RecordsFile[Cell]
     mark: Path
     options: SweepOptions
     progress: Progress
@@ -91,13 +91,13 @@ class SweepFile:
 
     def kept(self) -> list[Cell]:
         """The rows on file that count: none if `fresh`, and none that failed or was disturbed."""
-        rows = [] if self.options.fresh else self.file.rows
+        rows = [] if self.options.fresh else self.records.rows
         return [cell for cell in rows if cell.status != "failed" and not cell.disturbed]
 
     def add(self, cell: Cell) -> None:
         """Put a measured cell on disk."""
         with signals.deferred():
-            self.file.append([cell])
+            self.records.append([cell])
             self.new.append(cell)
 
     def finish(self, cells: list[Cell], errors: dict[str, LabError], parts: int) -> list[Cell]:
@@ -111,8 +111,8 @@ class SweepFile:
             self.progress(f"took {wall_s} s, of which {timed_s} s in timed steps")
         if errors:
             raise failure(errors, parts)
-        path, counts = self.file.path, Counter(cell.status for cell in cells)
-        if lost := self.file.lost(cells):
+        path, counts = self.records.path, Counter(cell.status for cell in cells)
+        if lost := self.records.lost(cells):
             raise MissingRequirement(
                 f"{lost} of {len(cells)} cells are no longer in {path}; run the same command again"
             )
@@ -130,6 +130,6 @@ def opened(
     """The records file of a sweep that began at `start`, without the mark of an earlier one."""
     with RecordsFile(path, Cell, progress=progress) as file:
         mark = Path(f"{str(file.path).removesuffix('.jsonl')}.result.json")
-        with writing(path):
+        with writing(path, MissingRequirement, RESUME):
             regular_file(mark, MARK).unlink(missing_ok=True)
         yield SweepFile(file, mark, options, progress, start)

@@ -54,9 +54,9 @@ from colqwen_lab.signals import STOPPING, listen
 
 # The longest wait for an answer: a large model loads from a slow disk, or a forward compiles.
 DEADLINE_S = 1800
-# Seconds of the energy pass without and with work, and the most batches that it repeats; the
-# driver updates its counter ten times a second.
-IDLE_S, ENERGY_S, ENERGY_BATCHES = 0.5, 1.5, 8
+# Seconds of the energy pass, and the most batches that it repeats. The driver updates its counter
+# ten times a second.
+ENERGY_S, ENERGY_BATCHES = 1.5, 8
 STAGE_STEPS = 3
 # The path of a socket has 107 bytes at most; its own name takes the rest.
 LONGEST_PLACE = 64
@@ -117,14 +117,20 @@ class Worker:
     def load(self, card: Card | None, batch_sizes: Sequence[int]) -> tuple[Any, Backend, Any]:
         """Load the model: `((cap, outside) bytes under card, its kernels, its unused tensors)`.
 
-        The kernel configs that `fast` tries at these batch sizes are compiled, all at once.
+        What `fast` needs for these batch sizes is compiled: here, because models load at the same
+        time and are measured one after the other.
         """
         start = time.perf_counter()
         cap, c = set_cap(card, self.device) if card else (0, 0), self.configuration
         loader = load_fast if c.execution == "fast" else load
         self.loaded = loader(self.checkpoint, self.device, c.kernel, c.dtype or "bfloat16")
         if (fast := getattr(self.loaded.model, "fast", None)) and not card:
-            fast.compile({m for size in batch_sizes for m in _rows(self._batches(size).inputs)})
+            batches = [self._batches(size).inputs for size in batch_sizes]
+            fast.compile({m for inputs in batches for m in _rows(inputs)})
+            if self.device.type == "cuda":
+                with contextlib.suppress(torch.OutOfMemoryError):  # other models load beside it
+                    fast.warm_up(self._placed(batches[0][0]))
+                free(self.device)
         self.load_s = time.perf_counter() - start
         return cap, self.rest(), self.loaded.unused
 
@@ -209,27 +215,24 @@ class Worker:
         for count in loaders:
             with stored() as store:
                 pages, seconds = pipeline.run(files, count, store)
-            on_device = self.device.type == "cuda"
-            about: dict[str, Any] = {"loaders": count, "pages": pages, "on_device": on_device}
-            runs.append(EndToEnd(seconds=seconds, **about, **stages))
+            about: dict[str, Any] = {"on_device": self.device.type == "cuda", **stages}
+            runs.append(EndToEnd(loaders=count, pages=pages, seconds=seconds, **about))
         return runs
 
-    def energy(self, protocol: str) -> Energy | None:
+    def energy(self, protocol: str, idle_w: float) -> Energy | None:
         """Joules an item over a second of steps; None where the driver has no counter."""
-        if (start_j := energy_j(self.device)) is None:
+        if energy_j(self.device) is None:
             return None
         self.steps, step = {}, self._steps(protocol)
         batches = [self._placed(batch) for batch in self.inputs[:ENERGY_BATCHES]]
         synchronise(self.device)
-        time.sleep(IDLE_S)
-        loaded_j, start, items = energy_j(self.device) or 0.0, time.perf_counter(), 0
+        start_j, start, items = energy_j(self.device) or 0.0, time.perf_counter(), 0
         while time.perf_counter() - start < ENERGY_S:
             for batch in batches:
                 step(batch)
                 items += len(batch["input_ids"])
             synchronise(self.device)
-        seconds, joules = time.perf_counter() - start, (energy_j(self.device) or 0.0) - loaded_j
-        idle_w = (loaded_j - start_j) / IDLE_S
+        seconds, joules = time.perf_counter() - start, (energy_j(self.device) or 0.0) - start_j
         return Energy(joules_per_item=joules / items, seconds=seconds, idle_w=idle_w)
 
     def embeddings(self, protocol: str) -> np.ndarray:

@@ -24,8 +24,15 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from colqwen_lab.errors import LabError, MissingRequirement
-from colqwen_lab.model.config import FIXED, READ, SIZES, Repository, Variant, scheme_parts
+from colqwen_lab.errors import BadInput, LabError, MissingRequirement
+from colqwen_lab.model.config import (
+    FIXED,
+    READ,
+    SIZES,
+    Repository,
+    Variant,
+    scheme_parts,
+)
 from colqwen_lab.model.inputs import (
     SPECIAL_TOKENS,
     TINY,
@@ -42,7 +49,9 @@ CHECKPOINT_FILES = ["*.safetensors", "*.safetensors.index.json", "tokenizer.json
 # Qwen's tokenizer has 11 MB. A JSON parser takes seventy times a file's bytes.
 TOKENIZER_BYTES, JSON_BYTES = 24 * 2**20, 2**20
 DOCUMENTS = {"config.json": JSON_BYTES, "model.safetensors.index.json": JSON_BYTES}
-DOCUMENTS |= {"tokenizer.json": TOKENIZER_BYTES}
+DOCUMENTS |= {"tokenizer.json": TOKENIZER_BYTES, "quantization_config.json": JSON_BYTES}
+# Entries of the language model that do not tell sizes apart.
+UNSIZED = {"max_position_embeddings", "rms_norm_eps", "rope_parameters"}
 SAMPLES = 1024  # of a file: all of it up to 4 MiB, and some of each linear of a larger one
 MOST_LAYERS = 512
 # The types that are read, by whether the network's tensor is floating-point.
@@ -68,10 +77,24 @@ class Checkpoint:
     @property
     def size(self) -> str:
         """The name of the configuration's size, else `custom`."""
-        keys = ("hidden_size", "num_hidden_layers", "vocab_size")
-        own = {key: getattr(self.config.text_config, key) for key in keys}
+        own = self.config.text_config.to_dict()
+        own = {name: own[name] for name in READ["text_config"] - UNSIZED}
         matching = (size for size in SIZES if own.items() <= SIZES[size]["text_config"].items())
         return next(matching, "custom")
+
+    def check_network(self, base: ColQwen3Config) -> None:
+        """Raise BadInput with the entries that differ unless the weights run in BASE's network."""
+        other: list[str] = []
+        for part in READ:
+            both = [getattr(config, part).to_dict() for config in (self.config, base)]
+            own, theirs = [values.pop("rope_parameters", {}) | values for values in both]
+            names = [name for name in own if own[name] != theirs[name]]
+            other += [f"{part}.{name} {own[name]!r}, not {theirs[name]!r}" for name in names]
+        if other:
+            raise BadInput(
+                f"{self.label} must have the network of base, got {'; '.join(other)}; name the "
+                "16-bit weights that it was made from, or mend its config.json"
+            )
 
     def check(self, expected: Tensors) -> None:
         """Raise MissingRequirement with a list unless the tensors are exactly `expected`."""
@@ -89,15 +112,14 @@ class RandomCheckpoint(Checkpoint):
         self.config, self.quantization = ColQwen3Config.of_size(size), None
         self.tokenizer = read_tokenizer(TINY_TOKENIZER) if size == "tiny" else None
         if scheme:
-            bits, group_size = scheme_parts(scheme)
-            codes = {"bits": bits, "group_size": group_size, "sym": True}
-            packing = {"quant_method": "auto-round", "packing_format": GPTQ}
+            codes = dict(zip(("bits", "group_size"), scheme_parts(scheme), strict=True))
+            packing = {"sym": True, "quant_method": "auto-round", "packing_format": GPTQ}
             self.quantization = read_scheme(codes | packing)
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
         """Normal weights of deviation 0.02, norms of one, biases of zero."""
         layer, kind = name.split(".")[-2:]
-        bits = (self.quantization or {}).get("bits", 0)
+        scheme = self.quantization or {}
         generator = torch.Generator(self.device).manual_seed(self.seed + zlib.crc32(name.encode()))
         values = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         if kind == "bias":
@@ -105,14 +127,14 @@ class RandomCheckpoint(Checkpoint):
         elif "norm" in layer:
             values.fill_(1)
         elif kind == "qzeros":
-            words = torch.tensor(middle_words(self.quantization or {}), dtype=like.dtype)
+            words = torch.tensor(middle_words(scheme), dtype=like.dtype)
             values.view(-1, len(words)).copy_(words)
         elif kind == "qweight":
             values.random_(-(2**31), 2**31 - 1, generator=generator)
         elif kind == "scales":
             # Scales have either sign, so that dequantised weights have mean zero and deviation
             # 0.02. A mean would turn every token of a deep network in the same direction.
-            deviation = math.sqrt((4**bits + 2) / 12)
+            deviation = math.sqrt((4 ** scheme["bits"] + 2) / 12)
             values.random_(2, generator=generator).mul_(2).sub_(1).mul_(0.02 / deviation)
         else:
             values.normal_(std=0.02, generator=generator)
@@ -187,7 +209,7 @@ class FolderCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path, label: str | None = None, digest: str | None = None) -> None:
         self.folder = folder
-        config, index, tokenizer = (folder / name for name in DOCUMENTS)
+        config, index, tokenizer, _ = (folder / name for name in DOCUMENTS)
         documents = self._documents()
         if documents[config] is None:
             raise MissingRequirement(f"{folder} is not a checkpoint folder: it has no config.json")
@@ -269,7 +291,9 @@ class FolderCheckpoint(Checkpoint):
 
     def _digest(self, documents: dict[Path, bytes | None]) -> str:
         """Twelve hex digits of the JSON files, and of 1,024 samples of 4 kB of each other file."""
-        state = sha256(b"".join(sha256(text or b"").digest() for text in documents.values()))
+        *texts, last = documents.values()  # without the last a folder keeps its earlier digest
+        texts += [] if last is None else [last]
+        state = sha256(b"".join(sha256(text or b"").digest() for text in texts))
         for path in self.paths:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -329,15 +353,14 @@ def hub_folder(repository: Repository) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=CHECKPOINT_FILES))
     except Exception as error:  # the types depend on the HTTP client
-        known = (why for kind, why in HUB_ERRORS.items() if isinstance(error, kind))
-        cause, pin = (
-            error.__cause__ or error,
-            "" if revision == "main" else f" --revision {revision}",
-        )
-        reason = next(known, None) or (
+        cause = error.__cause__ or error
+        pin = "" if revision == "main" else f" --revision {revision}"
+        reason = (
             f"{type(cause).__name__}: {cause!s:.100}; run `hf download {name}{pin}` with a network "
             "(finished files are kept), or use `--weights random` to measure speed and memory"
         )
+        known = (why for kind, why in HUB_ERRORS.items() if isinstance(error, kind))
+        reason = next(known, reason)
     raise MissingRequirement(f"cannot get {name}, revision {revision}, from the hub: {reason}")
 
 

@@ -21,7 +21,7 @@ SIZE_VARIABLE = "COLQWEN_LAB_SIZE"  # the default size
 SIZES: dict[str, dict[str, Any]] = json.loads((DATA / "sizes.json").read_bytes())
 # What the network reads of a config.json by part, beside what it and the inputs cannot vary.
 READ = {
-    "text_config": {*SIZES["4b"]["text_config"], "rms_norm_eps", "rope_theta", "rope_scaling"},
+    "text_config": {*SIZES["4b"]["text_config"], "rms_norm_eps"},
     "vision_config": {*SIZES["4b"]["vision_config"]},
 }
 FIXED: dict[str, dict[str, Any]] = {
@@ -61,15 +61,12 @@ class Repository(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """A model to measure: its AutoRound scheme, None for 16 bits, and where its weights are.
-
-    `hub` holds repositories by size or `any`.
-    """
+    """A model to measure: its AutoRound scheme, None for 16 bits, and where its weights are."""
 
     name: str
     description: str
     scheme: str | None = None
-    hub: dict[str, Repository] = field(default_factory=dict)
+    hub: dict[str, Repository] = field(default_factory=dict)  # by size or `any`
     folder: Path | None = None
 
 

@@ -33,16 +33,14 @@ DPI = 150
 MOST_TIMES = 200
 # The bounds on a page, and on a file.
 MEMORY_BYTES, PAGE_S, FILE_BYTES = 2**31, 30, 2**32
-# Pictures and pages that Pillow does not read, or only with a library that may be missing.
-OTHER_PICTURES = {
-    *(".avif", ".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".svg", ".svgz", ".djvu", ".djv"),
-    *(".xps", ".oxps", ".xcf", ".psb", ".exr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf"),
-    *(".rw2", ".raf", ".pef"),
-}
+# Photos that are a TIFF, of which Pillow reads the preview.
+RAW = (".dng", ".cr2", ".nef", ".arw", ".pef")
 # Formats of several pages, and those whose 16-bit grey has a known white.
 PAGED, DEEP = ("TIFF", "DCX"), (None, "TIFF", "PNG", "PPM", "JPEG2000")
 # Tags of a TIFF. Bits 1 and 4 of the subfile type mark a thumbnail and a mask, which are no pages.
-SUBFILE, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 254, 258, 262, 339
+SUBFILE, BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 254, 258, 262, 274, 339
+# Pixels this many times as high as wide, or less, are believed.
+MOST_OBLONG = 4
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # each takes address space
 
 Source = str | bytes  # a path, or the bytes of an image
@@ -86,8 +84,10 @@ class Decoder:
         except (EOFError, OSError):
             late = self._child.wait() == -signal.SIGALRM
             self.close()
-            space = f"needs more than {self.memory_bytes >> 20} MiB, or crashes its decoder"
-            raise ValueError(f"it {f'takes over {self.page_s} s' if late else space}") from None
+            if late:
+                raise ValueError(f"it takes over {self.page_s} s") from None
+            most = self.memory_bytes >> 20
+            raise ValueError(f"it needs more than {most} MiB, or crashes its decoder") from None
         except BaseException:  # such as Ctrl-C: the next question must not get this answer
             self.close()
             raise
@@ -126,10 +126,8 @@ def serve(connection: Connection, memory_bytes: int, page_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for limit, value in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(limit)[1]
-        if hard == resource.RLIM_INFINITY or value < hard:
-            with suppress(ValueError, OSError):  # macOS has no such limit
-                resource.setrlimit(limit, (value, hard))
+        with suppress(ValueError, OSError):  # a lower limit holds already; macOS has none
+            resource.setrlimit(limit, (value, value))
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     pipe = connection.fileno()
     flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
@@ -152,7 +150,7 @@ def _answer(source: Source, number: int | None = None) -> Image.Image | int | st
         pages = _pages(source)
         return len(pages) if number is None else pages[number]()
     except UnidentifiedImageError:
-        return "it is not an image that Pillow reads"
+        return "it is not a PDF, and no image that Pillow reads"
     except MemoryError:
         return "it needs more memory than a page may take"
     except Exception as error:  # decoders raise anything
@@ -161,15 +159,21 @@ def _answer(source: Source, number: int | None = None) -> Image.Image | int | st
 
 @lru_cache(maxsize=1)
 def _pages(source: Source) -> list[Callable[[], Image.Image]]:
-    """A function for each page, which returns it as RGB."""
-    if isinstance(source, str):
+    """A function for each page, which returns it as RGB. Contents say what a file is."""
+    if isinstance(source, bytes):
+        suffix, head = "", source[:5]
+    else:
         check_regular(source)
         suffix = os.path.splitext(source)[1].lower()
-        if suffix in OTHER_PICTURES - Image.registered_extensions().keys():
-            raise ValueError(f"Pillow does not read {suffix}")
-        if suffix == ".pdf":
-            return _pdf_pages(source)
+        with open(source, "rb") as file:  # other bytes may precede a PDF
+            head = file.read(1024 if suffix == ".pdf" else 5)
+    if not head:
+        raise ValueError("it is empty")
+    if b"%PDF-" in head:
+        return _pdf_pages(source)
     with _opened(source) as image:
+        if image.format == "TIFF" and suffix in RAW:
+            raise ValueError(f"Pillow does not read {suffix}")
         frames = _frames(image) if image.format in PAGED else [0]
     if not frames:
         raise ValueError("it holds no page")
@@ -207,13 +211,17 @@ def _frame(source: Source, number: int) -> Image.Image:
         return to_rgb(image)
 
 
-def _pdf_pages(path: str) -> list[Callable[[], Image.Image]]:
-    document = pypdfium2.PdfDocument(FileIO(path), autoclose=True)  # names need not be UTF-8
+def _pdf_pages(source: Source) -> list[Callable[[], Image.Image]]:
+    # A path need not be UTF-8, as the library takes it to be.
+    file = source if isinstance(source, bytes) else FileIO(source)
+    try:
+        document = pypdfium2.PdfDocument(file, autoclose=True)
+    except pypdfium2.PdfiumError as error:
+        no_page = "Success" in str(error)  # PDFium's reason for it
+        raise ValueError("it holds no page" if no_page else str(error)) from None
     if document.get_formtype() == pypdfium2.raw.FORMTYPE_XFA_FULL:
         raise ValueError("its pages are an XFA form, which only some PDF readers draw")
     document.init_forms()
-    if not len(document):
-        raise ValueError("it holds no page")
     return [partial(_pdf_page, document, number) for number in range(len(document))]
 
 
@@ -229,8 +237,8 @@ def _pdf_page(document: pypdfium2.PdfDocument, number: int) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any of Pillow's modes as upright RGB, on white where it is transparent.
 
-    12-bit and 16-bit grey is scaled to 8 bits. Raises ValueError if the value of white is unknown,
-    or one side is more than 200 times the other.
+    12-bit and 16-bit grey is scaled to 8 bits, a fax to square pixels. Raises ValueError if the
+    value of white is unknown, or one side is more than 200 times the other.
     """
     tags, grey = getattr(image, "tag_v2", {}), image.mode[0] == "I"
     bits = max(tags.get(BITS, (16 if grey else 8,)))
@@ -240,16 +248,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if signed or inverse or bits > 16 or (grey and image.format not in DEEP):
         kind = f"{image.format or 'image'} of mode {image.mode}"
         raise ValueError(f"the value of white is unknown in a {kind}, {bits} bits")
+    across, down = map(float, image.info.get("dpi", (1, 1)))
+    if image.getexif().get(ORIENTATION, 1) > 4:  # it lies on its side
+        across, down = down, across
     image = ImageOps.exif_transpose(image)
     if bits > 8:
         # Where the highest bit is never set, the values may have fewer bits.
         white = 2**bits - 1 if grey else 255
         values = np.asarray(image if grey else image.getextrema())
         if values.min() < 0 or values.max() > white or 0 < values.max() <= white // 2:
-            found = f"{values.min()} to {values.max()}"
-            raise ValueError(
-                f"the value of white is unknown: {found} where {bits} bits allow {white}"
-            )
+            found = f"{values.min()} to {values.max()} where {bits} bits allow {white}"
+            raise ValueError(f"the value of white is unknown: {found}")
         if grey:
             eight_bit = np.rint(np.linspace(0, 255, white + 1)).astype(np.uint8)
             eight_bit = eight_bit if tags.get(PHOTOMETRIC, 1) else eight_bit[::-1]
@@ -257,10 +266,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    oblong = across / down if across and down else 1
+    if 1 / MOST_OBLONG <= oblong <= MOST_OBLONG and abs(oblong - 1) > 0.01:
+        width, height = image.width * max(1, 1 / oblong), image.height * max(1, oblong)
+        image = image.resize((round(width), round(height)))
     if max(image.size) > MOST_TIMES * min(image.size):
         size = f"{image.width} x {image.height} pixels"
         raise ValueError(f"{size}: one side is more than {MOST_TIMES} times the other")
-    image = image.convert("RGB")
     image.info.clear()
     return image
 

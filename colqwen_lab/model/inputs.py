@@ -15,17 +15,16 @@ from os import fsencode
 from os.path import isdir, isfile
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from colqwen_lab.errors import BadInput, MissingRequirement, one_of
-from colqwen_lab.model.decode import OTHER_PICTURES, Decoder, check_regular
+from colqwen_lab.model.decode import Decoder, check_regular
 from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.model.preprocess import Patches, patches
 from colqwen_lab.options import TEXTS, VISUAL_TOKENS
@@ -48,7 +47,7 @@ CALIBRATION_TEXTS = (DATA / "calibration.txt").read_text(encoding="utf-8").split
 PROMPT_START = "<|im_start|>user\n<|vision_start|>"
 PROMPT_END = "<|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 QWEN_PAD_ID = 151643
-Item, Read = TypeVar("Item"), TypeVar("Read")
+Item = TypeVar("Item")
 # A file is given up after this many bad pages, or seconds of them.
 MOST_BAD, MOST_LOST_S = 100, 60
 
@@ -82,7 +81,6 @@ def _parts(document: bytes) -> dict[str, Any]:
 
     The library panics or hangs at some others, so it must not see them.
     """
-
     templates: list[list[dict[str, Any]]] = []
 
     def without_offsets(part: dict[str, Any]) -> dict[str, Any]:
@@ -141,9 +139,10 @@ def encode_queries(
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """`(input_ids, attention_mask)`, both [rows, longest row], padded on the left."""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(tensors, True, pad, padding_side="left")
-    return ids, pad_sequence([torch.ones_like(row) for row in tensors], True, 0, "left")
+    longest = max(map(len, rows), default=0)
+    ids = [[pad] * (longest - len(row)) + [*row] for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
 
 
 def queries(texts: str, count: int) -> list[str]:
@@ -160,10 +159,8 @@ def prompt_ids(tokenizer: Tokenizer | None, config: ColQwen3Config, image_tokens
     if tokenizer is not None:
         start, end = _token_ids(tokenizer, (PROMPT_START, PROMPT_END))
     else:  # as many tokens as under Qwen's tokenizer
-        start, end = (
-            [0, 1, 2, config.vision_start_token_id],
-            [config.vision_end_token_id, *range(6)],
-        )
+        start = [0, 1, 2, config.vision_start_token_id]
+        end = [config.vision_end_token_id, *range(6)]
     return [*start, *[config.image_token_id] * image_tokens, *end]
 
 
@@ -202,18 +199,33 @@ def page_batch(
     return batch_of(pages, tokenizer, config, device)
 
 
-def page_files(source: str | Path) -> list[Path]:
+def page_files(source: str | Path, skip: Callable[[str], object]) -> list[Path]:
     """The images and PDFs of a folder, in the order of their names; or one file. Raises BadInput.
 
-    Every name with a picture's or a PDF's suffix counts, so that `read_pages` reports those that
-    are unreadable: links that lead nowhere, devices, formats that Pillow lacks.
+    Every name with a suffix of Pillow's or a PDF's counts, so that `read_pages` reports those that
+    are unreadable, such as links that lead nowhere. Each other entry is one line to `skip`.
     """
     path, expected = Path(source), "pages must be a folder of images, an image or a PDF"
-    if not (isfile(path) or isdir(path)):
+    if isfile(path):
+        return [path]
+    if not isdir(path):
         raise BadInput(f"{expected}, got {path}, which is no file and no folder")
-    suffixes = {*Image.registered_extensions(), *OTHER_PICTURES, ".pdf"}
-    entries = sorted(path.iterdir()) if path.is_dir() else [path]
-    if files := [file for file in entries if file.suffix.lower() in suffixes and not isdir(file)]:
+    suffixes = {*Image.registered_extensions(), ".pdf"}
+    files = []
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir():
+            skip(str(skipped(f"{entry.name}/", "folders within a folder are not read")))
+        elif entry.suffix.lower() in suffixes:
+            files.append(entry)
+        else:
+            skip(
+                str(
+                    skipped(
+                        entry.name, "it has no suffix of a PDF or of an image that Pillow reads"
+                    )
+                )
+            )
+    if files:
         return files
     raise BadInput(f"{expected}, got {path}, which holds no image and no PDF")
 
@@ -225,9 +237,10 @@ def digest(files: Iterable[Path]) -> str:
         try:
             check_regular(file)
             with file.open("rb") as content:
-                total.update(fsencode(file.name) + file_digest(content, "sha256").digest())
+                state = file_digest(content, "sha256").digest()
         except (OSError, ValueError) as error:  # `read_pages` skips the file
-            total.update(fsencode(f"{file.name} {type(error).__name__}"))
+            state = f" {type(error).__name__}".encode()
+        total.update(fsencode(file.name) + state)
     return total.hexdigest()[:12]
 
 
@@ -237,14 +250,14 @@ def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[I
         yield from reader.pages(files, skip)
 
 
-class Reader(Generic[Read]):
+class Reader:
     """`loaders` processes that decode pages ahead, and `prepare` each in a thread.
 
     A file is given up after 100 pages that cannot be read, or after 60 seconds of them.
     """
 
     def __init__(
-        self, loaders: int, prepare: Callable[[Image.Image], Read] = lambda image: image
+        self, loaders: int, prepare: Callable[[Image.Image], Any] = lambda image: image
     ) -> None:
         self.prepare, self.decoders = prepare, [Decoder() for _ in range(loaders)]
         self.idle = SimpleQueue[Decoder]()
@@ -259,7 +272,7 @@ class Reader(Generic[Read]):
         """Start the processes, which takes a second."""
         list(self.pool.map(self._ask, ["count"] * len(self.decoders), [os.curdir]))
 
-    def pages(self, files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Read]:
+    def pages(self, files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Any]:
         """Every page of the files in their order: PDF pages at 150 dpi, all pages of a TIFF.
 
         A page that cannot be read is one line to `skip`, as is a file; the others follow.
@@ -305,19 +318,19 @@ class Reader(Generic[Read]):
 
     def _ask(self, method: str, *question: Any) -> tuple[Any, float]:
         """An answer of a process, prepared if it is a page, or a ValueError; and the seconds."""
-        decoder, start = self.idle.get(), time.monotonic()
+        decoder, start = self.idle.get(), time.perf_counter()
         try:
             answer = getattr(decoder, method)(*question)
         except ValueError as error:
             answer = error
         finally:
             self.idle.put(decoder)
-        seconds = time.monotonic() - start
+        seconds = time.perf_counter() - start
         if isinstance(answer, Image.Image):
             self.read_s.append(seconds)
-            start = time.monotonic()
+            start = time.perf_counter()
             answer = self.prepare(answer)
-            self.prepare_s.append(time.monotonic() - start)
+            self.prepare_s.append(time.perf_counter() - start)
         return answer, seconds
 
 

@@ -118,9 +118,8 @@ def skeleton(
 ) -> tuple[ColQwen3, list[str]]:
     """`(network, kernels)`: the network on the meta device with its quantised layers' modules.
 
-    AutoRound chooses a kernel for each shape, none of those in `without`.
-
-    Raises BadInput without such a kernel on this device, MissingRequirement if none fits.
+    AutoRound chooses a kernel for each shape, none of those in `without`. Raises BadInput without
+    such a kernel on this device, MissingRequirement if none fits.
     """
     model = network.empty_network(deepcopy(config), dtype)
     if quantization is None:
@@ -173,10 +172,8 @@ def load(
 ) -> Loaded:
     """The complete model of a checkpoint on `device`, with a real kernel in every layer.
 
-    Kernel `auto` is the best that multiplies every shape, and none of those in `without`.
-
-    Raises BadInput: an unknown kernel or dtype; MissingRequirement: tensors or packing do not fit,
-    or the kernel cannot multiply a shape.
+    Kernel `auto` is the best that multiplies every shape, and none of those in `without`. Raises
+    BadInput for an unknown kernel or dtype, MissingRequirement where tensors or packing do not fit.
     """
     torch_dtype = DTYPES[one_of("dtype", dtype, DTYPES)]
     model, kernels = skeleton(
@@ -186,9 +183,8 @@ def load(
     nn.Module.to(model, device)  # the rotary tables, which no checkpoint holds
     if kernels:
         # Some kernels, repacking weights, cast the whole model to FP16: restore the rotary tables.
-        rotary = {
-            name: table.clone() for name, table in model.named_buffers() if "inv_freq" in name
-        }
+        buffers = [(name, table) for name, table in model.named_buffers() if "inv_freq" in name]
+        rotary = {name: table.clone() for name, table in buffers}
         with quiet():
             _auto_round()[1].post_init(model, kernels)
             unfit = _unfit(model, kernels, device)
@@ -199,11 +195,9 @@ def load(
             raise MissingRequirement(f"{unfit[1]}; use kernel auto")
         for name, table in rotary.items():
             set_module_tensor_to_device(model, name, device, value=table, dtype=table.dtype)
+    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     kept = Counter(
-        part
-        for name, module in model.named_modules()
-        for prefix, part in PARTS.items()
-        if type(module) is nn.Linear and name.startswith(prefix)
+        part for name in dense for start, part in PARTS.items() if name.startswith(start)
     )
     source = (checkpoint.tokenizer, checkpoint.label, device, kernel)
     counts = (kernels_used(model, kernels), dict(kept))
@@ -245,7 +239,7 @@ def _kernel_names(model: ColQwen3, kernels: list[str]) -> dict[type, str]:
 def _unfit(model: ColQwen3, kernels: list[str], device: torch.device) -> tuple[str, str] | None:
     """A kernel that cannot multiply a linear of its shape, and the reason.
 
-    Some kernels choose and compile their code at the first forward, and fail there at odd shapes.
+    Some choose and compile their code at the first forward, and fail there at odd shapes.
     """
     names, tried = _kernel_names(model, kernels), set[Any]()
     for name, layer in model.named_modules():

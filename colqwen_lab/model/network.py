@@ -78,9 +78,7 @@ class ColQwen3(Qwen3VLPreTrainedModel):
     ) -> ColQwen3Output:
         """Embeddings of a batch of queries or pages, from the arguments that `inputs` makes.
 
-        `input_ids` and `attention_mask` (1 at real tokens) are [batch, tokens]; `images` are
-        `pixel_values`, `image_grid_thw` and `mm_token_type_ids`. `use_cache` keeps the KV cache, as
-        the published protocol does.
+        `use_cache` keeps the KV cache, as the published protocol does.
         """
         outputs = self.vlm.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **images

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colqwen_lab.errors import MissingRequirement
 from colqwen_lab.model.checkpoint import Checkpoint, Json, Tensors
-from colqwen_lab.model.scheme import AWQ, PLAIN
+from colqwen_lab.model.scheme import AWQ
 
 # Where an AWQ word holds each of eight neighbouring outputs. Source: AutoAWQ's packing.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -39,7 +39,7 @@ class Repacked(Checkpoint):
                 f"the awq packing must hold 4 bits, got {bits}; "
                 "quantise into the packing auto_round or auto_gptq"
             )
-        self.quantization = quantization | {"packing_format": PLAIN[1]}
+        self.quantization = quantization | {"packing_format": "auto_round:gptqmodel"}
 
     def check(self, expected: Tensors) -> None:
         self.checkpoint.check({name: _awq_like(name, like) for name, like in expected.items()})

@@ -39,8 +39,7 @@ from colqwen_lab.model.inputs import CALIBRATION_TEXTS, PAD, pad_id
 from colqwen_lab.model.network import is_text_linear
 from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.options import FORMATS
-from colqwen_lab.records import sync
-from colqwen_lab.settings import cache_folder, in_use, locked, regular_file, writable_folder
+from colqwen_lab.settings import cache_folder, in_use, locked, regular_file, sync, writable_folder
 
 RECORD = "colqwen_lab.json"
 CPU = torch.device("cpu")
@@ -156,10 +155,9 @@ def _samples(
         encodings = loaded.tokenizer.encode_batch(texts, add_special_tokens=False)
         tokens = torch.tensor([token for text in encodings for token in (*text.ids, pad)])
     if len(tokens) < need:
-        raise BadInput(
-            f"samples x seqlen must be at most {len(tokens)}, the tokens of the calibration texts, "
-            f"got {recipe.samples} x {recipe.seqlen}; or give more texts"
-        )
+        most = f"{len(tokens)}, the tokens of the calibration texts"
+        got = f"{recipe.samples} x {recipe.seqlen}; or give more texts"
+        raise BadInput(f"samples x seqlen must be at most {most}, got {got}")
     return list(tokens[:need].view(recipe.samples, 1, recipe.seqlen).to(loaded.device))
 
 

@@ -7,33 +7,21 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from colqwen_lab.settings import DATA
+
 Json = dict[str, Any]
 GPTQ, AWQ = "auto_round:auto_gptq", "auto_round:auto_awq"
-# AutoRound's names for packings that store zero points as they are; GPTQ stores them less one.
-PLAIN = ("auto_round", "auto_round:gptqmodel")
-PACKINGS = {"auto": GPTQ, "auto_round:gptq": GPTQ, GPTQ: GPTQ, "auto_round:awq": AWQ, AWQ: AWQ}
-PACKINGS |= {name: name for name in PLAIN}
-FIELDS: dict[str, tuple[Any, ...]] = {  # None is an absent field
-    "quant_method": ("auto-round", "gptq", "awq"),
-    "bits": (2, 3, 4, 8),
-    "group_size": (-1, 16, 32, 64, 128, 256, 512, 1024, 2048),  # -1: all inputs of a layer
-    "sym": (None, True, False),
-    "zero_point": (None, True, False),  # AutoAWQ's name for the opposite of sym
-    "data_type": (None, "int"),
-    "packing_format": (None, *PACKINGS),
-    "version": (None, "gemm", "GEMM"),  # AutoAWQ's GEMV packs along the other dimension
-    "checkpoint_format": (None, "gptq"),
-    "desc_act": (None, False),
-    "act_bits": (None, 16, 32),
-    "rotation_config": (None,),
-    "spinquant_config": (None,),
-}
+# The values that each field may hold: null is an absent field, group size -1 all inputs of a layer.
+# `zero_point` is AutoAWQ's opposite of `sym`; its version GEMV packs along the other dimension.
+# `packings` holds other names of these two. Other packings store zero points as they are; GPTQ
+# stores them less one.
+FIELDS, PACKINGS = json.loads((DATA / "scheme.json").read_bytes()).values()
 # AutoRound reads these as regular expressions. One with groups or many stars could hang, and it
 # compiles more than 512 again for every layer.
 PATTERNS = ("extra_config", "dynamic", "modules_to_not_convert", "modules_in_block_to_quantize")
 NAMES = ("block_name_to_quantize", *PATTERNS)
 LAYER_NAME = re.compile(r"(?:[-+]:)?\^?(?:\.\*)?(?:[\w.-]|\\\.)*(?:\.\*)?\$?")
-MOST_NAMES, MOST_CHARACTERS = 400, 200
+MOST_NAMES, MOST_LENGTH = 400, 200
 
 
 def read_scheme(config: Any) -> Json | None:
@@ -46,16 +34,16 @@ def read_scheme(config: Any) -> Json | None:
     if not isinstance(config, dict):
         raise ValueError("quantization_config must be an object")
     values = {field: _valid(field, config.get(field)) for field in FIELDS}
-    packing = {"gptq": GPTQ, "awq": AWQ}.get(
-        values["quant_method"], PACKINGS[values["packing_format"] or "auto"]
-    )
+    method = values["quant_method"]
+    name = (values["packing_format"] or "auto") if method == "auto-round" else method
     symmetric = not values["zero_point"] if values["sym"] is None else values["sym"]
     scheme = {"bits": values["bits"], "group_size": values["group_size"], "sym": symmetric}
     scheme |= {"data_type": "int"}
     layers = {field: config[field] for field in NAMES if config.get(field) is not None}
     for field, value in layers.items():
         _check_layers(field, value, scheme)
-    return scheme | {"quant_method": "auto-round", "packing_format": packing} | layers
+    packing = {"quant_method": "auto-round", "packing_format": PACKINGS.get(name, name)}
+    return scheme | packing | layers
 
 
 def _valid(field: str, value: Any) -> Any:
@@ -74,9 +62,9 @@ def _check_layers(field: str, value: Any, scheme: Json) -> None:
         names = list(_names(value))
     except (TypeError, RecursionError):
         raise ValueError(f"{must} name layers, got {value!r:.100}") from None
-    odd = [f"{name!r:.100}" for name in names if not _is_name(name)]
+    odd = [name for name in names if len(name) > MOST_LENGTH or not LAYER_NAME.fullmatch(name)]
     if odd or len(names) > MOST_NAMES:
-        got = odd[0] if odd else f"{len(names)} names"
+        got = f"{odd[0]!r:.100}" if odd else f"{len(names)} names"
         raise ValueError(f"{must} name up to {MOST_NAMES} layers, got {got}")
     for own in value.values() if isinstance(value, dict) else ():
         kept = isinstance(own, dict) and own.get("bits") in (16, 32)
@@ -84,10 +72,6 @@ def _check_layers(field: str, value: Any, scheme: Json) -> None:
             raise ValueError(
                 f"{must} keep layers at 16 bits or in the scheme of all, got {own!r:.100}"
             )
-
-
-def _is_name(name: str) -> bool:
-    return len(name) <= MOST_CHARACTERS and LAYER_NAME.fullmatch(name) is not None
 
 
 def _names(value: Any) -> Iterator[str]:

@@ -14,7 +14,7 @@ import json
 import textwrap
 from collections.abc import Iterator
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from random import Random
 from typing import NamedTuple
 
@@ -48,12 +48,10 @@ class Facts(NamedTuple):
 def _facts(split: str) -> tuple[Facts, ...]:
     """All facts of a split, shuffled. Held out: positions in the lists add up to 0 modulo 5."""
     held_out = one_of("split", split, SPLITS) == "held-out"
+    lists = product(enumerate(TOPICS), enumerate(KINDS), enumerate(COLOURS), PLACES)
     result = [
         Facts(topic, kind, colour, place)
-        for i, topic in enumerate(TOPICS)
-        for j, kind in enumerate(KINDS)
-        for k, colour in enumerate(COLOURS)
-        for place in PLACES
+        for (i, topic), (j, kind), (k, colour), place in lists
         if ((i + j + k) % 5 == 0) == held_out
     ]
     Random(split).shuffle(result)
@@ -103,7 +101,7 @@ _font = cache(ImageFont.load_default)
 
 
 class _Page:
-    """A page in the making. Coordinates are in units of 1240 x 1754, whatever its size."""
+    """A page being drawn. Coordinates are in units of 1240 x 1754, whatever its size."""
 
     def __init__(self, number: int, split: str, width: int) -> None:
         self.facts = facts(number, split)

@@ -12,8 +12,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from copy import copy
 from typing import Any, NamedTuple
+
+from colqwen_lab.predict.trace import Event, Trace
 
 MIB = 2**20
 ROUND = 512
@@ -54,6 +57,7 @@ class Allocator:
 
     def __init__(self, cap: float = math.inf) -> None:
         self.cap = cap
+        self.granted, self.refused = 0, math.inf  # the most and the least that was asked for
         self.allocated = self.peak_allocated = self.reserved = self.peak_reserved = self._end = 0
         self._free: defaultdict[tuple[int, bool], list[Block]] = defaultdict(list)  # each sorted
         self._edges: dict[int, Block] = {}  # free blocks by their first address and by their end
@@ -69,8 +73,8 @@ class Allocator:
         self._remove(block)
         rest = block.size - size
         if rest >= ROUND if small else rest > MIB:
-            self._add(block._replace(size=rest, address=block.address + size))
-            block = block._replace(size=size)
+            self._add(Block(rest, block.address + size, *block[2:]))
+            block = Block(size, *block[1:])
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
@@ -82,7 +86,7 @@ class Allocator:
             if other := self._edges.get(edge):
                 self._remove(other)
                 address = min(block.address, other.address)
-                block = block._replace(size=block.size + other.size, address=address)
+                block = Block(block.size + other.size, address, *block[2:])
         self._add(block)
 
     def return_segments(self) -> None:
@@ -95,14 +99,32 @@ class Allocator:
     def _reserve(self, size: int, pool: tuple[int, bool]) -> None:
         large = 20 * MIB if size < 10 * MIB else rounded(size, 2 * MIB)
         total = 2 * MIB if pool[1] else large
-        if self.reserved + total > self.cap:
+        if not self._grants(self.reserved + total):
             self.return_segments()
-        if self.reserved + total > self.cap:
-            raise MemoryError
+            if not self._grants(self.reserved + total):
+                raise MemoryError(self.refused)
         self._add(Block(total, self._end, total, pool))
         self._end += total + 1  # a gap: blocks of two segments never merge
         self.reserved += total
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+    def _grants(self, total: int) -> bool:
+        if total > self.cap:
+            self.refused = min(self.refused, total)
+            return False
+        self.granted = max(self.granted, total)
+        return True
+
+    def copy(self, cap: float) -> Allocator:
+        """The same blocks under another cap."""
+        other = copy(self)
+        other.cap, other._edges = cap, dict(self._edges)
+        other._free = defaultdict(list, {pool: [*free] for pool, free in self._free.items()})
+        return other
+
+    def state(self) -> Any:
+        """All that later requests depend on, while no segment comes or goes."""
+        return self.reserved, *(tuple(free) for free in self._free.values())
 
     def _add(self, block: Block) -> None:
         insort(self._free[block.pool], block)
@@ -114,72 +136,58 @@ class Allocator:
         del self._edges[block.address], self._edges[block.address + block.size]
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Births (number, bytes) and ends (number, 0) of two steps, the label of each number, the work.
+class Run:
+    """A trace on an allocator; `live` are the blocks in use with their bytes, by number."""
 
-    The first `loaded` events are the births of the weights. Up to `before`, execution fast makes
-    its own weights of them, and the inputs come. Births `captured[0]` to `captured[1]` are those of
-    a graph.
-    """
+    def __init__(self, trace: Trace, workspace: int, cap: float = math.inf) -> None:
+        """Up to the first step, from which peaks count.
 
-    log: list[tuple[int, int]]
-    labels: list[str]
-    loaded: int
-    before: int
-    flops: int
-    captured: tuple[int, int] = (0, 0)
-
-    def holding(self, size: int, label: str) -> Trace:
-        """The trace with a weight of `size` bytes more."""
-        log, loaded = [(len(self.labels), size), *self.log], self.loaded + 1
-        labels = [*self.labels, label]
-        return replace(self, log=log, labels=labels, loaded=loaded, before=self.before + 1)
-
-    def at(self, more: int, following: Trace) -> Trace | None:
-        """This trace for `more` items more, on the line to `following`, or None.
-
-        None if the two differ in the order of their births and ends.
+        Loading warms the allocator with one block of all weights, as transformers and this lab do.
+        Free segments go back to the GPU before the first step.
         """
-        (numbers, sizes), (others, more_sizes) = (
-            zip(*t.log, strict=True) for t in (self, following)
-        )
-        if numbers != others or self.labels != following.labels:
-            return None
-        log = [(n, a + more * (b - a)) for n, a, b in zip(numbers, sizes, more_sizes, strict=True)]
-        return replace(self, log=log, flops=self.flops + more * (following.flops - self.flops))
+        self.trace, self.live = trace, dict[int, tuple[Block, int]]()
+        self.allocator = allocator = Allocator(cap)
+        weights = sum(size for _, size in trace.events(0, trace.loaded))
+        allocator.release(allocator.allocate(weights))
+        self._play(trace.events(0, trace.before))
+        allocator.allocate(workspace)
+        allocator.return_segments()
+        allocator.peak_allocated, allocator.peak_reserved = allocator.allocated, allocator.reserved
+        self.at_peak = dict(self.live)
 
+    def under(self, cap: float) -> Run:
+        """A copy on an allocator of another cap, which must grant what was granted so far."""
+        run = copy(self)
+        run.allocator, run.live = self.allocator.copy(cap), dict(self.live)
+        return run
 
-def replay(
-    trace: Trace, workspace: int, cap: float = math.inf
-) -> tuple[Allocator, dict[int, tuple[Block, int]]]:
-    """`(allocator, blocks with their bytes by number)`, the blocks that live at the peak.
+    def steps(self) -> None:
+        """Replay the steps; `at_peak` is then what lives at the peak."""
+        for events, loop in self.trace.parts(self.trace.before):
+            seen, turn = dict[Any, int](), 0
+            while turn < loop.turns:
+                self._play(loop.at(turn, events), True)
+                shifts = zip(events, loop.shifts, strict=False)
+                left = [(n + turn * s, s) for (n, _), s in shifts if n + turn * s in self.live]
+                state = self.allocator.state(), *(self.live[number] for number, _ in left)
+                # A state that comes again repeats the turns in between, peaks included.
+                period = turn - seen.setdefault(state, turn)
+                skipped = (loop.turns - 1 - turn) // period * period if period else 0
+                if skipped:
+                    self.live |= {n + skipped * s: self.live.pop(n) for n, s in left}
+                turn += 1 + skipped
 
-    Loading warms the allocator with one block of all weights, as transformers and this lab do. Free
-    segments go back to the GPU before the first step, and peaks count from there.
-
-    Raises:
-        MemoryError: more than `cap` bytes would be reserved.
-    """
-    allocator = Allocator(cap)
-    allocator.release(allocator.allocate(sum(size for _, size in trace.log[: trace.loaded])))
-    live: dict[int, tuple[Block, int]] = {}
-    at_peak, peak = live, math.inf
-    for index, (number, size) in enumerate(trace.log):
-        if index == trace.before:
-            allocator.allocate(workspace)
-            allocator.return_segments()
-            peak = allocator.peak_allocated = allocator.allocated
-            allocator.peak_reserved = allocator.reserved
-            at_peak = dict(live)
-        if size:
-            captured = trace.captured[0] <= number < trace.captured[1]
-            live[number] = allocator.allocate(size, GRAPH_POOL if captured else 0), size
-            if allocator.peak_allocated > peak:
-                at_peak, peak = dict(live), allocator.peak_allocated
-        elif number in live:
-            allocator.release(live.pop(number)[0])
-    return allocator, at_peak
+    def _play(self, events: Iterable[Event], watch: bool = False) -> None:
+        allocator, live, (first, last) = self.allocator, self.live, self.trace.captured
+        for number, size in events:
+            if size:
+                peak = allocator.peak_allocated
+                pool = GRAPH_POOL if first <= number < last else 0
+                live[number] = allocator.allocate(size, pool), size
+                if watch and allocator.peak_allocated > peak:
+                    self.at_peak = dict(live)
+            elif number in live:
+                allocator.release(live.pop(number)[0])
 
 
 def memory_on_gpu(trace: Trace, workspace: int) -> dict[str, Any]:
@@ -188,19 +196,28 @@ def memory_on_gpu(trace: Trace, workspace: int) -> dict[str, Any]:
     `min_reserved_bytes` is exact to `CAP_STEP`. It is above the peak, because free memory is
     fragmented, and below what an uncapped run reserves.
     """
-    allocator, at_peak = replay(trace, workspace)
+    loaded = Run(trace, workspace)
+    run = loaded.under(math.inf)
+    run.steps()
+    allocator = run.allocator
     parts: Counter[str] = Counter({WORKSPACE: workspace, ROUNDING: 0})
-    for number, (block, size) in at_peak.items():
+    for number, (block, size) in run.at_peak.items():
         parts[trace.labels[number]] += size
         parts[ROUNDING] += block.size - size
     low, high = allocator.peak_allocated - 1, allocator.peak_reserved
+    enough, short = allocator.granted, 0.0
     while high - low > CAP_STEP:
         middle = (low + high) // 2
-        try:
-            replay(trace, workspace, middle)
-            high = middle
-        except MemoryError:
-            low = middle
+        # A cap that grants and refuses what an earlier one did has the same result.
+        if short <= middle < enough:
+            try:
+                granted = loaded.allocator.granted <= middle
+                run = loaded.under(middle) if granted else Run(trace, workspace, middle)
+                run.steps()
+                enough = run.allocator.granted
+            except MemoryError as error:
+                short = error.args[0]
+        low, high = (middle, high) if middle < short else (low, middle)
     return {
         "peak_bytes": allocator.peak_allocated,
         "reserved_bytes": allocator.peak_reserved,

@@ -10,10 +10,12 @@ from colqwen_lab.errors import BadInput, LabError, one_of
 from colqwen_lab.hardware import Card, Fit, fit_of, need_bytes
 from colqwen_lab.model.checkpoint import FolderCheckpoint
 from colqwen_lab.model.config import SIZES, Variant, built_in, resolve_variant, scheme_parts
-from colqwen_lab.model.network import is_text_linear
+from colqwen_lab.model.loading import skeleton
+from colqwen_lab.model.network import ColQwen3Config, is_text_linear
+from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.options import VISUAL_TOKENS, WORKLOADS, PlanOptions
 from colqwen_lab.predict.kernels import recorded_kernel, recorded_prefetch
-from colqwen_lab.predict.predictor import Setup, predict
+from colqwen_lab.predict.predictor import CPU, Setup, predict
 from colqwen_lab.records import MIB, Cell, Quantization
 
 A100 = "NVIDIA A100-SXM4-40GB"
@@ -70,23 +72,31 @@ def plan(
 def network_of(variant: Variant, size: str) -> tuple[str, Quantization | None]:
     """`(size, quantisation)` of a variant: of a folder from its configuration, else from its name.
 
+    Size `auto` is a folder's own, else 4b.
+
     Raises:
-        BadInput: a hub repository, or a folder whose network is not modelled.
+        BadInput: a hub repository, or a folder of another size, or whose network is not modelled.
+        MissingRequirement: a folder whose tensors are not those of its configuration.
     """
-    name = variant.name
+    name, named = variant.name, "4b" if size == "auto" else size
     if "any" in variant.hub:
         raise BadInput(f"{name} is on the hub; download it and name the folder, or name awq")
     if variant.scheme:
         bits, group_size = scheme_parts(variant.scheme)
-        return size, Quantization(bits=bits, group_size=group_size, sym=True)
+        return named, Quantization(bits=bits, group_size=group_size, sym=True)
     if not variant.folder:
-        return size, None
+        return named, None
     checkpoint = FolderCheckpoint(variant.folder)
+    if size not in ("auto", checkpoint.size):
+        raise BadInput(f"{name} is of size {checkpoint.size}, not {size}; use auto or that size")
     size, packing = one_of(f"size of {name}", checkpoint.size, SIZES), checkpoint.quantization
+    if packing and any(is_text_linear(file.removesuffix(".weight")) for file in checkpoint.files):
+        raise BadInput(f"{name} keeps some text linears at 16 bits; plan cannot predict that")
+    stored = gptq_packed(checkpoint)
+    network, _ = skeleton(ColQwen3Config.of_size(size), stored.quantization, CPU, "torch")
+    stored.check(network.state_dict())
     if packing is None:
         return size, None
-    if any(is_text_linear(file.removesuffix(".weight")) for file in checkpoint.files):
-        raise BadInput(f"{name} keeps some text linears at 16 bits; plan cannot predict that")
     return size, Quantization(**{key: packing[key] for key in ("bits", "group_size", "sym")})
 
 

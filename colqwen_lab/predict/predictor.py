@@ -7,12 +7,16 @@ Kernels, allocator and cuBLAS workspace are derived from their sources.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, lru_cache, partial
 from itertools import chain
+from platform import python_version
 from typing import Any
 
 import torch
@@ -20,20 +24,30 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from colqwen_lab.errors import BadInput, one_of
+from colqwen_lab.errors import BadInput, LabError, one_of
+from colqwen_lab.measure.environment import MEASURING, code_version, installed
 from colqwen_lab.model.checkpoint import default_checkpoint
 from colqwen_lab.model.config import SIZES, VARIANTS
 from colqwen_lab.model.inputs import VISUAL_TOKENS, batch_of, prompt_ids
 from colqwen_lab.model.loading import DTYPES, skeleton
-from colqwen_lab.model.network import UNUSED_HEAD, is_text_linear, unused_head_shape
+from colqwen_lab.model.network import TEXT_LAYERS, UNUSED_HEAD, is_text_linear, unused_head_shape
 from colqwen_lab.model.preprocess import visual_tokens_of
 from colqwen_lab.model.synthetic import HEIGHT, WIDTH
 from colqwen_lab.predict import kernels
-from colqwen_lab.predict.allocator import Trace, memory_on_gpu, workspace_bytes
+from colqwen_lab.predict.allocator import memory_on_gpu, workspace_bytes
+from colqwen_lab.predict.trace import Irregular, Trace, repeated
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Quantization, Work, Workload
 from colqwen_lab.runtime.batches import INDEX_VALUE_BYTES, Pages, query_batches
 from colqwen_lab.runtime.eager import PROTOCOLS, STEPS, Steps
-from colqwen_lab.runtime.tracking import ACTIVATIONS, MemoryTracker, breakdown_of, part_of, resident
+from colqwen_lab.runtime.tracking import (
+    ACTIVATIONS,
+    Mark,
+    MemoryTracker,
+    breakdown_of,
+    part_of,
+    resident,
+)
+from colqwen_lab.settings import cache_folder, write_file
 
 CPU = torch.device("cpu")
 LARGEST_BATCH = 65536
@@ -45,6 +59,8 @@ QUERY_ANCHORS = (2, 3)
 PAGE_ANCHORS = (4, 32)
 # Parts of the network that a step multiplies by; the last two only for pages.
 MULTIPLIED = ("text linears", "text norms", "head", "vision encoder", "mergers")
+# The sources that a prediction depends on, beside those of a measurement.
+PREDICTING = (*MEASURING, "predict/*")
 PACKED: dict[str, Any] = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
 PACKED |= {"data_type": "int", "sym": True}  # asymmetric codes have the same tensors
 
@@ -74,8 +90,17 @@ class Setup:
 
 
 @cache
+def _versions() -> tuple[str | None, ...]:
+    """All that a prediction depends on, beside its setup."""
+    packages = ("torch", "transformers", "auto-round", "accelerate")
+    return code_version(PREDICTING), python_version(), *map(installed, packages)
+
+
+@cache
 def predict(setup: Setup, batch_size: int) -> Cell:
     """The predicted cell of `batch_size` items; the caller names its variant and its GPU.
+
+    It is kept in the cache folder, where that can be written.
 
     Raises:
         BadInput: a combination that cannot run, or that is not modelled.
@@ -86,19 +111,37 @@ def predict(setup: Setup, batch_size: int) -> Cell:
         first, last = (predict(setup, batch).model_dump() for batch in PAGE_ANCHORS)
         share = Fraction(batch_size - low, high - low)
         return Cell.model_validate(_on_line(first, last, share))
+    name = hashlib.sha256(repr((_versions(), setup, batch_size)).encode()).hexdigest()
+    path = cache_folder() / "predicted" / f"{name}.json"
+    with suppress(OSError, ValueError):  # none, torn, or another's
+        return Cell.model_validate_json(path.read_bytes())
+    cell = _traced_cell(setup, batch_size)
+    with suppress(OSError, ValueError, LabError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, cell.to_line(), like="")
+    return cell
+
+
+def _traced_cell(setup: Setup, batch_size: int) -> Cell:
     quantization, capability = setup.quantization, setup.capability
     own = (setup.size, quantization, setup.kernel, setup.dtype, setup.execution, setup.workload)
     network = _network(Setup(*own))
     workload = network.workload(setup, batch_size)
     padded = setup.padded or setup.tokens is None
     run = replace(setup, tokens=workload.tokens, padded=padded, capability=capability and 8)
-    trace, head = network.trace(batch_size, run), 0
+    try:
+        trace = network.trace(batch_size, run)
+    except Irregular:
+        network = _network(Setup(*own), every_layer=True)
+        trace = network.trace(batch_size, run)
+    head = 0
     shape = unused_head_shape(network.config)
     if shape and PROTOCOLS[setup.protocol].unused_head:
         head = math.prod(shape) * DTYPES[setup.dtype].itemsize
         trace = trace.holding(head, part_of(UNUSED_HEAD))
     if capability is None:
-        parts = breakdown_of(trace.log, trace.labels, trace.before)
+        started = sum(1 for _ in trace.events(0, trace.before))
+        parts = breakdown_of([*trace.events()], trace.labels, started)
         memory: dict[str, Any] = {"peak_bytes": sum(parts.values()), "breakdown": parts}
     else:
         memory = memory_on_gpu(trace, workspace_bytes(capability))
@@ -119,7 +162,7 @@ def predict(setup: Setup, batch_size: int) -> Cell:
             method="predicted",
             **memory,
         ),
-        work=Work(flops=trace.flops // STEPS, min_bytes=network.min_bytes(workload)),
+        work=Work(flops=trace.flops, min_bytes=network.min_bytes(workload)),
         environment=Environment(cpu="any" if capability is None else None, torch=torch.__version__),
     )
 
@@ -177,43 +220,71 @@ def _rows(indices: list[Any]) -> list[Any]:
 
 
 class FakeNetwork:
-    """The network of a setup on fake tensors, and its traces by batch and setup."""
+    """The network of a setup on fake tensors, and its traces by batch and setup.
 
-    def __init__(self, setup: Setup) -> None:
+    It has as few layers as tell how the others run, unless `every_layer` is given.
+    """
+
+    def __init__(self, setup: Setup, every_layer: bool = False) -> None:
         source = default_checkpoint(VARIANTS["base"], setup.size, "random", CPU)
         self.setup, self.config, self.tokenizer = setup, source.config, source.tokenizer
         self.pages, self.traced = setup.workload == "pages", cache(self._traced)
         # The tokens of a page beside its image.
         self.text_tokens = len(prompt_ids(self.tokenizer, self.config, 0)) if self.pages else 0
+        config, every = deepcopy(self.config), self.config.text_config.num_hidden_layers
+        # Those that get features of the vision encoder, one after them, two alike, and the last.
+        few = len(config.vision_config.deepstack_visual_indexes) * self.pages + 4
+        self.layers = every if every_layer else min(every, few)
+        self.more, config.text_config.num_hidden_layers = every - self.layers, self.layers
         packed = setup.quantization.model_dump() | PACKED if setup.quantization else None
-        self.model, _ = skeleton(self.config, packed, CPU, "torch", DTYPES[setup.dtype])
+        self.model, _ = skeleton(config, packed, CPU, "torch", DTYPES[setup.dtype])
         self.mode = FakeBesideReal(allow_non_fake_inputs=True)
         modules = self.model.named_modules()
-        layers = [layer for name, layer in modules if packed and is_text_linear(name)]
+        linears = [linear for name, linear in modules if packed and is_text_linear(name)]
         with self.mode:
             self.model._apply(_empty)
-            self._set_kernel(layers)
-        self.tracker, self.fast = MemoryTracker(resident(self.model)), None
+            self._set_kernel(linears)
+        self.tracker, self.fast, layer = MemoryTracker(), None, ""
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            before, layer = layer, name.removeprefix(TEXT_LAYERS).split(".")[1]
+            if layer.isdigit() and layer != before:
+                self.tracker.mark()
+            self.tracker.see([(part_of(name), tensor)])
         self.loaded = len(self.tracker.log)
+        layers: Any = self.model.vlm.model.language_model.layers
         if setup.execution == "eager" and setup.kernel == "humming":
             with self.mode, self.tracker:
-                for layer in layers:
-                    kernels.repack(layer, layer.qweight, layer.qzeros, layer.scales)
+                for number, linear in enumerate(linears):
+                    if number % (len(linears) // self.layers) == 0:
+                        self.tracker.mark()
+                    kernels.repack(linear, linear.qweight, linear.qzeros, linear.scales)
         if setup.execution == "fast":
-            layers = []  # execution fast frees the linears that it takes over
+            linears = []  # execution fast frees the linears that it takes over
             with self.mode, self.tracker:
                 self.fast = kernels.FakeFast(self.model, setup.kernel, self.tracker)
             self.model.add_module("fast", self.fast)
-            layers = [gemm for gemm in self.fast.linears() if not isinstance(gemm, kernels.Dense)]
+            linears = [gemm for gemm in self.fast.linears() if not isinstance(gemm, kernels.Dense)]
+            layers = self.fast.of_kind("qkv")
         # In reverse: a storage keeps the first name that it has in a checkpoint.
         for part, tensor in reversed(resident(self.model)):
             self.tracker.label([tensor], part)
+        for linear in linears:
+            linear.forward = partial(_labelled, self.tracker, linear.forward)
         for layer in layers:
-            layer.forward = partial(_labelled, self.tracker, layer.forward)
-        self.built = len(self.tracker.log), len(self.tracker.labels)
+            layer.register_forward_pre_hook(self.tracker.mark)
+        self.built = Mark(len(self.tracker.log), len(self.tracker.labels), 0)
         # What lives after the last event: the weights.
-        self.parts = breakdown_of(self.tracker.log, self.tracker.labels, self.built[0] - 1)
+        built = self._repeated(self.built.events, 0)
+        self.parts = breakdown_of(
+            [*built.events()], built.labels, sum(1 for _ in built.events()) - 1
+        )
         self.mode.values = self.pages
+
+    def _repeated(self, before: int, flops: int, captured: tuple[int, int] = (0, 0)) -> Trace:
+        """The trace of what was tracked, for all layers."""
+        tracker = self.tracker
+        trace = Trace([*tracker.log], [*tracker.labels], self.loaded, before, flops, captured)
+        return repeated(trace, tracker.marks, self.layers, self.more)
 
     def _set_kernel(self, layers: list[Any]) -> None:
         setup, model = self.setup, kernels.KERNELS[self.setup.kernel]
@@ -270,21 +341,20 @@ class FakeNetwork:
         tracker, fast = self.tracker, self.fast
         if fast:
             fast.start(run.capability is not None, run.prefetched)
-        tracker.rewind(*self.built)
+        tracker.rewind(self.built)
         inputs = self._inputs(batch_size, run)
         with self.mode, tracker:
             tracker.see(("inputs", tensor) for tensor in inputs.values())
-            before = len(tracker.log)
+            before, flops = len(tracker.log), 0
             steps = Steps(self.model, run.execution, run.protocol)
-            for _ in range(STEPS):
+            for step in range(STEPS):
                 steps(inputs)
+                flops = flops if step else tracker.flops
                 tracker.label([steps.output.embeddings], OUTPUT)
                 if (kept := steps.output.past_key_values) is not None:
                     pairs = ((layer.keys, layer.values) for layer in kept.layers)
                     tracker.label(chain.from_iterable(pairs), KV_CACHE)
-            log, labels = [*tracker.log], [*tracker.labels]
-        captured = fast.captured if fast else (0, 0)
-        return Trace(log, labels, self.loaded, before, tracker.flops, captured)
+            return self._repeated(before, flops, fast.captured if fast else (0, 0))
 
     def _inputs(self, batch_size: int, run: Setup) -> dict[str, Tensor]:
         """Fake queries; of pages the ids, mask and grid are real, and only their area matters."""

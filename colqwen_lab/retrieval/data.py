@@ -19,7 +19,7 @@ import pandas as pd
 from huggingface_hub import HfApi
 from huggingface_hub.utils import logging
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from colqwen_lab.errors import BadInput, MissingRequirement, plain
 from colqwen_lab.model import synthetic
@@ -106,30 +106,43 @@ def load(
 def _usable(source: _Source, queries: int, pages: int, progress: Progress) -> Corpus:
     """The first pages that can be read, and the first queries that they answer."""
     label, page_ids, page, texts, qrels, bad = source
+
+    def say(line: str) -> None:
+        progress(f"{label}: {line}")
+
     for kind, ids in (("page", pd.Index(page_ids)), ("query", texts.index)):
         if not ids.is_unique:
             raise BadInput(f"{label}: duplicate {kind} id {ids[ids.duplicated()][0]!r}")
     for query, text in texts.items():
         if not isinstance(text, str):
             raise BadInput(f"{label}: query {query!r} must be a text, got {text!r}")
-    if (blank := texts.map(lambda text: not text.strip())).any():
-        progress(
-            f"{label}: {blank.sum()} queries are blank, such as {texts.index[blank][0]!r}; skipped"
-        )
+    if (blank := texts.str.strip() == "").any():
+        say(f"{blank.sum()} queries are blank, such as {texts.index[blank][0]!r}; skipped")
         texts = texts[~blank]
-    qrels = _judged(label, page_ids, texts, qrels, progress)
-    page_ids, kept = page_ids[: pages or None], []
-    for page_id in page_ids:
+    qrels, repeated = qrels.drop_duplicates(), qrels.duplicated()
+    if repeated.any():
+        say(f"{repeated.sum()} of {len(repeated)} judgements repeat another")
+    if (twice := qrels.duplicated([*QRELS[:2]])).any():
+        query, page_id, _ = qrels[twice].iloc[0]
+        raise BadInput(f"{label}: query {query!r} and page {page_id!r} have two different scores")
+    unknown = ~(qrels["query-id"].isin(texts.index) & qrels["corpus-id"].isin(page_ids))
+    if unknown.any():
+        query, page_id, _ = qrels[unknown].iloc[0]
+        named = f"query or page, such as query {query!r}, page {page_id!r}"
+        say(f"{unknown.sum()} of {len(qrels)} judgements name an unknown {named}")
+    kept = []
+    for page_id in page_ids[: pages or None]:
         try:
             page(page_id)
             kept.append(page_id)
         except BadInput as error:
             progress(str(error))
-    if bad := bad + len(page_ids) - len(kept):
-        progress(f"{label}: {bad} of {bad + len(kept)} pages skipped")
-    qrels = qrels[qrels["corpus-id"].isin(kept)]
+            bad += 1
+    if bad:
+        say(f"{bad} of {bad + len(kept)} pages skipped")
+    qrels = qrels[~unknown & qrels["corpus-id"].isin(kept)]
     answered = texts.index.isin(qrels["query-id"][qrels["score"] > 0])
-    if texts[answered].empty:
+    if not answered.any():
         raise BadInput(f"{label}: none of {len(kept)} pages answers a query")
     _say_dropped(label, texts.index[~answered], progress)
     texts = texts[answered][: queries or None]
@@ -138,51 +151,24 @@ def _usable(source: _Source, queries: int, pages: int, progress: Progress) -> Co
     return Corpus(label, kept, page, [*texts.index], [*texts], relevance, bad)
 
 
-def _judged(
-    label: str,
-    page_ids: list[str],
-    texts: pd.Series[str],
-    qrels: pd.DataFrame,
-    progress: Progress,
-) -> pd.DataFrame:
-    """Each judgement of a known query and page, once. Raises BadInput where two disagree."""
-    pair = list(QRELS[:2])
-    once = qrels.drop_duplicates()
-    if repeated := len(qrels) - len(once):
-        progress(f"{label}: {repeated} of {len(qrels)} judgements repeat another")
-    if (twice := once[once.duplicated(pair)]).size:
-        query, page = twice[pair].iloc[0]
-        raise BadInput(f"{label}: query {query!r} and page {page!r} have two different scores")
-    known = once["query-id"].isin(texts.index) & once["corpus-id"].isin(page_ids)
-    if not known.all():
-        query, page = once[~known][pair].iloc[0]
-        progress(
-            f"{label}: {(~known).sum()} of {len(once)} judgements name an unknown query or page, "
-            f"such as query {query!r}, page {page!r}"
-        )
-    return once[known]
-
-
 def _say_dropped(label: str, ids: Sequence[str], progress: Progress) -> None:
     if len(ids):
-        progress(
-            f"{label}: queries dropped, as no page answers them: {len(ids)}, such as {ids[0]!r}"
-        )
+        dropped = f"{len(ids)}, such as {ids[0]!r}"
+        progress(f"{label}: queries dropped, as no page answers them: {dropped}")
 
 
 def _generated(queries: int, pages: int, width: int, progress: Progress) -> Corpus:
-    split = "held-out"
-    label = f"generated, held out, {width} px"
-    relevance = synthetic.relevance(queries, pages, split)
-    answered = [query for query, answers in relevance.items() if answers]
-    _say_dropped(label, [query for query in relevance if query not in answered], progress)
+    split, label = "held-out", f"generated, held out, {width} px"
+    everything = synthetic.relevance(queries, pages, split)
+    relevance = {query: answers for query, answers in everything.items() if answers}
+    _say_dropped(label, [query for query in everything if query not in relevance], progress)
     return Corpus(
         label,
         [f"p{number}" for number in range(pages)],
         lambda page_id: synthetic.page(int(page_id[1:]), split, width),
-        answered,
-        [synthetic.query(int(query[1:]), split) for query in answered],
-        {query: relevance[query] for query in answered},
+        [*relevance],
+        [synthetic.query(int(query[1:]), split) for query in relevance],
+        relevance,
     )
 
 
@@ -230,34 +216,27 @@ class _Page(_Row):
     @model_validator(mode="after")
     def _valid(self) -> Self:
         path = Path(self.image or "")
-        outside = path.is_absolute() or ".." in path.parts
-        if outside or (self.text is None and not self.image):
+        if path.is_absolute() or ".." in path.parts or (self.text is None and not self.image):
             raise ValueError
         return self
 
 
-class _Judgement(BaseModel, coerce_numbers_to_str=True):
-    query: _Id
-    page: _Id
-    score: int = Field(ge=-MOST_SCORE, le=MOST_SCORE)
+_COERCED = ConfigDict(coerce_numbers_to_str=True)
+_ID = TypeAdapter(_Id, config=_COERCED)
+_Score = Annotated[int, Field(ge=-MOST_SCORE, le=MOST_SCORE)]
+_JUDGEMENT = TypeAdapter(tuple[_Id, _Id, _Score], config=_COERCED)
 
 
-def _judgement(line: str) -> _Judgement | None:
-    query, page, score = line.rstrip("\r\n").split("\t")
-    if score == "score":  # the header
-        return None
-    return _Judgement.model_validate({"query": query, "page": page, "score": score})
+def _judgement(line: str) -> tuple[str, str, int] | None:
+    fields = line.rstrip("\r\n").split("\t")
+    return None if fields[2:] == ["score"] else _JUDGEMENT.validate_python(tuple(fields))
 
 
 def _folder(folder: Path, progress: Progress) -> _Source:
     files = [folder / name for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")]
     valid = f"a JSON object with _id, {AN_ID}, and "
-    rows, bad = _rows(
-        files[0],
-        _Page.model_validate_json,
-        f"{valid}a text, or the path of an image within the folder",
-        progress,
-    )
+    content = f"{valid}a text, or the path of an image within the folder"
+    rows, bad = _rows(files[0], _Page.model_validate_json, content, progress)
     queries, _ = _rows(files[1], _Query.model_validate_json, f"{valid}text", progress)
     judgements, _ = _rows(files[2], _judgement, f"{A_JUDGEMENT}, by tabs", progress)
     by_id, decoder = {row.id: row for row in rows}, Decoder()
@@ -269,14 +248,10 @@ def _folder(folder: Path, progress: Progress) -> _Source:
         return _image(decoder, f"page {row.id}, {row.image},", str(folder / row.image))
 
     images = dict.fromkeys(folder / row.image for row in rows if row.image)
-    return _Source(
-        _folder_label(folder, [*files, *images]),
-        [row.id for row in rows],
-        page,
-        pd.Series([row.text for row in queries], [row.id for row in queries], dtype=object),
-        pd.DataFrame([(row.query, row.page, row.score) for row in judgements], columns=QRELS),
-        bad,
-    )
+    texts = pd.Series([row.text for row in queries], [row.id for row in queries], dtype=object)
+    qrels = pd.DataFrame(judgements, columns=QRELS)
+    label = _folder_label(folder, [*files, *images])
+    return _Source(label, [row.id for row in rows], page, texts, qrels, bad)
 
 
 def _rows(
@@ -369,43 +344,39 @@ def _columns(rows: Any, *columns: str) -> Any:
 def _images(rows: Any, numbers: dict[str, int]) -> Callable[[str], Page]:
     """Reads a page by its id; `numbers` holds the row of each."""
     decoder = Decoder()
-
-    def page(page_id: str) -> Page:
-        return _image(decoder, f"page {page_id}", _source(rows[numbers[page_id]]["image"]))
-
-    return page
+    return lambda page_id: _image(
+        decoder, f"page {page_id}", _source(rows[numbers[page_id]]["image"])
+    )
 
 
 def _source(image: dict[str, Any] | None) -> Source | None:
     return (image["bytes"] or image["path"]) if image else None
 
 
-def _ids(label: str, kind: str, values: Iterable[Any]) -> list[str]:
-    try:
-        return [_check_id(value := str(v) if isinstance(v, int) else v) for v in values]
-    except ValueError:
-        raise BadInput(f"{label}: a {kind} id must be {AN_ID}, got {value!r}") from None
+def _validated(what: str, validate: Callable[[Any], T], values: Iterable[Any]) -> list[T]:
+    result = []
+    for value in values:
+        try:
+            result.append(validate(value))
+        except ValueError:
+            raise BadInput(f"{what}, got {value!r}") from None
+    return result
 
 
 def _subsets(label: str, corpus: Any, queries: Any, qrels: Any) -> _Source:
-    corpus = _columns(corpus, "corpus-id", "image")
-    pages = _ids(label, "page", corpus["corpus-id"])
-    queries = _columns(queries, "query-id", "query")
-    texts = pd.Series(
-        list(queries["query"]), _ids(label, "query", queries["query-id"]), dtype=object
-    )
+    corpus, queries = _columns(corpus, "corpus-id", "image"), _columns(queries, "query-id", "query")
     qrels = _columns(qrels, *QRELS)
-    judged = []
-    for values in zip(*(qrels[name] for name in QRELS), strict=True):
-        try:
-            row = _Judgement(**dict(zip(("query", "page", "score"), values, strict=True)))
-        except ValueError:
-            raise BadInput(f"{label}: a judgement must be {A_JUDGEMENT}, got {values!r}") from None
-        judged.append((row.query, row.page, row.score))
-    numbers = {page_id: number for number, page_id in enumerate(pages)}
-    return _Source(
-        label, pages, _images(corpus, numbers), texts, pd.DataFrame(judged, columns=QRELS)
+    pages = _validated(
+        f"{label}: a page id must be {AN_ID}", _ID.validate_python, corpus["corpus-id"]
     )
+    ids = _validated(
+        f"{label}: a query id must be {AN_ID}", _ID.validate_python, queries["query-id"]
+    )
+    rows = zip(*(qrels[name] for name in QRELS), strict=True)
+    must = f"{label}: a judgement must be {A_JUDGEMENT}"
+    judged = pd.DataFrame(_validated(must, _JUDGEMENT.validate_python, rows), columns=QRELS)
+    page = _images(corpus, {page_id: number for number, page_id in enumerate(pages)})
+    return _Source(label, pages, page, pd.Series(list(queries["query"]), ids, dtype=object), judged)
 
 
 def _questions(label: str, rows: Any, progress: Progress) -> _Source:
@@ -424,10 +395,6 @@ def _questions(label: str, rows: Any, progress: Progress) -> _Source:
     codes, texts = pd.factorize(questions)
     queries = [f"q{code}" for code in codes]
     qrels = pd.DataFrame({"query-id": queries, "corpus-id": ids[questions.index], "score": 1})
-    return _Source(
-        label,
-        list(dict.fromkeys(ids)),
-        _images(rows, {f"p{number}": number for number in first.values()}),
-        pd.Series(texts, list(dict.fromkeys(queries)), dtype=object),
-        qrels.drop_duplicates(),
-    )
+    page = _images(rows, {f"p{number}": number for number in first.values()})
+    by_id = pd.Series(texts, list(dict.fromkeys(queries)), dtype=object)
+    return _Source(label, [*ids.unique()], page, by_id, qrels.drop_duplicates())

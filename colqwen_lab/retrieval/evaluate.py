@@ -25,6 +25,7 @@ from colqwen_lab.measure.timing import synchronise
 from colqwen_lab.model.config import SIZE_VARIABLE, VARIANTS, Variant, resolve_size, resolve_variant
 from colqwen_lab.model.inputs import encode_queries, left_padded, pad_id, page_batch
 from colqwen_lab.model.loading import Loaded, load
+from colqwen_lab.model.network import ColQwen3Config
 from colqwen_lab.model.quantize import Recipe, checkpoint_of
 from colqwen_lab.model.synthetic import SMALL_WIDTH, WIDTH
 from colqwen_lab.options import VISUAL_TOKENS, FidelityOptions, listed
@@ -76,10 +77,13 @@ def evaluate(
     path = Path(options.output or outputs_folder() / f"{stem}.jsonl")
     records: list[Fidelity] = []
     base: Embedded | None = None
+    network: ColQwen3Config | None = None  # of BASE
     with RecordsFile(path, Fidelity, "fidelity", progress) as file:
         for variant, recipe in chosen:
             weights = options.weights if variant.name == "base" else "auto"
             checkpoint = checkpoint_of(variant, size, weights, device, recipe)
+            network = network or checkpoint.config
+            checkpoint.check_network(network)
             if checkpoint.size != size:
                 source = f" from {SIZE_VARIABLE}" * (
                     options.size == "auto" and SIZE_VARIABLE in os.environ

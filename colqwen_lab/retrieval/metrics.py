@@ -40,13 +40,11 @@ def maxsim(queries: Sequence[Tensor], pages: Sequence[Tensor], budget_bytes: int
     device, dtype = queries[0].device, torch.promote_types(queries[0].dtype, torch.float32)
     needed_bytes = sum(map(len, queries)) * sum(map(len, pages)) * dtype.itemsize
     if needed_bytes > budget_bytes and len(pages) > 1:
-        half = len(pages) // 2
-        parts = [maxsim(queries, part, budget_bytes) for part in (pages[:half], pages[half:])]
-        return torch.cat(parts, dim=1)
+        halves = pages[: len(pages) // 2], pages[len(pages) // 2 :]
+        return torch.cat([maxsim(queries, half, budget_bytes) for half in halves], dim=1)
     if needed_bytes > budget_bytes and len(queries) > 1:
-        half = len(queries) // 2
-        parts = [maxsim(part, pages, budget_bytes) for part in (queries[:half], queries[half:])]
-        return torch.cat(parts)
+        halves = queries[: len(queries) // 2], queries[len(queries) // 2 :]
+        return torch.cat([maxsim(half, pages, budget_bytes) for half in halves])
     query, page = torch.cat(list(queries)).to(dtype), torch.cat(list(pages)).to(device, dtype)
     lengths = [torch.tensor(list(map(len, rows)), device=device) for rows in (queries, pages)]
     best = torch.segment_reduce(page @ query.T, "max", lengths=lengths[1], initial=-torch.inf)
@@ -88,7 +86,6 @@ def kendall(scores: Scores, base: Scores) -> list[float]:
 
     Constant scores have no tau-b: the value is 1 if both sides are constant, 0 if only one is.
     """
-
     constant = [(side == side[:, :1]).all(axis=1) for side in (scores, base)]
     defined = ~(constant[0] | constant[1])
     taus = np.where(constant[0] & constant[1], 1.0, 0.0)

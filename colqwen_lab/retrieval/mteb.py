@@ -33,8 +33,7 @@ class MtebModel:
     """Implements mteb's EncoderProtocol. Embeddings are [items, longest, 320], padded with zeros.
 
     Models, sizes and weights are those of `sweep`; `visual_tokens` is the budget of a page.
-    `revision` is unused: `mteb_model_meta` has the revision of the weights. Raises BadInput for an
-    unknown model or size, MissingRequirement without weights or a kernel for them.
+    `revision` is unused. Raises as `load` and `resolve_variant`.
     """
 
     def __init__(

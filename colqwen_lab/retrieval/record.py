@@ -88,10 +88,8 @@ class Fidelity(Row):
         columns: dict[str, Sequence[Any]] = {"top": self.top, **self.values}
         columns |= {"query_groups": self.query_groups} if self.query_groups else {}
         for name, column in columns.items():
-            if len(column) != len(self.query_ids):
-                raise ValueError(
-                    f"{name} must have {len(self.query_ids)} queries, got {len(column)}"
-                )
+            if len(column) != (count := len(self.query_ids)):
+                raise ValueError(f"{name} must have {count} queries, got {len(column)}")
         return self
 
     def key(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -53,8 +54,8 @@ def search_times(options: SearchOptions, progress: Callable[[str], None]) -> lis
     valid = kernels_of(device)
     names = valid[:1] if options.kernel == "auto" else listed(options.kernel)
     kernels = [one_of("kernel", name, valid) for name in names]
-    counts, vectors = SHAPES[device.type]
-    counts, vectors = options.pages or counts, options.vectors or vectors
+    usual, own_vectors = SHAPES[device.type]
+    counts, vectors = options.pages or usual, options.vectors or own_vectors
     limits = measured_limits(device) if device.type == "cuda" else None
     path = Path(options.output or outputs_folder() / "search-times.jsonl")
     records: list[SearchTime] = []
@@ -73,7 +74,10 @@ def search_times(options: SearchOptions, progress: Callable[[str], None]) -> lis
                 index = index.first(pages)
                 for count in options.queries:
                     samples, lines = _timed(index, count, options, kernels)
-                    shape = {"pages": pages, "vectors": vectors, "dims": options.dims}
+                    shape: dict[str, Any] = {
+                        **{"pages": pages, "vectors": vectors, "dims": options.dims},
+                        **{"queries": count, "query_tokens": options.query_tokens},
+                    }
                     for kernel, own in samples.items():
                         label = f"{what}, queries {count}, {kernel}"
                         if own.failure:
@@ -82,8 +86,6 @@ def search_times(options: SearchOptions, progress: Callable[[str], None]) -> lis
                         record = SearchTime(
                             index_format=form.name,
                             **shape,
-                            queries=count,
-                            query_tokens=options.query_tokens,
                             kernel=kernel,
                             page_bytes=index.page_bytes,
                             bytes_read=index.stored_bytes,

@@ -34,10 +34,10 @@ from colqwen_lab.retrieval.evaluate import query_inputs, records_of
 from colqwen_lab.settings import in_use, writable_folder
 
 # Page width in pixels, steps, and how many pages in a row of a batch agree in kind and colour.
-# Those differ in topic and place only, so the network must learn to read. A network that starts
-# with them learns nothing. Small pages cost a third.
-Stage = tuple[int, int, int]
-STAGES: Sequence[Stage] = ((128, 120, 1), (synthetic.SMALL_WIDTH, 200, 4))
+# Those differ in topic and place only, so that the network must learn to read; from the start it
+# learns nothing so. Small pages cost a third.
+Stages = Sequence[tuple[int, int, int]]
+STAGES: Stages = ((128, 120, 1), (synthetic.SMALL_WIDTH, 200, 4))
 BATCH, LEARNING_RATE, TEMPERATURE = 32, 1.5e-3, 0.7
 REPEATS = 3  # different pages for each combination of facts
 # The published 0.02 is too small at width 128: token embeddings stay identical.
@@ -49,8 +49,7 @@ CPU = torch.device("cpu")
 def contrastive_loss(scores: Tensor, answers: Tensor) -> Tensor:
     """The mean over queries of -log(probability of the relevant pages among all pages).
 
-    Both are [queries, pages]; `answers` is true where the page answers the query, at least once
-    per row.
+    Both are [queries, pages]; `answers` is true where the page answers the query.
     """
     return (scores.logsumexp(1) - scores.masked_fill(~answers, -torch.inf).logsumexp(1)).mean()
 
@@ -60,8 +59,7 @@ def naming_loss(
 ) -> Tensor:
     """The cross entropy of predicting each row's facts from its mean embedding with `naming`.
 
-    MaxSim alone trains only the best tokens; this loss reaches all. One `naming` for queries and
-    pages brings the two together.
+    MaxSim alone trains only the best tokens. One `naming` brings queries and pages together.
     """
     logits = naming(torch.stack([row.mean(0) for row in embeddings])) * 10
     truth = torch.tensor([[float(fact in row) for fact in FACTS] for row in facts])
@@ -79,9 +77,7 @@ def fresh(seed: int) -> Loaded:
     return Loaded(model, tokenizer, f"untrained (seed {seed})", CPU, "auto", {}, {})
 
 
-def fit(
-    loaded: Loaded, seed: int, stages: Sequence[Stage], progress: Callable[[str], None]
-) -> list[float]:
+def fit(loaded: Loaded, seed: int, stages: Stages, progress: Callable[[str], None]) -> list[float]:
     """Train `loaded` in place. Returns the loss of each step."""
     model, random = loaded.model, Random(seed)
     naming = nn.Linear(model.config.embed_dim, len(FACTS))
@@ -144,7 +140,7 @@ def held_out(loaded: Loaded) -> tuple[float, float]:
 def train_tiny(
     folder: Path,
     seed: int = 0,
-    stages: Sequence[Stage] = STAGES,
+    stages: Stages = STAGES,
     progress: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train `tiny` into a BF16 checkpoint folder. Returns its record, which the folder also holds.

@@ -9,8 +9,8 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from colqwen_lab.model.decode import MOST_TIMES
 from colqwen_lab.model.inputs import (
     QUERY_SUFFIX_TOKENS,
     QWEN_PAD_ID,
+    Reader,
     batch_of,
     digest,
     encode_queries,
@@ -32,16 +33,17 @@ from colqwen_lab.model.inputs import (
     pad_id,
     page_files,
     queries,
-    read_pages,
 )
 from colqwen_lab.model.network import ColQwen3Config
-from colqwen_lab.model.preprocess import check_visual_tokens, patches
+from colqwen_lab.model.preprocess import Patches, check_visual_tokens, patches
 from colqwen_lab.options import TEXTS, VISUAL_TOKENS
 from colqwen_lab.records import RANDOM_TEXTS, Workload
 
 QUERIES = 64
 # Pages kept as patches, 31 MB each at 1,280 visual tokens.
 MAX_DISTINCT = 64
+# Skipped pages that are named.
+MOST_SAID = 50
 # Sides of a synthetic page in pixels; letters need the smallest.
 MIN_SIDE, MAX_SIDE = 32, 9999
 # A stored embedding has 16-bit values.
@@ -116,9 +118,9 @@ def _shape(batch: dict[str, Tensor]) -> tuple[Any, ...]:
 
 def _random_queries(vocabulary: int, count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    lengths = (REPORT_QUERY_TOKENS + len(str(number)) for number in range(count))
-    words = min(vocabulary, QWEN_PAD_ID)
-    rows = [torch.randint(words, (length,), generator=generator).tolist() for length in lengths]
+    lengths = [REPORT_QUERY_TOKENS + len(str(number)) for number in range(count)]
+    words = torch.randint(min(vocabulary, QWEN_PAD_ID), (sum(lengths),), generator=generator)
+    rows = [row.tolist() for row in words.split(lengths)]
     return [row + [QWEN_PAD_ID] * QUERY_SUFFIX_TOKENS for row in rows]
 
 
@@ -144,12 +146,13 @@ class Pages:
                 f"pages must be WIDTHxHEIGHT, each {MIN_SIDE} to {MAX_SIDE} pixels and one at most "
                 f"{MOST_TIMES} times the other, got {source}"
             )
-        self.files = page_files(source) if source and not match else []
         self.skipped: list[str] = []
+        pages = source and not match
+        self.files = page_files(source, self.skipped.append) if pages else []
         files = f"{len(self.files)} files {digest(self.files)}"
         self.label = files if self.files else f"synthetic, {width} x {height} pixels"
-        self._patches: list[tuple[Tensor, tuple[int, int, int]]] = []
-        self._seconds: list[float] = []
+        self._pages: list[tuple[Patches, float]] = []
+        self._coming: Iterator[tuple[Patches, float]] | None = None
 
     def on_disk(self, folder: Path, count: int) -> list[Path]:
         """The files, or `count` synthetic pages as JPEG files in `folder`."""
@@ -160,26 +163,27 @@ class Pages:
             page.save(folder / f"page-{number:03}.jpg", quality=90)
         return sorted(folder.iterdir())
 
-    @cached_property
-    def _images(self) -> Iterator[Image.Image]:
-        if self.files:
-            return read_pages(self.files, self.skipped.append)
-        pages = (synthetic.page(number, width=self.size[0]) for number in itertools.count())
-        return (page.resize(self.size) for page in pages)
+    def _preprocessed(self, config: ColQwen3Config) -> Iterator[tuple[Patches, float]]:
+        """The patches of each page, and the seconds to read a file and to process the page."""
+
+        def timed(image: Image.Image) -> tuple[Patches, float]:
+            start = time.perf_counter()
+            return patches(image, config, self.visual_tokens), time.perf_counter() - start
+
+        if not self.files:
+            for number in itertools.count():
+                yield timed(synthetic.page(number, width=self.size[0]).resize(self.size))
+        with closing(Reader(1, timed)) as reader:
+            pages = reader.pages(self.files, self.skipped.append)
+            for (page, seconds), read_s in zip(pages, reader.read_s, strict=False):
+                yield page, read_s + seconds
 
     def _prepare(self, count: int, config: ColQwen3Config) -> None:
-        """Have the patches of `count` pages. Reading a file is timed, generating a page is not."""
-        while len(self._patches) < count:
-            start = time.perf_counter()
-            image = next(self._images, None)
-            if image is None:
-                break
-            if not self.files:
-                start = time.perf_counter()
-            self._patches.append(patches(image, config, self.visual_tokens))
-            self._seconds.append(time.perf_counter() - start)
-        if not self._patches:
-            reasons = ", ".join(self.skipped)
+        """Have the patches of `count` pages."""
+        self._coming = self._coming or self._preprocessed(config)
+        self._pages += itertools.islice(self._coming, max(0, count - len(self._pages)))
+        if not self._pages:
+            reasons = ", ".join(reversed(self.skipped))  # those left out come first
             raise BadInput(f"none of {len(self.files)} files gives a page; {reasons[:200]}")
 
     def batches(
@@ -201,7 +205,7 @@ class Pages:
         count = max(samples, 2 * batch_size)
         wanted = MAX_DISTINCT if self.files else min(count, MAX_DISTINCT)
         self._prepare(wanted, config)
-        distinct = self._patches[:wanted]
+        distinct = [page for page, _ in self._pages[:wanted]]
         pages, whole = itertools.cycle(distinct), math.lcm(len(distinct), batch_size)
         if not self.files or whole > MAX_DISTINCT:
             whole = batch_size
@@ -211,6 +215,7 @@ class Pages:
             for _ in range(0, count, batch_size)
         ]
         tokens = [int(mask.sum()) for batch in inputs for mask in batch["attention_mask"]]
+        seconds = [each for _, each in self._pages]
         page_tokens = statistics.fmean(tokens[: len(distinct)])
         workload = Workload(
             kind="pages",
@@ -220,7 +225,10 @@ class Pages:
             distinct=len(distinct),
             skipped=len(self.skipped),
             index_bytes=round(page_tokens * config.embed_dim * INDEX_VALUE_BYTES),
-            preprocess_s=statistics.fmean(self._seconds[1:] or self._seconds),
+            preprocess_s=statistics.fmean(seconds[1:] or seconds),
             **_lengths(inputs),
         )
-        return Batches(inputs, workload, tuple(self.skipped))
+        messages = self.skipped[:MOST_SAID]
+        if more := len(self.skipped) - len(messages):
+            messages.append(f"{more} more files, folders or pages are skipped")
+        return Batches(inputs, workload, tuple(messages))

@@ -228,7 +228,7 @@ class Fast(nn.Module):
                 linear.configs = linears[0].configs
         self.vision = Vision(model.vlm.model.visual, self.small, self.plain)
         self.merge = model.config.vision_config.spatial_merge_size
-        self.paths = Paths()
+        self.paths, self.tunes = Paths(), True
         self.graphs: dict[tuple[int, int], tuple[Any, torch.cuda.CUDAGraph, Tensor]] = {}
 
     @property
@@ -395,9 +395,23 @@ class Fast(nn.Module):
         tunable = [linear for linear in kinds if linear.tunable]
         tune.compile_all(tunable, {*sizes}, self.paths)
 
+    @torch.no_grad()
+    def warm_up(self, inputs: dict[str, Tensor]) -> None:
+        """A forward with the kernels' own configs, for which torch.compile fuses functions."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        self.tunes = False
+        try:
+            if "pixel_values" in inputs:
+                self.pages(inputs, ids, mask)
+            else:
+                more = (0, bucket(ids.shape[1]) - ids.shape[1])
+                self.embed(functional.pad(ids, more), functional.pad(mask, more))
+        finally:
+            self.tunes = True
+
     def tune(self, m: int) -> None:
         """Choose the kernel configs at M."""
-        for linears in map(self.of_kind, KINDS):
+        for linears in map(self.of_kind, KINDS if self.tunes else ()):
             if linears[0].tunable and m not in linears[0].configs:
                 x = self.parts[0].weight.new_empty(m, linears[0].in_features).normal_()
                 tune.choose(linears, x, self.gemm, self.paths)

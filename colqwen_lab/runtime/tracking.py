@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from colqwen_lab.model.loading import storage_of
 from colqwen_lab.model.network import UNUSED_HEAD, ColQwen3, is_text_linear
@@ -56,8 +56,12 @@ def resident(model: ColQwen3) -> list[tuple[str, Tensor]]:
 def _attention_flops(
     q: Tensor, k: Tensor, v: Tensor, _: float = 0, causal: bool = False, **named: Any
 ) -> int:
-    """Operations of all pairs of positions, or of the visible half where attention is causal."""
-    pairs, tokens = sdpa_flop_count(q.shape, k.shape, v.shape), q.shape[-2]
+    """Operations of all pairs of positions, or of the visible half where attention is causal.
+
+    Each query head counts, however many share a key head (torch 2.11's helper refuses these).
+    """
+    tokens = q.shape[-2]
+    pairs = 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
     masked = causal or named.get("attn_mask") is not None
     return pairs * (tokens + 1) // (2 * tokens) if masked else pairs
 
@@ -80,18 +84,27 @@ def breakdown_of(
     return dict(+parts)
 
 
+class Mark(NamedTuple):
+    """A moment: the events, births and operations so far."""
+
+    events: int
+    births: int
+    flops: int
+
+
 class MemoryTracker(TorchDispatchMode):
     """Counts live bytes of all storages: those of `resident` from the start, new ones as they come.
 
     `log` holds each birth as (number, bytes) and each end as (number, 0), in order;
     `labels[number]` names the part; `flops` are the operations of all GEMMs and attentions so far.
-    While `hidden`, new tensors take no memory.
+    While `hidden`, new tensors take no memory. `marks` say where the layers of a pass begin.
     """
 
     def __init__(self, resident: Iterable[tuple[str, Tensor]] = ()) -> None:
         super().__init__()
         self.log: list[tuple[int, int]] = []
         self.labels: list[str] = []
+        self.marks: list[Mark] = []
         self.flops, self.hidden = 0, False
         self._numbers: dict[int, int] = {}
         self.see(resident)
@@ -114,16 +127,21 @@ class MemoryTracker(TorchDispatchMode):
                 self.labels.append(label)
                 weakref.finalize(storage, _end, weakref.proxy(self), key)
 
+    def mark(self, *_: Any) -> None:
+        """Note where a layer begins; a forward hook too."""
+        self.marks.append(Mark(len(self.log), len(self.labels), self.flops))
+
     def label(self, tensors: Iterable[Tensor], name: str) -> None:
         """Change the label of tensors that are counted already."""
         for tensor in tensors:
             self.labels[self._numbers[storage_of(tensor)[1]]] = name
 
-    def rewind(self, events: int, births: int) -> None:
-        """Forget what came after so many events and births."""
+    def rewind(self, to: Mark) -> None:
+        """Forget what came after a mark."""
+        events, births, self.flops = to
         del self.log[events:], self.labels[births:]
+        self.marks = [mark for mark in self.marks if mark.births < births]
         self._numbers = {key: number for key, number in self._numbers.items() if number < births}
-        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -18,6 +18,7 @@ read them once for each query, and pad 320 values to 512.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -260,7 +261,8 @@ def best_products(
     right = max(16, triton.next_power_of_2(dims - left))
     limit = 2**62
     if vectors.is_cuda:
-        limit = torch.cuda.get_device_properties(vectors.device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(vectors.device)
+        limit = properties.shared_memory_per_block_optin
     most = max(16, triton.next_power_of_2(tokens))
     row_bytes = (left + right) * vectors.element_size()
     tile, rows, stages, warps = next(

@@ -141,7 +141,8 @@ def test_published_sentences(published: Comparison) -> None:
         ("base", "A batch of 8 queries takes 41.9 ms with base, 85.1 ms with awq."),
     ]
     assert published.verdict().endswith(
-        f"The median rate of base is at least that of awq with 10.6 GiB or more free, {each}."
+        f"The median rate of base is at least that of awq with 10.6 GiB or more free, {each}. "
+        "There base runs batch 256, and awq batch 512."
     )
 
 
@@ -652,6 +653,11 @@ def test_budgets_say_nothing_of_models_that_every_card_holds() -> None:
     assert "No crossover: every card holds models this small." in comparison.verdict()
     assert not any("GiB" in one.sentence for one in comparison.recommendations)
     assert list(comparison.cards["verdict"]) == ["fits"] * 8
+
+
+def test_a_crossover_where_only_base_fits_names_no_batch_of_awq() -> None:
+    comparison = versus([cell("base", 8, 100)], [cell("awq", 8, 50, peak=2 * GIB)])
+    assert "There base runs batch 8, and awq none." in comparison.verdict()
 
 
 def test_base_that_is_always_overtaken_has_no_crossover() -> None:

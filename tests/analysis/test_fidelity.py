@@ -329,6 +329,8 @@ def test_plots(fidelities: Fidelities) -> None:
     frontier = fidelities.plot().axes[0]
     assert {text.get_text() for text in frontier.texts} == {"base", "W8A16", "W4A16", "W3A16"}
     assert frontier.get_xlabel() == "weights, MiB"
+    (no_sizes,) = fidelities.plot("index").axes[0].lines
+    assert [*no_sizes.get_xdata()] == [*no_sizes.get_ydata()] == []
     metrics = fidelities.plot("metrics", label="W4A16").axes[0]
     assert [label.get_text() for label in metrics.get_xticklabels()] == list(NAMES)
     with pytest.raises(BadInput, match="valid: frontier, index, metrics"):

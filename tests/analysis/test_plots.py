@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from colqwen_lab.analysis import plots
 from colqwen_lab.analysis.compare import Comparison, compare
-from colqwen_lab.analysis.speed import Speed
 from colqwen_lab.analysis.table import Results, Series
 from colqwen_lab.errors import BadInput
 from colqwen_lab.hardware import OUTSIDE_TORCH_BYTES
@@ -102,7 +101,7 @@ def test_error_bars_are_the_intervals() -> None:
 
 def test_an_interval_may_miss_an_end_or_its_estimate() -> None:
     axes = axes_of(plots.framed("title", "subtitle")[0])
-    plots.intervals(axes, [1, 2], [(5, None, None), (5, 6, 7)], color="red")
+    plots.intervals(axes, {1: (5, None, None), 2: (5, 6, 7)}, color="red")
     (bars,) = axes.collections
     assert [sorted(y for _, y in path.vertices) for path in bars.get_paths()] == [[5, 5], [5, 7]]
 
@@ -133,7 +132,7 @@ def test_second_series_of_a_variant_is_dashed() -> None:
 def test_speed_has_a_zero_line_a_band_and_hollow_inconclusive_markers(
     published: Comparison,
 ) -> None:
-    figure = plots.speed_vs_base(published)
+    figure = published.plot()
     axes = axes_of(figure)
     assert texts_of(axes) == ["-50.8", "-59.4", "-52.8", "-27.1", "-4.0", "+0.3"]
     assert any(list(line.get_ydata()) == [0, 0] for line in axes.lines)
@@ -152,18 +151,10 @@ def test_speed_across_machines_is_no_comparison(published: Comparison) -> None:
         c.model_copy(update={"environment": Environment(gpu="NVIDIA L4")})
         for c in published.awq.cells
     )
-    base, awq = published.base, Series("awq", elsewhere)
-    figure = plots.speed_vs_base(Pair(base, awq, published.speeds))  # type: ignore[arg-type]
+    pair = published.base, Series("awq", elsewhere)
+    figure = Comparison({"A100 against L4": pair}).plot("speed")
     assert figure.get_suptitle().startswith("Not a comparison (conditions differ)")
     assert "NVIDIA A100-SXM4-40GB and NVIDIA L4" in axes_of(figure).get_title()
-
-
-class Pair(NamedTuple):
-    """The part of a comparison that the figure of speeds reads."""
-
-    base: Series
-    awq: Series
-    speeds: tuple[Speed, ...]
 
 
 def test_speed_lines_differ_in_colour(published: Comparison) -> None:
@@ -269,7 +260,7 @@ def test_nothing_to_draw_is_still_a_figure(kind: str, tmp_path: Path) -> None:
     failed = FAILED | {"status": "failed"}
     cells = Results((tiny("base", 8, **failed), tiny("awq", 16, **failed)))
     figure = {
-        "speed": lambda: plots.speed_vs_base(compare(cells, cells)),
+        "speed": lambda: compare(cells, cells).plot(),
         "breakdown": lambda: plots.breakdown(cells.cells),
     }.get(kind, lambda: plot(kind, cells))()
     assert len(plots.save(figure, kind, tmp_path)) == 2
@@ -277,8 +268,8 @@ def test_nothing_to_draw_is_still_a_figure(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_saved_twice_is_the_same_file(published: Comparison, tmp_path: Path) -> None:
-    first = plots.save(plots.speed_vs_base(published), "speed", tmp_path / "a")
-    second = plots.save(plots.speed_vs_base(published), "speed", tmp_path / "b")
+    first = plots.save(published.plot(), "speed", tmp_path / "a")
+    second = plots.save(published.plot(), "speed", tmp_path / "b")
     assert [path.name for path in first] == ["speed.png", "speed.svg"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     svg = first[1].read_text()
@@ -289,7 +280,7 @@ def test_saved_twice_is_the_same_file(published: Comparison, tmp_path: Path) -> 
 def test_folder_that_cannot_be_written_is_bad_input(published: Comparison, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput):
-        plots.save(plots.speed_vs_base(published), "speed", tmp_path / "file")
+        plots.save(published.plot(), "speed", tmp_path / "file")
 
 
 def test_unknown_kind_names_the_valid_ones() -> None:

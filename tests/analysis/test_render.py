@@ -122,6 +122,18 @@ def test_text_fits_its_width_and_names_constant_columns_once(width: int) -> None
     assert "1,024" in text
 
 
+def test_names_stay_whole_in_a_table_of_80_columns() -> None:
+    results = Results.load(NOTEBOOKS.parent / "outputs" / "cpu" / "mid.jsonl")
+    text = render.text(results.table(), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert {kernel for cell in results for kernel in cell.backend.engaged} <= {*text.split()}
+
+
+def test_words_that_do_not_fit_are_cut() -> None:
+    frame = pd.DataFrame({name: ["x" * 30, "y" * 200] for name in "abcd"})
+    assert max(map(len, render.text(frame, 80).splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     ("value", "sentence", "cell"),
     [

@@ -10,13 +10,16 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from colqwen_lab.analysis.table import COLUMNS, Results, conditions, disturbed, pick
+from colqwen_lab.analysis.table import COLUMNS, PATHS, Results, conditions, disturbed, pick
 from colqwen_lab.errors import BadInput, LabError
 from colqwen_lab.records import (
     MIB,
     Backend,
     Cell,
+    EndToEnd,
+    Energy,
     Environment,
+    Loading,
     Rate,
     RecordsFile,
     Workload,
@@ -100,7 +103,7 @@ def test_frame_is_tidy_and_raw(published: Results, tmp_path: Path) -> None:
     first = raw.iloc[0]
     assert (first["batch_size"], first["items_per_s"]) == (8, 191)
     assert first["peak_bytes"] == 8527 * MIB
-    assert {*raw} == {*COLUMNS.index[COLUMNS["role"] != "card"]}
+    assert {*raw} == {*PATHS, "tokens_per_s"}
     assert COLUMNS["meaning"].notna().all()
     path = published.to_csv(tmp_path / "cells.csv")
     assert list(pd.read_csv(path)["items_per_s"]) == list(raw["items_per_s"])
@@ -237,7 +240,6 @@ def test_ok_cells_only_carry_figures_and_the_last_counts() -> None:
     assert series.rated == {8: fast}
     assert series.sized.keys() == {8}
     assert series.failed == [broken]
-    assert series.repeated == [8]
     assert series.to_dict()["not_ok"] == [
         {"batch_size": 16, "status": "failed", "reason": "broken"}
     ]
@@ -259,3 +261,46 @@ def test_title_names_the_machine() -> None:
     on_cpu = cell(environment=Environment(cpu="Xeon"), origin="measured")
     assert conditions([on_cpu]).startswith("measured · CPU Xeon")
     assert "NVIDIA A100-SXM4-40GB and CPU Xeon" in conditions([FIRST, on_cpu])
+
+
+def test_what_items_cost() -> None:
+    steps = [0.1] * 198 + [0.2, 0.3]
+    fields = {"step_s": steps, "items_per_s": rate_of(steps, 1)}
+    fields |= {"energy": Energy(joules_per_item=20.5, seconds=1.5, idle_w=70)}
+    fields |= {"loading": Loading(load_s=12, first_step_s=3)}
+    results = Results((cell(1, **fields), cell(8, items_per_s=Rate(median=40)), failed(16)))
+    table = results.costs(price=3)
+    assert table["batch"].tolist() == [1, 8]
+    assert table["items/hour"].tolist() == [36000, 144000]
+    assert table["cost of a million"].tolist() == [83.33, 20.83]
+    assert table["J/item"].tolist() == [20.5, "-"]
+    assert table["p50 ms"].tolist() == [100, "-"]
+    assert table["p99 ms"].tolist() == [101, "-"], (
+        "a hundredth of the way from the 198th to the next"
+    )
+    assert "cost of a million" not in results.costs()
+
+
+def test_percentiles_need_200_samples_of_one_item() -> None:
+    steps = [0.1] * 200
+    assert cell(1, step_s=steps).latency == (0.1, 0.1, 0.1)
+    assert cell(1, step_s=steps[1:]).latency is None
+    assert cell(2, step_s=steps).latency is None
+
+
+def end_to_end(loaders: int, seconds: float) -> EndToEnd:
+    """256 pages: 0.08 s in a loader, 0.03 s in the model, 0.001 s to store."""
+    times = {"read_s": 0.08, "prepare_s": 0, "preprocess_s": 0.001, "embed_s": 0.029}
+    about = {"loaders": loaders, "pages": 256, "seconds": seconds, "on_device": True}
+    return EndToEnd(**about, **times, store_s=0.001)
+
+
+def test_pages_from_disk_to_disk() -> None:
+    runs = [end_to_end(1, 25.6), end_to_end(8, 8)]
+    results = Results((cell(8, end_to_end=runs, items_per_s=Rate(median=33.3)), cell(16)))
+    table = results.end_to_end()
+    assert table["pages/s"].tolist() == [10, 32]
+    assert table["% of the model's rate"].tolist() == [30.03, 96.1]
+    assert table["bottleneck"].tolist() == ["reading", "model"]
+    assert table["loaders needed"].tolist() == [3, 3], "0.08 s of reading a 0.03 s of the model"
+    assert len(Results((cell(8),)).end_to_end()) == 0

@@ -107,7 +107,9 @@ def finite(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_finds_verifies_and_records_the_largest_batch(
     tmp_path: Path, finite: dict[str, int]
 ) -> None:
-    (cell,) = cells = run(tmp_path / "rows.jsonl")
+    lines: list[str] = []
+    (cell,) = cells = run(tmp_path / "rows.jsonl", progress=lines.append)
+    assert lines[0] == "searching the largest batch of base eager/lean/auto on 8 GB"
     assert (cell.status, cell.batch_size) == ("ok", 10)
     assert cell.card is not None
     assert cell.card.tried[11] == "ok"

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import pypdfium2
 import pytest
 from PIL import Image
 
@@ -67,7 +68,7 @@ def test_white_paper_is_white(photometric: int, bits: int, packed: bool) -> None
     ink, paper = (white, 0) if photometric == 0 else (0, white)
     page = read(tiff(photometric, bits, ink, paper, packed))
     if (photometric, bits) == (0, 12):
-        assert page == "it is not an image that Pillow reads"
+        assert page == "it is not a PDF, and no image that Pillow reads"
         return
     assert isinstance(page, Image.Image)
     assert np.unique(np.asarray(page)[:, : SIZE // 3]).tolist() == [0]
@@ -246,14 +247,73 @@ def test_what_is_no_plain_file_and_postscript_are_never_opened(
         (lambda: (path.touch(), os.truncate(path, 2**40)), "larger than 4 GiB"),
         (
             lambda: path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
-            "not an im",
+            "no image",
         ),
     ):
         make()
         assert reason in str(read(str(path)))
         path.unlink()
-    (tmp_path / "a.heic").touch()
-    assert read(str(tmp_path / "a.heic")) == "Pillow does not read .heic"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "page"),
+    [
+        ("pdf.png", "pdf", (150, 150)),
+        ("png.pdf", "png", (3, 2)),
+        ("png.heic", "png", (3, 2)),
+        ("late.pdf", "late", (150, 150)),
+        ("raw.dng", "tiff", "Pillow does not read .dng"),
+        ("heic.heic", "heic", "it is not a PDF, and no image that Pillow reads"),
+        ("text.pdf", "heic", "it is not a PDF, and no image that Pillow reads"),
+        ("none.pdf", "none", "it holds no page"),
+        ("empty.pdf", "empty", "it is empty"),
+    ],
+)
+def test_contents_say_what_a_file_is(
+    name: str, content: str, page: tuple[int, int] | str, tmp_path: Path
+) -> None:
+    one = pdf(
+        CATALOG,
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 72 72]>>",
+    )
+    contents = {"pdf": one, "late": b"\n\n" + one, "heic": b"\0\0\0\x18ftypheic", "empty": b""}
+    for format in ("png", "tiff"):
+        file = BytesIO()
+        Image.new("L", (3, 2)).save(file, format)
+        contents[format] = file.getvalue()
+    file = BytesIO()
+    pypdfium2.PdfDocument.new().save(file)
+    contents["none"] = file.getvalue()
+    (tmp_path / name).write_bytes(contents[content])
+    answer = read(str(tmp_path / name))
+    assert (answer.size if isinstance(answer, Image.Image) else answer) == page
+    if name == "pdf.png":
+        assert isinstance(read(one), Image.Image), "also the bytes of a data set"
+
+
+@pytest.mark.parametrize(
+    ("dpi", "turned", "size"),
+    [
+        ((204, 98), 1, (17, 42)),
+        ((204, 196), 1, (17, 21)),
+        ((98, 204), 1, (35, 20)),
+        ((204, 98), 6, (42, 17)),
+        ((200, 200), 1, (17, 20)),
+        ((1, 72), 1, (17, 20)),
+        ((0, 72), 1, (17, 20)),
+    ],
+)
+@pytest.mark.parametrize("format", ["tiff", "png"])
+def test_a_fax_has_square_pixels(
+    format: str, dpi: tuple[int, int], turned: int, size: tuple[int, int]
+) -> None:
+    file, exif = BytesIO(), Image.Exif()
+    exif[274] = turned
+    Image.new("1", (17, 20)).save(file, format, dpi=dpi, exif=exif)
+    page = read(file.getvalue())
+    assert isinstance(page, Image.Image)
+    assert page.size == size
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

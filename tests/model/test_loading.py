@@ -133,6 +133,8 @@ def test_a_value_beyond_the_dtype_is_named(base_folder: Path, edited: Edit) -> N
         ("config.json", lambda text: text.replace(b"1e-06", b"1e-05")),
         ("tokenizer.json", lambda text: text + b"\n"),
         ("tokenizer.json", None),
+        ("quantization_config.json", lambda text: text + b"\n"),
+        ("quantization_config.json", None),
         ("model.safetensors", lambda text: text[:-1] + bytes([text[-1] ^ 1])),
     ],
 )
@@ -141,7 +143,11 @@ def test_another_file_in_the_folder_is_another_model(
 ) -> None:
     """Rows kept by a resumed sweep are those of the same weights, by this label."""
     folder = edited(base_folder)
+    without = FolderCheckpoint(folder).digest
+    if name == "quantization_config.json":
+        (folder / name).write_text("{}")
     first = FolderCheckpoint(folder)
+    assert (first.digest == without) == (name != "quantization_config.json")
     copy = shutil.copytree(folder, folder.parent / "elsewhere" / folder.name)
     assert FolderCheckpoint(copy).label == first.label
     text = (folder / name).read_bytes()
@@ -876,14 +882,32 @@ def test_hub_revision_is_recorded(
     assert checkpoint.size == "tiny"
 
 
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"rope_theta": 7e6, "rope_scaling": {}},
+        {"rope_parameters": {"rope_theta": 7e6}},
+        {"rope_parameters": {"rope_theta": 7e6}, "rope_scaling": {}},
+        {"rope_parameters": {"rope_theta": 7e6}, "rope_scaling": {}, "rope_theta": 1e4},
+    ],
+)
+def test_rotary_parameters_are_read_from_either_place(places: dict[str, Any]) -> None:
+    """The newer place wins; transformers would take the older one, or its own default."""
+    sections = {"mrope_section": [6, 5, 5]}
+    own = {name: v | sections if isinstance(v, dict) else v for name, v in places.items()}
+    text = {**SIZES["tiny"]["text_config"], "rope_parameters": None} | own
+    config = checkpoints.read_config({**SIZES["tiny"], "text_config": text})
+    assert config.text_config.rope_parameters["rope_theta"] == 7e6
+
+
 def test_size_is_told_from_the_configuration(base_folder: Path, edited: Edit) -> None:
     assert FolderCheckpoint(base_folder).size == "tiny"
-    assert (
-        FolderCheckpoint(
-            edited(base_folder, config=lambda c: c["text_config"].update(num_hidden_layers=3))
-        ).size
-        == "custom"
-    )
+    for name, value in (("num_hidden_layers", 3), ("num_key_value_heads", 1)):
+        folder = edited(
+            base_folder, config=lambda c, n=name, v=value: c["text_config"].update({n: v})
+        )
+        assert FolderCheckpoint(folder).size == "custom"
+        shutil.rmtree(folder)
     assert {
         default_checkpoint(VARIANTS["base"], size, "random", CPU).size for size in SIZES
     } == set(SIZES)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colqwen_lab.predict.allocator import Allocator, Trace, memory_on_gpu, workspace_bytes
+from colqwen_lab.predict.allocator import Allocator, memory_on_gpu, workspace_bytes
+from colqwen_lab.predict.trace import Trace
 
 MIB = 2**20
 

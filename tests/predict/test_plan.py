@@ -115,9 +115,9 @@ def test_plan_prints_nothing_by_default(capfd: pytest.CaptureFixture[str]) -> No
 def test_a_folder_is_predicted_as_its_configuration_says(
     base_folder: Path, packed: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Size and quantisation of a folder come from its config.json, not from the options."""
+    """Size and quantisation of a folder come from its config.json."""
     for folder, variant in ((base_folder, "base"), (packed("auto_round"), "awq")):
-        (cell,), _ = plan(options(model=str(folder), size="4b"))
+        (cell,), _ = plan(options(model=str(folder), size="auto"))
         (named,), _ = plan(options(model=variant))
         assert (cell.variant, cell.size) == (folder.name, "tiny")
         assert (cell.memory, cell.work, cell.quantization) == (
@@ -125,9 +125,30 @@ def test_a_folder_is_predicted_as_its_configuration_says(
             named.work,
             named.quantization,
         )
+        with pytest.raises(BadInput, match=f"^{folder.name} is of size tiny, not 4b; use auto or"):
+            plan(options(model=str(folder), size="4b"))
     for format in ("auto_gptq", "auto_awq"):
         (cell,), _ = plan(options(model=str(packed(format))))
         assert cell.quantization == AWQ.quantization
+
+
+@pytest.mark.parametrize("format", ["base", "auto_round", "auto_awq"])
+def test_a_folder_whose_tensors_contradict_its_configuration(
+    format: str, base_folder: Path, packed: Callable[[str], Path], edited: Callable[..., Path]
+) -> None:
+    def narrower(tensors: dict[str, Any]) -> None:
+        name = "vlm.model.language_model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:, :64].contiguous()
+
+    def wider(config: dict[str, Any]) -> None:
+        config["quantization_config"] |= {"group_size": 64} if format == "auto_awq" else {"bits": 8}
+
+    if format == "base":
+        folder = edited(base_folder, tensors=narrower)
+    else:
+        folder = edited(packed(format), config=wider)
+    with pytest.raises(MissingRequirement, match=r"does not fit the network: .* must have shape"):
+        plan(options(model=str(folder)))
 
 
 def test_a_folder_that_is_not_modelled(

@@ -83,6 +83,7 @@ def test_protocol_published_holds_an_untied_head(
     base_folder: Path,
     edited: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """As of the 8B, whose publisher's code loads a head that nothing calls."""
     head, host = torch.ones(1536, 128, dtype=torch.bfloat16), setup(kernel="torch", capability=None)
@@ -93,6 +94,7 @@ def test_protocol_published_holds_an_untied_head(
     )
     tied = {protocol: predict(replace(host, protocol=protocol), 2) for protocol in PROTOCOLS}
     monkeypatch.setitem(SIZES["tiny"], "tie_word_embeddings", False)
+    monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path / "untied"))
     for cached in (predictor._network, predict):
         cached.cache_clear()
     configuration = Configuration(variant="base", kernel="torch")
@@ -376,14 +378,54 @@ def test_every_batch_of_queries_follows_from_two(variant: str, masked: bool, pro
         assert network.traced(batch, run) == network.trace(batch, run)
 
 
-def test_many_pages_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_pages_lie_on_a_line() -> None:
     pages = setup(kernel="torch", workload="pages", tokens=81)
     line = predict(pages, 48)
-    monkeypatch.setattr(predictor, "PAGE_ANCHORS", (4, 48))
-    traced = predict.__wrapped__(pages, 48)
+    traced = predictor._traced_cell(pages, 48)
     assert memory(line).peak_bytes == pytest.approx(memory(traced).peak_bytes, rel=0.01)
     assert (line.work, line.workload) == (traced.work, traced.workload)
     assert sum(breakdown(line).values()) == pytest.approx(memory(line).peak_bytes, abs=10)
+
+
+def test_a_prediction_is_kept_in_the_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torn file and another's are written anew; other code, setups and batches have their own."""
+    monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path))
+    base, traced = setup(tokens=5), list[int]()
+    cell = predictor._traced_cell(base, 2)
+
+    def trace(_: Setup, batch_size: int) -> Cell:
+        traced.append(batch_size)
+        return cell
+
+    def traces(setup: Setup = base, batch_size: int = 2) -> int:
+        traced.clear()
+        assert predict.__wrapped__(setup, batch_size) == cell
+        return len(traced)
+
+    monkeypatch.setattr(predictor, "_traced_cell", trace)
+    assert [traces(), traces()] == [1, 0]
+    (kept,) = tmp_path.glob("predicted/*")
+    line = kept.read_text()
+    for other in (line[:100], "[]", line.replace("predicted", "guessed"), "\0"):
+        kept.write_text(other)
+        assert [traces(), traces()] == [1, 0]
+    assert kept.read_text() == line
+    others = (replace(base, tokens=6), 2), (base, 3)
+    assert [traces(*other) for other in (*others, *others)] == [1, 1, 0, 0]
+    monkeypatch.setattr(predictor, "_versions", lambda: ("other",))
+    assert traces() == 1
+
+
+def test_without_a_cache_folder_predictions_are_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below", "\n"):
+        monkeypatch.setenv("COLQWEN_LAB_CACHE", str(tmp_path / folder))
+        assert predict.__wrapped__(setup(tokens=5), 2).status == "ok"
+    assert capfd.readouterr() == ("", "")
 
 
 @settings(max_examples=3, deadline=None)

@@ -88,6 +88,46 @@ def test_a_checkpoint_folder_on_texts(texts: Path, tmp_path: Path, packed: Any) 
     assert read(path) == [base, record]
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "says"),
+    [
+        (
+            "text_config",
+            {"rope_theta": 10_000, "rope_parameters": None, "rms_norm_eps": 1e-5},
+            "text_config.rope_theta 10000, not 5000000.0; text_config.rms_norm_eps 1e-05,",
+        ),
+        (
+            "text_config",
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16},
+            r"text_config.mrope_section \[3, 3, 2\], not \[6, 5, 5\]; "
+            "text_config.num_attention_heads 8, not 4; text_config.num_key_value_heads 4, not 2; "
+            "text_config.head_dim 16, not 32; name",
+        ),
+        ("vision_config", {"num_heads": 2}, "vision_config.num_heads 2, not 4;"),
+    ],
+)
+def test_another_network_than_base_s_is_not_compared(
+    part: str,
+    changes: dict[str, Any],
+    says: str,
+    texts: Path,
+    tmp_path: Path,
+    packed: Any,
+    edited: Any,
+) -> None:
+    """All tensors fit, and quantising would be blamed for the difference."""
+
+    def change(config: dict[str, Any]) -> None:
+        sections = [3, 3, 2] if "head_dim" in changes else [6, 5, 5]
+        config[part] |= {"rope_scaling": {"mrope_section": sections}} | changes
+        if "head_dim" in changes:
+            config[part]["rope_parameters"]["mrope_section"] = sections
+
+    folder = edited(packed("auto_round"), config=change)
+    with pytest.raises(BadInput, match=f"must have the network of base, got {says}"):
+        run(tmp_path / "rows.jsonl", model=str(folder), data=str(texts), queries=1, pages=2)
+
+
 def test_the_default_file_is_named_after_models_size_and_data(
     texts: Path, tmp_path: Path, packed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

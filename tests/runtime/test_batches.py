@@ -102,6 +102,22 @@ def test_every_batch_size_embeds_all_files(tmp_path: Path) -> None:
         assert [line[:6] for line in made.messages] == ["z.png "]
 
 
+def test_what_is_left_out_of_a_folder_is_counted_and_named(tmp_path: Path) -> None:
+    scans(tmp_path, 1)
+    (tmp_path / "more").mkdir()
+    for number in range(60):
+        (tmp_path / f"{number}.txt").touch()
+    made = pages_of(Pages(str(tmp_path), visual_tokens=64), 1)
+    assert made.workload.skipped == 61
+    assert made.messages[0] == (
+        "0.txt is skipped: it has no suffix of a PDF or of an image that Pillow reads"
+    )
+    assert made.messages[50:] == ("11 more files, folders or pages are skipped",)
+    (tmp_path / "0.txt").write_bytes((tmp_path / "0.png").read_bytes())
+    alone = pages_of(Pages(str(tmp_path / "0.txt"), visual_tokens=64), 1)
+    assert (alone.workload.distinct, alone.workload.skipped) == (1, 0)
+
+
 def test_at_most_64_pages_are_distinct(tmp_path: Path) -> None:
     Image.new("L", (64, 64)).save(
         tmp_path / "scan.tiff",

@@ -232,3 +232,15 @@ def test_what_it_does_not_do() -> None:
     assert all(type(linear) is best for linear in loaded.model.fast.linears())
     as_torch = load_fast(random_source("base"), CPU, "torch")
     assert all(isinstance(linear, Dense) for linear in as_torch.model.fast.linears())
+
+
+@pytest.mark.parametrize("pages", [False, True])
+def test_to_warm_up_changes_no_result(pages: bool) -> None:
+    loaded = load_fast(random_source("base"), CPU)
+    images = [synthetic.page(number).resize((96, 64)) for number in range(2)]
+    about = loaded.tokenizer, loaded.model.config
+    inputs = page_batch(images, *about, 20) if pages else padded([3, 2], "left")
+    vectors = real_rows(loaded.model, inputs, fast=True)
+    loaded.model.fast.warm_up(inputs)
+    assert torch.equal(real_rows(loaded.model, inputs, fast=True), vectors)
+    assert loaded.model.fast.tunes

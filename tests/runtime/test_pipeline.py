@@ -53,8 +53,8 @@ def test_every_page_is_stored_once_as_a_forward_of_it_alone_embeds_it(
         assert not stored.keys() & set(numbers)
         stored.update(zip(numbers, vectors, strict=True))
 
-    pages, seconds = pipeline(tiny, skipped).run(page_files(folder), loaders, store)
-    images = list(read_pages(page_files(folder), lambda _: None))
+    pages, seconds = pipeline(tiny, skipped).run(page_files(folder, list), loaders, store)
+    images = list(read_pages(page_files(folder, list), lambda _: None))
     assert pages == len(images) == len(stored) == 8
     assert seconds > 0
     assert [line.split()[0] for line in skipped] == ["2-broken.png"]
@@ -69,7 +69,9 @@ def test_every_page_is_stored_once_as_a_forward_of_it_alone_embeds_it(
 
 def test_each_stage_has_a_time(tiny: Loaded, folder: Path) -> None:
     stored: list[int] = []
-    times = pipeline(tiny, []).stages(page_files(folder), lambda numbers, _: stored.extend(numbers))
+    times = pipeline(tiny, []).stages(
+        page_files(folder, list), lambda numbers, _: stored.extend(numbers)
+    )
     names = ["read_s", "prepare_s", "preprocess_s", "embed_s", "store_s"]
     assert list(times) == names
     assert all(0 < seconds < 10 for seconds in times.values())
@@ -81,13 +83,13 @@ def test_a_store_that_fails_ends_the_run(tiny: Loaded, folder: Path) -> None:
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        pipeline(tiny, []).run(page_files(folder), 2, store)
+        pipeline(tiny, []).run(page_files(folder, list), 2, store)
 
 
 def test_a_folder_without_a_readable_page_is_refused(tiny: Loaded, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no")
     with pytest.raises(BadInput, match="none of 1 files gives a page"):
-        pipeline(tiny, []).stages(page_files(tmp_path), lambda *_: None)
+        pipeline(tiny, []).stages(page_files(tmp_path, list), lambda *_: None)
 
 
 @given(st.lists(st.integers(1, 9)), st.integers(1, 5))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils import flop_counter
 
 from colqwen_lab.runtime.tracking import MemoryTracker, part_of
 
@@ -57,6 +58,19 @@ def test_hidden_tensors_take_no_memory_and_their_operations_count() -> None:
         tracker.hidden = False
     assert tracker.peak_bytes == y.nbytes
     assert tracker.flops == 2 * 8**3
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 8])
+@pytest.mark.parametrize(("causal", "pairs"), [(False, 5 * 5), (True, 5 * 6 // 2)])
+def test_attention_counts_every_query_head(
+    key_heads: int, causal: bool, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Query heads that share a key head too, which torch's own counter refuses in torch 2.11."""
+    monkeypatch.delattr(flop_counter, "bmm_flop")  # which torch's own counter calls
+    q, k = torch.ones(3, 8, 5, 16), torch.ones(3, key_heads, 5, 16)
+    with MemoryTracker() as tracker:
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, causal)
+    assert tracker.flops == 2 * 3 * 8 * pairs * (16 + 16)
 
 
 TEXT, VISUAL = "vlm.model.language_model", "vlm.model.visual"
