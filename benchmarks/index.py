@@ -41,7 +41,7 @@ def check(device: torch.device) -> None:
         exact = torch.tensor(
             [
                 [float((query.double() @ page.T).amax(1).sum()) for page in values.split(lengths)]
-                for query in form.queries(queries)
+                for query in form.queries(queries).vectors.split([20, 7, 120])
                 for lengths in [index.lengths.tolist()]
             ]
         )

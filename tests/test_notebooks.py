@@ -27,6 +27,7 @@ FUNCTIONS = {
     "quantize": quantize,
     "plan": plan,
     "fidelity": fidelity,
+    "index": fidelity,
 }
 MACHINE_PATH = re.compile(
     r"/(work|home|root|tmp|Users|usr|opt|venv)/|[A-Z]:\\\\|site-packages|0x[0-9a-f]{8}"
@@ -89,7 +90,12 @@ def test_tells_and_does_not_define(path: Path) -> None:
 
 
 #: What a notebook asks for beside the arguments of its function.
-OWN = {"plan": ("measured",), "compare": ("configurations", "fidelity"), "fidelity": ("schemes",)}
+OWN = {
+    "plan": ("measured",),
+    "compare": ("configurations", "fidelity"),
+    "fidelity": ("schemes",),
+    "index": ("price", "searched"),
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

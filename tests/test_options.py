@@ -57,7 +57,7 @@ def test_a_parameters_cell_has_the_defaults_of_the_options(notebook: Path) -> No
     ]
     names: dict[str, Any] = {}
     exec(source, names)
-    options = FUNCTIONS[getattr(lab, notebook.stem)]
+    options = FUNCTIONS[getattr(lab, {"index": "fidelity"}.get(notebook.stem, notebook.stem))]
     values = {name: names[name] for name in options.model_fields if name in names}
     assert len(values) > 2
     assert options.of(values)

@@ -1,7 +1,8 @@
 """How well a variant retrieves compared with base, from fidelity records: intervals and verdicts.
 
 A difference is the variant's mean over queries minus base's. Its 95 % interval is a bootstrap over
-the queries, paired: both sides share the resampled queries, so their difficulty cancels out. Where
+the queries, paired: both sides share the resampled queries, so their difficulty cancels out.
+Queries with the same relevant pages, as phrasings of one question, are resampled together. Where
 all differences are equal, the interval is the rule of three's, 3/n on either side (Hanley and
 Lippman-Hand 1983).
 """
@@ -64,7 +65,11 @@ def loss(base: Fidelity, record: Fidelity, metric: str, margin: float = MARGIN) 
         raise BadInput(f"{record.label} and base must have {same}; run both in one command")
     before, after = (np.array(side.values[metric]) for side in (base, record))
     changes = after - before
-    count, mean = len(changes), float(changes.mean())
+    mean = float(changes.mean())
+    if base.query_groups:  # a group is one sample: its deviation, as a share of all queries
+        deviations = np.bincount(base.query_groups, changes - mean)
+        changes = mean + deviations * len(deviations) / len(changes)
+    count = len(changes)
     low = high = None
     verdict, reason = "inconclusive", ""
     if record is base:
@@ -219,7 +224,9 @@ class Fidelities:
         base = self.base
         skipped = f"{base.skipped} skipped" if base.skipped else ""
         untrained = "untrained weights" if "untrained" in base.weights else ""
-        counts = (f"{len(base.query_ids)} queries", f"{base.pages} pages")
+        groups = base.query_groups or range(len(base.query_ids))
+        different = f" ({len({*groups})} different)" if len({*groups}) < len(groups) else ""
+        counts = (f"{len(base.query_ids)} queries{different}", f"{base.pages} pages")
         parts = ["measured", device(base.environment), base.size, base.data, *counts]
         cut = f"{base.cut} long texts cut" if base.cut else ""
         parts += [f"{base.visual_tokens} visual tokens", skipped, cut, untrained]
@@ -254,7 +261,7 @@ class Fidelities:
 
     def to_dict(self) -> dict[str, Any]:
         """The records, their losses and the verdict, ready for JSON."""
-        per_query = {"values", "top", "query_ids", "page_step_s"}
+        per_query = {"values", "top", "query_ids", "query_groups", "page_step_s"}
         variants = [
             record.model_dump(by_alias=True, exclude=per_query)
             | {"label": record.label, "queries": len(record.query_ids)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, cycle
 from typing import Any
 
@@ -21,13 +21,13 @@ from colqwen_lab.analysis.plots import (
     framed,
     intervals,
     legend,
-    note,
     plain_ticks,
 )
 from colqwen_lab.errors import BadInput
 from colqwen_lab.records import MIB
 
 PAGES = 5  # of a ranking
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", "H")
 KINDS_OF_WEIGHTS = {  # colour and marker by the origin of the weights
     "base": FIXED["base"],
     "tuned by AutoRound": FIXED["awq"],
@@ -53,15 +53,21 @@ def frontier(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
     axes.margins(x=0.08, y=0.1)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.45 * (high - low))
-    # The labels stand in a row above all points, in the order of the points.
+    row_of_labels(axes, named)
+    axes.set(xlabel="weights, MiB", ylabel=f"{metric}, difference to base")
+    return legend(figure, axes)
+
+
+def row_of_labels(
+    axes: Axes, points: Sequence[tuple[float, float, str, str]], height: float = 0.8
+) -> None:
+    """Label points (x, y, label, colour) in a row at a height (0 to 1) above all of them."""
     text: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8}
     text |= {"arrowprops": {"arrowstyle": "-", "color": "0.75", "shrinkB": 0, "relpos": (0.5, 0)}}
     text |= {"textcoords": "axes fraction"}
-    places = np.linspace(0.04, 0.96, len(named))
-    for place, (x, y, label, colour) in zip(places, sorted(named), strict=True):
-        axes.annotate(label, (x, y), (place, 0.8), color=colour, **text)
-    axes.set(xlabel="weights, MiB", ylabel=f"{metric}, difference to base")
-    return legend(figure, axes)
+    places = np.linspace(0.04, 0.96, len(points))
+    for place, (x, y, label, colour) in zip(places, sorted(points), strict=True):
+        axes.annotate(label, (x, y), (place, height), color=colour, **text)
 
 
 def metrics(fidelities: Fidelities, label: str = "") -> Figure:
@@ -77,31 +83,41 @@ def metrics(fidelities: Fidelities, label: str = "") -> Figure:
 
 
 def index(fidelities: Fidelities, metric: str = "nDCG@5") -> Figure:
-    """A figure of `metric` by the bytes of a stored page: a colour a variant, a label a format."""
+    """A figure of `metric` by the bytes of a stored page: a colour a variant, a marker a format.
+
+    Intervals are those of the difference to base, placed at the variant's mean.
+    """
     figure, axes = framed(f"{metric} by the size of the index", fidelities.conditions(), 5.2)
-    sizes = {r.label: r.page_bytes / 1000 for r in fidelities.records if r.page_bytes}
-    records = [record for record in fidelities.records if record.label in sizes]
-    variants = dict.fromkeys(record.variant for record in records)
-    looks = dict(zip(variants, chain(FIXED.values(), cycle(FREE)), strict=False))
+    records = [record for record in fidelities.records if record.page_bytes]
+    colours = chain((colour for colour, _ in FIXED.values()), cycle(colour for colour, _ in FREE))
+    variants = dict(zip(dict.fromkeys(r.variant for r in records), colours, strict=False))
+    formats = dict(zip(dict.fromkeys(r.index_format for r in records), MARKERS, strict=False))
+    mean, margin = fidelities.loss(fidelities.base, metric).base, fidelities.margin
+    label = f"±{margin:g} around base: the margin"
+    axes.axhspan(mean - margin, mean + margin, color="0.9", zorder=0, label=label)
+    best = [r for r in fidelities.frontier(metric, index=True) if r in records]
+    points = {}
+    for record in records:  # variants stand side by side
+        beside = 1.03 ** [*variants].index(record.variant)
+        x = beside * (record.page_bytes or 0) / 1000
+        points[record.label] = x, float(np.mean(record.values[metric]))
+    _frontier(axes, dict(points[record.label] for record in best))
     for record in records:
-        row, (colour, marker) = fidelities.loss(record, metric), looks[record.variant]
-        point = [row.variant, *(None if e is None else row.base + e for e in (row.low, row.high))]
-        style = {"color": colour, "marker": marker, "linestyle": "", "label": record.variant}
-        x = sizes[record.label]
-        intervals(axes, {x: point}, **style)
-        note(
-            axes,
-            record.index_format or "16 bits",
-            (x, row.variant),
-            (4, 4),
-            color=colour,
-            fontsize=7,
-        )
-    best = fidelities.frontier(metric, index=True)
-    _frontier(axes, {sizes[r.label]: fidelities.loss(r, metric).variant for r in best})
-    axes.set(xscale="log", xlabel="index, kB a page", ylabel=metric)
+        row, colour = fidelities.loss(record, metric), variants[record.variant]
+        ends = [None if end is None else row.base + end for end in (row.low, row.high)]
+        style = {"color": colour, "marker": formats[record.index_format], "linestyle": ""}
+        intervals(axes, {points[record.label][0]: (row.variant, *ends)}, **style)
+    for variant, colour in variants.items():
+        axes.plot([], [], "-", color=colour, linewidth=5, label=variant)
+    for form, marker in formats.items():
+        axes.plot([], [], marker, color="0.3", label=form or "as the model gives it, 16 bits")
+    low, high = axes.get_ylim()
+    axes.set(xscale="log", ylim=(low, high + 0.55 * (high - low)))
+    axes.set(xlabel="index, kB a page", ylabel=metric)
     plain_ticks(axes.xaxis)
     axes.margins(x=0.12)
+    named = [(*points[r.label], r.label, variants[r.variant]) for r in best]
+    row_of_labels(axes, named, 0.72)
     return legend(figure, axes)
 
 

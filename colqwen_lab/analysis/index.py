@@ -15,17 +15,97 @@ import pandas as pd
 
 from colqwen_lab import analysis
 from colqwen_lab.analysis import render
+from colqwen_lab.analysis.fidelity import Fidelities
 from colqwen_lab.analysis.table import device
+from colqwen_lab.errors import BadInput
 from colqwen_lab.records import read_rows
-from colqwen_lab.retrieval.record import SearchTime
+from colqwen_lab.retrieval.record import Fidelity, SearchTime
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MILLION = 10**6
+SIXTEEN_BITS = "16 bits"  # as the model gives a page
 #: A line is straight if it passes each median of three sizes or more within this share. It is
 #: extended to at most a hundred times the largest size.
 STRAIGHT, FEWEST_SIZES, REACH = 0.05, 3, 100
+
+
+def formats(fidelities: Fidelities, frontier: bool = False) -> pd.DataFrame:
+    """One row a variant and format, by the bytes of a page: nDCG@5 with its verdict, recall.
+
+    With `frontier` only those that nothing smaller matches in nDCG@5.
+    """
+    records = [record for record in fidelities.records if record.page_bytes]
+    if frontier:
+        records = [record for record in fidelities.frontier(index=True) if record.page_bytes]
+    rows = [
+        {
+            "variant": record.variant,
+            "format": record.index_format or SIXTEEN_BITS,
+            "kB a page": render.rounded(_bytes(record) / 1000),
+            **fidelities.ndcg(record),
+            **{name: np.mean(record.values[name]) for name in ("nDCG@10", "recall@5")},
+        }
+        for record in sorted(records, key=_bytes)
+    ]
+    return render.screen(pd.DataFrame(rows).round(4))
+
+
+def sizes(fidelities: Fidelities, price: str | float = "") -> pd.DataFrame:
+    """One row a format of base: bytes of a page, GB of a million pages, and their price.
+
+    `price` is the price of a GB for a month.
+    """
+    try:
+        a_gb = float(price) if str(price) else None
+    except ValueError:
+        raise BadInput(f"price must be a number, of a GB for a month, got {price!r}") from None
+    rows = []
+    base = _bytes(fidelities.base)
+    for record in fidelities.records:
+        if record.variant == fidelities.base.variant and record.page_bytes:
+            gigabytes = record.page_bytes * MILLION / 1e9
+            row = {
+                "format": record.index_format or SIXTEEN_BITS,
+                "kB a page": render.rounded(record.page_bytes / 1000),
+                "% of 16 bits": round(100 * record.page_bytes / base, 1),
+                "GB a million pages": render.rounded(gigabytes),
+            }
+            cost = {} if a_gb is None else {"a month": round(gigabytes * a_gb, 2)}
+            rows.append(row | cost)
+    return render.screen(pd.DataFrame(rows).sort_values("kB a page", ascending=False))
+
+
+def smallest(fidelities: Fidelities) -> str:
+    """The smallest index whose nDCG@5 is the same as base's in 16 bits, and what became of smaller.
+
+    The verdicts are those of the intervals.
+    """
+    records = sorted((r for r in fidelities.records if r.page_bytes), key=_bytes)
+    losses = {record.label: fidelities.loss(record, "nDCG@5") for record in records}
+    good = [record for record in records if losses[record.label].verdict in ("same", "better")]
+    best, base = good[0], fidelities.base
+    if best is base:
+        first = f"No smaller index is shown to find pages as well as base in {SIXTEEN_BITS}."
+    else:
+        loss, page_bytes = losses[best.label], _bytes(best)
+        first = (
+            f"{best.label} is the smallest index that finds pages as well as base in "
+            f"{SIXTEEN_BITS}: {render.short(page_bytes / 1000)} kB a page, "
+            f"{100 * page_bytes / _bytes(base):.0f} % of {render.short(_bytes(base) / 1000)} kB, "
+            f"with nDCG@5 {loss.variant:.3f} against {loss.base:.3f}, difference "
+            f"{loss.difference:+.3f} {loss.interval}, within {fidelities.margin:g}."
+        )
+    smaller: dict[str, list[str]] = {}
+    for record in records[: records.index(best)]:
+        smaller.setdefault(losses[record.label].verdict, []).append(record.label)
+    rest = [f"Smaller and {word}: {', '.join(labels)}." for word, labels in smaller.items()]
+    return " ".join([first, *rest])
+
+
+def _bytes(record: Fidelity) -> float:
+    return record.page_bytes or 0
 
 
 @dataclass(frozen=True)
@@ -178,7 +258,7 @@ def many(queries: int) -> str:
 
 def _time(record: SearchTime) -> str:
     """`6.8 ms [6.7 to 6.9] in int8 (88 % of the copy bandwidth)`."""
-    milliseconds = f"{1000 / record.rate.median:.3g} ms {_interval(record)}".rstrip()
+    milliseconds = f"{render.short(1000 / record.rate.median)} ms {_interval(record)}".rstrip()
     share = record.limit_share
     limit = f" ({100 * share:.0f} % of the copy bandwidth)" if share else ""
     return f"{milliseconds} in {record.index_format}{limit}"

@@ -164,6 +164,7 @@ def records_of(
     cosines: list[Tensor] = []
     blocks: dict[str, list[Tensor]] = {"": [], **{form.name: [] for form in formats}}
     page_bytes = dict.fromkeys(blocks, 0.0)
+    ready = {form.name: form.queries(on_device) for form in formats}
     steps, cut = [], _cut(loaded, corpus.queries)
     for start in range(0, len(corpus.page_ids), PAGE_BATCH):
         ids = corpus.page_ids[start : start + PAGE_BATCH]
@@ -175,7 +176,7 @@ def records_of(
             index = Index.build(form, embedded, ids)
             page_bytes[name] += index.page_bytes * len(ids) / len(corpus.page_ids)
             if name:
-                blocks[name].append(index.to(loaded.device).scores(on_device).cpu())
+                blocks[name].append(index.to(loaded.device).scores(ready[name]).cpu())
         cosines += map(_cosine, embedded, base.pages[start:] if base else embedded)
         pages += [] if base else embedded
         steps += [seconds] if len(batch) == PAGE_BATCH else []
@@ -201,6 +202,7 @@ def records_of(
         "page_batch": PAGE_BATCH,
         "page_step_s": steps[1:],
         "query_ids": corpus.query_ids,
+        "query_groups": groups_of(corpus),
         "environment": environment(loaded.device),
     }
     cosine = [float(each.mean()) for each in query_cosines]
@@ -214,6 +216,14 @@ def records_of(
         for name, own in scores.items()
     ]
     return records, base
+
+
+def groups_of(corpus: Corpus) -> list[int]:
+    """A number for each query; queries with the same relevant pages share it."""
+    judged = [corpus.relevance[query].items() for query in corpus.query_ids]
+    answers = [frozenset(page for page, score in scores if score > 0) for scores in judged]
+    numbers = {pages: number for number, pages in enumerate(dict.fromkeys(answers))}
+    return [numbers[pages] for pages in answers]
 
 
 def _ranked(

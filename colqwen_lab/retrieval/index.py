@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -35,10 +35,17 @@ PARTS = re.compile(
 BITS = 8  # signs in a stored byte
 INT8_MAX = 127
 KIND = "colqwen-lab index"
-# Products in memory at once: about what the cache of a large GPU holds.
-CHUNK_BYTES = 2**26
+# Decoded vectors, or products, in memory at once: a CPU's cache holds them; a GPU needs few chunks.
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 SHARD = "shard-{:05}.safetensors"
 NEW = r"\Z"  # an empty file, or none: a shard replaces no other
+
+
+class Queries(NamedTuple):
+    """Query vectors [tokens, dims] in 16 bits, and how many each query has [queries]."""
+
+    vectors: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True)
@@ -91,11 +98,12 @@ class Format:
         """Whether a value is stored as its sign."""
         return self.values in ("binary", "hamming")
 
-    def queries(self, queries: Sequence[Tensor]) -> list[Tensor]:
-        """Query vectors [tokens, dims] in 16 bits as this format multiplies them."""
-        cut = [self._cut(query) for query in queries]
-        signs = self.values == "hamming"
-        return [(_signs(query) if signs else query).to(self.dtype) for query in cut]
+    def queries(self, queries: Sequence[Tensor]) -> Queries:
+        """Query vectors [tokens, 320] as this format multiplies them."""
+        vectors = self._cut(torch.cat(list(queries)))
+        vectors = _signs(vectors) if self.values == "hamming" else vectors
+        lengths = torch.tensor([len(query) for query in queries]).to(vectors.device)
+        return Queries(vectors.to(self.dtype), lengths)
 
     def factor(self, dims: int) -> float:
         """What makes unit vectors of signs; 1 for other values."""
@@ -221,17 +229,17 @@ class Index:
         """The first vector of each page, and the end of the last [pages + 1]; by the vectors."""
         return pad(self.lengths.cumsum(0), (1, 0)).to(self.vectors.device)
 
-    def scores(self, queries: Sequence[Tensor], kernel: str = "") -> Tensor:
+    def scores(self, queries: Sequence[Tensor] | Queries, kernel: str = "") -> Tensor:
         """MaxSim scores [queries, pages] in float32, exact for the stored values.
 
         `kernel` is triton or torch; the default is triton on a CUDA GPU, else torch.
         """
         device = self.vectors.device
-        ready = self.format.queries([query.to(device) for query in queries])
-        best = self._best(torch.cat(ready), kernel or kernels_of(device)[0])
-        lengths = torch.tensor([len(query) for query in ready]).to(device)
+        if not isinstance(queries, Queries):
+            queries = self.format.queries([query.to(device) for query in queries])
+        best = self._best(queries.vectors, kernel or kernels_of(device)[0])
         best = best.T.contiguous() * self.format.factor(self.dims)
-        return torch.segment_reduce(best, "sum", lengths=lengths, initial=0)
+        return torch.segment_reduce(best, "sum", lengths=queries.lengths, initial=0)
 
     def _best(self, tokens: Tensor, kernel: str) -> Tensor:
         """The largest product [pages, tokens] of each query token with a page's vectors."""
@@ -244,7 +252,7 @@ class Index:
 
     def _best_by_chunk(self, tokens: Tensor) -> Iterator[Tensor]:
         """The largest products [pages, tokens] of some pages after the other."""
-        rows = max(1, CHUNK_BYTES // (4 * len(tokens)))
+        rows = max(1, CHUNK_BYTES[tokens.device.type] // (4 * max(tokens.shape)))
         starts = self.lengths.cumsum(0) - self.lengths
         _, counts = torch.unique_consecutive(starts // rows, return_counts=True)
         pages = self.lengths.split(counts.tolist())

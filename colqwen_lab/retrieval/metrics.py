@@ -87,11 +87,11 @@ def kendall(scores: Scores, base: Scores) -> list[float]:
     Constant scores have no tau-b: the value is 1 if both sides are constant, 0 if only one is.
     """
     constant = [(side == side[:, :1]).all(axis=1) for side in (scores, base)]
-    same = zip(scores, base, *constant, strict=True)
-    return [
-        float(ours and theirs if ours or theirs else kendalltau(*pair).statistic)
-        for *pair, ours, theirs in same
-    ]
+    defined = ~(constant[0] | constant[1])
+    taus = np.where(constant[0] & constant[1], 1.0, 0.0)
+    if defined.any():
+        taus[defined] = kendalltau(scores[defined], base[defined], axis=1).statistic
+    return taus.tolist()
 
 
 def score_error(scores: Scores, base: Scores) -> list[float]:

@@ -50,7 +50,8 @@ class Fidelity(Row):
 
     `values` holds one figure per query for each metric, in the order of `query_ids`. `top` holds
     the best page ids of each query. `iters` are the tuning steps of a variant quantised for this
-    run. `index_format` names how pages are stored, "" as the model gives them, in 16 bits;
+    run. Queries of one number in `query_groups` have the same relevant pages: they are one sample.
+    `index_format` names how pages are stored, "" as the model gives them, in 16 bits;
     `page_bytes` is what a stored page takes. `skipped` counts unreadable pages. `cut` counts texts
     of more than 2048 tokens, which lost their end; in an earlier record it is None, and they lost
     their beginning. `page_step_s` are the times of forwards over `page_batch` pages, without the
@@ -76,6 +77,7 @@ class Fidelity(Row):
     page_batch: Positive
     page_step_s: list[Measured]
     query_ids: list[str] = Field(min_length=1)
+    query_groups: list[Count] | None = None
     values: dict[str, list[float]]
     top: list[list[str]]
 
@@ -84,6 +86,7 @@ class Fidelity(Row):
         if missing := set(NAMES) - self.values.keys():
             raise ValueError(f"values lack the metrics {', '.join(sorted(missing))}")
         columns: dict[str, Sequence[Any]] = {"top": self.top, **self.values}
+        columns |= {"query_groups": self.query_groups} if self.query_groups else {}
         for name, column in columns.items():
             if len(column) != (count := len(self.query_ids)):
                 raise ValueError(f"{name} must have {count} queries, got {len(column)}")

@@ -11,8 +11,8 @@ positions.
 torch.compile read it at least twice.
 
 `best_products`: MaxSim of an index, up to the sum over query tokens. It reads each stored vector
-once and writes a number for each page and query token. Libraries' kernels take padded 16-bit pages,
-read them once for each query, and pad 320 values to 512.
+once and writes a number for each page and query token. Libraries' kernels read pages once for each
+query and pad 320 values to 512.
 """
 
 from __future__ import annotations

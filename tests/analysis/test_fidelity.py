@@ -35,6 +35,27 @@ def changed(mean: float, spread: float = 0.0, count: int = 200) -> list[float]:
     ]
 
 
+def test_phrasings_of_one_question_are_one_sample(record: Record) -> None:
+    """Asked four times, in groups, 50 questions have the interval of 50, not a narrower one."""
+    values = changed(-0.01, 0.05, 50)
+    once = loss(record("base", BASE[:50]), record("awq", values), "nDCG@5")
+    groups = [*range(50)] * 4
+    grouped = loss(
+        record("base", BASE[:50] * 4, query_groups=groups), record("awq", values * 4), "nDCG@5"
+    )
+    apart = loss(record("base", BASE[:50] * 4), record("awq", values * 4), "nDCG@5")
+    assert (grouped.low, grouped.high) == pytest.approx((once.low, once.high), abs=1e-9)
+    assert apart.high - apart.low < 0.6 * (once.high - once.low)  # type: ignore[operator]
+    uneven = [0] * 30 + [*range(1, 171)]
+    equal = loss(
+        record("base", BASE, query_groups=uneven), record("awq", [v - 0.1 for v in BASE]), "nDCG@5"
+    )
+    assert equal.difference == pytest.approx(-0.1)
+    assert equal.high == pytest.approx(-0.1 + 3 / 171)
+    conditions = Fidelities((record("base", BASE[:50] * 4, query_groups=groups),)).conditions()
+    assert "200 queries (50 different)" in conditions
+
+
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [

@@ -1,15 +1,18 @@
-"""Lines through search times, and what they say of a million pages."""
+"""The smallest index that loses nothing; search times, and what they say of a million pages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from colqwen_lab.analysis.index import SearchTimes
+from colqwen_lab.analysis.fidelity import Fidelities
+from colqwen_lab.analysis.index import SearchTimes, formats, sizes, smallest
+from colqwen_lab.errors import BadInput
 from colqwen_lab.records import Environment, Limits, RecordsFile
-from colqwen_lab.retrieval.record import SearchTime
+from colqwen_lab.retrieval.record import Fidelity, SearchTime
 
 
 def search(pages: int, seconds: float, **changed: Any) -> SearchTime:
@@ -100,3 +103,65 @@ def test_the_newest_shape_and_machine_of_a_file_count(tmp_path: Path) -> None:
     with RecordsFile(path, SearchTime, "search-times") as file:
         file.append([*rows, search(30, 1e-3, environment=new)])
     assert [record.pages for record in SearchTimes.load(path).records] == [10, 30]
+
+
+@pytest.fixture
+def fidelities(record: Callable[..., Fidelity]) -> Fidelities:
+    """Base in three formats, awq in one: the same, worse, inconclusive."""
+    good = [0.8, 1.0] * 20
+    return Fidelities(
+        (
+            record("base", good, page_bytes=1000.0),
+            record("base", good, index_format="int8", page_bytes=502.0),
+            record("base", [0.7, 0.9] * 20, index_format="binary", page_bytes=63.0),
+            record("awq", [0.799, 0.983] * 20, index_format="hamming", page_bytes=64.0),
+            record("awq", good, page_bytes=1000.0),
+        )
+    )
+
+
+def test_the_smallest_index_follows_from_the_verdicts(fidelities: Fidelities) -> None:
+    wide = Fidelities(fidelities.records, margin=0.08)  # 40 equal differences: 3/40 either side
+    assert smallest(wide) == (
+        "awq hamming is the smallest index that finds pages as well as base in 16 bits: 0.064 kB "
+        "a page, 6 % of 1 kB, with nDCG@5 0.891 against 0.900, difference -0.009 [-0.011 to "
+        "-0.007], within 0.08. Smaller and worse: base binary."
+    )
+    few = Fidelities(tuple(r for r in fidelities.records if r.label != "awq hamming"))
+    assert smallest(few) == (
+        "No smaller index is shown to find pages as well as base in 16 bits. Smaller and worse: "
+        "base binary. Smaller and inconclusive: base int8."
+    )
+
+
+def test_formats_by_their_bytes(fidelities: Fidelities) -> None:
+    table = formats(fidelities)
+    assert [*table["variant"] + " " + table["format"]] == [
+        *("base binary", "awq hamming", "base int8", "base 16 bits", "awq 16 bits")
+    ]
+    assert [*table["nDCG@5"]] == [0.8, 0.891, 0.9, 0.9, 0.9]
+    best = formats(fidelities, frontier=True)
+    assert [*best["format"]] == ["binary", "hamming", "int8"]
+
+
+def test_a_million_pages_in_gigabytes_and_their_price(fidelities: Fidelities) -> None:
+    table = sizes(fidelities)
+    assert table.to_dict("list") == {
+        "format": ["16 bits", "int8", "binary"],
+        "kB a page": [1, 0.502, 0.063],
+        "% of 16 bits": [100, 50.2, 6.3],
+        "GB a million pages": [1, 0.502, 0.063],
+    }
+    assert [*sizes(fidelities, "20")["a month"]] == [20, 10.04, 1.26]
+    with pytest.raises(BadInput, match="price must be a number, of a GB for a month, got 'x'"):
+        sizes(fidelities, "x")
+
+
+def test_the_figure_marks_formats_and_labels_the_frontier(fidelities: Fidelities) -> None:
+    figure = fidelities.plot("index")
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert entries[2:] == [
+        *("base", "awq", "as the model gives it, 16 bits", "int8", "binary", "hamming")
+    ]
+    labels = [text.get_text() for text in figure.axes[0].texts]
+    assert labels == ["base binary", "awq hamming", "base int8"]
