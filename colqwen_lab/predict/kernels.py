@@ -18,6 +18,7 @@ from colqwen_lab.model.network import ColQwen3
 from colqwen_lab.records import Cell, Quantization
 from colqwen_lab.runtime.fast import KINDS, SHORT_TOKENS, Fast, attended, bucket, heads_of
 from colqwen_lab.runtime.linears import (
+    DEQUANTISE,
     FP8,
     AsLoaded,
     Dense,
@@ -32,15 +33,15 @@ from colqwen_lab.runtime.tracking import MemoryTracker
 BUFFERS = "kernel buffers"
 # A key of earlier records: their runs could dequantise a weight, then multiply it.
 PREFETCHED = "dequantised ahead"
-HUMMING = ("humming", "small-M GEMM", "few_rows", PREFETCHED)
+HUMMING = ("humming", "small-M GEMM", "few_rows", PREFETCHED, "dequantise, then")
 # The kernel model of a recorded kernel, by a part of its name; "" is 16-bit weights.
 RECORDED = {
+    **dict.fromkeys(HUMMING, "humming"),
     "torch.nn.Linear": "",
     "_linear_pointwise": "",
     "tritonv2": "tritonv2",
     "auto_round:torch": "torch",
     **dict.fromkeys(("marlin", "exllama"), "fused"),
-    **dict.fromkeys(HUMMING, "humming"),
     "_scaled_mm": "fp8",
     "_weight_int4pack_mm_for_cpu": "int4",
 }
@@ -99,13 +100,22 @@ def repack(layer: Any, codes: Tensor, zeros: Tensor, scales: Tensor) -> None:
 
 
 class HummingGemm(FusedGemm):
-    """Fused linears for humming and for the small-M GEMM, which reads the same weights."""
+    """Fused linears for humming, and for the kernels that read its weights.
+
+    With `dequantises`, a weight is dequantised and multiplied by cuBLAS.
+    """
 
     def __init__(self, fused: Sequence[Any]) -> None:
         FusedLinear.__init__(self, fused)
+        self.dequantises = False
         self.infeatures, self.outfeatures = self.in_features, self.out_features
         self.sym = fused[0].sym
         repack(self, *gptq(fused))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dequantises:
+            return x @ x.new_empty(self.out_features, self.in_features).t()
+        return super().forward(x)
 
 
 class Fp8Gemm(Fp8):
@@ -166,6 +176,13 @@ def recorded_prefetch(cell: Cell) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if kind in chosen)
 
 
+def recorded_dequantised(cell: Cell) -> tuple[str, ...]:
+    """The GEMMs before which a measured run of pages dequantised their weight."""
+    m = cell.batch_size * (cell.workload.tokens or 1)
+    chosen = cell.backend.kernel_configs
+    return tuple(kind for kind in KINDS if chosen.get(f"{kind} x {m}") == DEQUANTISE)
+
+
 class FakeFast(Fast):
     """Execution fast on fake tensors, which lie on no GPU.
 
@@ -185,11 +202,20 @@ class FakeFast(Fast):
 
         super().__init__(model, build, build)
         self.tracker = tracker
-        self.start(True, ())
+        self.start(True, (), ())
 
-    def start(self, on_gpu: bool, prefetched: tuple[str, ...]) -> None:
-        """Forget the last run; the GEMMs in `prefetched` dequantise their weight first."""
+    def start(
+        self, on_gpu: bool, prefetched: tuple[str, ...], dequantised: tuple[str, ...]
+    ) -> None:
+        """Forget the last run.
+
+        The GEMMs in `prefetched` dequantise all weights before the forward, those in `dequantised`
+        a weight at a time.
+        """
         self.on_gpu, self.prefetched = on_gpu, prefetched
+        gemms: list[Any] = [(kind, one) for kind in KINDS for one in self.of_kind(kind)]
+        for kind, linear in gemms:
+            linear.dequantises = kind in dequantised
         self.captured, self.graph = (0, 0), tuple[Tensor, ...]()
 
     def texts(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from colqwen_lab.model.loading import skeleton
 from colqwen_lab.model.network import ColQwen3Config, is_text_linear
 from colqwen_lab.model.packing import gptq_packed
 from colqwen_lab.options import VISUAL_TOKENS, WORKLOADS, PlanOptions
-from colqwen_lab.predict.kernels import recorded_kernel, recorded_prefetch
+from colqwen_lab.predict.kernels import recorded_dequantised, recorded_kernel, recorded_prefetch
 from colqwen_lab.predict.predictor import CPU, Setup, predict
 from colqwen_lab.records import MIB, Cell, Quantization
 
@@ -208,6 +208,7 @@ def _prediction(cell: Cell) -> Cell | None:
             visual_tokens=work.visual_tokens or VISUAL_TOKENS,
             capability=capability if gpu else None,
             prefetched=recorded_prefetch(cell),
+            dequantised=recorded_dequantised(cell),
         )
         twin = predict(setup, cell.batch_size)
     except LabError:

@@ -39,6 +39,8 @@ from colqwen_lab.predict.trace import Irregular, Trace, repeated
 from colqwen_lab.records import Backend, Cell, Environment, Memory, Quantization, Work, Workload
 from colqwen_lab.runtime.batches import INDEX_VALUE_BYTES, Pages, query_batches
 from colqwen_lab.runtime.eager import PROTOCOLS, STEPS, Steps
+from colqwen_lab.runtime.fast import KINDS
+from colqwen_lab.runtime.linears import MIN_DEQUANTISE_M
 from colqwen_lab.runtime.tracking import (
     ACTIVATIONS,
     Mark,
@@ -71,8 +73,9 @@ class Setup:
 
     `quantization` None is 16-bit weights; `tokens` None is the report's queries, or A4 pages, and
     `padded` says whether queries of so many tokens carry a mask. `capability` is the GPU's major
-    compute capability; None is a CPU. `prefetched` names the GEMMs of an earlier run that were
-    dequantise-then-GEMM.
+    compute capability; None is a CPU. `dequantised` names the GEMMs that dequantise their weight
+    and multiply by cuBLAS; None is all of pages by humming. `prefetched` names those that did so
+    before the forward, in earlier runs.
     """
 
     size: str
@@ -87,6 +90,7 @@ class Setup:
     visual_tokens: int = VISUAL_TOKENS
     capability: int | None = 8
     prefetched: tuple[str, ...] = ()
+    dequantised: tuple[str, ...] | None = None
 
 
 @cache
@@ -297,6 +301,13 @@ class FakeNetwork:
             if as_loaded and setup.kernel == "tritonv2":  # created at the first forward and kept
                 layer.register_buffer("g_idx", torch.empty(layer.infeatures, dtype=torch.int32))
 
+    @property
+    def _dequantises(self) -> bool:
+        """Whether GEMMs of many rows may dequantise their weight, as `w4.Humming` does."""
+        scheme = self.setup.quantization or Quantization(bits=16, group_size=1, sym=True)
+        known = (scheme.bits, scheme.group_size, scheme.sym) == (4, 128, True)
+        return self.pages and known and self.setup.kernel == "humming"
+
     def workload(self, setup: Setup, batch_size: int) -> Workload:
         tokens, page = setup.tokens, dict[str, Any]()
         if tokens is None and not self.pages:
@@ -340,7 +351,11 @@ class FakeNetwork:
         """The trace of a run of exactly this batch."""
         tracker, fast = self.tracker, self.fast
         if fast:
-            fast.start(run.capability is not None, run.prefetched)
+            dequantised = run.dequantised
+            if dequantised is None:
+                rows = batch_size * (run.tokens or 0)
+                dequantised = KINDS if self._dequantises and rows >= MIN_DEQUANTISE_M else ()
+            fast.start(run.capability is not None, run.prefetched, dequantised)
         tracker.rewind(self.built)
         inputs = self._inputs(batch_size, run)
         with self.mode, tracker:

@@ -19,6 +19,8 @@ from colqwen_lab.model.packing import unpacked
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 SMALL_M = "small_m"  # the key of a kernel config of the small-M GEMM
+# Below this M, to write and read the dequantised weight costs more than a faster GEMM saves.
+MIN_DEQUANTISE_M = 1024
 DEQUANTISE = '{"dequantise": true}'  # the kernel config: dequantise the weight, then cuBLAS
 
 

@@ -30,6 +30,7 @@ from torch.nn.functional import linear
 from colqwen_lab.errors import MissingRequirement
 from colqwen_lab.runtime.linears import (
     DEQUANTISE,
+    MIN_DEQUANTISE_M,
     SMALL_M,
     FusedLinear,
     gptq,
@@ -44,8 +45,6 @@ MEMORY_BOUND_M = 64
 MAX_TILE_M = 192
 # With more tiles than this along M, wide tiles are the fastest.
 FEW_TILES = 4
-# Below it, writing and reading the dequantised weight costs more than a faster GEMM saves.
-MIN_DEQUANTISE_M = 1024
 # A larger M needs more registers for the sums than a warp has.
 MAX_SMALL_M = 40
 SHARED_BYTES = 227 * 1024

@@ -11,10 +11,12 @@ from colqwen_lab.predict.kernels import (
     KINDS,
     bucket,
     check_kernel,
+    recorded_dequantised,
     recorded_kernel,
     recorded_prefetch,
 )
 from colqwen_lab.records import Cell, Quantization
+from colqwen_lab.runtime.linears import DEQUANTISE
 
 CELL = Cell.model_validate_json(
     (Path(__file__).parents[2] / "outputs" / "h100" / "ways.jsonl").read_text().splitlines()[0]
@@ -39,6 +41,7 @@ def row(engaged: dict[str, int], configs: dict[str, str] | None = None) -> Cell:
         (["humming (W4A16)", "few_rows (W4A16)"], "humming"),
         (["humming (W4A16)", "small-M GEMM (W4A16)"], "humming"),
         (["cuBLAS, dequantised ahead", "humming (W4A16)"], "humming"),
+        (["dequantise, then torch.nn.Linear", "humming (W4A16)"], "humming"),
         (["humming (W4A8 float8e4m3)"], "humming"),
         (["torch._scaled_mm (FP8 x FP8)"], "fp8"),
         (["torch._weight_int4pack_mm_for_cpu"], "int4"),
@@ -60,6 +63,14 @@ def test_prefetched_gemms_of_a_record(kinds: tuple[str, ...]) -> None:
     m, name = CELL.batch_size * bucket(CELL.workload.tokens or 1), "dequantised ahead"
     configs = {f"{name} x {m}": "+".join(kinds) or "none", f"{name} x {m + 1}": "qkv"}
     assert recorded_prefetch(row({}, configs)) == kinds
+
+
+@pytest.mark.parametrize("kinds", [(), ("qkv", "gate_up"), KINDS])
+def test_dequantised_gemms_of_a_record(kinds: tuple[str, ...]) -> None:
+    m = CELL.batch_size * (CELL.workload.tokens or 1)
+    configs = {f"{kind} x {m}": DEQUANTISE if kind in kinds else "{}" for kind in KINDS}
+    configs |= {f"{kind} x {m + 1}": DEQUANTISE for kind in KINDS}
+    assert recorded_dequantised(row({}, configs)) == kinds
 
 
 @pytest.mark.parametrize(
