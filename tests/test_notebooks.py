@@ -91,6 +91,7 @@ def test_tells_and_does_not_define(path: Path) -> None:
 
 #: What a notebook asks for beside the arguments of its function.
 OWN = {
+    "sweep": ("price",),
     "plan": ("measured",),
     "compare": ("configurations", "fidelity"),
     "fidelity": ("schemes",),

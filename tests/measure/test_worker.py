@@ -233,6 +233,7 @@ def test_batches_that_wait_take_no_memory_of_the_device(monkeypatch: pytest.Monk
         return Batches(inputs, workload)
 
     one, devices = worker_of("meta", make), list[list[str]]()
+    one.first_step_s = 1.0
     one.loaded = SimpleNamespace(model=SimpleNamespace(config=None, vlm={}), tokenizer=None)
 
     def measure(loaded: Any, batch: dict[str, torch.Tensor], *_: Any) -> Memory:
