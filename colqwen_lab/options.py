@@ -255,7 +255,8 @@ class SweepOptions(Options):
     """several configurations, interleaved: report, best, or EXECUTION/PROTOCOL/KERNEL"""
     control: bool = False
     """A/A control: time the first model twice; both must be the same"""
-    dtype: Dtype = "bfloat16"
+    dtype: Annotated[str, _choice("auto", *DTYPES)] = "auto"
+    """auto (bfloat16; float32 on a CPU that multiplies it faster), bfloat16, float16 or float32"""
     card: Annotated[str, BeforeValidator(str)] = ""
     """find the largest batch under the memory of this card (GB or a GPU's name)"""
     output: RecordsPath = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import suppress
 from typing import Any
 
@@ -54,8 +55,17 @@ def configurations_of(
             )
         if not c.eight_bit or for_packed == packed[c.variant]:
             kernel = c.kernel if packed[c.variant] or c.eight_bit else "auto"
-            configurations.append(c.model_copy(update={"kernel": kernel}))
+            dtype = usual_dtype(device) if c.dtype == "auto" else c.dtype
+            configurations.append(c.model_copy(update={"kernel": kernel, "dtype": dtype}))
     return list(dict.fromkeys(configurations))
+
+
+def usual_dtype(device: torch.device) -> str:
+    """bfloat16, or float32 on a CPU of x86 without instructions for products of bfloat16."""
+    x86 = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+    products: Any = torch.cpu
+    fast = products._is_avx512_bf16_supported() or products._is_amx_tile_supported()
+    return "float32" if x86 and not fast else "bfloat16"
 
 
 def planned_cell(
