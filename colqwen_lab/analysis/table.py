@@ -211,7 +211,8 @@ class Results:
         raw["items_per_hour"] = 3600 * raw["items_per_s"]
         raw["price_per_million"] = 1e6 * price / raw["items_per_hour"] if price else None
         known = [name for name in ROLES["cost"] if raw[name].notna().any()]
-        return on_screen(raw, ["variant", *self._varied(raw), "batch_size", *known])
+        origin = ["origin"] if raw["origin"].nunique() > 1 else []
+        return on_screen(raw, ["variant", *self._varied(raw), *origin, "batch_size", *known])
 
     def end_to_end(self) -> pd.DataFrame:
         """One row a cell and number of loaders: pages/s from disk to disk, and what binds it."""

@@ -362,12 +362,6 @@ class Run:
         others = [other for other in timed if other != c]
         parents = [other for other in others if other.variant == c.variant and not other.eight_bit]
         paged = self.options.workload == "pages"
-        runs: Any = []
-        if paged and (loaders := self.options.loaders):
-            question = (self._files, work.visual_tokens, c.protocol, loaders)
-            runs = self._worker(c).call("end_to_end", *question)
-            if isinstance(runs, Failure):
-                self.progress(f"{c}, from disk to disk: {runs.reason}")
         return {
             "status": "ok",
             "step_s": own.step_s,
@@ -383,11 +377,25 @@ class Run:
                 **self.asked,
             ),
             "stages": self._worker(c).call("stages", c.protocol) if paged else None,
-            "end_to_end": runs,
             "energy": self._worker(c).call("energy", c.protocol, self.idle_w),
             "loading": self._worker(c).call("loading"),
             "difference": self._difference(c, parents[-1]) if c.eight_bit and parents else None,
+            "end_to_end": self._end_to_end(c, work) if paged else [],  # last: it may end the worker
         }
+
+    def _end_to_end(self, c: Configuration, work: records.Workload) -> list[records.EndToEnd]:
+        """The pages from disk to disk; none where that fails, which costs the cell nothing else."""
+        if not (loaders := self.options.loaders):
+            return []
+        try:
+            question = (self._files, work.visual_tokens, c.protocol, loaders)
+            runs = self._worker(c).call("end_to_end", *question)
+        except (LabError, OSError) as error:  # such as a full disk
+            runs = Failure("failed", str(error))
+        if isinstance(runs, Failure):
+            self.progress(f"{c}, from disk to disk: {runs.reason}")
+            return []
+        return runs
 
     def _difference(self, c: Configuration, parent: Configuration) -> records.Difference | None:
         """How far the embeddings of 8-bit activations are from the same weights' 16-bit ones."""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import count
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import ModuleType
@@ -45,7 +46,7 @@ from colqwen_lab.records import (
     Memory,
     Stages,
 )
-from colqwen_lab.retrieval.index import Format, Index, append
+from colqwen_lab.retrieval.index import Format, Index, write_shard
 from colqwen_lab.runtime.batches import Batches
 from colqwen_lab.runtime.eager import PROTOCOLS, Steps
 from colqwen_lab.runtime.fast import bucket, capture_stream, load_fast, page_shapes
@@ -125,11 +126,18 @@ class Worker:
         loader = load_fast if c.execution == "fast" else load
         self.loaded = loader(self.checkpoint, self.device, c.kernel, c.dtype or "bfloat16")
         if (fast := getattr(self.loaded.model, "fast", None)) and not card:
-            batches = [self._batches(size).inputs for size in batch_sizes]
-            fast.compile({m for inputs in batches for m in _rows(inputs)})
-            if self.device.type == "cuda":
+            rows, first = set[int](), dict[str, Any]()
+            for size in sorted(batch_sizes):
+                batches = self.call("_batches", size)
+                if isinstance(batches, Failure):  # `measure` gives its cell the reason
+                    break
+                rows |= _rows(batches.inputs)
+                first = first or batches.inputs[0]
+                del batches  # those of the next size come
+            fast.compile(rows)
+            if first and self.device.type == "cuda":
                 with contextlib.suppress(torch.OutOfMemoryError):  # other models load beside it
-                    fast.warm_up(self._placed(batches[0][0]))
+                    fast.warm_up(self._placed(first))
                 free(self.device)
         self.load_s = time.perf_counter() - start
         return cap, self.rest(), self.loaded.unused
@@ -212,11 +220,11 @@ class Worker:
         with stored() as store:
             stages = pipeline.stages(files, store)
         runs = []
-        for count in loaders:
+        for number in loaders:
             with stored() as store:
-                pages, seconds = pipeline.run(files, count, store)
+                pages, seconds = pipeline.run(files, number, store)
             about: dict[str, Any] = {"on_device": self.device.type == "cuda", **stages}
-            runs.append(EndToEnd(loaders=count, pages=pages, seconds=seconds, **about))
+            runs.append(EndToEnd(loaders=number, pages=pages, seconds=seconds, **about))
         return runs
 
     def energy(self, protocol: str, idle_w: float) -> Energy | None:
@@ -288,10 +296,11 @@ class Worker:
 
 @contextlib.contextmanager
 def stored() -> Iterator[Callable[[Sequence[int], Sequence[torch.Tensor]], Any]]:
-    """A function that appends the vectors of pages to an index in a folder that is removed."""
+    """A function that adds the vectors of pages to an index in a folder that is removed."""
+    shards = count()
     with tempfile.TemporaryDirectory(prefix="lab-index-") as folder:
-        yield lambda numbers, vectors: append(
-            Path(folder), Index.build(Format(), vectors, list(map(str, numbers)))
+        yield lambda numbers, vectors: write_shard(
+            Path(folder), next(shards), Index.build(Format(), vectors, list(map(str, numbers)))
         )
 
 

@@ -96,7 +96,7 @@ class Decoder:
         return answer
 
     def _start(self) -> Connection:
-        self._connection, theirs = Pipe()
+        connection, theirs = Pipe()
         arguments = map(str, (theirs.fileno(), self.memory_bytes, self.page_s))
         path = os.pathsep.join(filter(None, sys.path))
         with theirs:
@@ -108,8 +108,9 @@ class Decoder:
                 stderr=subprocess.DEVNULL,
                 env=os.environ | THREADS | {"PYTHONPATH": path},
             )
-        self._end = weakref.finalize(self, _end, self._child, self._connection)
-        return self._connection
+        self._end = weakref.finalize(self, _end, self._child, connection)
+        self._connection = connection  # last: another thread may close the decoder
+        return connection
 
 
 def _end(child: subprocess.Popen[bytes], connection: Connection) -> None:

@@ -292,10 +292,11 @@ class Reader:
                 yield page
 
     def close(self) -> None:
-        """End the processes."""
-        for decoder in self.decoders:
-            decoder.close()
-        self.pool.shutdown(cancel_futures=True)
+        """End the processes; what was asked ahead is not read."""
+        for wait in (False, True):  # until its thread ends, a process may start
+            self.pool.shutdown(wait, cancel_futures=True)
+            for decoder in self.decoders:
+                decoder.close()
 
     def _coming(
         self, files: Iterable[Path]

@@ -21,6 +21,8 @@ from colqwen_lab.options import MOST_VISUAL_TOKENS, VISUAL_TOKENS
 
 # The published processor enlarges an image below 64 visual tokens.
 MIN_VISUAL_TOKENS = 64
+# Unit vectors that are resized at once.
+UNIT_ROWS = 1024
 # Pixel values [patches, 3 * 2 * 16 * 16] in float32, and the grid (1, rows, columns).
 Patches = tuple[Tensor, tuple[int, int, int]]
 
@@ -74,10 +76,13 @@ def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _weights(size: int, count: int, device: torch.device) -> Tensor:
-    """Pillow's weights [count, size]: what it makes of a picture of the unit vectors."""
-    units = Image.fromarray(np.eye(size, dtype=np.float32))
-    weights = np.asarray(units.resize((count, size), Image.Resampling.BICUBIC))
-    return torch.from_numpy(weights.T.copy()).to(device)
+    """Pillow's weights [count, size]: what it makes of pictures of the unit vectors."""
+    weights = []
+    for start in range(0, size, UNIT_ROWS):  # all of a side of 12,000 pixels have 550 MiB
+        rows = min(UNIT_ROWS, size - start)
+        units = Image.fromarray(np.eye(rows, size, start, dtype=np.float32))
+        weights.append(np.asarray(units.resize((count, rows), Image.Resampling.BICUBIC)))
+    return torch.from_numpy(np.concatenate(weights).T.copy()).to(device)
 
 
 def patched(pixels: Tensor, config: ColQwen3Config) -> Patches:

@@ -316,9 +316,15 @@ def append(folder: Path, index: Index) -> Path:
                 raise BadInput(f"{folder} is an index of {what} {theirs}, got {ours}")
         if repeated := {*index.page_ids} & {*shard.page_ids}:
             raise BadInput(f"{folder} already holds page {min(repeated)}")
-    path = folder / SHARD.format(len(shards))
-    writable_folder(folder)
-    return write_file(path, index.to_bytes(), NEW)
+    return write_shard(folder, len(shards), index)
+
+
+def write_shard(folder: Path, number: int, index: Index) -> Path:
+    """Write `index` as shard `number`, which is new; returns its path. Other shards are not read.
+
+    Raises BadInput if it exists.
+    """
+    return write_file(writable_folder(folder) / SHARD.format(number), index.to_bytes(), NEW)
 
 
 def read(folder: Path) -> list[Index]:

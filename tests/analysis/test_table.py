@@ -304,3 +304,9 @@ def test_pages_from_disk_to_disk() -> None:
     assert table["bottleneck"].tolist() == ["reading", "model"]
     assert table["loaders needed"].tolist() == [3, 3], "0.08 s of reading a 0.03 s of the model"
     assert len(Results((cell(8),)).end_to_end()) == 0
+
+
+def test_costs_of_several_origins_name_them() -> None:
+    table = Results((cell(origin="measured"), cell())).costs()
+    assert table["origin"].tolist() == ["measured", "published"]
+    assert "origin" not in Results((cell(),)).costs()

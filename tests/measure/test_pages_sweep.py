@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from colqwen_lab.errors import BadInput
+from colqwen_lab.errors import BadInput, MissingRequirement
 from colqwen_lab.measure import worker
 from colqwen_lab.measure.timing import StoppingRule
 from colqwen_lab.records import Cell, read_cells
@@ -131,3 +131,25 @@ def test_the_peak_is_that_of_the_costliest_batch_which_is_not_the_longest(
     (longest, its_peak), (shorter, worst) = peaks
     assert longest > shorter
     assert cell.memory.peak_bytes == worst > its_peak
+
+
+def test_from_disk_to_disk_may_fail_and_the_cell_keeps_all_else(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, really = list[str](), worker.Worker.call
+
+    def call(self: worker.Worker, name: str, *arguments: Any) -> Any:
+        asked.append(name)
+        if name == "end_to_end":  # as where the temporary folder is full
+            raise MissingRequirement("cannot write shard-00007.safetensors: no space left")
+        return really(self, name, *arguments)
+
+    monkeypatch.setattr(worker.Worker, "call", call)
+    lines: list[str] = []
+    (cell,) = run(path, batches="1", loaders="1", progress=lines.append)
+    assert (cell.status, cell.end_to_end) == ("ok", [])
+    assert cell.step_s
+    assert cell.stages
+    assert cell.loading
+    assert any("disk to disk: " in line and "no space left" in line for line in lines)
+    assert asked.index("end_to_end") > asked.index("loading"), "a crash would lose the others"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import psutil
 import pytest
@@ -24,8 +25,11 @@ from colqwen_lab.errors import MissingRequirement
 from colqwen_lab.measure import worker
 from colqwen_lab.measure.timing import Failure
 from colqwen_lab.measure.worker import Remote, Worker, failure_of
+from colqwen_lab.model.checkpoint import default_checkpoint
+from colqwen_lab.model.config import VARIANTS
 from colqwen_lab.records import Cell, Configuration, Memory, Stages, Workload, read_cells
-from colqwen_lab.runtime.batches import Batches
+from colqwen_lab.retrieval import index
+from colqwen_lab.runtime.batches import Batches, query_batches
 from tests.measure import sweeps
 
 
@@ -338,3 +342,32 @@ def test_the_server_s_socket_has_a_short_path_that_does_not_stay(
     assert not folders[0].exists()
     assert not list(long.iterdir())
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_batches_too_large_for_the_host_cost_their_own_cells_alone() -> None:
+    """Execution fast makes the batches of all sizes while it loads, one size at a time."""
+    checkpoint = default_checkpoint(VARIANTS["base"], "tiny", "auto", torch.device("cpu"))
+    held, most = WeakSet[torch.Tensor](), 0
+
+    def batches(batch_size: int, **values: Any) -> Batches:
+        nonlocal most
+        most = max(most, len({len(ids) for ids in held}))
+        if batch_size > 4:
+            raise MemoryError
+        made = query_batches(batch_size=batch_size, texts="report", samples=0, **values)
+        held.update(batch["input_ids"] for batch in made.inputs[1:])
+        return made
+
+    configuration = Configuration(variant="base", execution="fast")
+    own = Worker(checkpoint, torch.device("cpu"), configuration, batches)
+    assert not isinstance(own.call("load", None, [2, 4, 8]), Failure)
+    assert most == 0
+    assert not isinstance(own.call("measure", 2, "lean", True), Failure)
+    assert own.call("measure", 8, "lean", True).status == "oom"
+
+
+def test_to_store_a_batch_reads_no_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "read", None)
+    with worker.stored() as store:
+        for number in range(3):
+            store([number], [torch.randn(3, 320)])

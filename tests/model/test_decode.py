@@ -332,3 +332,21 @@ def test_thumbnails_and_masks_are_no_pages_and_a_bad_page_leaves_the_others() ->
     broken = file[:-4] + struct.pack("<I", len(file) - 1)
     assert decode._answer(broken) == 4
     assert [type(read(broken, number)) for number in (2, 3)] == [Image.Image, str]
+
+
+def test_a_decoder_starts_again_where_the_system_started_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, decoder = tmp_path / "a.png", Decoder()
+    Image.new("RGB", (40, 40)).save(path)
+
+    def none(*_: object, **__: object) -> None:
+        raise OSError(11, "no more processes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode.subprocess, "Popen", none)
+        with pytest.raises(OSError, match="no more"):
+            decoder.count(str(path))
+    decoder.close()
+    assert decoder.count(str(path)) == 1
+    decoder.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pypdfium2
@@ -226,3 +228,30 @@ def test_bad_input(tmp_path: Path) -> None:
     for budget in (0, 16_385):
         with pytest.raises(BadInput, match=f"visual_tokens must be 1 to 16384, got {budget}"):
             patches(Image.new("RGB", (64, 64)), CONFIG, budget)
+
+
+def test_a_closed_reader_reads_no_page_that_was_asked_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed, late = Event(), list[int]()
+
+    class Slow:
+        def count(self, _: str) -> int:
+            return 5
+
+        def page(self, _: str, number: int) -> Image.Image:
+            if number:
+                late.extend([number] * closed.is_set())
+                closed.wait(5)
+                raise ValueError("its process ended")
+            return Image.new("RGB", (40, 40))
+
+        def close(self) -> None:
+            closed.set()
+            time.sleep(0.1)
+
+    monkeypatch.setattr(inputs, "Decoder", Slow)
+    reader = inputs.Reader(1)
+    assert next(reader.pages([Path("a.pdf")], lambda _: None)).size == (40, 40)
+    reader.close()
+    assert late == []

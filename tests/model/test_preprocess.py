@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from colqwen_lab.errors import BadInput
 from colqwen_lab.model.network import ColQwen3Config
-from colqwen_lab.model.preprocess import patched, patches, pixels_of, resized, resized_size
+from colqwen_lab.model.preprocess import (
+    _weights,
+    patched,
+    patches,
+    pixels_of,
+    resized,
+    resized_size,
+)
 from colqwen_lab.model.synthetic import page
 
 CONFIG = ColQwen3Config.of_size("tiny")
@@ -63,3 +72,14 @@ def test_resizing_by_gemms_is_pillow_s_but_for_a_level_in_a_thousand_values(name
 def test_a_budget_out_of_bounds_is_refused(tokens: int) -> None:
     with pytest.raises(BadInput, match="visual_tokens must be 1 to 16384"):
         resized_size(100, 100, CONFIG, tokens)
+
+
+def test_weights_of_a_long_side_take_little_memory() -> None:
+    tracemalloc.start()
+    weights = _weights(8000, 32, torch.device("cpu"))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 64 * 2**20
+    units = Image.fromarray(np.eye(8000, dtype=np.float32))
+    whole = np.asarray(units.resize((32, 8000), Image.Resampling.BICUBIC))
+    assert np.array_equal(weights.numpy(), whole.T)
