@@ -38,9 +38,9 @@ from colqwen_lab.sampling import alike, interval_rank
 from colqwen_lab.settings import append, end_last_line, locked, regular_file, writing
 
 MIB = 2**20
+GIB = 2**30
 # The fewest samples that give a 99th percentile.
 LATENCY_STEPS = 200
-GIB = 2**30
 RANDOM_TEXTS = "random ids at the report's lengths"
 PUBLISHED = "published"
 LINE_START = b'{"schema":1,'
@@ -294,7 +294,7 @@ class EndToEnd(Value):
 class Energy(Value):
     """Joules an item by the driver's counter, over `seconds` of steps without a pause.
 
-    `idle_w` is the power in watts of the GPU before the models were loaded.
+    `idle_w` is the power in watts of the GPU before the first models were loaded.
     """
 
     joules_per_item: Measured

@@ -17,7 +17,7 @@ from colqwen_lab import analysis
 from colqwen_lab.analysis import render
 from colqwen_lab.analysis.fidelity import Fidelities
 from colqwen_lab.analysis.table import device
-from colqwen_lab.errors import BadInput
+from colqwen_lab.errors import BadInput, one_of
 from colqwen_lab.records import read_rows
 from colqwen_lab.retrieval.record import Fidelity, SearchTime
 
@@ -219,9 +219,14 @@ class SearchTimes:
             sentences.append(f"{many(queries).capitalize()} over {most:,} pages: {times}.")
         return " ".join(sentences)
 
-    def plot(self) -> Figure:
-        """A figure of the time of a search by the number of pages; dotted where extrapolated."""
-        return analysis.index_plots.search_times(self)
+    def plot(self, queries: int = 0) -> Figure:
+        """A figure of search times by the number of pages; dotted where extrapolated.
+
+        `queries` is how many at once; 0 is the fewest. Raises BadInput if none has so many.
+        """
+        counts = sorted({record.queries for record in self.records})
+        asked = one_of("queries", str(queries or counts[0]), [*map(str, counts)])
+        return analysis.index_plots.search_times(self, int(asked))
 
     def conditions(self) -> str:
         """Where the figures come from, for titles."""

@@ -156,8 +156,9 @@ def energy_j(device: torch.device) -> float | None:
     return None
 
 
+@cache
 def idle_watts(device: torch.device) -> float:
-    """The power in watts of the GPU over a second without work; 0 without a counter."""
+    """The power in watts of the GPU over a second before its first work; 0 without a counter."""
     if (start_j := energy_j(device)) is None:
         return 0.0
     start = time.perf_counter()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from colqwen_lab.analysis.fidelity import Fidelities
 from colqwen_lab.analysis.index import SearchTimes, formats, sizes, smallest
@@ -92,7 +93,23 @@ def test_a_time_with_its_interval_and_its_share_of_a_copy() -> None:
     )
     assert "1 of 3 disturbed" in result.conditions()
     assert result.to_dict()["records"][0]["limit_share"] == pytest.approx(0.6)
-    assert result.plot().axes[0].get_xlabel() == "pages in the index"
+    assert labels(result.plot()) == ["bfloat16, triton", "int8, triton"], "one query"
+    assert labels(result.plot(64)) == ["int8, triton"]
+    with pytest.raises(BadInput, match="unknown queries '2'; valid: 1, 64"):
+        result.plot(2)
+
+
+def labels(figure: Figure) -> list[str]:
+    (axes,) = figure.axes
+    return sorted(set(axes.get_legend_handles_labels()[1]))
+
+
+def test_the_fastest_kernel_of_a_format_is_drawn() -> None:
+    searches = [
+        search(10_000, seconds, kernel=kernel) for seconds, kernel in ((2, "torch"), (1, "triton"))
+    ]
+    assert labels(SearchTimes(tuple(searches)).plot()) == ["int8, triton"]
+    assert labels(SearchTimes(tuple(reversed(searches))).plot()) == ["int8, triton"]
 
 
 def test_the_newest_shape_and_machine_of_a_file_count(tmp_path: Path) -> None:
