@@ -226,7 +226,7 @@ def train_tiny(
 
 
 def _printed(result: Any, as_json: bool) -> bool:
-    """Print the result as one JSON document, if that is asked for."""
+    """Print the result as one JSON document if `as_json`; returns whether it did."""
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
     return as_json

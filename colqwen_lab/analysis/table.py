@@ -215,9 +215,9 @@ class Results:
         return on_screen(raw, ["variant", *self._varied(raw), *origin, "batch_size", *known])
 
     def end_to_end(self) -> pd.DataFrame:
-        """One row a cell and number of loaders: pages/s from disk to disk, and what binds it."""
+        """One row a cell and number of loaders: pages/s from disk to disk, the slowest stage."""
         rows = [
-            {name: value(cell, name) for name in ("variant", "batch_size", *SETTINGS)}
+            {name: value(cell, name) for name in ("batch_size", *SETTINGS)}
             | run.model_dump()
             | {"patch_s": run.preprocess_s, "pages_per_s": run.items_per_s}
             | {"share": run.items_per_s / rate(cell), "bottleneck": run.bottleneck}

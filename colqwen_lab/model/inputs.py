@@ -9,7 +9,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from hashlib import file_digest, sha256
 from os import fsencode
 from os.path import isdir, isfile
@@ -202,7 +201,7 @@ def page_batch(
 def page_files(source: str | Path, skip: Callable[[str], object]) -> list[Path]:
     """The images and PDFs of a folder, in the order of their names; or one file. Raises BadInput.
 
-    Every name with a suffix of Pillow's or a PDF's counts, so that `read_pages` reports those that
+    Every name with a suffix of Pillow's or a PDF's counts, so that `Reader` reports those that
     are unreadable, such as links that lead nowhere. Each other entry is one line to `skip`.
     """
     path, expected = Path(source), "pages must be a folder of images, an image or a PDF"
@@ -238,16 +237,10 @@ def digest(files: Iterable[Path]) -> str:
             check_regular(file)
             with file.open("rb") as content:
                 state = file_digest(content, "sha256").digest()
-        except (OSError, ValueError) as error:  # `read_pages` skips the file
+        except (OSError, ValueError) as error:  # `Reader` skips the file
             state = f" {type(error).__name__}".encode()
         total.update(fsencode(file.name) + state)
     return total.hexdigest()[:12]
-
-
-def read_pages(files: Iterable[Path], skip: Callable[[str], None]) -> Iterator[Image.Image]:
-    """Every page of the files as an RGB image, as `Reader.pages` reads them."""
-    with closing(Reader(1)) as reader:
-        yield from reader.pages(files, skip)
 
 
 class Reader:
@@ -336,7 +329,7 @@ class Reader:
 
 
 def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
-    """The items, each asked for when `count` others before it are still to come."""
+    """The items, each taken from `items` while `count` before it are still to come."""
     asked = deque[Item]()
     for item in items:
         asked.append(item)

@@ -57,7 +57,7 @@ class Allocator:
 
     def __init__(self, cap: float = math.inf) -> None:
         self.cap = cap
-        self.granted, self.refused = 0, math.inf  # the most and the least that was asked for
+        self.granted, self.refused = 0, math.inf  # the largest and the smallest request
         self.allocated = self.peak_allocated = self.reserved = self.peak_reserved = self._end = 0
         self._free: defaultdict[tuple[int, bool], list[Block]] = defaultdict(list)  # each sorted
         self._edges: dict[int, Block] = {}  # free blocks by their first address and by their end

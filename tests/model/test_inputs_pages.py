@@ -23,7 +23,6 @@ from colqwen_lab.model.inputs import (
     page_batch,
     page_files,
     prompt_ids,
-    read_pages,
     read_tokenizer,
 )
 from colqwen_lab.model.network import ColQwen3, ColQwen3Config
@@ -162,7 +161,7 @@ def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
     document.save(tmp_path / "x.pdf")
     (tmp_path / "x.pdf").rename(pdf)
     skipped: list[str] = []
-    pages = list(read_pages(page_files(tmp_path, skipped.append), skipped.append))
+    pages = list(Reader(1).pages(page_files(tmp_path, skipped.append), skipped.append))
     assert [image.size for image in pages] == [(150, 150), (3, 3)]
     assert [line[:21] for line in skipped] == ["broken.png is skipped"]
     assert digest([broken, png]) != digest([png])

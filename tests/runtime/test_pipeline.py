@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pypdfium2
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from colqwen_lab.errors import BadInput
-from colqwen_lab.model.inputs import page_batch, page_files, read_pages
+from colqwen_lab.model.inputs import Reader, page_batch, page_files
 from colqwen_lab.model.loading import Loaded
 from colqwen_lab.model.synthetic import page
 from colqwen_lab.runtime.eager import Steps
@@ -54,7 +55,8 @@ def test_every_page_is_stored_once_as_a_forward_of_it_alone_embeds_it(
         stored.update(zip(numbers, vectors, strict=True))
 
     pages, seconds = pipeline(tiny, skipped).run(page_files(folder, list), loaders, store)
-    images = list(read_pages(page_files(folder, list), lambda _: None))
+    with closing(Reader(1)) as reader:
+        images = list(reader.pages(page_files(folder, list), lambda _: None))
     assert pages == len(images) == len(stored) == 8
     assert seconds > 0
     assert [line.split()[0] for line in skipped] == ["2-broken.png"]
